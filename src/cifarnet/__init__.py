@@ -1,0 +1,17 @@
+"""cifarnet: train, sweep, evaluate and ship image classifiers for CIFAR-10."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifarnet.checkpoint import load
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # on first use: importing torch takes seconds, and `--help` needs none of it
+        from cifarnet.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,170 @@
+"""The one DataModule: a source reads images, everything after that is shared."""
+
+import hashlib
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cifarnet.data.augment import Augment
+from cifarnet.data.loader import InMemoryLoader
+from cifarnet.errors import UserError
+from cifarnet.seeding import generator
+
+
+@dataclass
+class Split:
+    """Images uint8 [N, 3, H, W] and their labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass
+class Source:
+    """What a data set consists of. Without `val`, a part of `train` is set aside for validation."""
+
+    class_names: list[str]
+    train: Split
+    test: Split
+    val: Split | None = None
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images in memory, split and batched. A subclass only says where they come from: `read()`.
+
+    Args:
+        batch_size: training images a step.
+        eval_batch_size: images a step in validation and test.
+        val_fraction: share of the training images of each class that validation gets, where the source has no
+            validation images of its own.
+        split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
+        crop_padding: random crops out of images that are reflected by this many pixels; 0: none.
+        flip: mirror half of the images.
+        shuffle_seed: order and augmentation.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        eval_batch_size: int = 1000,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        crop_padding: int = 2,
+        flip: bool = True,
+        shuffle_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction={val_fraction}: give a share between 0 and 1, such as 0.1")
+        for name, value, least in [
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("crop_padding", crop_padding, 0),
+            ("split_seed", split_seed, 0),
+            ("shuffle_seed", shuffle_seed, 0),
+        ]:
+            if value < least:
+                raise UserError(f"data.{name}={value}: the least possible is {least}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.augment = Augment(crop_padding, flip)
+        self.shuffle_seed = shuffle_seed
+        self._source: Source | None = None
+
+    def read(self) -> Source:
+        """Return all images of the data set. Called once."""
+        raise NotImplementedError(f"{type(self).__name__} must say where its images come from, in read()")
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._source is not None:
+            return
+        source = self.read()
+        if source.val is None:
+            source.train, source.val = self._set_aside(source.train)
+        if self.batch_size > len(source.train):
+            raise UserError(
+                f"data.batch_size={self.batch_size} is larger than the training set of {len(source.train)} images "
+                f"({len(source.val)} more are for validation). Choose data.batch_size={len(source.train)} or less."
+            )
+        if self.augment.crop_padding >= source.train.images.shape[-1]:
+            raise UserError(
+                f"data.crop_padding={self.augment.crop_padding} reflects more pixels than an image of "
+                f"{source.train.images.shape[-1]} has. Choose a smaller one, such as 4."
+            )
+        self._source = source
+
+    def _set_aside(self, train: Split) -> tuple[Split, Split]:
+        """A stratified split of the training images: the rest, and `val_fraction` of each class."""
+        shuffled = torch.randperm(len(train), generator=generator(self.split_seed, 0, "split"))
+        is_val = torch.zeros(len(train), dtype=torch.bool)
+        for label in train.labels.unique():
+            members = shuffled[train.labels[shuffled] == label]
+            is_val[members[: round(len(members) * self.val_fraction)]] = True
+        if not is_val.any():
+            raise UserError(
+                f"data.val_fraction={self.val_fraction} of {len(train)} training images leaves none for validation. "
+                "Choose a larger share, or add images."
+            )
+        return train[~is_val], train[is_val]
+
+    @property
+    def source(self) -> Source:
+        """The images, with the validation split made. Reads them on first use."""
+        if self._source is None:
+            self.setup()
+        assert self._source is not None
+        return self._source
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.source.class_names
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.source.train.images.shape[-1]
+
+    def describe(self) -> dict:
+        """What the images were, for the record: counts and a checksum of all pixels and labels."""
+        splits = {"train": self.source.train, "val": self.source.val, "test": self.source.test}
+        checksum = hashlib.sha256()
+        for split in splits.values():
+            checksum.update(split.images.permute(0, 2, 3, 1).contiguous().numpy())
+            checksum.update(split.labels.numpy())
+        return {
+            "source": type(self).__name__,
+            "classes": len(self.class_names),
+            **{name: len(split) for name, split in splits.items()},
+            "sha256": checksum.hexdigest(),
+        }
+
+    def train_dataloader(self) -> InMemoryLoader:
+        return self._loader(self.source.train, self.batch_size, train=True)
+
+    def val_dataloader(self) -> InMemoryLoader:
+        return self._loader(self.source.val, self.eval_batch_size)
+
+    def test_dataloader(self) -> InMemoryLoader:
+        return self._loader(self.source.test, self.eval_batch_size)
+
+    def _loader(self, split: Split, batch_size: int, train: bool = False) -> InMemoryLoader:
+        device = self.trainer.strategy.root_device if self.trainer else "cpu"
+        return InMemoryLoader(
+            split.images,
+            split.labels,
+            batch_size,
+            train=train,
+            augment=self.augment,
+            seed=self.shuffle_seed,
+            device=device,
+        )

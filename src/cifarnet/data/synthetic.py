@@ -1,0 +1,98 @@
+"""Procedural pictures of ten shapes and textures: no files, no network."""
+
+import numpy as np
+import torch
+
+from cifarnet.data.datamodule import ImageDataModule, Source, Split
+from cifarnet.errors import UserError
+
+SIZE = 32
+TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on
+CLASS_NAMES = [
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "triangle",
+    "plus",
+    "cross",
+    "stripes",
+    "checkers",
+    "dots",
+]
+
+
+class Synthetic(ImageDataModule):
+    """Shapes at random places, sizes and angles, in random colours on random backgrounds, with noise.
+
+    Colour and brightness say nothing about the class, so a network must see form. An image is a function of
+    (`seed`, index) alone.
+
+    Args:
+        seed: chooses the pictures; apart from the seed of the run.
+        train_size, test_size: number of pictures; the validation split is taken from `train_size`.
+        settings: those of `ImageDataModule`.
+    """
+
+    def __init__(self, seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, **settings) -> None:
+        super().__init__(**settings)
+        self.seed = seed
+        for name, size in [("train_size", train_size), ("test_size", test_size)]:
+            if not len(CLASS_NAMES) <= size <= TEST_OFFSET:
+                raise UserError(f"data.{name}={size}: choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}")
+        self.train_size = train_size
+        self.test_size = test_size
+
+    def read(self) -> Source:
+        return Source(
+            class_names=CLASS_NAMES,
+            train=synthesize(np.arange(self.train_size), self.seed),
+            test=synthesize(np.arange(self.test_size) + TEST_OFFSET, self.seed),
+        )
+
+
+def synthesize(index: np.ndarray, seed: int = 0) -> Split:
+    """The pictures of these indices: uint8 [N, 3, 32, 32]; the label is index modulo 10."""
+    labels = index % len(CLASS_NAMES)
+    numbers = np.empty((len(index), 10), np.float32)  # uniform in [0, 1): place, size, angle, two colours, …
+    noise = np.empty((len(index), SIZE, SIZE, 3), np.float32)
+    for row, i in enumerate(index.tolist()):
+        random = np.random.default_rng((seed, i))
+        numbers[row] = random.random(10)
+        random.standard_normal(dtype=np.float32, out=noise[row])
+
+    mask = _shapes(labels, numbers[:, :4])[..., None]
+    background = numbers[:, None, None, 4:7]
+    # a colour that differs from the background by at least 0.35 in every channel, brighter or darker
+    shift = 0.35 + 0.3 * numbers[:, None, None, 7:10]
+    colour = np.where(background < 0.5, background + shift, background - shift)
+    pictures = np.where(mask, colour, background) + 0.08 * noise
+    pictures = (pictures.clip(0, 1) * 255).round().astype(np.uint8)
+    return Split(torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+def _shapes(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Which pixels belong to the shape: bool [N, 32, 32]."""
+    x0, y0 = 0.7 * numbers[:, None, None, 0] - 0.35, 0.7 * numbers[:, None, None, 1] - 0.35
+    radius = 0.5 + 0.25 * numbers[:, None, None, 2]
+    angle = 0.6 * numbers[:, None, None, 3] - 0.3  # ± 17°: a plus never turns into a cross
+    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
+    u = (np.cos(angle) * (x - x0) + np.sin(angle) * (y - y0)) / radius  # the shape fills -1 … 1
+    v = (np.cos(angle) * (y - y0) - np.sin(angle) * (x - x0)) / radius
+
+    distance = np.hypot(u, v)
+    square = np.maximum(abs(u), abs(v))
+    waves_u, waves_v = np.sin(2.5 * np.pi * u), np.sin(2.5 * np.pi * v)
+    shapes = [
+        distance < 1,
+        (distance < 1) & (distance > 0.55),
+        square < 0.9,
+        (square < 0.9) & (square > 0.5),
+        (v < 0.8) & (2 * abs(u) < v + 1),
+        (np.minimum(abs(u), abs(v)) < 0.28) & (square < 1),
+        (np.minimum(abs(u + v), abs(u - v)) < 0.4) & (square < 0.9),
+        (waves_v > 0) & (square < 1),
+        (waves_u * waves_v > 0) & (square < 1),
+        (waves_u > 0.3) & (waves_v > 0.3) & (square < 1),
+    ]
+    return np.choose(labels[:, None, None], shapes)

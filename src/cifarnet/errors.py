@@ -1,0 +1,17 @@
+"""What a user can put right is told in one message, without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the value that is wrong and what to do about it."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal and did, after saving a checkpoint.
+
+    Attributes:
+        status: the exit status by convention, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

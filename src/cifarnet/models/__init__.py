@@ -1,0 +1,6 @@
+"""Networks: plain nn.Modules that take pixels and give logits."""
+
+from cifarnet.models.cnn import CNN
+from cifarnet.models.normalize import Normalize
+
+__all__ = ["CNN", "Normalize"]

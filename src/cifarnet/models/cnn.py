@@ -1,0 +1,64 @@
+"""The baseline: conv-conv-pool blocks, a hidden layer, softmax regression on top."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from cifarnet.models.normalize import Normalize
+
+
+class CNN(nn.Module):
+    """Blocks of two 3×3 convolutions and a 2×2 max pool, one fully connected layer, one output layer.
+
+    ReLU after every layer but the last, "same" padding, no batch norm. At its defaults, on 32×32 images, it
+    learns 2,168,362 parameters. Weights start as He et al. (2015) propose for ReLU networks
+    (https://arxiv.org/abs/1502.01852, uniform), biases at zero.
+
+    Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes].
+
+    Raises:
+        ValueError: an odd number of widths, or an image too small to be pooled once a block.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        image_size: int = 32,
+        in_chans: int = 3,
+        widths: Sequence[int] = (32, 32, 64, 64),  # output channels of each convolution, two a block
+        hidden: int = 512,
+        drop_rate: float = 0.0,  # dropout after each pool and after the hidden layer
+    ) -> None:
+        super().__init__()
+        if len(widths) % 2:
+            raise ValueError(f"widths={list(widths)}: a block has two convolutions, so give an even number of widths")
+        pooled_size = image_size // 2 ** (len(widths) // 2)
+        if pooled_size == 0:
+            raise ValueError(f"image_size={image_size} is too small to be halved by {len(widths) // 2} pools")
+
+        self.normalize = Normalize(in_chans)
+        layers: list[nn.Module] = []
+        channels = in_chans
+        for first, second in zip(widths[::2], widths[1::2], strict=True):
+            layers += [nn.Conv2d(channels, first, 3, padding="same"), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(first, second, 3, padding="same"), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2), nn.Dropout(drop_rate)]
+            channels = second
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels * pooled_size**2, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(drop_rate),
+            nn.Linear(hidden, num_classes),
+        )
+        self.apply(self._initialize)
+
+    @staticmethod
+    def _initialize(layer: nn.Module) -> None:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(self.normalize(images)))

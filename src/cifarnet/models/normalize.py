@@ -1,0 +1,39 @@
+"""The first layer of every network: pixels in, normalised floats out."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Scale uint8 images to [0, 1] and standardise each channel.
+
+    The statistics are buffers: they travel in the checkpoint, so whoever predicts with the network feeds it
+    plain pixels and cannot normalise wrongly. Until `fit` is called they are 0 and 1 (the identity).
+
+    Shapes: images [B, C, H, W], uint8 or floating point in [0, 1] -> float [B, C, H, W].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(in_chans, 1, 1))
+        self.register_buffer("std", torch.ones(in_chans, 1, 1))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Take mean and standard deviation of each channel from uint8 images [N, C, H, W]."""
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        share = counts.double() / counts.sum(1, keepdim=True)  # exact, and without a float copy of the images
+        levels = torch.arange(256, device=images.device).double() / 255
+        mean = share @ levels
+        std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+        std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant channel: nothing to scale
+        self.mean.copy_(mean.view_as(self.mean))
+        self.std.copy_(std.view_as(self.std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return (images - self.mean) / self.std

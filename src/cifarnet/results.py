@@ -1,0 +1,139 @@
+"""A run's figures and what they depend on: `metrics.json`, TensorBoard's HParams, the table at the end."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from cifarnet.callbacks import History
+from cifarnet.cli import CHECKOUT, CONFIGS
+
+if TYPE_CHECKING:
+    from cifarnet.data import ImageDataModule
+    from cifarnet.module import Classifier
+
+# HParams: the same columns in every run
+COLUMNS = {
+    "data": "data._target_",
+    "model": "model._target_",
+    "optimizer": "optimizer._target_",
+    "scheduler": "scheduler._target_",
+    "seed": "seed",
+    "batch_size": "data.batch_size",
+    "max_epochs": "trainer.max_epochs",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "label_smoothing": "module.label_smoothing",
+    "crop_padding": "data.crop_padding",
+    "precision": "trainer.precision",
+}
+
+
+def collect(config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule") -> dict[str, Any]:
+    """All that is worth keeping about a finished run, as plain data. Accuracies go from 0 to 1, times are in seconds."""
+    history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History("."))
+    validated = [row for row in history.epochs if "val/accuracy" in row]
+    best = max(validated, key=lambda row: row["val/accuracy"], default={})
+    test = module.means("test")
+    return {
+        "name": config.name,
+        "val_accuracy": best.get("val/accuracy", math.nan),
+        "best_epoch": best.get("epoch"),
+        "test_accuracy": test["test/accuracy"],
+        "test_cross_entropy": test["test/cross_entropy"],
+        "epochs": trainer.current_epoch,
+        "seconds": history.seconds,
+        "images_per_second": history.images / history.seconds if history.seconds else math.nan,
+        "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
+        "seed": config.seed,
+        "precision": str(config.trainer.precision),
+        "data": datamodule.describe(),
+        "hardware": hardware(module.device),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "lightning", "hydra-core")},
+        "git_commit": git_commit(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "config": OmegaConf.to_container(config, resolve=True),
+        "history": history.epochs,
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, with "-dirty" if it was changed since."""
+    if CONFIGS.parent != CHECKOUT:
+        return None  # installed from a wheel
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(metrics: dict[str, Any], path: Path) -> None:
+    """Under a temporary name first, so that `metrics.json` is never half a file. NaN becomes null."""
+    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in metrics.items()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> None:
+    """One row in TensorBoard's HParams, with the run's results."""
+    config = OmegaConf.create(metrics["config"])
+    columns = {}
+    for name, key in COLUMNS.items():
+        value = OmegaConf.select(config, key)
+        columns[name] = value.rpartition(".")[2] if key.endswith("_target_") and value else value
+        if value is None:
+            columns[name] = "none"
+    shown = set(COLUMNS.values()) | {"experiment"}
+    others = [override for override in metrics["overrides"] if override.partition("=")[0].lstrip("+") not in shown]
+    columns["other_overrides"] = " ".join(others)
+    scores = {
+        "hp/val_accuracy": metrics["val_accuracy"],
+        "hp/test_accuracy": metrics["test_accuracy"],
+        "hp/seconds": metrics["seconds"],
+    }
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(columns, scores)
+        logger.finalize("success")
+
+
+def table(metrics: dict[str, Any], folder: str) -> str:
+    """The end of a run, for the terminal."""
+    rows = {
+        "validation accuracy": f"{metrics['val_accuracy']:.2%}  (epoch {metrics['best_epoch']} of {metrics['epochs']}, the best)",
+        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({metrics['data']['test']:,} images, with that epoch's weights)",
+        "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
+        "folder": os.path.relpath(folder),
+    }
+    width = max(map(len, rows))
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])

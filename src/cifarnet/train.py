@@ -1,0 +1,210 @@
+"""Compose, fit, test, report, and return the validation accuracy.
+
+    python -m cifarnet.train +experiment=baseline
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cifarnet import cli
+from cifarnet.errors import UserError
+
+if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
+    import lightning as L
+
+    from cifarnet.data import ImageDataModule
+    from cifarnet.module import Classifier
+
+
+def train(config: DictConfig) -> float:
+    """Train, test the best checkpoint once, and write `metrics.json` into the run's folder.
+
+    Args:
+        config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
+
+    Returns:
+        The best validation accuracy, from 0 to 1.
+
+    Raises:
+        UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
+        Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
+    """
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from cifarnet import results
+    from cifarnet.models import Normalize
+
+    quieten_lightning()
+    if config.trainer.precision == "auto":
+        config.trainer.precision = best_precision(config.trainer.accelerator)
+    check(config)
+    L.seed_everything(config.seed, verbose=False)
+
+    trainer = make_trainer(config)
+    datamodule: ImageDataModule = instantiate(config.data)
+    datamodule.prepare_data()
+    datamodule.setup()
+    config.total_steps = total_steps(trainer, datamodule)
+
+    network = instantiate(config.model, num_classes=len(datamodule.class_names), image_size=datamodule.image_size)
+    for layer in network.modules():
+        if isinstance(layer, Normalize):
+            layer.fit(datamodule.source.train.images)
+    module: Classifier = instantiate(config.module, _partial_=True)(
+        network=network,
+        optimizer=instantiate(config.optimizer),
+        scheduler=instantiate(config.get("scheduler")),
+        recipe=recipe(config, network, datamodule),
+    )
+    if config.ckpt_path is not None:
+        check_resumable(config, module)
+
+    trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if checkpoint else None
+    trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False)
+
+    metrics = results.collect(config, trainer, module, datamodule)
+    results.write(metrics, Path(config.output_dir) / "metrics.json")
+    results.log_hyperparameters(metrics, trainer.loggers)
+    print(results.table(metrics, config.output_dir))
+    return metrics["val_accuracy"]
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings that cannot work before anything is read or built."""
+    for section in ("data", "model", "optimizer", "trainer", "module"):
+        if "_target_" not in (config.get(section) or {}):
+            raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
+    for key in ("seed",):
+        if not isinstance(config[key], int) or config[key] < 0:
+            raise UserError(f"{key}={config[key]} has the wrong type: expected a whole number, 0 or more.")
+    cli.check_types(config)
+
+
+def make_trainer(config: DictConfig) -> "L.Trainer":
+    """The Trainer with its callbacks and logger."""
+    import lightning as L
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(
+            callbacks=[instantiate(callback) for callback in (config.get("callbacks") or {}).values() if callback],
+            logger=instantiate(config.logger) if config.get("logger") else False,
+        )
+    except InstantiationException:
+        raise
+    except Exception as error:  # Lightning raises many types for settings it cannot use
+        accelerator = config.trainer.accelerator
+        if "accelerator" in str(error) or "backend" in str(error):
+            raise UserError(
+                f"trainer.accelerator={accelerator}: PyTorch finds no such device on this machine. "
+                f"Choose trainer=auto or trainer=cpu, or install a PyTorch that supports it. ({error})"
+            ) from error
+        raise UserError(f"trainer: {error}") from error
+    if trainer.world_size > 1:
+        raise UserError(f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1.")
+    return trainer
+
+
+def best_precision(accelerator: str) -> str:
+    """bf16-mixed where the hardware computes in bfloat16, else 32-true."""
+    import torch
+
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
+    # elsewhere bf16 on a CPU is emulated, and slower than float32
+    fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if on_cpu and fast_on_cpu else "32-true"
+
+
+def total_steps(trainer: "L.Trainer", datamodule: "ImageDataModule") -> int:
+    """How often the optimizer steps in the whole run, for schedules."""
+    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = -1 if trainer.max_epochs in (None, -1) else trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+    limits = [limit for limit in (steps, trainer.max_steps) if limit != -1]
+    if not limits:
+        raise UserError("trainer.max_epochs=-1: a schedule needs an end. Give trainer.max_epochs or trainer.max_steps.")
+    return min(limits)
+
+
+def recipe(config: DictConfig, network: Any, datamodule: "ImageDataModule") -> dict[str, Any]:
+    """What the checkpoint must hold to be used alone, as plain data."""
+    from cifarnet import __version__
+    from cifarnet.checkpoint import class_path
+
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return {
+        "cifarnet": __version__,
+        "model": {
+            **plain["model"],
+            "_target_": class_path(type(network)),
+            "num_classes": len(datamodule.class_names),
+            "image_size": datamodule.image_size,
+        },
+        "class_names": list(datamodule.class_names),
+        "config": plain,
+    }
+
+
+def check_resumable(config: DictConfig, module: "Classifier") -> None:
+    """Compare the checkpoint with what is to go on from it."""
+    from cifarnet.checkpoint import read
+
+    checkpoint = read(config.ckpt_path)
+    saved, wanted = checkpoint["hyper_parameters"]["model"], module.hparams["model"]
+    differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
+    if differing:
+        was, now = ({key: model.get(key) for key in differing} for model in (saved, wanted))
+        raise UserError(
+            f"ckpt_path={config.ckpt_path} holds another network: it has {was}, the config asks for {now}. "
+            "Give the settings that it was trained with, or train anew without ckpt_path."
+        )
+    for schedule in checkpoint.get("lr_schedulers", []):
+        planned = schedule.get("total_steps", config.total_steps)
+        if planned != config.total_steps:
+            raise UserError(
+                f"ckpt_path={config.ckpt_path}: its learning rate was planned for {planned} steps, but this run has "
+                f"{config.total_steps}. Keep trainer.max_epochs and data.batch_size as they were, or train anew."
+            )
+
+
+def quieten_lightning() -> None:
+    """Warnings stay; notes about hardware found and advice that does not apply here go."""
+    import logging
+    import warnings
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()  # under Hydra every line would appear twice
+        logger.setLevel(logging.WARNING)
+    for message in (
+        ".*exists and is not empty.*",  # the run's folder is also the logger's
+        ".*smaller than the logging interval.*",  # metrics are logged once an epoch
+        ".*does not have many workers.*",
+        ".*treespec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+@hydra.main(version_base="1.3", config_path=str(cli.CONFIGS), config_name="train")
+def _main(config: DictConfig) -> float:
+    return train(config)
+
+
+def main() -> None:
+    """The command `python -m cifarnet.train`."""
+    sys.argv[1:] = cli.with_saved_overrides(sys.argv[1:])
+    cli.run(_main)
+
+
+if __name__ == "__main__":
+    main()

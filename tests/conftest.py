@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from cifarnet.cli import CONFIGS
+
+SMALL = [
+    "data=synthetic",
+    "data.train_size=200",
+    "data.test_size=50",
+    "data.batch_size=32",
+    "model.widths=[4,4,8,8]",
+    "model.hidden=16",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.precision=32-true",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Tests leave no trace in the user's cache, and find none there."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CIFARNET_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Compose a small run: config("optimizer.lr=0.1", …)."""
+
+    def small(*overrides: str, folder: str = "run"):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("train", [*SMALL, f"output_dir={tmp_path / folder}", *overrides])
+
+    return small
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """CIFAR-10 as image files, train/<class>/… and test/<class>/…"""
+    folder = Path(os.environ.get("CIFARNET_IMAGES", "~/.cache/cifar10-jpeg")).expanduser()
+    if not (folder / "train").is_dir():
+        pytest.skip(f"no photographs: {folder}/train is missing (set CIFARNET_IMAGES to an image-folder copy of CIFAR-10)")
+    return folder

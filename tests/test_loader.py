@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifarnet.data import InMemoryLoader
+from cifarnet.data.augment import Augment
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (50, 3, 12, 12), dtype=torch.uint8)
+
+
+def loader(images, **arguments):
+    arguments = dict(batch_size=8, train=True, augment=Augment(3, True), seed=5) | arguments
+    return InMemoryLoader(images, torch.arange(len(images)), **arguments)  # the label says which image it is
+
+
+def epoch(loader, number=0):
+    loader.sampler.set_epoch(number)
+    batches = list(loader)
+    return torch.cat([batch for batch, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3, 11])
+def test_crops_and_flips_equal_a_naive_loop(images, padding):
+    augment = Augment(padding, flip=True)
+    augmented, index = epoch(loader(images, augment=augment), 2)
+    draws = augment.draw(len(images), seed=5, epoch=2)
+    for output, i in zip(augmented, index.tolist(), strict=True):
+        padded = F.pad(images[i].float()[None], (padding,) * 4, mode="reflect")[0].to(torch.uint8)
+        top, left = int(draws.top[i]), int(draws.left[i])
+        expected = padded[:, top : top + 12, left : left + 12]
+        if draws.flip[i]:
+            expected = expected.flip(2)
+        assert torch.equal(output, expected)
+
+
+def test_draws_cover_every_offset_and_about_half_the_flips():
+    draws = Augment(2, flip=True).draw(10_000, seed=0, epoch=0)
+    assert draws.top.unique().tolist() == draws.left.unique().tolist() == [0, 1, 2, 3, 4]
+    assert 4_800 < int(draws.flip.sum()) < 5_200
+    assert not Augment(2, flip=False).draw(100, seed=0, epoch=0).flip.any()
+
+
+def test_an_image_is_augmented_alike_in_every_batch_size(images):
+    one, index_one = epoch(loader(images, batch_size=5), 1)
+    other, index_other = epoch(loader(images, batch_size=25), 1)
+    assert torch.equal(index_one, index_other)
+    assert torch.equal(one, other)
+
+
+def test_epochs_and_seeds_differ_and_repeat(images):
+    first, order = epoch(loader(images), 0)
+    again, order_again = epoch(loader(images), 0)
+    assert torch.equal(first, again)
+    assert torch.equal(order, order_again)
+    for other in (epoch(loader(images), 1), epoch(loader(images, seed=6), 0)):
+        assert not torch.equal(order, other[1])
+
+
+def test_training_drops_the_incomplete_batch_and_evaluation_keeps_it(images):
+    train, evaluation = loader(images), loader(images, train=False)
+    assert len(train) == 6
+    assert len(epoch(train)[0]) == 48
+    seen, index = epoch(evaluation)
+    assert len(evaluation) == 7
+    assert torch.equal(seen, images)  # all, in order, as they are
+    assert index.tolist() == list(range(50))
+
+
+def test_position_is_restored_in_the_middle_of_an_epoch(images):
+    whole = loader(images)
+    whole.sampler.set_epoch(3)
+    batches = iter(whole)
+    for _ in range(2):
+        next(batches)
+    state = whole.state_dict()
+    rest = [labels for _, labels in batches]
+
+    resumed = loader(images)
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(3)
+    assert [labels.tolist() for _, labels in resumed] == [labels.tolist() for labels in rest]
+    assert len(list(resumed)) == len(resumed)  # only once
+
+    next_epoch = loader(images)
+    next_epoch.load_state_dict(state)
+    assert len(epoch(next_epoch, 4)[1]) == 48

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from cifarnet.models import CNN, Normalize
+
+
+def test_baseline_network_is_the_one_described():
+    network = CNN()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_168_362
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [32, 32, 64, 64]
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
+
+
+def test_arguments_change_the_network():
+    network = CNN(num_classes=3, image_size=20, in_chans=1, widths=(4, 4, 8, 8, 8, 8), hidden=7, drop_rate=0.5)
+    assert network(torch.rand(5, 1, 20, 20)).shape == (5, 3)
+    assert any(isinstance(layer, nn.Dropout) and layer.p == 0.5 for layer in network.modules())
+
+
+@pytest.mark.parametrize("arguments", [dict(widths=(4, 4, 8)), dict(image_size=3)])
+def test_impossible_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match="widths|image_size"):
+        CNN(**arguments)
+
+
+def test_normalize_standardises_the_images_it_was_fitted_to():
+    images = torch.randint(0, 200, (50, 3, 8, 8), dtype=torch.uint8)
+    images[:, 2] //= 3
+    layer = Normalize()
+    layer.fit(images)
+    scaled = images.double() / 255
+    torch.testing.assert_close(layer.mean.flatten().double(), scaled.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.std.flatten().double(), scaled.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+    normalised = layer(images)
+    torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normalised, layer(images.float() / 255))
+    assert set(layer.state_dict()) == {"mean", "std"}  # saved with the network
+
+
+def test_normalize_survives_a_constant_channel():
+    layer = Normalize()
+    layer.fit(torch.full((4, 3, 2, 2), 7, dtype=torch.uint8))
+    assert layer(torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)).abs().max() < 1e-6
