@@ -29,11 +29,12 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    """Compose a small run: config("optimizer.lr=0.1", …)."""
+    """Compose a small run: config("optimizer.lr=0.1", …), leaving out settings that start with `without`."""
 
-    def small(*overrides: str, folder: str = "run"):
+    def small(*overrides: str, folder: str = "run", without: str = "-"):
+        settings = [setting for setting in SMALL if not setting.startswith(without)]
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("train", [*SMALL, f"output_dir={tmp_path / folder}", *overrides])
+            return compose("train", [*settings, f"output_dir={tmp_path / folder}", *overrides])
 
     return small
 

@@ -44,13 +44,14 @@ COLUMNS = {
 def collect(config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule") -> dict[str, Any]:
     """All that is worth keeping about a finished run, as plain data. Accuracies go from 0 to 1, times are in seconds."""
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History("."))
-    validated = [row for row in history.epochs if "val/accuracy" in row]
-    best = max(validated, key=lambda row: row["val/accuracy"], default={})
+    tested = {**module.means("val"), "epoch": trainer.current_epoch}  # the epoch whose weights were tested: the last,
+    if trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path:  # or the best
+        tested = max(history.epochs, key=lambda row: row.get("val/accuracy", -1.0), default=tested)
     test = module.means("test")
     return {
         "name": config.name,
-        "val_accuracy": best.get("val/accuracy", math.nan),
-        "best_epoch": best.get("epoch"),
+        "val_accuracy": tested["val/accuracy"],
+        "tested_epoch": tested["epoch"],
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
         "epochs": trainer.current_epoch,
@@ -99,6 +100,7 @@ def git_commit() -> str | None:
 def write(metrics: dict[str, Any], path: Path) -> None:
     """Under a temporary name first, so that `metrics.json` is never half a file. NaN becomes null."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in metrics.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -130,7 +132,7 @@ def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> N
 def table(metrics: dict[str, Any], folder: str) -> str:
     """The end of a run, for the terminal."""
     rows = {
-        "validation accuracy": f"{metrics['val_accuracy']:.2%}  (epoch {metrics['best_epoch']} of {metrics['epochs']}, the best)",
+        "validation accuracy": f"{metrics['val_accuracy']:.2%}  (epoch {metrics['tested_epoch']} of {metrics['epochs']})",
         "test accuracy": f"{metrics['test_accuracy']:.2%}  ({metrics['data']['test']:,} images, with that epoch's weights)",
         "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
         "folder": os.path.relpath(folder),

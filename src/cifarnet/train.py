@@ -37,6 +37,7 @@ def train(config: DictConfig) -> float:
     from hydra.utils import instantiate
 
     from cifarnet import results
+    from cifarnet.checkpoint import read
     from cifarnet.models import Normalize
 
     quieten_lightning()
@@ -65,9 +66,10 @@ def train(config: DictConfig) -> float:
         check_resumable(config, module)
 
     trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
-    checkpoint = trainer.checkpoint_callback
-    best = checkpoint.best_model_path if checkpoint else None
-    trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False)
+    if trainer.checkpoint_callback and (best := trainer.checkpoint_callback.best_model_path):
+        # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
+        module.load_state_dict(read(best)["state_dict"])
+    trainer.test(module, datamodule=datamodule, verbose=False)
 
     metrics = results.collect(config, trainer, module, datamodule)
     results.write(metrics, Path(config.output_dir) / "metrics.json")

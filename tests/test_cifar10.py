@@ -1,0 +1,142 @@
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torchvision
+
+from cifarnet.data import CIFAR10
+from cifarnet.errors import UserError
+
+IMAGES_A_FILE = 20
+
+
+@pytest.fixture(scope="session")
+def archive() -> dict:
+    """A small archive in the official format: its bytes, and the checksums of it and of its members."""
+    published, random = torchvision.datasets.CIFAR10, np.random.default_rng(0)
+    members = {}
+    for name, _ in [*published.train_list, *published.test_list]:
+        pixels = random.integers(0, 256, (IMAGES_A_FILE, 3072), np.uint8)
+        members[name] = pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(IMAGES_A_FILE)]})
+    members["batches.meta"] = pickle.dumps({"label_names": "airplane automobile bird cat deer dog frog horse ship truck".split()})
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"{published.base_folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    content = file.getvalue()
+    return {
+        "bytes": content,
+        "md5": hashlib.md5(content).hexdigest(),
+        "members": {name: hashlib.md5(member).hexdigest() for name, member in members.items()},
+    }
+
+
+@pytest.fixture(autouse=True)
+def published(archive, monkeypatch):
+    """torchvision's checksums, replaced by those of the small archive."""
+    cls, members = torchvision.datasets.CIFAR10, archive["members"]
+    monkeypatch.setattr(cls, "tgz_md5", archive["md5"])
+    monkeypatch.setattr(cls, "train_list", [[name, members[name]] for name, _ in cls.train_list])
+    monkeypatch.setattr(cls, "test_list", [[name, members[name]] for name, _ in cls.test_list])
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": members["batches.meta"]})
+    return cls
+
+
+@pytest.fixture
+def server(archive):
+    """Serves /whole, /short (cut off after a third, though a full length is announced) and /wrong."""
+    content = archive["bytes"]
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            bodies = {"/whole": content, "/short": content[: len(content) // 3], "/wrong": content[:-1] + b"x"}
+            name = "/" + self.path.split("/")[1]
+            if name not in bodies:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(bodies[name])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield lambda path: f"http://127.0.0.1:{http_server.server_port}/{path}/cifar-10-python.tar.gz", requests
+        http_server.shutdown()
+
+
+def data(tmp_path, url="http://127.0.0.1:9/cifar-10-python.tar.gz"):
+    return CIFAR10(root=str(tmp_path / "data"), url=url, batch_size=10)
+
+
+def test_download_once_then_never_again(tmp_path, server):
+    url, requests = server
+    data(tmp_path, url("whole")).prepare_data()
+    asked = len(requests)
+    assert asked > 0
+    module = data(tmp_path, url("whole"))
+    module.prepare_data()
+    module.setup()
+    assert len(requests) == asked
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    assert len(module.source.train) + len(module.source.val) == 5 * IMAGES_A_FILE
+    assert len(module.source.test) == IMAGES_A_FILE
+    assert module.source.test.images.shape[1:] == (3, 32, 32)
+    assert module.class_names[3] == "cat"
+
+
+@pytest.mark.parametrize("path", ["short", "wrong", "missing"])
+def test_failed_download_explains_and_leaves_nothing(tmp_path, server, archive, path):
+    url, _ = server
+    with pytest.raises(UserError) as error:
+        data(tmp_path, url(path)).prepare_data()
+    message = str(error.value)
+    for needed in (url(path), str(tmp_path / "data"), "cifar-10-python.tar.gz", archive["md5"], "data.url=", "data=synthetic"):
+        assert needed in message
+    assert list((tmp_path / "data").iterdir()) == []
+    data(tmp_path, url("whole")).prepare_data()  # the next start is not harmed
+
+
+def test_no_network(tmp_path):
+    with pytest.raises(UserError, match="could not be downloaded"):
+        data(tmp_path).prepare_data()
+
+
+def test_archive_put_there_by_hand(tmp_path, archive):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(archive["bytes"])
+    module = data(tmp_path)
+    module.setup()
+    assert len(module.source.test) == IMAGES_A_FILE
+
+
+def test_wrong_archive_put_there_by_hand_is_kept(tmp_path, server, archive):
+    (tmp_path / "data").mkdir()
+    by_hand = tmp_path / "data" / "cifar-10-python.tar.gz"
+    by_hand.write_bytes(archive["bytes"][:1000])
+    with pytest.raises(UserError, match="not the published archive"):
+        data(tmp_path, server[0]("whole")).prepare_data()
+    assert by_hand.read_bytes() == archive["bytes"][:1000]
+    assert list((tmp_path / "data").iterdir()) == [by_hand]
+
+
+def test_changed_or_missing_member_is_named(tmp_path, server):
+    data(tmp_path, server[0]("whole")).prepare_data()
+    member = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
+    member.write_bytes(member.read_bytes() + b" ")
+    with pytest.raises(UserError, match="data_batch_3 has a wrong checksum"):
+        data(tmp_path).prepare_data()
+    member.unlink()
+    with pytest.raises(UserError, match="data_batch_3 is missing"):
+        data(tmp_path).prepare_data()

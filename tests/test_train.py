@@ -1,0 +1,223 @@
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import cifarnet
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.models import Normalize
+from cifarnet.train import train
+
+
+def events(folder: Path) -> dict[str, dict[str, list]]:
+    """{kind: {tag: events}} of all event files in a run's folder."""
+    found: dict[str, dict[str, list]] = {"scalars": {}, "images": {}}
+    for file in sorted(folder.glob("events.*")):
+        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0, "images": 0}).Reload()
+        for kind, read in [("scalars", accumulator.Scalars), ("images", accumulator.Images)]:
+            for tag in accumulator.Tags()[kind]:
+                found[kind].setdefault(tag, []).extend(read(tag))
+        for tag, metadata in accumulator.summary_metadata.items():
+            if tag.startswith("_hparams_"):
+                found.setdefault("hparams", {})[tag] = metadata.plugin_data.content
+    return found
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_run_leaves_what_it_should(config, tmp_path, capsys):
+    score = train(config())
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    rows = metrics["history"]
+    assert score == metrics["val_accuracy"] == max(row["val/accuracy"] for row in rows)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert metrics["epochs"] == 2
+    assert metrics["data"]["train"], metrics["data"]["val"] == (180, 20)
+    assert metrics["config"]["optimizer"]["lr"] == 0.05
+    assert metrics["versions"]["torch"]
+    for name in ("predictions.png", "accuracy.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+    printed = capsys.readouterr().out
+    assert f"{metrics['test_accuracy']:.2%}" in printed
+    assert f"{score:.2%}" in printed
+
+    logged = events(run)
+    assert set(logged["scalars"]) == {
+        *("train/cross_entropy", "train/weight_decay", "train/objective", "train/accuracy"),
+        *("val/cross_entropy", "val/accuracy", "learning_rate"),
+        *("hp/val_accuracy", "hp/test_accuracy", "hp/seconds"),
+    }
+    assert [event.step for event in logged["scalars"]["val/accuracy"]] == [1, 2]
+    objective, *terms = (
+        logged["scalars"][f"train/{name}"][-1].value for name in ("objective", "cross_entropy", "weight_decay")
+    )
+    assert objective == pytest.approx(sum(terms), rel=1e-6)
+    assert set(logged["images"]) == {"train/augmented_batch", "test/predictions", "test/confusion_matrix"}
+    assert "_hparams_/session_start_info" in logged["hparams"]
+
+
+def test_test_accuracy_is_that_of_the_best_checkpoint(config, tmp_path):
+    settings = config("trainer.max_epochs=4", "optimizer.lr=0.1")
+    train(settings)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    network, class_names = cifarnet.load(tmp_path / "run")
+    assert not network.training
+    assert class_names[0] == "disc"
+
+    from hydra.utils import instantiate
+
+    test = instantiate(settings.data).source.test
+    with torch.no_grad():
+        correct = (network(test.images).argmax(1) == test.labels).float().mean().item()
+    assert correct == pytest.approx(metrics["test_accuracy"], abs=1e-6)
+
+
+def test_csv_logger(config, tmp_path):
+    train(config("logger=csv"))
+    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert "val/accuracy" in header.split(",")
+    assert "epoch" not in header.split(",")
+    assert len(rows) == 2
+    assert not list((tmp_path / "run").glob("events.*"))
+
+
+def test_seed_decides_everything(config, tmp_path):
+    for folder, overrides in [("one", []), ("same", []), ("other", ["seed=1"])]:
+        train(config(*overrides, folder=folder))
+    assert_same_weights(tmp_path / "one/checkpoints/last.ckpt", tmp_path / "same/checkpoints/last.ckpt")
+    one, other = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "other"))
+    assert not torch.equal(one["network.features.0.weight"], other["network.features.0.weight"])
+    # the split does not depend on the seed
+    assert torch.equal(one["network.normalize.mean"], other["network.normalize.mean"])
+
+
+class SignalAt(Callback):
+    """Sends this process a signal after a batch of an epoch (both count from 0)."""
+
+    def __init__(self, epoch: int, batch: int, number: int) -> None:
+        self.moment, self.number = (epoch, batch), number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.moment:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("epoch", "batch"), [(1, 2), (0, 0), (1, 4), (2, 4)], ids=["middle", "first", "end", "last"])
+def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, epoch, batch):
+    """Five batches an epoch; with dropout and momentum, whose state must be restored too."""
+    recipe = ["trainer.max_epochs=3", f"trainer.precision={precision}", "model.drop_rate=0.2", "optimizer.lr=0.02"]
+    train(config(*recipe, folder="whole"))
+
+    stop = f"+callbacks.signal={{_target_: {__name__}.SignalAt, epoch: {epoch}, batch: {batch}, number: {int(signal.SIGINT)}}}"
+    with pytest.raises(Interrupted) as interrupted:
+        train(config(*recipe, stop, folder="parts"))
+    assert interrupted.value.status == 130
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    assert str(last) in str(interrupted.value)
+    assert not (tmp_path / "parts/metrics.json").exists()
+
+    train(config(*recipe, f"ckpt_path={last}", folder="parts"))
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    assert whole["history"] == parts["history"]
+    assert whole["test_accuracy"] == parts["test_accuracy"]
+
+
+def test_resumed_csv_log_is_whole(config, tmp_path):
+    stop = f"+callbacks.signal={{_target_: {__name__}.SignalAt, epoch: 1, batch: 1, number: {int(signal.SIGTERM)}}}"
+    with pytest.raises(Interrupted) as interrupted:
+        train(config("logger=csv", stop))
+    assert interrupted.value.status == 143
+    train(config("logger=csv", f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"))
+    _, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+
+
+def test_another_network_or_plan_is_not_resumed(config, tmp_path):
+    train(config())
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match=r"another network: it has \{'hidden': 16\}.*\{'hidden': 17\}"):
+        train(config(f"ckpt_path={last}", "model.hidden=17"))
+    with pytest.raises(UserError, match=r"planned for 10 steps, but this run has 15"):
+        train(config(f"ckpt_path={last}", "trainer.max_epochs=3"))
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train(config(f"ckpt_path={tmp_path}/nothing.ckpt"))
+    last.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a checkpoint of cifarnet, or is damaged"):
+        train(config(f"ckpt_path={last}"))
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def test_own_network(config, tmp_path):
+    own = config("~model", f"+model={{_target_: {__name__}.OwnNetwork}}", without="model")
+    train(own)
+    with pytest.raises(UserError, match="OwnNetwork, which is not one of cifarnet.models.cnn.CNN"):
+        cifarnet.load(tmp_path / "run")
+    network, _ = cifarnet.load(tmp_path / "run", classes=[OwnNetwork])
+    assert network.layers[0].std.max() < 1  # the statistics came along
+
+
+def test_checkpoint_with_code_is_refused(config, tmp_path):
+    train(config("trainer.max_epochs=1"))
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["extra"] = nn.Linear(1, 1)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        cifarnet.load(path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer=adamw", "scheduler=cosine"],
+        ["~scheduler"],
+        ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.accumulate_grad_batches=2"],
+        ["~callbacks", "~logger"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_other_choices_train(config, overrides):
+    assert 0 <= train(config(*overrides)) <= 1
+
+
+def test_folder_of_photographs(config, photographs, tmp_path):
+    """Real images, a few of each class, from files to metrics."""
+    for split, count in [("train", 20), ("test", 5)]:
+        for folder in sorted((photographs / split).iterdir()):
+            target = tmp_path / "few" / split / folder.name
+            target.mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, target)
+    train(config("data=folder", f"data.root={tmp_path / 'few'}", "data.batch_size=32", without="data"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["data"]["train"], metrics["data"]["val"], metrics["data"]["test"]) == (180, 20, 50)
