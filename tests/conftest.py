@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Callback
 
 from cifarnet.cli import CONFIGS
 
@@ -17,6 +18,17 @@ SMALL = [
     "trainer.max_epochs=2",
     "trainer.precision=32-true",
 ]
+
+
+class SignalAt(Callback):
+    """Sends this process a signal after a batch of an epoch (both count from 0)."""
+
+    def __init__(self, epoch: int, batch: int, number: int) -> None:
+        self.moment, self.number = (epoch, batch), number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.moment:
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(autouse=True)
@@ -44,5 +56,5 @@ def photographs() -> Path:
     """CIFAR-10 as image files, train/<class>/… and test/<class>/…"""
     folder = Path(os.environ.get("CIFARNET_IMAGES", "~/.cache/cifar10-jpeg")).expanduser()
     if not (folder / "train").is_dir():
-        pytest.skip(f"no photographs: {folder}/train is missing (set CIFARNET_IMAGES to an image-folder copy of CIFAR-10)")
+        pytest.skip(f"no photographs: set CIFARNET_IMAGES to an image-folder copy of CIFAR-10 (not in {folder})")
     return folder

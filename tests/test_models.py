@@ -22,7 +22,7 @@ def test_arguments_change_the_network():
 
 @pytest.mark.parametrize("arguments", [dict(widths=(4, 4, 8)), dict(image_size=3)])
 def test_impossible_arguments_are_refused(arguments):
-    with pytest.raises(ValueError, match="widths|image_size"):
+    with pytest.raises(ValueError, match=r"widths|image_size"):
         CNN(**arguments)
 
 

@@ -17,8 +17,8 @@ def test_a_picture_is_a_function_of_seed_and_index():
 def test_splits_do_not_share_pictures_and_are_balanced():
     data = Synthetic(train_size=500, test_size=100)
     data.setup()
-    pictures = [image.numpy().tobytes() for split in (data.source.train, data.source.val, data.source.test) for image in split.images]
-    assert len(set(pictures)) == 600
+    splits = (data.source.train, data.source.val, data.source.test)
+    assert len({image.numpy().tobytes() for split in splits for image in split.images}) == 600
     assert data.source.val.labels.bincount().tolist() == [5] * 10
     assert data.source.test.labels.bincount().tolist() == [10] * 10
 

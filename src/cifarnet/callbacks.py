@@ -48,9 +48,7 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(_epoch(trainer))
         self._start = None
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._start is None:
             self._start = time.perf_counter(), batch_idx
 
@@ -112,7 +110,9 @@ class History(Callback):
                 self._log(trainer, row)
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, _: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
         now = time.perf_counter()
         self.images += len(batch[1])
         self.seconds += now - self._start

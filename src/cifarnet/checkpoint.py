@@ -26,13 +26,17 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}. A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt.")
+        raise UserError(
+            f"There is no checkpoint {path}. A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} is not a checkpoint of cifarnet, or is damaged ({type(error).__name__}: {reason}).") from error
+        raise UserError(
+            f"{path} is not a checkpoint of cifarnet, or is damaged ({type(error).__name__}: {reason})."
+        ) from error
     return checkpoint
 
 

@@ -2,13 +2,14 @@
 
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -155,6 +156,19 @@ def explain(error: BaseException) -> str | None:
             return str(error)
         section = str(error).rpartition("full_key: ")[2]
         return explain(cause) or f"{section}: {cause}"
+    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError) and _raised_by_hydra(error):
+        return (
+            f"The run's folder cannot be made: {error.strerror}: {error.filename}. "
+            "Choose another, such as hydra.run.dir=runs/mine (in a sweep: hydra.sweep.dir)."
+        )
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: {error}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"{error}\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else str(error)
     return None
+
+
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Before any code of a job ran: Hydra makes the run's folder itself."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not any(Path(file).parent == PACKAGE and Path(file).name != "cli.py" for file in files)

@@ -13,7 +13,9 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 TRAIN, VAL = "#0969da", "#d1570a"
 
 
-def predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_names: Sequence[str], columns: int = 8) -> Figure:
+def predictions(
+    images: Tensor, labels: Tensor, predicted: Tensor, class_names: Sequence[str], columns: int = 8
+) -> Figure:
     """A grid of pictures with predicted and true class, mistakes in red.
 
     Shapes: images uint8 [N, 3, H, W]; labels and predicted int64 [N].

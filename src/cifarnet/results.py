@@ -41,8 +41,10 @@ COLUMNS = {
 }
 
 
-def collect(config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule") -> dict[str, Any]:
-    """All that is worth keeping about a finished run, as plain data. Accuracies go from 0 to 1, times are in seconds."""
+def collect(
+    config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule"
+) -> dict[str, Any]:
+    """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds."""
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History("."))
     tested = {**module.means("val"), "epoch": trainer.current_epoch}  # the epoch whose weights were tested: the last,
     if trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path:  # or the best
@@ -131,9 +133,10 @@ def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> N
 
 def table(metrics: dict[str, Any], folder: str) -> str:
     """The end of a run, for the terminal."""
+    epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
     rows = {
-        "validation accuracy": f"{metrics['val_accuracy']:.2%}  (epoch {metrics['tested_epoch']} of {metrics['epochs']})",
-        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({metrics['data']['test']:,} images, with that epoch's weights)",
+        "validation accuracy": f"{metrics['val_accuracy']:.2%}  ({epoch})",
+        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({images}, with that epoch's weights)",
         "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }

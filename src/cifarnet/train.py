@@ -1,6 +1,6 @@
 """Compose, fit, test, report, and return the validation accuracy.
 
-    python -m cifarnet.train +experiment=baseline
+python -m cifarnet.train +experiment=baseline
 """
 
 import sys
@@ -56,12 +56,15 @@ def train(config: DictConfig) -> float:
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(datamodule.source.train.images)
-    module: Classifier = instantiate(config.module, _partial_=True)(
-        network=network,
-        optimizer=instantiate(config.optimizer),
-        scheduler=instantiate(config.get("scheduler")),
-        recipe=recipe(config, network, datamodule),
-    )
+    try:
+        module: Classifier = instantiate(config.module, _partial_=True)(
+            network=network,
+            optimizer=instantiate(config.optimizer),
+            scheduler=instantiate(config.get("scheduler")),
+            recipe=recipe(config, network, datamodule),
+        )
+    except ValueError as error:  # torch's optimizers refuse values so
+        raise UserError(f"optimizer: {error}") from error
     if config.ckpt_path is not None:
         check_resumable(config, module)
 
@@ -111,7 +114,9 @@ def make_trainer(config: DictConfig) -> "L.Trainer":
             ) from error
         raise UserError(f"trainer: {error}") from error
     if trainer.world_size > 1:
-        raise UserError(f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1.")
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1."
+        )
     return trainer
 
 
@@ -131,7 +136,8 @@ def total_steps(trainer: "L.Trainer", datamodule: "ImageDataModule") -> int:
     """How often the optimizer steps in the whole run, for schedules."""
     batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = -1 if trainer.max_epochs in (None, -1) else trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+    steps = -(-batches // trainer.accumulate_grad_batches)  # an epoch
+    steps = -1 if trainer.max_epochs in (None, -1) else trainer.max_epochs * steps
     limits = [limit for limit in (steps, trainer.max_steps) if limit != -1]
     if not limits:
         raise UserError("trainer.max_epochs=-1: a schedule needs an end. Give trainer.max_epochs or trainer.max_steps.")
