@@ -180,8 +180,8 @@ class Pictures(Callback):
         writer = _writer(trainer)
         if writer is not None:
             matrix = multiclass_confusion_matrix(predicted, test.labels[:tested], num_classes=len(class_names))
-            writer.add_image("test/predictions", report.as_image(figure), module.current_epoch)
-            writer.add_image("test/confusion_matrix", report.as_image(report.confusion(matrix, class_names)))
+            for name, drawn in [("predictions", figure), ("confusion_matrix", report.confusion(matrix, class_names))]:
+                writer.add_image(f"test/{name}", report.as_image(drawn), trainer.current_epoch)
 
 
 def _writer(trainer: L.Trainer) -> SummaryWriter | None:

@@ -70,9 +70,9 @@ def confusion(matrix: Tensor, class_names: Sequence[str]) -> Figure:
     axis.set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of each true class")
     if len(class_names) <= 20:  # more would be unreadable
         for row, column in np.ndindex(*share.shape):
-            if share[row, column] >= 0.005:
-                colour = "white" if share[row, column] > 0.5 else "black"
-                axis.text(column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", color=colour)
+            percent = round(100 * share[row, column])
+            if percent > 0:
+                axis.text(column, row, percent, ha="center", va="center", color="white" if percent > 50 else "black")
     return figure
 
 
