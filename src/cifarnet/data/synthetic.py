@@ -63,10 +63,10 @@ def synthesize(index: np.ndarray, seed: int = 0) -> Split:
 
     mask = _shapes(labels, numbers[:, :4])[..., None]
     background = numbers[:, None, None, 4:7]
-    # a colour that differs from the background by at least 0.35 in every channel, brighter or darker
-    shift = 0.35 + 0.3 * numbers[:, None, None, 7:10]
+    # a colour that differs from the background by at least 0.25 in every channel, brighter or darker
+    shift = 0.25 + 0.3 * numbers[:, None, None, 7:10]
     colour = np.where(background < 0.5, background + shift, background - shift)
-    pictures = np.where(mask, colour, background) + 0.08 * noise
+    pictures = np.where(mask, colour, background) + 0.16 * noise
     pictures = (pictures.clip(0, 1) * 255).round().astype(np.uint8)
     return Split(torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels))
 

@@ -12,7 +12,8 @@ class CNN(nn.Module):
 
     ReLU after every layer but the last, "same" padding, no batch norm. At its defaults, on 32×32 images, it
     learns 2,168,362 parameters. Weights start as He et al. (2015) propose for ReLU networks
-    (https://arxiv.org/abs/1502.01852, uniform), biases at zero.
+    (https://arxiv.org/abs/1502.01852, uniform); biases and the output layer start at zero, so that the first
+    steps cannot blow up the logits and leave dead units behind.
 
     Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes].
 
@@ -53,6 +54,7 @@ class CNN(nn.Module):
             nn.Linear(hidden, num_classes),
         )
         self.apply(self._initialize)
+        nn.init.zeros_(self.classifier[-1].weight)
 
     @staticmethod
     def _initialize(layer: nn.Module) -> None:
