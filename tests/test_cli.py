@@ -57,6 +57,7 @@ def command(tmp_path, monkeypatch, capsys):
         (["data=folder"], "data.root is needed", "data.root="),
         (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "last.ckpt"),
         (["~model"], "model names nothing to build", "--help"),
+        (["model._target_=nets.Mine"], "nets.Mine", "model"),
         (["trainer.devices=2"], "trainer.devices=2", "Use 1"),
         (["optimizer.lr=0.1,"], "optimizer.lr=0.1,", ""),
         pytest.param(

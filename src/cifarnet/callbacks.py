@@ -40,8 +40,10 @@ class ProgressBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.train_progress_bar = Tqdm(disable=True)  # every epoch makes its own
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
@@ -79,7 +81,8 @@ class ProgressBar(TQDMProgressBar):
 
 
 def _epoch(trainer: L.Trainer) -> str:
-    return f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+    total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"Epoch {trainer.current_epoch + 1}{total}"
 
 
 class History(Callback):
@@ -244,5 +247,5 @@ class StopOnSignal(Callback):
         message = f"Stopped by {signal.Signals(self._received).name} after {where}."
         if trainer.checkpoint_callback is not None:
             last = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"
-            message += f" Go on with:\n  python -m cifarnet.train ckpt_path={last}"
+            message += f" Go on with:\n  python -m cifarnet.train ckpt_path={last.as_posix()}"
         raise Interrupted(message, status=128 + self._received)

@@ -1,6 +1,7 @@
 """What every command shares: where configs lie, how a run is continued, how errors are told."""
 
 import os
+import pydoc
 import sys
 import traceback
 import types
@@ -75,11 +76,14 @@ def _check_node(name: str, node: DictConfig) -> None:
 
 def _hints(target: str) -> dict[str, Any]:
     """The declared types of a class's or function's arguments, those of base classes included."""
-    from hydra.utils import get_object
-
-    called = get_object(target)
-    functions = [base.__init__ for base in reversed(called.__mro__)] if isinstance(called, type) else [called]
-    hints = {}
+    try:
+        called = pydoc.locate(target)
+    except pydoc.ErrorDuringImport:
+        return {}  # building it will say what is wrong
+    functions: list[Any] = [called]
+    if isinstance(called, type):
+        functions = [base.__init__ for base in reversed(called.__mro__)]
+    hints: dict[str, Any] = {}
     for function in functions:
         try:
             hints.update(typing.get_type_hints(function))
@@ -135,7 +139,9 @@ def run(task: Callable[[], Any]) -> None:
         sys.exit(interrupted.status)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise  # not Lightning's way of passing on a Ctrl-C
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -86,9 +86,8 @@ def check(config: DictConfig) -> None:
     for section in ("data", "model", "optimizer", "trainer", "module"):
         if "_target_" not in (config.get(section) or {}):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
-    for key in ("seed",):
-        if not isinstance(config[key], int) or config[key] < 0:
-            raise UserError(f"{key}={config[key]} has the wrong type: expected a whole number, 0 or more.")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise UserError(f"seed={config.seed} has the wrong type: expected a whole number, 0 or more.")
     cli.check_types(config)
 
 
