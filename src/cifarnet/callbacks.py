@@ -100,6 +100,7 @@ class History(Callback):
         self.images = 0  # trained on
         self.seconds = 0.0  # spent in training batches
         self._start = 0.0
+        self._validation: dict[str, float] = {}  # of this epoch, if it was validated
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "images": self.images, "seconds": self.seconds}
@@ -122,16 +123,17 @@ class History(Callback):
         self._start = now
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._validation = module.means("val")
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        validation = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         row = {
             "epoch": trainer.current_epoch + 1,
             **module.training_metrics(),
-            **validation,
+            **self._validation,
             "learning_rate": float(module.optimizer.param_groups[0]["lr"]),
         }
+        self._validation = {}
         self.epochs.append(row)
         self._log(trainer, row)
         self._start = time.perf_counter()

@@ -117,7 +117,7 @@ def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> N
         columns[name] = value.rpartition(".")[2] if key.endswith("_target_") and value else value
         if value is None:
             columns[name] = "none"
-    shown = set(COLUMNS.values()) | {"experiment"}
+    shown = {*COLUMNS.values(), "experiment", "name"}
     others = [override for override in metrics["overrides"] if override.partition("=")[0].lstrip("+") not in shown]
     columns["other_overrides"] = " ".join(others)
     scores = {
