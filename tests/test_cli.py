@@ -60,6 +60,7 @@ def command(tmp_path, monkeypatch, capsys):
         (["model._target_=nets.Mine"], "nets.Mine", "model"),
         (["trainer.devices=2"], "trainer.devices=2", "Use 1"),
         (["optimizer.lr=0.1,"], "optimizer.lr=0.1,", ""),
+        (["scheduler=null"], "group override must be a string", ""),
         pytest.param(
             ["trainer=gpu"],
             "trainer.accelerator=gpu",

@@ -1,6 +1,7 @@
 import copy
 from functools import partial
 
+import pytest
 import torch
 
 from cifarnet.models import CNN
@@ -43,8 +44,9 @@ def test_loss_returns_both_terms_and_their_sum():
     target = torch.full((6, 10), 0.1 / 10).scatter(1, labels[:, None], 0.9 + 0.1 / 10)
     torch.testing.assert_close(loss.cross_entropy, -(target * logits.log_softmax(1)).sum(1).mean())
     squares = sum(float(parameter.detach().square().sum()) for parameter in module.network.parameters())
-    torch.testing.assert_close(float(loss.weight_decay), DECAY / 2 * squares)
-    torch.testing.assert_close(float(loss.objective), float(loss.cross_entropy) + float(loss.weight_decay))
+    cross_entropy, decay, objective = (term.item() for term in loss)
+    assert decay == pytest.approx(DECAY / 2 * squares)
+    assert objective == pytest.approx(cross_entropy + decay)
 
 
 def test_epoch_means_weigh_every_image_the_same():

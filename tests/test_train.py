@@ -191,7 +191,7 @@ def test_checkpoint_with_code_is_refused(config, tmp_path):
     "overrides",
     [
         ["optimizer=adamw", "scheduler=cosine"],
-        ["scheduler=null", "callbacks.pictures=null"],
+        ["scheduler=constant", "callbacks.pictures=null"],
         ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.accumulate_grad_batches=2"],
         ["~callbacks", "~logger"],
     ],

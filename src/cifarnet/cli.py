@@ -162,15 +162,17 @@ def explain(error: BaseException) -> str | None:
             return str(error)
         section = str(error).rpartition("full_key: ")[2]
         return explain(cause) or f"{section}: {cause}"
-    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError) and _raised_by_hydra(error):
-        return (
-            f"The run's folder cannot be made: {error.strerror}: {error.filename}. "
-            "Choose another, such as hydra.run.dir=runs/mine (in a sweep: hydra.sweep.dir)."
-        )
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {error}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"{error}\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else str(error)
+    if _raised_by_hydra(error):
+        if not isinstance(error, OSError):
+            return str(error)
+        return (
+            f"The run's folder cannot be made: {error.strerror}: {error.filename}. "
+            "Choose another, such as hydra.run.dir=runs/mine (in a sweep: hydra.sweep.dir)."
+        )
     return None
 
 
