@@ -105,6 +105,48 @@ def test_cache_is_used_and_renewed(tree, cache, monkeypatch):
     assert read(tree).source.test.images[0, 0, 0, 0] == 177
 
 
+def test_channel_statistics_are_exact(tree):
+    data = read(tree)
+    scaled = data.source.train.images.double() / 255
+    mean, std = data.channel_statistics
+    torch.testing.assert_close(mean, scaled.mean((0, 2, 3)))
+    torch.testing.assert_close(std, scaled.std((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_equal_those_from_memory(tree, cache, workers):
+    settings = {"cutout": 9, "flip": "alternating"}
+    kept, streamed = read(tree, **settings), read(tree, in_memory=False, workers=workers, **settings)
+    assert len(list(cache.iterdir())) == 1  # streaming makes no cache
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        one, other = getattr(kept, name)(), getattr(streamed, name)()
+        assert len(one) == len(other) > 0
+        for epoch in (0, 1):
+            one.sampler.set_epoch(epoch)
+            other.sampler.set_epoch(epoch)
+            for (images, labels), (same_images, same_labels) in zip(one, other, strict=True):
+                assert torch.equal(images, same_images)
+                assert torch.equal(labels, same_labels)
+    assert torch.equal(torch.get_rng_state(), state)  # dropout is not disturbed
+    assert kept.describe() == streamed.describe()
+    for one, other in zip(kept.channel_statistics, streamed.channel_statistics, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_broken_image_is_named_while_streaming(tree):
+    (tree / "train" / "dog" / "broken.jpg").write_bytes(b"this is no image")
+    data = read(tree, in_memory=False, workers=2, val_fraction=0.05)
+    with pytest.raises(UserError, match=r"dog.broken.jpg cannot be read"):
+        list(data.train_dataloader())
+
+
+def test_images_that_do_not_fit_in_memory(tree):
+    with pytest.raises(UserError, match=r"need [\d,.]+ GiB of memory, and [\d.]+ GiB are free.*data.in_memory=false"):
+        read(tree, image_size=200_000)
+
+
 def test_mistakes_are_named(tree):
     def refused(match, **arguments):
         with pytest.raises(UserError, match=match):

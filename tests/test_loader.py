@@ -12,7 +12,7 @@ def images():
 
 
 def loader(images, **arguments):
-    arguments = dict(batch_size=8, train=True, augment=Augment(3, True), seed=5) | arguments
+    arguments = dict(batch_size=8, train=True, augment=Augment(3, "random"), seed=5) | arguments
     return InMemoryLoader(images, torch.arange(len(images)), **arguments)  # the label says which image it is
 
 
@@ -23,24 +23,48 @@ def epoch(loader, number=0):
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3, 11])
-def test_crops_and_flips_equal_a_naive_loop(images, padding):
-    augment = Augment(padding, flip=True)
+def test_crops_flips_and_holes_equal_a_naive_loop(images, padding):
+    fill = torch.tensor([7, 8, 9])
+    augment = Augment(padding, "random", cutout=5, fill=fill)
     augmented, index = epoch(loader(images, augment=augment), 2)
-    draws = augment.draw(len(images), seed=5, epoch=2)
+    draws = augment.draw(len(images), size=12, seed=5, epoch=2)
     for output, i in zip(augmented, index.tolist(), strict=True):
         padded = F.pad(images[i].float()[None], (padding,) * 4, mode="reflect")[0].to(torch.uint8)
         top, left = int(draws.top[i]), int(draws.left[i])
         expected = padded[:, top : top + 12, left : left + 12]
         if draws.flip[i]:
             expected = expected.flip(2)
+        expected = expected.clone()
+        middle_row, middle_column = draws.hole[i].tolist()
+        for row in range(middle_row - 2, middle_row + 3):
+            for column in range(middle_column - 2, middle_column + 3):
+                if 0 <= row < 12 and 0 <= column < 12:
+                    expected[:, row, column] = fill
         assert torch.equal(output, expected)
 
 
 def test_draws_cover_every_offset_and_about_half_the_flips():
-    draws = Augment(2, flip=True).draw(10_000, seed=0, epoch=0)
+    draws = Augment(2, "random").draw(10_000, size=32, seed=0, epoch=0)
     assert draws.top.unique().tolist() == draws.left.unique().tolist() == [0, 1, 2, 3, 4]
     assert 4_800 < int(draws.flip.sum()) < 5_200
-    assert not Augment(2, flip=False).draw(100, seed=0, epoch=0).flip.any()
+    assert draws.hole.unique().tolist() == list(range(32))
+    assert not Augment(2, "none").draw(100, size=32, seed=0, epoch=0).flip.any()
+
+
+def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():
+    augment = Augment(0, "alternating")
+    flips = [augment.draw(1_000, size=32, seed=3, epoch=epoch).flip for epoch in range(4)]
+    for one, next_one in zip(flips, flips[1:], strict=False):
+        assert torch.equal(one, ~next_one)
+    assert 400 < int(flips[0].sum()) < 600  # at random in the first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to compare with")
+def test_batches_do_not_depend_on_the_device(images):
+    on_gpu, order = epoch(loader(images, device="cuda"), 1)
+    on_cpu, order_on_cpu = epoch(loader(images), 1)
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+    assert torch.equal(order.cpu(), order_on_cpu)
 
 
 def test_an_image_is_augmented_alike_in_every_batch_size(images):

@@ -135,6 +135,19 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, e
     assert whole["test_accuracy"] == parts["test_accuracy"]
 
 
+def test_lean_run_has_the_weights_of_a_full_one(config, tmp_path):
+    train(config("trainer.max_epochs=3", "model.drop_rate=0.1"))
+
+    lean = config("trainer.max_epochs=3", "model.drop_rate=0.1", "callbacks=lean", folder="lean")
+    score = train(lean)
+    assert not (tmp_path / "lean/checkpoints").exists()
+    metrics, lean_metrics = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "lean"))
+    assert score == lean_metrics["val_accuracy"] == metrics["history"][-1]["val/accuracy"]
+    for key in ("train/objective", "val/cross_entropy"):
+        assert lean_metrics["history"][-1][key] == metrics["history"][-1][key]
+    assert all("val/accuracy" not in row for row in lean_metrics["history"][:-1])
+
+
 def test_resumed_csv_log_is_whole(config, tmp_path):
     stop = signal_at(1, 1, signal.SIGTERM)
     with pytest.raises(Interrupted) as interrupted:
@@ -157,6 +170,14 @@ def test_another_network_or_plan_is_not_resumed(config, tmp_path):
     last.write_bytes(last.read_bytes()[:5000])
     with pytest.raises(UserError, match="not a checkpoint of cifarnet, or is damaged"):
         train(config(f"ckpt_path={last}"))
+
+
+@pytest.mark.slow
+def test_compiled_run_is_one_with_the_same_checkpoint_names(config, tmp_path):
+    train(config("compile=true"))
+    network, _ = cifarnet.load(tmp_path / "run")
+    assert not any("_orig_mod" in name for name in network.state_dict())
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["compile_seconds"] > 0
 
 
 class OwnNetwork(nn.Module):

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet.callbacks import History
+from cifarnet.callbacks import Compile, History
 from cifarnet.cli import CHECKOUT, CONFIGS
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def collect(
         "test_cross_entropy": test["test/cross_entropy"],
         "epochs": trainer.current_epoch,
         "seconds": history.seconds,
+        "compile_seconds": sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Compile)),
         "images_per_second": history.images / history.seconds if history.seconds else math.nan,
         "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
         "seed": config.seed,

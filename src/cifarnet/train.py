@@ -34,9 +34,10 @@ def train(config: DictConfig) -> float:
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
     import lightning as L
+    import torch
     from hydra.utils import instantiate
 
-    from cifarnet import results
+    from cifarnet import cpu, results
     from cifarnet.checkpoint import read
     from cifarnet.models import Normalize
 
@@ -44,6 +45,10 @@ def train(config: DictConfig) -> float:
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
     check(config)
+    if config.keep_freed_memory:
+        cpu.keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, verbose=False)
 
     trainer = make_trainer(config)
@@ -55,7 +60,7 @@ def train(config: DictConfig) -> float:
     network = instantiate(config.model, num_classes=len(datamodule.class_names), image_size=datamodule.image_size)
     for layer in network.modules():
         if isinstance(layer, Normalize):
-            layer.fit(datamodule.source.train.images)
+            layer.fit(*datamodule.channel_statistics)
     try:
         module: Classifier = instantiate(config.module, _partial_=True)(
             network=network,
@@ -88,6 +93,11 @@ def check(config: DictConfig) -> None:
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
     if not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed={config.seed} has the wrong type: expected a whole number, 0 or more.")
+    if config.threads is not None and not (isinstance(config.threads, int) and config.threads > 0):
+        raise UserError(f"threads={config.threads}: expected a whole number of threads, or null.")
+    for switch in ("compile", "keep_freed_memory", "channels_last"):
+        if not isinstance(config[switch], bool):
+            raise UserError(f"{switch}={config[switch]} has the wrong type: expected true or false.")
     cli.check_types(config)
 
 
@@ -97,9 +107,14 @@ def make_trainer(config: DictConfig) -> "L.Trainer":
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
+    from cifarnet.callbacks import Compile
+
+    callbacks = [instantiate(callback) for callback in (config.get("callbacks") or {}).values() if callback]
+    if config.compile:
+        callbacks.append(Compile())
     try:
         trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(
-            callbacks=[instantiate(callback) for callback in (config.get("callbacks") or {}).values() if callback],
+            callbacks=callbacks,
             logger=instantiate(config.logger) if config.get("logger") else False,
         )
     except InstantiationException:

@@ -1,6 +1,8 @@
 """The one DataModule: a source reads images, everything after that is shared."""
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import lightning as L
@@ -8,16 +10,16 @@ import torch
 from torch import Tensor
 
 from cifarnet.data.augment import Augment
-from cifarnet.data.loader import InMemoryLoader
+from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, StreamingLoader
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 
 
 @dataclass
 class Split:
-    """Images uint8 [N, 3, H, W] and their labels int64 [N]."""
+    """Images uint8 [N, 3, H, W], in memory or read one by one, and their labels int64 [N]."""
 
-    images: Tensor
+    images: Tensor | LazyImages
     labels: Tensor
 
     def __len__(self) -> int:
@@ -25,6 +27,15 @@ class Split:
 
     def __getitem__(self, index: Tensor) -> "Split":
         return Split(self.images[index], self.labels[index])
+
+    def chunks(self, size: int = 1000) -> Iterator[Tensor]:
+        """All images, so many at a time: uint8 [size, 3, H, W]."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            if isinstance(self.images, Tensor):
+                yield self.images[start:stop]
+            else:
+                yield torch.stack([self.images[i] for i in range(start, stop)])
 
 
 @dataclass
@@ -46,9 +57,10 @@ class ImageDataModule(L.LightningDataModule):
         val_fraction: share of the training images of each class that validation gets, where the source has no
             validation images of its own.
         split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
-        crop_padding: random crops out of images that are reflected by this many pixels; 0: none.
-        flip: mirror half of the images.
+        crop_padding, flip, cutout: see `Augment`.
         shuffle_seed: order and augmentation.
+        on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
+            copied while the GPU computes.
     """
 
     def __init__(
@@ -58,8 +70,10 @@ class ImageDataModule(L.LightningDataModule):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         crop_padding: int = 2,
-        flip: bool = True,
+        flip: str = "random",
+        cutout: int = 0,
         shuffle_seed: int = 0,
+        on_device: bool = True,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
@@ -68,6 +82,7 @@ class ImageDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("crop_padding", crop_padding, 0),
+            ("cutout", cutout, 0),
             ("split_seed", split_seed, 0),
             ("shuffle_seed", shuffle_seed, 0),
         ]:
@@ -77,8 +92,10 @@ class ImageDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.split_seed = split_seed
-        self.augment = Augment(crop_padding, flip)
+        self.augment = Augment(crop_padding, flip, cutout)
         self.shuffle_seed = shuffle_seed
+        self.on_device = on_device
+        self.workers = 0
         self._source: Source | None = None
 
     def read(self) -> Source:
@@ -134,12 +151,24 @@ class ImageDataModule(L.LightningDataModule):
         """Height and width in pixels."""
         return self.source.train.images.shape[-1]
 
+    @functools.cached_property
+    def channel_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
+        counts = torch.zeros(self.source.train.images.shape[1], 256, dtype=torch.int64)
+        for images in self.source.train.chunks():
+            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        share = counts.double() / counts.double().sum(1, keepdim=True)  # exact, and without a float copy of the images
+        levels = torch.arange(256).double() / 255
+        mean = share @ levels
+        return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+
     def describe(self) -> dict:
         """What the images were, for the record: counts and a checksum of all pixels and labels."""
         splits = {"train": self.source.train, "val": self.source.val, "test": self.source.test}
         checksum = hashlib.sha256()
         for split in splits.values():
-            checksum.update(split.images.permute(0, 2, 3, 1).contiguous().numpy())
+            for images in split.chunks():
+                checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
             checksum.update(split.labels.numpy())
         return {
             "source": type(self).__name__,
@@ -148,23 +177,33 @@ class ImageDataModule(L.LightningDataModule):
             "sha256": checksum.hexdigest(),
         }
 
-    def train_dataloader(self) -> InMemoryLoader:
+    def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)
 
-    def val_dataloader(self) -> InMemoryLoader:
+    def val_dataloader(self) -> BatchLoader:
         return self._loader(self.source.val, self.eval_batch_size)
 
-    def test_dataloader(self) -> InMemoryLoader:
+    def test_dataloader(self) -> BatchLoader:
         return self._loader(self.source.test, self.eval_batch_size)
 
-    def _loader(self, split: Split, batch_size: int, train: bool = False) -> InMemoryLoader:
-        device = self.trainer.strategy.root_device if self.trainer else "cpu"
-        return InMemoryLoader(
-            split.images,
-            split.labels,
-            batch_size,
-            train=train,
-            augment=self.augment,
-            seed=self.shuffle_seed,
-            device=device,
-        )
+    def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
+        if self.augment.cutout:
+            self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero to the network
+        trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        settings = {
+            "train": train,
+            "augment": self.augment,
+            "seed": self.shuffle_seed,
+            "device": trains_on if self.on_device else torch.device("cpu"),
+            "pin": trains_on.type == "cuda" and not self.on_device,
+        }
+        if not isinstance(split.images, Tensor):
+            return StreamingLoader(split.images, split.labels, batch_size, workers=self.workers, **settings)
+        if settings["device"].type == "cuda":
+            free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
+            if needed > free:
+                raise UserError(
+                    f"The images take {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} GiB left. "
+                    "Keep them on the host with data.on_device=false."
+                )
+        return InMemoryLoader(split.images, split.labels, batch_size, **settings)

@@ -4,12 +4,13 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -28,6 +29,27 @@ class ImageFile(NamedTuple):
     stamp: str  # size and time of modification
 
 
+class ImageFiles:
+    """Images that are decoded when they are asked for."""
+
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self.paths = paths
+        self.size = size
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.paths), 3, self.size, self.size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int | torch.Tensor) -> "torch.Tensor | ImageFiles":
+        if isinstance(index, int):
+            return torch.from_numpy(np.array(_decode(self.paths[index], self.size))).permute(2, 0, 1)
+        chosen = torch.arange(len(self))[index].tolist()
+        return ImageFiles([self.paths[i] for i in chosen], self.size)
+
+
 class ImageFolder(ImageDataModule):
     """Images in folders named after their class, decoded once and cached for the next start.
 
@@ -38,6 +60,8 @@ class ImageFolder(ImageDataModule):
     Args:
         root: the folder that holds `train/` and `test/`.
         image_size: height and width in pixels.
+        in_memory: decode all images at the start; else each when it is needed, by `workers` processes (None: one a
+            core), every epoch anew and without a cache, for data that does not fit in memory.
         settings: those of `ImageDataModule`.
 
     Raises:
@@ -45,17 +69,39 @@ class ImageFolder(ImageDataModule):
             cannot be read. The message names the file or folder.
     """
 
-    def __init__(self, root: str, image_size: int = 32, **settings) -> None:
+    def __init__(
+        self, root: str, image_size: int = 32, in_memory: bool = True, workers: int | None = None, **settings
+    ) -> None:
         super().__init__(**settings)
         if image_size < 1:
             raise UserError(f"data.image_size={image_size}: give the height and width in pixels, such as 32")
         self.root = Path(root).expanduser().resolve()
         self.size = image_size
+        self.in_memory = in_memory
+        self.workers = (os.cpu_count() or 1) if workers is None else workers
 
     def read(self) -> Source:
         class_names = self._class_names()
         files = {name: self._list(name, class_names) for name in ("train", "val", "test")}
+        images = {name: ImageFiles([file.path for file in listed], self.size) for name, listed in files.items()}
+        if self.in_memory:
+            images = dict(zip(files, self._decoded(files), strict=True))
+        splits = {}
+        for name, listed in files.items():
+            labels = torch.tensor([file.label for file in listed])
+            splits[name] = Split(images[name], labels) if listed else None
+        return Source(class_names, **splits)
+
+    def _decoded(self, files: dict[str, list[ImageFile]]) -> tuple[torch.Tensor, ...]:
+        """The images of each split, uint8 [N, 3, size, size]: from the cache where it is up to date."""
         everything = [file for listed in files.values() for file in listed]
+        needed = 2 * 3 * self.size**2 * len(everything)  # bytes; a second time while the splits are made
+        if needed > (free := psutil.virtual_memory().available):
+            raise UserError(
+                f"{len(everything):,} images of {self.size}x{self.size} need {needed / 2**30:.1f} GiB of memory, and "
+                f"{free / 2**30:.1f} GiB are free. Read them while training, with data.in_memory=false, or choose a "
+                "smaller data.image_size."
+            )
 
         header = f"{CACHE_FORMAT} {self.size} {self.root}"
         cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
@@ -65,11 +111,7 @@ class ImageFolder(ImageDataModule):
             images = self._decode([file.path for file in everything])
             _save(cache, {"fingerprint": fingerprint, "images": images})
 
-        splits = {}
-        for name, part in zip(files, images.split([len(listed) for listed in files.values()]), strict=True):
-            labels = torch.tensor([file.label for file in files[name]])
-            splits[name] = Split(part, labels) if len(part) else None
-        return Source(class_names, **splits)
+        return images.split([len(listed) for listed in files.values()])
 
     def _class_names(self) -> list[str]:
         for name in ("train", "test"):

@@ -1,12 +1,29 @@
-"""Batches out of memory: the whole data set is one uint8 tensor, a batch is one gather from it."""
+"""Batches: out of memory, where a batch is one gather from one tensor, or streamed from files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from cifarnet.data.augment import Augment, Draws
+from cifarnet.data.augment import Augment
 from cifarnet.seeding import generator
+
+
+class LazyImages(Protocol):
+    """Images that are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, C, H, W, as of a tensor."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        """An int gives one image, uint8 [C, H, W]; a tensor of indices, or a mask, these images, still unread."""
+        ...
 
 
 class EpochSampler:
@@ -29,18 +46,20 @@ class EpochSampler:
         return torch.randperm(self.count, generator=generator(self.seed, self.epoch, "order"))
 
 
-class InMemoryLoader:
-    """Shuffle, crop, flip and batch images that lie in memory, on any device.
+class BatchLoader:
+    """Shuffle, crop, flip and batch; a subclass says where pixels come from.
 
     Order and augmentation are a function of (seed, epoch, index). The position within an epoch can be saved
     and restored, which Lightning does with every checkpoint.
 
     Args:
-        images: uint8 [N, C, H, W]; they are kept on `device`, pixel by pixel (channels last).
         labels: int64 [N].
+        image_size: height and width.
         batch_size: images a batch.
         train: shuffle, augment, and drop the last batch if it is not full; else go through all in order.
-        augment: crops and flips, used when training.
+        augment: crops, flips and holes, used when training.
+        device: where images and labels are kept and augmented.
+        pin: yield pinned memory, which a GPU fetches while it computes.
 
     Yields:
         images uint8 [B, C, H, W] (channels_last) and labels int64 [B].
@@ -48,20 +67,22 @@ class InMemoryLoader:
 
     def __init__(
         self,
-        images: Tensor,
         labels: Tensor,
+        image_size: int,
         batch_size: int,
         *,
         train: bool = False,
         augment: Augment | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        pin: bool = False,
     ) -> None:
-        self.pixels = images.to(device).permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]: a pixel is one row to copy
         self.labels = labels.to(device)
+        self.image_size = image_size
         self.batch_size = batch_size
         self.train = train
         self.augment = augment if train else None
+        self.pin = pin
         self.sampler = EpochSampler(len(labels), shuffle=train, seed=seed)
         self.batch_sampler = None  # Lightning looks for both names, as DataLoader has them
         self._served = 0  # batches of this epoch that were handed out
@@ -73,29 +94,25 @@ class InMemoryLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.labels.device
-        order = self.sampler.order().to(device)
         draws = None
         if self.augment is not None:
-            draws = self.augment.draw(len(self.labels), self.sampler.seed, self.sampler.epoch)
-            draws = Draws(*(drawn.to(device) for drawn in draws))
-
+            draws = self.augment.draw(len(self.labels), self.image_size, self.sampler.seed, self.sampler.epoch).to(device)
         resume, self._resume = self._resume, {}
         start = resume["served"] if resume.get("epoch") == self.sampler.epoch else 0
-        for batch in range(start, len(self)):
-            self._served = batch + 1
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        batches = self.sampler.order().to(device).split(self.batch_size)[start : len(self)]
+        self._served = start
+        for index, (pixels, place) in zip(batches, self._pixels(batches), strict=True):
+            self._served += 1
             if self.augment is None or draws is None:
-                images = self.pixels[index]
+                images = pixels[place]
             else:
-                images = self._gather(index, self.augment, Draws(*(drawn[index] for drawn in draws)))
-            yield images.permute(0, 3, 1, 2), self.labels[index]
+                images = self.augment(pixels, place, draws.at(index))
+            batch = images.permute(0, 3, 1, 2), self.labels[index]
+            yield (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
 
-    def _gather(self, index: Tensor, augment: Augment, draws: Draws) -> Tensor:
-        """Crop and flip by copying each output pixel from where it lies in the data set."""
-        _, height, width, channels = self.pixels.shape
-        rows, columns = augment.sources(draws, height, width)
-        pixel = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-        return self.pixels.view(-1, channels).index_select(0, pixel.flatten()).view(*pixel.shape, channels)
+    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch of indices: pixels uint8 [M, H, W, C], and where in them the batch's images are."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.sampler.epoch, "served": self._served}
@@ -103,3 +120,45 @@ class InMemoryLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where the saved loader was: takes effect if the next epoch is the one that was interrupted."""
         self._resume = dict(state)
+
+
+class InMemoryLoader(BatchLoader):
+    """All images lie in one tensor on `device`, pixel by pixel (channels last).
+
+    Args:
+        images: uint8 [N, C, H, W].
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, **settings) -> None:
+        super().__init__(labels, images.shape[-1], batch_size, **settings)
+        self.pixels = images.to(self.labels.device).permute(0, 2, 3, 1).contiguous()
+
+    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((self.pixels, index) for index in batches)
+
+
+class StreamingLoader(BatchLoader):
+    """Images are read while training, by worker processes, for data that does not fit in memory.
+
+    Args:
+        images: those of a data set that reads them one by one.
+        workers: processes that read; 0 reads in this one.
+    """
+
+    def __init__(self, images: LazyImages, labels: Tensor, batch_size: int, *, workers: int, **settings) -> None:
+        super().__init__(labels, images.shape[-1], batch_size, **settings)
+        self.images = images
+        self.workers = workers
+
+    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.labels.device
+        loader = DataLoader(
+            self.images,
+            batch_sampler=[index.tolist() for index in batches],
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from torch's global one, and change dropout
+        )
+        for images in loader:
+            pixels = images.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
+            yield pixels, torch.arange(len(pixels), device=device)

@@ -22,13 +22,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.ones(in_chans, 1, 1))
 
     @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
-        """Take mean and standard deviation of each channel from uint8 images [N, C, H, W]."""
-        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        share = counts.double() / counts.sum(1, keepdim=True)  # exact, and without a float copy of the images
-        levels = torch.arange(256, device=images.device).double() / 255
-        mean = share @ levels
-        std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+    def fit(self, mean: Tensor, std: Tensor) -> None:
+        """Take over the mean and standard deviation of each channel, [C], on a scale from 0 to 1."""
         std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant channel: nothing to scale
         self.mean.copy_(mean.view_as(self.mean))
         self.std.copy_(std.view_as(self.std))

@@ -1,0 +1,91 @@
+"""What the benchmarks share: sides that take turns, each in a process of its own; table, plot and JSON."""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks take."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--turns", type=int, default=turns, help="how often each side is measured")
+    arguments.add_argument("--only", nargs="*", help="measure these sides alone")
+    arguments.add_argument("--measure", help=argparse.SUPPRESS)  # one side, in the process of its own
+    return arguments
+
+
+def take_turns(
+    sides: dict[str, Callable[[], float]], arguments: argparse.Namespace, extra: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Measure all sides once, then all again, and so on: what slows the machine down for a while slows all of them.
+
+    Each measurement is a new process, because the allocator's settings and warm caches outlive the side they are for.
+    """
+    if arguments.measure:
+        print(json.dumps({"value": sides[arguments.measure]()}))
+        sys.exit()
+    chosen = [name for name in sides if not arguments.only or name in arguments.only]
+    values: dict[str, list[float]] = {name: [] for name in chosen}
+    for turn in range(arguments.turns):
+        for name in chosen:
+            command = [sys.executable, sys.argv[0], "--measure", name, *extra]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                sys.exit(f"{name} failed:\n{result.stderr}")
+            values[name].append(json.loads(result.stdout.splitlines()[-1])["value"])
+            print(f"turn {turn + 1}: {name}: {values[name][-1]:,.4g}", flush=True)
+    return values
+
+
+def report(name: str, unit: str, values: dict[str, list[float]], base: str | None = None, **facts: Any) -> None:
+    """Print medians, ranges and ratios to `base`, and keep them as JSON and as a plot."""
+    import torch
+
+    from cifarnet.results import hardware
+
+    medians = {side: statistics.median(measured) for side, measured in values.items()}
+    base = base if base in medians else next(iter(medians))
+    machine = hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    packages = {package: _version(package) for package in ("torch", "torchvision", "lightning", "keras", "tensorflow")}
+    packages = {"python": platform.python_version()} | {key: found for key, found in packages.items() if found}
+
+    print(f"\n{name}: {machine['name']}, {machine['threads']} threads, {machine['system']}")
+    print(", ".join(f"{key} {value}" for key, value in packages.items()))
+    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+    print(f"\n| | {unit}, median | range | ratio |\n| --- | ---: | ---: | ---: |")
+    for side, median in medians.items():
+        low, high = min(values[side]), max(values[side])
+        print(f"| {side} | {median:,.4g} | {low:,.4g} - {high:,.4g} | {median / medians[base]:.3g} |")
+
+    RESULTS.mkdir(exist_ok=True)
+    content = {"benchmark": name, "unit": unit, "medians": medians, "values": values, "facts": facts}
+    content |= {"machine": machine, "versions": packages, "date": time.strftime("%Y-%m-%d")}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    figure = Figure(figsize=(8, 0.8 + 0.5 * len(medians)), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh(list(medians), list(medians.values()), color="#0969da", height=0.6)
+    axis.bar_label(bars, fmt="{:,.4g}", padding=4)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(xlabel=unit, title=f"{name}: {machine['name']}, {machine['threads']} threads")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / f"{name}.png")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

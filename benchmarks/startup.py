@@ -1,0 +1,87 @@
+"""Seconds from command to first training step, and to `--help`; peak memory of a run.
+
+    python benchmarks/startup.py [data=folder data.root=…]
+
+Arguments after the options are passed on to `python -m cifarnet.train +experiment=baseline`; the first run of all, which
+is not measured, fills what caches there are.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from lightning.pytorch.callbacks import Callback
+
+PEAK = "peak memory"
+
+
+class FirstStep(Callback):
+    """Writes down when the first training step was over, and ends the process."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        Path(self.path).write_text(str(time.time()))
+        os._exit(0)
+
+
+def train(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "cifarnet.train", "+experiment=baseline", *overrides]
+
+
+def first_step(overrides: list[str]) -> float:
+    """Seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = f"+callbacks.first={{_target_: startup.FirstStep, path: '{folder}/time'}}"
+        command = train(*overrides, clock, f"hydra.run.dir={folder}/run")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        start = time.time()
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return float(Path(folder, "time").read_text()) - start
+
+
+def run(command: list[str]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def peak_memory(overrides: list[str]) -> float:
+    """MiB that one epoch, its validation and the test need at most (Linux and macOS)."""
+    import resource
+
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            train(*overrides, "trainer.max_epochs=1", f"hydra.run.dir={folder}"), check=True, capture_output=True
+        )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    arguments, overrides = common.parser(__doc__, turns=5).parse_known_args()
+    if not arguments.measure:
+        first_step(overrides)
+    seconds = {
+        "--help": lambda: run(train("--help")),
+        "import torch, lightning": lambda: run([sys.executable, "-c", "import torch, lightning"]),
+        "import cifarnet": lambda: run([sys.executable, "-c", "import cifarnet"]),
+        "first training step": lambda: first_step(overrides),
+    }
+    values = common.take_turns(seconds | {PEAK: lambda: peak_memory(overrides)}, arguments, overrides)
+    memory = values.pop(PEAK, None)
+    if values:
+        common.report("startup", "seconds", values, base="first training step", settings=" ".join(overrides))
+    if memory:
+        common.report("memory", "MiB", {PEAK: memory}, settings=" ".join(overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Training throughput of `+experiment=baseline` beside plain loops of the same network, and beside the machine's limit.
+
+    python benchmarks/throughput.py
+
+All train the same network on the same pictures, cropped and flipped, with SGD and momentum, at one batch size.
+
+- cifarnet: Lightning's Trainer as `python -m cifarnet.train` sets it up
+- plain PyTorch: float32, NCHW, a DataLoader with two workers and torchvision's transforms for each image
+- keras: Keras on TensorFlow with its own augmentation layers, where both are installed
+
+`matmul` is the rate of a 2048 x 2048 x 2048 product in the precision that cifarnet trains in: a yardstick for what the
+machine can do. The network's work is counted as three times its forward pass.
+"""
+
+import os
+import statistics
+import time
+from importlib.util import find_spec
+
+import common
+import torch
+import torch.nn.functional as F
+from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+
+def cifarnet() -> float:
+    """Images a second."""
+    config = compose_baseline()
+    timer = Timer()
+    trainer = make_trainer(config, [timer])
+    trainer.fit(make_module(config), datamodule=make_data(config))
+    return config.data.batch_size / timer.seconds_a_step
+
+
+class Pictures(Dataset):
+    """One PIL image at a time, transformed as in most tutorials."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, crop_padding: int) -> None:
+        to_picture = v2.ToPILImage()
+        self.pictures = [to_picture(image) for image in images]
+        self.labels = labels.tolist()
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(images.shape[-1], padding=crop_padding, padding_mode="reflect"),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.pictures[index]), self.labels[index]
+
+
+def plain_pytorch() -> float:
+    """Images a second."""
+    config = compose_baseline("keep_freed_memory=false")
+    train = make_data(config).source.train
+    module = make_module(config, channels_last=False)
+    network, optimizer = module.network, module.optimizer
+    pictures = Pictures(train.images, train.labels, config.data.crop_padding)
+    loader = iter(DataLoader(pictures, config.data.batch_size, shuffle=True, num_workers=2, drop_last=True))
+    start = 0.0
+    for step in range(WARMUP + BATCHES):
+        images, labels = next(loader)
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step + 1 == WARMUP:
+            start = time.perf_counter()
+    return BATCHES * config.data.batch_size / (time.perf_counter() - start)
+
+
+def keras() -> float:
+    """Images a second."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import keras
+    import tensorflow as tf
+
+    config = compose_baseline("keep_freed_memory=false")
+    train = make_data(config).source.train
+    layers = keras.layers
+    network = keras.Sequential([layers.Input((32, 32, 3)), layers.Rescaling(1 / 255)])
+    network.add(layers.RandomTranslation(1 / 16, 1 / 16, fill_mode="reflect"))
+    network.add(layers.RandomFlip("horizontal"))
+    for width in (32, 64):
+        network.add(layers.Conv2D(width, 3, padding="same", activation="relu"))
+        network.add(layers.Conv2D(width, 3, padding="same", activation="relu"))
+        network.add(layers.MaxPooling2D(2))
+    for layer in (layers.Flatten(), layers.Dense(512, activation="relu"), layers.Dense(10)):
+        network.add(layer)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), loss)
+    pixels, size = train.images.permute(0, 2, 3, 1).numpy(), config.data.batch_size
+    data = tf.data.Dataset.from_tensor_slices((pixels, train.labels.numpy())).shuffle(10_000).batch(size).prefetch(2)
+    network.fit(data.take(WARMUP), verbose=0)
+    start = time.perf_counter()
+    network.fit(data.take(BATCHES), verbose=0)
+    return BATCHES * size / (time.perf_counter() - start)
+
+
+def matmul() -> float:
+    """GFLOP/s."""
+    config = compose_baseline()
+    dtype = torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32
+    a, b = torch.randn(2, 2048, 2048, dtype=dtype)
+    seconds = []
+    for _ in range(60):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / statistics.median(seconds[10:]) / 1e9
+
+
+def operations_an_image() -> float:
+    """GFLOP of a training step, an image: three times the forward pass."""
+    config = compose_baseline()
+    network = make_module(config).network
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, 32, 32))
+    return 3 * counter.get_total_flops() / 1e9
+
+
+SIDES = {"plain PyTorch": plain_pytorch, "cifarnet": cifarnet}
+if find_spec("keras") and find_spec("tensorflow"):
+    SIDES["keras"] = keras
+
+
+def main() -> None:
+    arguments = common.parser(__doc__, turns=5).parse_args()
+    values = common.take_turns(SIDES | {"matmul": matmul}, arguments)
+    limit = values.pop("matmul", None)
+    facts = {}
+    if limit and "cifarnet" in values:
+        rate = operations_an_image() * statistics.median(values["cifarnet"])
+        share = rate / statistics.median(limit)
+        facts = {"cifarnet, GFLOP/s": round(rate), "matmul, GFLOP/s": round(statistics.median(limit))}
+        facts |= {"share of the matrix product's rate": f"{share:.0%}"}
+    config = compose_baseline()
+    facts |= {"batch size": config.data.batch_size, "precision of cifarnet": config.trainer.precision}
+    common.report("throughput", "images/s", values, base="plain PyTorch", **facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What Lightning's Trainer costs: `+experiment=baseline` beside a bare loop of the same step.
+
+    python benchmarks/trainer_overhead.py
+
+- raw twin: the same loader, network, autocast, optimizer and schedule in a for loop
+- lean: the Trainer with `callbacks=lean`
+- ordinary: the Trainer with the default callbacks and TensorBoard, its checkpoints and validation left out
+"""
+
+import tempfile
+import time
+
+import common
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer
+
+
+def raw_twin() -> float:
+    """Milliseconds a step."""
+    config = compose_baseline()
+    module, data = make_module(config), make_data(config)
+    module.train()
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    bf16 = "bf16" in config.trainer.precision
+    start = 0.0
+    for step, (images, labels) in enumerate(data.train_dataloader(), 1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(module(images), labels, label_smoothing=module.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step == WARMUP:
+            start = time.perf_counter()
+        if step == WARMUP + BATCHES:
+            break
+    return 1000 * (time.perf_counter() - start) / BATCHES
+
+
+def lean() -> float:
+    """Milliseconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = compose_baseline("callbacks=lean", f"output_dir={folder}")
+        callbacks = [instantiate(callback) for callback in config.callbacks.values()]
+        timer = Timer()
+        trainer = make_trainer(config, [*callbacks, timer])
+        trainer.fit(make_module(config), datamodule=make_data(config))
+        return 1000 * timer.seconds_a_step
+
+
+def ordinary() -> float:
+    """Milliseconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = compose_baseline(f"output_dir={folder}", "callbacks.best=null", "callbacks.last=null")
+        callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
+        timer = Timer()
+        settings = {"logger": instantiate(config.logger), "enable_progress_bar": True}
+        trainer = make_trainer(config, [*callbacks, timer], **settings)
+        trainer.fit(make_module(config), datamodule=make_data(config))
+        return 1000 * timer.seconds_a_step
+
+
+def main() -> None:
+    sides = {"raw twin": raw_twin, "Trainer, lean": lean, "Trainer, ordinary": ordinary}
+    arguments = common.parser(__doc__, turns=7).parse_args()
+    values = common.take_turns(sides, arguments)
+    config = compose_baseline()
+    facts = {"batch size": config.data.batch_size, "precision": config.trainer.precision}
+    common.report("trainer_overhead", "ms a step", values, base="raw twin", **facts)
+
+
+if __name__ == "__main__":
+    main()
