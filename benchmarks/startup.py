@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [data=folder data.root=…]
 
-Arguments after the options are passed on to `python -m cifarnet.train +experiment=baseline`; the first run of all, which
-is not measured, fills what caches there are.
+Other arguments are passed on to `python -m cifarnet.train +experiment=baseline`. The first run is not measured: it fills
+what caches there are.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What each switch brings: the baseline's training throughput with one thing changed at a time.
 
-    python benchmarks/switches.py
+python benchmarks/switches.py
 """
 
 from functools import partial

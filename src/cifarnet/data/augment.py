@@ -72,7 +72,9 @@ class Augment:
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
-            inside = self._in_hole(draws.hole[:, 0], height)[:, :, None] & self._in_hole(draws.hole[:, 1], width)[:, None]
+            inside = (
+                self._in_hole(draws.hole[:, 0], height)[:, :, None] & self._in_hole(draws.hole[:, 1], width)[:, None]
+            )
             images = torch.where(inside[..., None], self.fill.to(images), images)
         return images
 

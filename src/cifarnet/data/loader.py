@@ -96,7 +96,9 @@ class BatchLoader:
         device = self.labels.device
         draws = None
         if self.augment is not None:
-            draws = self.augment.draw(len(self.labels), self.image_size, self.sampler.seed, self.sampler.epoch).to(device)
+            draws = self.augment.draw(len(self.labels), self.image_size, self.sampler.seed, self.sampler.epoch).to(
+                device
+            )
         resume, self._resume = self._resume, {}
         start = resume["served"] if resume.get("epoch") == self.sampler.epoch else 0
         batches = self.sampler.order().to(device).split(self.batch_size)[start : len(self)]
