@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [data=folder data.root=…]
 
-Other arguments are passed on to `python -m cifarnet.train +experiment=baseline`. The first run is not measured: it fills
-what caches there are.
+Other arguments are passed on to `python -m cifarnet.train +experiment=baseline`. The first run fills what caches
+there are; it is not measured.
 """
 
 import os
