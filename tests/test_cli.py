@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +56,10 @@ def command(tmp_path, monkeypatch, capsys):
         (["model.widths=64"], "model.widths=64", "expected a list"),
         (["seed=x"], "seed=x", "expected a whole number"),
         (["model.widths=[4,4,8]"], "widths=[4, 4, 8]", "even number"),
+        (["+optimizer.lrr=1"], "lrr", "optimizer"),
+        (["trainer.max_epochs=0"], "total_steps", "0"),
+        (["trainer.max_epochs=1"], "scheduler of 5 steps", "division by zero"),  # too few for a warm-up of 20 %
+        (["name=1"], "name=1", "folder"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
         (["data.batch_size=181"], "data.batch_size=181 is larger than the training set of 180", "180 or less"),
         (["data=folder"], "data.root is needed", "data.root="),
@@ -121,20 +126,38 @@ def test_resuming_repeats_the_runs_own_overrides(command, tmp_path):
 
 
 def test_arguments_beat_saved_overrides(tmp_path):
-    (tmp_path / "run/.hydra").mkdir(parents=True)
-    (tmp_path / "run/.hydra/overrides.yaml").write_text("- +experiment=quickstart\n- optimizer.lr=0.1\n- seed=3\n")
-    resume = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
-    assert cli.with_saved_overrides([resume, "optimizer.lr=0.2"]) == [
-        "+experiment=quickstart",
-        "seed=3",
-        resume,
-        "optimizer.lr=0.2",
+    saved = ["--config-dir=mine", "+experiment=quickstart", "optimizer.lr=0.1", "seed=3"]
+    torch.save({"state_dict": {}, "hyper_parameters": {"model": {}, "overrides": saved}}, tmp_path / "last.ckpt")
+    resume = f"ckpt_path='{tmp_path}/last.ckpt'"
+    assert cli.with_saved_overrides(["--cfg", "job", resume, "optimizer.lr=0.2"]) == [
+        *("--cfg", "job", "--config-dir=mine", "+experiment=quickstart", "seed=3", resume, "optimizer.lr=0.2"),
     ]
     assert cli.with_saved_overrides(["seed=1"]) == ["seed=1"]
 
 
+def test_refused_resume_changes_nothing(command, tmp_path):
+    stop = "+callbacks.signal={_target_: conftest.SignalAt, epoch: 0, batch: 2, number: 2}"
+    status, _, error = command(*SMALL, "hydra.run.dir='my runs (a)'", stop)
+    assert status == 130
+    resume = shlex.split(error.split("cifarnet.train ")[-1])  # as a shell would read the printed command
+    status, _, error = command(*resume, "trainer.max_epochs=5")
+    assert status == 1
+    assert "scheduler.total_steps was 10, now 25" in error
+    status, _, error = command(*resume)
+    assert status == 0, error
+    assert (tmp_path / "my runs (a)/metrics.json").exists()
+
+
+def test_ctrl_c_ends_a_sweep(command, tmp_path):
+    stop = "+callbacks.signal={_target_: conftest.SignalAt, epoch: 0, batch: 2, number: 2}"
+    status, _, _ = command("-m", *SMALL, "optimizer.lr=0.01,0.1", stop)
+    assert status == 130
+    (sweep,) = (tmp_path / "lightning_logs/train").iterdir()
+    assert not (sweep / "1").exists()
+
+
 def test_multirun_gives_each_job_a_folder(command, tmp_path):
-    status, _, error = command("-m", *SMALL, "optimizer.lr=0.01,0.1", "trainer.max_epochs=1")
+    status, _, error = command("-m", *SMALL, "optimizer.lr=0.01,0.1")
     assert status == 0, error
     (sweep,) = (tmp_path / "lightning_logs/train").iterdir()
     rates = [json.loads((sweep / job / "metrics.json").read_text())["config"]["optimizer"]["lr"] for job in "01"]

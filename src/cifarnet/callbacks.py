@@ -1,5 +1,7 @@
 """What Lightning and TensorBoard do not already do, once an epoch or less."""
 
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -222,6 +224,14 @@ class Compile(Callback):
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
 
 
+def _override(key: str, value: str) -> str:
+    """`key=value` as a shell and Hydra understand it, whatever characters the value has."""
+    if re.fullmatch(r"[\w/.:-]+", value):
+        return f"{key}={value}"
+    escaped = value.replace("'", "\\'")
+    return shlex.quote(f"{key}='{escaped}'")
+
+
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM finish the batch and save `last.ckpt`, from which training goes on bit by bit the same.
 
@@ -278,5 +288,5 @@ class StopOnSignal(Callback):
         message = f"Stopped by {signal.Signals(self._received).name} after {where}."
         if trainer.checkpoint_callback is not None:
             last = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"
-            message += f" Go on with:\n  python -m cifarnet.train ckpt_path={last.as_posix()}"
+            message += f" Go on with:\n  python -m cifarnet.train {_override('ckpt_path', last.as_posix())}"
         raise Interrupted(message, status=128 + self._received)

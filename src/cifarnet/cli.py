@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -34,16 +35,28 @@ def run_folder(ckpt_path: str | None, default: str) -> str:
 OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
 
 
+def own_overrides() -> list[str]:
+    """The overrides of this run's command, with its `--config-dir`: what a checkpoint needs to go on alone."""
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={folder}" for folder in folders), *hydra.overrides.task]
+
+
 def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
-    """With `ckpt_path=…`, put that run's own overrides before the arguments, unless these give them anew."""
-    given = {_key(argument): argument for argument in arguments}
+    """With `ckpt_path=…`, put the overrides that its run had before it, but for those that are given anew."""
+    given = {_key(argument): place for place, argument in enumerate(arguments)}
     if "ckpt_path" not in given:
         return list(arguments)
-    ckpt_path = given["ckpt_path"].partition("=")[2].strip("'\"")
-    saved = Path(run_folder(ckpt_path, default=os.devnull)) / ".hydra" / "overrides.yaml"
-    if not saved.is_file():
-        return list(arguments)
-    return [*(override for override in OmegaConf.load(saved) if _key(override) not in given), *arguments]
+    from cifarnet.checkpoint import read
+
+    place = given["ckpt_path"]
+    checkpoint = read(arguments[place].partition("=")[2].strip("'\""))
+    saved = [override for override in checkpoint["hyper_parameters"]["overrides"] if _key(override) not in given]
+    # flags first: Hydra wants all overrides in one piece
+    saved.sort(key=lambda override: not override.startswith("--"))
+    return [*arguments[:place], *saved, *arguments[place:]]
 
 
 def _key(override: str) -> str:
@@ -133,6 +146,7 @@ def run(task: Callable[[], Any]) -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise what it would print
     try:
+        sys.argv[1:] = with_saved_overrides(sys.argv[1:])
         task()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

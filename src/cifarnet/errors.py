@@ -5,8 +5,10 @@ class UserError(Exception):
     """Something the user can mend: the message names the value that is wrong and what to do about it."""
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Training was asked to stop by a signal and did, after saving a checkpoint.
+
+    No Exception, as KeyboardInterrupt is none: it ends a whole sweep, not one job.
 
     Attributes:
         status: the exit status by convention, 128 + the signal's number.

@@ -58,7 +58,7 @@ class Classifier(L.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self.memory_format)
         self.optimizer = optimizer(self.network.parameters())
-        self.scheduler = scheduler
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.label_smoothing = label_smoothing
         self.seed = seed
         for stage in ("train", "val", "test"):  # sums of (cross-entropy, correct, 1) over the epoch's images
@@ -71,9 +71,12 @@ class Classifier(L.LightningModule):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """The objective of logits [B, num_classes] and labels int64 [B], and its two terms."""
-        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        cross_entropy = self._cross_entropy(logits, labels)
         decay = self._weight_decay()
         return Loss(cross_entropy, decay, cross_entropy + decay)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def _weight_decay(self) -> Tensor:
         """λ/2 Σ‖w‖², with each parameter group's own λ."""
@@ -87,7 +90,7 @@ class Classifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        cross_entropy = self._cross_entropy(logits, labels)
         self._count("train", cross_entropy, logits, labels)
         return cross_entropy
 
@@ -130,8 +133,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         if self.scheduler is None:
             return {"optimizer": self.optimizer}
-        schedule = {"scheduler": self.scheduler(self.optimizer), "interval": "step"}
-        return {"optimizer": self.optimizer, "lr_scheduler": schedule}
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         if self._restored_rng is not None:

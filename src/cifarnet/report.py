@@ -46,6 +46,10 @@ def accuracy(history: Sequence[Mapping[str, float]]) -> Figure:
             continue
         epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
         axis.plot(epochs, values, "o-", markersize=3.5, color=colour, label=f"{name}, last {values[-1]:.1%}")
+        if key == "val/accuracy":
+            best = max(values)
+            label = f"best {best:.1%}, epoch {epochs[values.index(best)]}"
+            axis.plot(epochs[values.index(best)], best, "o", markersize=9, fillstyle="none", color=colour, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -41,26 +41,44 @@ COLUMNS = {
 }
 
 
+def heading(config: DictConfig, module: "Classifier", datamodule: "ImageDataModule") -> str:
+    """What is about to be trained, for the terminal."""
+    source, network = datamodule.source, module.network
+    images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
+    return (
+        f"{type(datamodule).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
+        f"{type(network).__name__}: {parameters(network):,} parameters, in {config.trainer.precision}\n"
+        f"{os.path.relpath(config.output_dir)}"
+    )
+
+
+def parameters(network: torch.nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def collect(
-    config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule"
+    config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule", tested_epoch: int
 ) -> dict[str, Any]:
-    """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds."""
+    """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
+
+    `tested_epoch`, from 1, says which epoch's weights were tested; the validation accuracy is that epoch's.
+    """
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History("."))
-    tested = {**module.means("val"), "epoch": trainer.current_epoch}  # the epoch whose weights were tested: the last,
-    if trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path:  # or the best
-        tested = max(history.epochs, key=lambda row: row.get("val/accuracy", -1.0), default=tested)
+    last = {"epoch": trainer.current_epoch, **module.means("val")}
+    tested = next((row for row in [*history.epochs, last] if row["epoch"] == tested_epoch), {})
     test = module.means("test")
     return {
         "name": config.name,
-        "val_accuracy": tested["val/accuracy"],
-        "tested_epoch": tested["epoch"],
+        "val_accuracy": tested.get("val/accuracy", math.nan),
+        "tested_epoch": tested_epoch,
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
         "epochs": trainer.current_epoch,
         "seconds": history.seconds,
         "compile_seconds": sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Compile)),
         "images_per_second": history.images / history.seconds if history.seconds else math.nan,
-        "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
+        "parameters": parameters(module.network),
         "seed": config.seed,
         "precision": str(config.trainer.precision),
         "data": datamodule.describe(),
@@ -101,12 +119,20 @@ def git_commit() -> str | None:
 
 
 def write(metrics: dict[str, Any], path: Path) -> None:
-    """Under a temporary name first, so that `metrics.json` is never half a file. NaN becomes null."""
-    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in metrics.items()}
+    """Under a temporary name first, so that `metrics.json` is never half a file. NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> None:
@@ -135,11 +161,14 @@ def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> N
 def table(metrics: dict[str, Any], folder: str) -> str:
     """The end of a run, for the terminal."""
     epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
+    validation = metrics["val_accuracy"]
     rows = {
-        "validation accuracy": f"{metrics['val_accuracy']:.2%}  ({epoch})",
+        "validation accuracy": f"{validation:.2%}  ({epoch})" if math.isfinite(validation) else "not validated",
         "test accuracy": f"{metrics['test_accuracy']:.2%}  ({images}, with that epoch's weights)",
         "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
+    if metrics["history"] and not math.isfinite(metrics["history"][-1]["train/cross_entropy"]):
+        rows["diverged"] = "the training loss is not a number any more: try a smaller optimizer.lr"
     width = max(map(len, rows))
     return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])

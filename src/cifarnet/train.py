@@ -3,7 +3,6 @@
 python -m cifarnet.train +experiment=baseline
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,18 +67,22 @@ def train(config: DictConfig) -> float:
             scheduler=instantiate(config.get("scheduler")),
             recipe=recipe(config, network, datamodule),
         )
-    except ValueError as error:  # torch's optimizers refuse values so
-        raise UserError(f"optimizer: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # torch's optimizers and schedules refuse settings so
+        raise UserError(f"optimizer, or scheduler of {config.total_steps} steps: {error}") from error
     if config.ckpt_path is not None:
         check_resumable(config, module)
 
+    print(results.heading(config, module, datamodule), flush=True)
     trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
-    if trainer.checkpoint_callback and (best := trainer.checkpoint_callback.best_model_path):
-        # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
-        module.load_state_dict(read(best)["state_dict"])
+    tested_epoch = trainer.current_epoch
+    if trainer.checkpoint_callback and (path := trainer.checkpoint_callback.best_model_path):
+        # not by trainer.test(ckpt_path=path), which would turn the callbacks back to that epoch as well
+        best = read(path)
+        module.load_state_dict(best["state_dict"])
+        tested_epoch = best["epoch"] + 1
     trainer.test(module, datamodule=datamodule, verbose=False)
 
-    metrics = results.collect(config, trainer, module, datamodule)
+    metrics = results.collect(config, trainer, module, datamodule, tested_epoch)
     results.write(metrics, Path(config.output_dir) / "metrics.json")
     results.log_hyperparameters(metrics, trainer.loggers)
     print(results.table(metrics, config.output_dir))
@@ -91,6 +94,8 @@ def check(config: DictConfig) -> None:
     for section in ("data", "model", "optimizer", "trainer", "module"):
         if "_target_" not in (config.get(section) or {}):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
+    if not isinstance(config.name, str) or not config.name:
+        raise UserError(f"name={config.name} has the wrong type: expected the name of a folder.")
     if not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed={config.seed} has the wrong type: expected a whole number, 0 or more.")
     if config.threads is not None and not (isinstance(config.threads, int) and config.threads > 0):
@@ -174,29 +179,34 @@ def recipe(config: DictConfig, network: Any, datamodule: "ImageDataModule") -> d
         },
         "class_names": list(datamodule.class_names),
         "config": plain,
+        "overrides": cli.own_overrides(),
     }
+
+
+def _what_decides(hparams: Any) -> dict[str, Any]:
+    """The settings on which a run's weights depend, one level deep; where files lie is not among them."""
+    sections = {key: hparams["config"].get(key) for key in ("seed", "data", "optimizer", "scheduler", "module")}
+    sections |= {"model": hparams["model"], "class_names": hparams["class_names"]}
+    flat = {"seed": sections.pop("seed"), "class_names": sections.pop("class_names")}
+    for name, section in sections.items():
+        flat |= {f"{name}.{key}": value for key, value in (section or {}).items()}
+    for key in ("root", "url", "in_memory", "workers", "on_device"):
+        flat.pop(f"data.{key}", None)
+    return flat
 
 
 def check_resumable(config: DictConfig, module: "Classifier") -> None:
     """Compare the checkpoint with what is to go on from it."""
     from cifarnet.checkpoint import read
 
-    checkpoint = read(config.ckpt_path)
-    saved, wanted = checkpoint["hyper_parameters"]["model"], module.hparams["model"]
-    differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
+    before, now = (_what_decides(hparams) for hparams in (read(config.ckpt_path)["hyper_parameters"], module.hparams))
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
-        was, now = ({key: model.get(key) for key in differing} for model in (saved, wanted))
+        changes = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in differing)
         raise UserError(
-            f"ckpt_path={config.ckpt_path} holds another network: it has {was}, the config asks for {now}. "
-            "Give the settings that it was trained with, or train anew without ckpt_path."
+            f"ckpt_path={config.ckpt_path} belongs to a run with other settings: {changes}. Leave them as they were "
+            "(and trainer.max_epochs, for which a schedule is planned), or train anew without ckpt_path."
         )
-    for schedule in checkpoint.get("lr_schedulers", []):
-        planned = schedule.get("total_steps", config.total_steps)
-        if planned != config.total_steps:
-            raise UserError(
-                f"ckpt_path={config.ckpt_path}: its learning rate was planned for {planned} steps, but this run has "
-                f"{config.total_steps}. Keep trainer.max_epochs and data.batch_size as they were, or train anew."
-            )
 
 
 def quieten_lightning() -> None:
@@ -224,7 +234,6 @@ def _main(config: DictConfig) -> float:
 
 def main() -> None:
     """The command `python -m cifarnet.train`."""
-    sys.argv[1:] = cli.with_saved_overrides(sys.argv[1:])
     cli.run(_main)
 
 

@@ -28,8 +28,14 @@ class CIFAR10(ImageDataModule):
         super().__init__(**settings)
         self.root = Path(root).expanduser()
         self.url = url or torchvision.datasets.CIFAR10.url
+        self._prepared = False
 
     def prepare_data(self) -> None:
+        if not self._prepared:  # Lightning calls again, and checksums take time
+            self._prepare()
+        self._prepared = True
+
+    def _prepare(self) -> None:
         published = torchvision.datasets.CIFAR10
         folder, archive = self.root / published.base_folder, self.root / published.filename
         if folder.exists():
