@@ -13,6 +13,7 @@ SWITCHES = {
     "keep_freed_memory=false": ["keep_freed_memory=false"],
     "channels_last=false": ["channels_last=false"],
     "trainer.precision=32-true": ["trainer.precision=32-true"],
+    "optimizer.fused=false": ["optimizer.fused=false"],
     "threads=1": ["threads=1"],
     "compile=true": ["compile=true"],
     "all off": ["keep_freed_memory=false", "channels_last=false", "trainer.precision=32-true"],

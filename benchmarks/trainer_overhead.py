@@ -2,7 +2,7 @@
 
     python benchmarks/trainer_overhead.py
 
-- raw twin: the same loader, network, autocast, optimizer and schedule in a for loop
+- raw twin: the same loader, training step, autocast, optimizer and schedule in a for loop
 - lean: the Trainer with `callbacks=lean`
 - ordinary: the Trainer with the default callbacks and TensorBoard, its checkpoints and validation left out
 """
@@ -12,7 +12,6 @@ import time
 
 import common
 import torch
-import torch.nn.functional as F
 from hydra.utils import instantiate
 from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer
 
@@ -28,7 +27,7 @@ def raw_twin() -> float:
     start = 0.0
     for step, (images, labels) in enumerate(data.train_dataloader(), 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(module(images), labels, label_smoothing=module.label_smoothing)
+            loss = module.training_step((images, labels), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
