@@ -130,7 +130,7 @@ def test_streamed_batches_equal_those_from_memory(tree, cache, workers):
                 assert torch.equal(images, same_images)
                 assert torch.equal(labels, same_labels)
     assert torch.equal(torch.get_rng_state(), state)  # dropout is not disturbed
-    assert kept.describe() == streamed.describe()
+    assert streamed.describe() == kept.describe() | {"sha256": None}
     for one, other in zip(kept.channel_statistics, streamed.channel_statistics, strict=True):
         assert torch.equal(one, other)
 

@@ -30,7 +30,7 @@ class ProgressBar(TQDMProgressBar):
     Where the output is no terminal (a file, a notebook) there is no moving bar, only the line.
     """
 
-    BAR_FORMAT = "{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    BAR_FORMAT = "{l_bar}{bar:6}| [{elapsed}<{remaining}{postfix}]"  # short enough to leave room for the numbers
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, leave=True)
@@ -75,10 +75,10 @@ class ProgressBar(TQDMProgressBar):
         metrics = {
             "loss": f"{means['train/cross_entropy']:.3f}",
             "accuracy": f"{means['train/accuracy']:.1%}",
-            "images/s": f"{self._images_per_second:,.0f}",
         }
         if "val/accuracy" in trainer.callback_metrics:
-            metrics["validation"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
+            metrics["val"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
+        metrics["images/s"] = f"{self._images_per_second:,.0f}"
         return metrics
 
 

@@ -185,14 +185,13 @@ def recipe(config: DictConfig, network: Any, datamodule: "ImageDataModule") -> d
 
 def _what_decides(hparams: Any) -> dict[str, Any]:
     """The settings on which a run's weights depend, one level deep; where files lie is not among them."""
-    sections = {key: hparams["config"].get(key) for key in ("seed", "data", "optimizer", "scheduler", "module")}
-    sections |= {"model": hparams["model"], "class_names": hparams["class_names"]}
-    flat = {"seed": sections.pop("seed"), "class_names": sections.pop("class_names")}
-    for name, section in sections.items():
-        flat |= {f"{name}.{key}": value for key, value in (section or {}).items()}
+    config = hparams["config"] | {"model": hparams["model"]}
+    settings = {"seed": config["seed"], "class_names": hparams["class_names"]}
+    for section in ("data", "model", "optimizer", "scheduler", "module"):
+        settings |= {f"{section}.{key}": value for key, value in (config.get(section) or {}).items()}
     for key in ("root", "url", "in_memory", "workers", "on_device"):
-        flat.pop(f"data.{key}", None)
-    return flat
+        settings.pop(f"data.{key}", None)
+    return settings
 
 
 def check_resumable(config: DictConfig, module: "Classifier") -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import lightning as L
@@ -35,7 +36,8 @@ class Split:
             if isinstance(self.images, Tensor):
                 yield self.images[start:stop]
             else:
-                yield torch.stack([self.images[i] for i in range(start, stop)])
+                with ThreadPoolExecutor() as pool:
+                    yield torch.stack(list(pool.map(self.images.__getitem__, range(start, stop))))
 
 
 @dataclass
@@ -163,10 +165,14 @@ class ImageDataModule(L.LightningDataModule):
         return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
 
     def describe(self) -> dict:
-        """What the images were, for the record: counts and a checksum of all pixels and labels."""
+        """What the images were, for the record: counts, and a checksum of all pixels and labels.
+
+        The checksum is None for images that are streamed, which would have to be read once more.
+        """
         splits = {"train": self.source.train, "val": self.source.val, "test": self.source.test}
+        in_memory = isinstance(self.source.train.images, Tensor)
         checksum = hashlib.sha256()
-        for split in splits.values():
+        for split in splits.values() if in_memory else ():
             for images in split.chunks():
                 checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
             checksum.update(split.labels.numpy())
@@ -174,7 +180,7 @@ class ImageDataModule(L.LightningDataModule):
             "source": type(self).__name__,
             "classes": len(self.class_names),
             **{name: len(split) for name, split in splits.items()},
-            "sha256": checksum.hexdigest(),
+            "sha256": checksum.hexdigest() if in_memory else None,
         }
 
     def train_dataloader(self) -> BatchLoader:
