@@ -5,7 +5,8 @@
 All train the same network on the same pictures, cropped and flipped, with SGD and momentum, at one batch size.
 
 - cifarnet: Lightning's Trainer as `python -m cifarnet.train` sets it up
-- plain PyTorch: float32, NCHW, a DataLoader with two workers and torchvision's transforms for each image
+- plain PyTorch: float32, NCHW, SGD as it comes, a DataLoader with two workers and torchvision's transforms for each
+  image
 - keras: Keras on TensorFlow with its own augmentation layers, where both are installed
 
 `matmul` is the rate of a 2048 x 2048 x 2048 product in the precision that cifarnet trains in: a yardstick for what the
@@ -60,7 +61,7 @@ class Pictures(Dataset):
 
 def plain_pytorch() -> float:
     """Images a second."""
-    config = compose_baseline("keep_freed_memory=false")
+    config = compose_baseline("keep_freed_memory=false", "optimizer.fused=false")
     train = make_data(config).source.train
     module = make_module(config, channels_last=False)
     network, optimizer = module.network, module.optimizer
