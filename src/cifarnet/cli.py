@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -39,9 +40,9 @@ def own_overrides() -> list[str]:
     """The overrides of this run's command, with its `--config-dir`: what a checkpoint needs to go on alone."""
     if not HydraConfig.initialized():
         return []
-    hydra = HydraConfig.get()
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return [*(f"--config-dir={folder}" for folder in folders), *hydra.overrides.task]
+    this = HydraConfig.get()
+    folders = [source.path for source in this.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={folder}" for folder in folders), *this.overrides.task]
 
 
 def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
@@ -53,7 +54,9 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
 
     place = given["ckpt_path"]
     checkpoint = read(arguments[place].partition("=")[2].strip("'\""))
-    saved = [override for override in checkpoint["hyper_parameters"]["overrides"] if _key(override) not in given]
+    saved = [
+        override for override in checkpoint["hyper_parameters"].get("overrides", []) if _key(override) not in given
+    ]
     # flags first: Hydra wants all overrides in one piece
     saved.sort(key=lambda override: not override.startswith("--"))
     return [*arguments[:place], *saved, *arguments[place:]]
@@ -192,5 +195,6 @@ def explain(error: BaseException) -> str | None:
 
 def _raised_by_hydra(error: BaseException) -> bool:
     """Before any code of a job ran: Hydra makes the run's folder itself."""
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return not any(Path(file).parent == PACKAGE and Path(file).name != "cli.py" for file in files)
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_hydra = any(Path(hydra.__file__).parent in file.parents for file in files)
+    return in_hydra and not any(PACKAGE in file.parents and file.name != "cli.py" for file in files)
