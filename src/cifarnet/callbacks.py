@@ -143,6 +143,7 @@ class History(Callback):
     def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=row["epoch"])
+            logger.save()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.epochs:
