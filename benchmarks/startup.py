@@ -70,7 +70,7 @@ def main() -> None:
     if not arguments.measure:
         first_step(overrides)
     seconds = {
-        "--help": lambda: run(train("--help")),
+        "help": lambda: run(train("--help")),
         "import torch, lightning": lambda: run([sys.executable, "-c", "import torch, lightning"]),
         "import cifarnet": lambda: run([sys.executable, "-c", "import cifarnet"]),
         "first training step": lambda: first_step(overrides),
@@ -78,9 +78,9 @@ def main() -> None:
     values = common.take_turns(seconds | {PEAK: lambda: peak_memory(overrides)}, arguments, overrides)
     memory = values.pop(PEAK, None)
     if values:
-        common.report("startup", "seconds", values, base="first training step", settings=" ".join(overrides))
+        common.report("startup", "seconds", values, base="first training step")
     if memory:
-        common.report("memory", "MiB", {PEAK: memory}, settings=" ".join(overrides))
+        common.report("memory", "MiB", {PEAK: memory})
 
 
 if __name__ == "__main__":
