@@ -6,7 +6,10 @@ python benchmarks/switches.py
 from functools import partial
 
 import common
+import torch
 from steps import Timer, compose_baseline, make_data, make_module, make_trainer
+
+from cifarnet.callbacks import Compile
 
 SWITCHES = {
     "as configured": [],
@@ -21,10 +24,6 @@ SWITCHES = {
 
 
 def images_a_second(overrides: list[str]) -> float:
-    import torch
-
-    from cifarnet.callbacks import Compile
-
     config = compose_baseline(*overrides)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -166,8 +166,7 @@ class Pictures(Callback):
         self._predicted: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        writer = _writer(trainer)
-        if writer is not None and trainer.global_step == 0:
+        if trainer.global_step == 0 and (writer := _writer(trainer)) is not None:
             writer.add_image("train/augmented_batch", make_grid(batch[0][:64].cpu(), nrow=8), 0)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -268,8 +267,8 @@ class StopOnSignal(Callback):
     ) -> None:
         # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
         if self._received and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            if trainer.checkpoint_callback is not None:
-                trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "last.ckpt")
+            if (last := self._last_checkpoint(trainer)) is not None:
+                trainer.save_checkpoint(last)
             self._stop(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -284,10 +283,15 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
 
+    @staticmethod
+    def _last_checkpoint(trainer: L.Trainer) -> Path | None:
+        """Where `last.ckpt` belongs; None for a run that keeps no checkpoints."""
+        checkpoint = trainer.checkpoint_callback
+        return None if checkpoint is None else Path(checkpoint.dirpath) / "last.ckpt"
+
     def _stop(self, trainer: L.Trainer, where: str) -> None:
         assert self._received is not None
         message = f"Stopped by {signal.Signals(self._received).name} after {where}."
-        if trainer.checkpoint_callback is not None:
-            last = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"
+        if (last := self._last_checkpoint(trainer)) is not None:
             message += f" Go on with:\n  python -m cifarnet.train {_override('ckpt_path', last.as_posix())}"
         raise Interrupted(message, status=128 + self._received)

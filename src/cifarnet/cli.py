@@ -136,7 +136,7 @@ def _describe(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(str(argument) for argument in arguments)
     if origin is not None and arguments and arguments[0] in names:
-        return f"a list like [{', '.join(['…'] * 2)}] of {names[arguments[0]].removeprefix('a ')}s"
+        return f"a list like […, …] of {names[arguments[0]].removeprefix('a ')}s"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
