@@ -42,8 +42,8 @@ class CNN(nn.Module):
         channels = in_chans
         for first, second in zip(widths[::2], widths[1::2], strict=True):
             layers += [nn.Conv2d(channels, first, 3, padding="same"), nn.ReLU(inplace=True)]
-            layers += [nn.Conv2d(first, second, 3, padding="same"), nn.ReLU(inplace=True)]
-            layers += [nn.MaxPool2d(2), nn.Dropout(drop_rate)]
+            layers += [nn.Conv2d(first, second, 3, padding="same"), nn.MaxPool2d(2)]
+            layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # as before the pool, on a quarter of the values
             channels = second
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
