@@ -23,24 +23,28 @@ def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
     arguments.add_argument("--turns", type=int, default=turns, help="how often each side is measured")
     arguments.add_argument("--only", nargs="*", help="measure these sides alone")
     arguments.add_argument("--measure", help=argparse.SUPPRESS)  # one side, in the process of its own
+    arguments.add_argument(
+        "overrides", nargs="*", help="settings for all sides, such as trainer=gpu or data.batch_size=128"
+    )
     return arguments
 
 
 def take_turns(
-    sides: dict[str, Callable[[], float]], arguments: argparse.Namespace, extra: Sequence[str] = ()
+    sides: dict[str, Callable[[Sequence[str]], float]], arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Measure all sides once, then all again, and so on: what slows the machine down for a while slows all of them.
 
     Each measurement is a new process, because the allocator's settings and warm caches outlive the side they are for.
+    A side is a function of the overrides.
     """
     if arguments.measure:
-        print(json.dumps({"value": sides[arguments.measure]()}))
+        print(json.dumps({"value": sides[arguments.measure](arguments.overrides)}))
         sys.exit()
     chosen = [name for name in sides if not arguments.only or name in arguments.only]
     values: dict[str, list[float]] = {name: [] for name in chosen}
     for turn in range(arguments.turns):
         for name in chosen:
-            command = [sys.executable, sys.argv[0], "--measure", name, *extra]
+            command = [sys.executable, sys.argv[0], "--measure", name, *arguments.overrides]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 sys.exit(f"{name} failed:\n{result.stderr}")

@@ -6,7 +6,8 @@ Both shuffle, crop and flip the same pictures in the baseline's batch size; noth
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import common
 from steps import BATCHES, WARMUP, compose_baseline, make_data
@@ -24,13 +25,13 @@ def images_a_second(loader: Iterable, batch_size: int) -> float:
     return BATCHES * batch_size / (time.perf_counter() - start)
 
 
-def cifarnet() -> float:
-    config = compose_baseline()
+def cifarnet(overrides: Sequence[str]) -> float:
+    config = compose_baseline(*overrides)
     return images_a_second(make_data(config).train_dataloader(), config.data.batch_size)
 
 
-def torchvision(workers: int) -> float:
-    config = compose_baseline("keep_freed_memory=false")
+def torchvision(overrides: Sequence[str], workers: int) -> float:
+    config = compose_baseline(*overrides, "keep_freed_memory=false")
     train = make_data(config).source.train
     pictures = Pictures(train.images, train.labels, config.data.crop_padding)
     loader = DataLoader(pictures, config.data.batch_size, shuffle=True, num_workers=workers, drop_last=True)
@@ -39,8 +40,8 @@ def torchvision(workers: int) -> float:
 
 def main() -> None:
     sides = {
-        "DataLoader, no workers": lambda: torchvision(0),
-        "DataLoader, 2 workers": lambda: torchvision(2),
+        "DataLoader, no workers": partial(torchvision, workers=0),
+        "DataLoader, 2 workers": partial(torchvision, workers=2),
         "cifarnet": cifarnet,
     }
     values = common.take_turns(sides, common.parser(__doc__, turns=5).parse_args())

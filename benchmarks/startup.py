@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [data=folder data.root=…]
 
-Other arguments are passed on to `python -m cifarnet.train +experiment=baseline`. The first run fills what caches
+Overrides are passed on to `python -m cifarnet.train +experiment=baseline`. The first run fills what caches
 there are; it is not measured.
 """
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def train(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "cifarnet.train", "+experiment=baseline", *overrides]
 
 
-def first_step(overrides: list[str]) -> float:
+def first_step(overrides: Sequence[str]) -> float:
     """Seconds."""
     with tempfile.TemporaryDirectory() as folder:
         clock = f"+callbacks.first={{_target_: startup.FirstStep, path: '{folder}/time'}}"
@@ -53,7 +54,7 @@ def run(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(overrides: list[str]) -> float:
+def peak_memory(overrides: Sequence[str]) -> float:
     """MiB that one epoch, its validation and the test need at most (Linux and macOS)."""
     import resource
 
@@ -66,16 +67,16 @@ def peak_memory(overrides: list[str]) -> float:
 
 
 def main() -> None:
-    arguments, overrides = common.parser(__doc__, turns=5).parse_known_args()
+    arguments = common.parser(__doc__, turns=5).parse_args()
     if not arguments.measure:
-        first_step(overrides)
+        first_step(arguments.overrides)
     seconds = {
-        "help": lambda: run(train("--help")),
-        "import torch, lightning": lambda: run([sys.executable, "-c", "import torch, lightning"]),
-        "import cifarnet": lambda: run([sys.executable, "-c", "import cifarnet"]),
-        "first training step": lambda: first_step(overrides),
+        "help": lambda _: run(train("--help")),
+        "import torch, lightning": lambda _: run([sys.executable, "-c", "import torch, lightning"]),
+        "import cifarnet": lambda _: run([sys.executable, "-c", "import cifarnet"]),
+        "first training step": first_step,
     }
-    values = common.take_turns(seconds | {PEAK: lambda: peak_memory(overrides)}, arguments, overrides)
+    values = common.take_turns(seconds | {PEAK: peak_memory}, arguments)
     memory = values.pop(PEAK, None)
     if values:
         common.report("startup", "seconds", values, base="first training step")

@@ -20,9 +20,11 @@ WARMUP, BATCHES = 20, 200  # steps: first those that are not measured
 
 
 def compose_baseline(*overrides: str) -> DictConfig:
-    """The baseline's config on pictures that need no download, set up for a measurement, its CPU settings applied."""
+    """A recipe, the baseline if none is named, on pictures that need no download; its CPU settings are applied."""
     quieten_lightning()
-    recipe = ["+experiment=baseline", "data=synthetic", "trainer=cpu", "output_dir=/nowhere", *overrides]
+    recipe = ["+experiment=baseline", "data=synthetic", "trainer=cpu", "output_dir=/nowhere"]
+    given = {override.partition("=")[0] for override in overrides}
+    recipe = [setting for setting in recipe if setting.partition("=")[0] not in given] + list(overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", recipe)
     if config.trainer.precision == "auto":
@@ -30,6 +32,8 @@ def compose_baseline(*overrides: str) -> DictConfig:
     config.data.train_size = int(1.2 * (WARMUP + BATCHES) * config.data.batch_size)
     if config.keep_freed_memory:
         cpu.keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     config.total_steps = WARMUP + BATCHES
     return config
 
@@ -57,6 +61,13 @@ def make_trainer(config: DictConfig, callbacks: list[Callback], **settings: Any)
     return instantiate(config.trainer, _partial_=True)(callbacks=callbacks, **(quiet | steps | settings))
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Timer(Callback):
     """Seconds a step, from the end of the warm-up to the end of the last step."""
 
@@ -69,6 +80,4 @@ class Timer(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 in (WARMUP, WARMUP + BATCHES):
-            if module.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.start, self.end = self.end, time.perf_counter()
+            self.start, self.end = self.end, now(module.device)

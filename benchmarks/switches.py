@@ -3,10 +3,10 @@
 python benchmarks/switches.py
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import common
-import torch
 from steps import Timer, compose_baseline, make_data, make_module, make_trainer
 
 from cifarnet.callbacks import Compile
@@ -23,10 +23,8 @@ SWITCHES = {
 }
 
 
-def images_a_second(overrides: list[str]) -> float:
-    config = compose_baseline(*overrides)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def images_a_second(overrides: Sequence[str], switch: Sequence[str]) -> float:
+    config = compose_baseline(*overrides, *switch)
     timer = Timer()
     callbacks = [Compile(), timer] if config.compile else [timer]
     trainer = make_trainer(config, callbacks)
@@ -35,7 +33,7 @@ def images_a_second(overrides: list[str]) -> float:
 
 
 def main() -> None:
-    sides = {name: partial(images_a_second, overrides) for name, overrides in SWITCHES.items()}
+    sides = {name: partial(images_a_second, switch=switch) for name, switch in SWITCHES.items()}
     values = common.take_turns(sides, common.parser(__doc__, turns=5).parse_args())
     common.report("switches", "images/s", values, base="as configured")
 

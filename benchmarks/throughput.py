@@ -1,6 +1,6 @@
 """Training throughput of `+experiment=baseline` beside plain loops of the same network, and beside the machine's limit.
 
-    python benchmarks/throughput.py
+    python benchmarks/throughput.py [data.batch_size=128]
 
 All train the same network on the same pictures, cropped and flipped, with SGD and momentum, at one batch size.
 
@@ -16,20 +16,21 @@ machine can do. The network's work is counted as three times its forward pass.
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import common
 import torch
 import torch.nn.functional as F
-from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer
+from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer, now
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 
-def cifarnet() -> float:
+def cifarnet(overrides: Sequence[str]) -> float:
     """Images a second."""
-    config = compose_baseline()
+    config = compose_baseline(*overrides)
     timer = Timer()
     trainer = make_trainer(config, [timer])
     trainer.fit(make_module(config), datamodule=make_data(config))
@@ -59,34 +60,35 @@ class Pictures(Dataset):
         return self.transform(self.pictures[index]), self.labels[index]
 
 
-def plain_pytorch() -> float:
+def plain_pytorch(overrides: Sequence[str]) -> float:
     """Images a second."""
-    config = compose_baseline("keep_freed_memory=false", "optimizer.fused=false")
+    config = compose_baseline(*overrides, "keep_freed_memory=false", "optimizer.fused=false")
     train = make_data(config).source.train
     module = make_module(config, channels_last=False)
-    network, optimizer = module.network, module.optimizer
+    device = make_trainer(config, []).strategy.root_device
+    network, optimizer = module.network.to(device), module.optimizer
     pictures = Pictures(train.images, train.labels, config.data.crop_padding)
     loader = iter(DataLoader(pictures, config.data.batch_size, shuffle=True, num_workers=2, drop_last=True))
     start = 0.0
     for step in range(WARMUP + BATCHES):
         images, labels = next(loader)
-        loss = F.cross_entropy(network(images), labels)
+        loss = F.cross_entropy(network(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step + 1 == WARMUP:
-            start = time.perf_counter()
-    return BATCHES * config.data.batch_size / (time.perf_counter() - start)
+            start = now(device)
+    return BATCHES * config.data.batch_size / (now(device) - start)
 
 
-def keras() -> float:
+def keras(overrides: Sequence[str]) -> float:
     """Images a second."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import keras
     import tensorflow as tf
 
-    config = compose_baseline("keep_freed_memory=false")
+    config = compose_baseline(*overrides, "keep_freed_memory=false")
     train = make_data(config).source.train
     layers = keras.layers
     network = keras.Sequential([layers.Input((32, 32, 3)), layers.Rescaling(1 / 255)])
@@ -108,22 +110,23 @@ def keras() -> float:
     return BATCHES * size / (time.perf_counter() - start)
 
 
-def matmul() -> float:
+def matmul(overrides: Sequence[str]) -> float:
     """GFLOP/s."""
-    config = compose_baseline()
+    config = compose_baseline(*overrides)
+    device = make_trainer(config, []).strategy.root_device
     dtype = torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32
-    a, b = torch.randn(2, 2048, 2048, dtype=dtype)
+    a, b = torch.randn(2, 2048, 2048, dtype=dtype, device=device)
     seconds = []
     for _ in range(60):
-        start = time.perf_counter()
+        start = now(device)
         a @ b
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(device) - start)
     return 2 * 2048**3 / statistics.median(seconds[10:]) / 1e9
 
 
-def operations_an_image() -> float:
+def operations_an_image(overrides: Sequence[str]) -> float:
     """GFLOP of a training step, an image: three times the forward pass."""
-    config = compose_baseline()
+    config = compose_baseline(*overrides)
     network = make_module(config).network
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, 32, 32))
@@ -141,11 +144,11 @@ def main() -> None:
     limit = values.pop("matmul", None)
     facts = {}
     if limit and "cifarnet" in values:
-        rate = operations_an_image() * statistics.median(values["cifarnet"])
+        rate = operations_an_image(arguments.overrides) * statistics.median(values["cifarnet"])
         share = rate / statistics.median(limit)
         facts = {"cifarnet, GFLOP/s": round(rate), "matmul, GFLOP/s": round(statistics.median(limit))}
         facts |= {"share of the matrix product's rate": f"{share:.0%}"}
-    config = compose_baseline()
+    config = compose_baseline(*arguments.overrides)
     facts |= {"batch size": config.data.batch_size, "precision of cifarnet": config.trainer.precision}
     common.report("throughput", "images/s", values, base="plain PyTorch", **facts)
 
