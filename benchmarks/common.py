@@ -67,7 +67,7 @@ def report(name: str, unit: str, values: dict[str, list[float]], base: str | Non
 
     print(f"\n{name}: {machine['name']}, {machine['threads']} threads, {machine['system']}")
     print(", ".join(f"{key} {value}" for key, value in packages.items()))
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in facts.items() if not isinstance(value, dict)), sep="\n")
     print(f"\n| | {unit}, median | range | ratio |\n| --- | ---: | ---: | ---: |")
     for side, median in medians.items():
         low, high = min(values[side]), max(values[side])

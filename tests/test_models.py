@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifarnet.models import CNN, Normalize
+from cifarnet.models import CNN, Normalize, SpeedNet
+from cifarnet.models.speednet import Whiten
 
 
 def test_baseline_network_is_the_one_described():
@@ -42,3 +43,25 @@ def test_normalize_survives_a_constant_channel():
     layer = Normalize()
     layer.fit(torch.full((3,), 7 / 255), torch.zeros(3))
     assert layer(torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)).abs().max() < 1e-6
+
+
+def test_whitening_makes_the_second_moment_of_patches_the_identity():
+    images = torch.rand(400, 3, 10, 10, generator=torch.Generator().manual_seed(0)).cumsum(3)  # pixels go together
+    whiten = Whiten(kernel_size=2, eps=0.0)
+    whiten.fit(images)
+    patches = whiten(images)[:, :12].permute(0, 2, 3, 1).reshape(-1, 12)
+    torch.testing.assert_close(patches.T @ patches / len(patches), torch.eye(12), atol=1e-3, rtol=0)
+    assert torch.equal(whiten.filters[:12], -whiten.filters[12:])
+
+
+def test_speednet_begins_as_a_network_that_passes_its_input_on():
+    block = SpeedNet().blocks[0]
+    images = torch.rand(2, 24, 9, 9)
+    torch.testing.assert_close(block.conv1(images)[:, :24], images)
+
+
+@pytest.mark.parametrize("size", [16, 20, 32, 64])
+def test_speednet_takes_images_of_any_size(size):
+    network = SpeedNet(num_classes=7)
+    assert network(torch.zeros(2, 3, size, size, dtype=torch.uint8)).shape == (2, 7)
+    assert sum(parameter.numel() for parameter in SpeedNet().parameters()) == 1_971_328

@@ -101,6 +101,7 @@ class History(Callback):
         self.epochs: list[dict[str, float]] = []  # a row each, "epoch" counts from 1
         self.images = 0  # trained on
         self.seconds = 0.0  # spent in training batches
+        self.test_seconds = 0.0
         self._start = 0.0
         self._validation: dict[str, float] = {}  # of this epoch, if it was validated
 
@@ -114,19 +115,30 @@ class History(Callback):
         if isinstance(trainer.logger, CSVLogger):  # it begins a new file: repeat what a resumed run had
             for row in self.epochs:
                 self._log(trainer, row)
+        self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        now = time.perf_counter()
         self.images += len(batch[1])
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # it may still be at work
+        now = time.perf_counter()
         self.seconds += now - self._start
         self._start = now
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._validation = module.means("val")
         self._start = time.perf_counter()
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.test_seconds = time.perf_counter() - self._start  # the metrics have been read: nothing is still at work
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         row = {
@@ -138,7 +150,6 @@ class History(Callback):
         self._validation = {}
         self.epochs.append(row)
         self._log(trainer, row)
-        self._start = time.perf_counter()
 
     def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         for logger in trainer.loggers:

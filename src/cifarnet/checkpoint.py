@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from cifarnet.errors import UserError
-from cifarnet.models import CNN
+from cifarnet.models import CNN, SpeedNet
 
-NETWORKS = (CNN,)  # what a checkpoint may ask to be built
+NETWORKS = (CNN, SpeedNet)  # what a checkpoint may ask to be built
 
 
 def class_path(cls: type) -> str:

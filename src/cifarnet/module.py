@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from cifarnet import tta as test_time
 from cifarnet.seeding import derive
 
 
@@ -30,13 +31,15 @@ class Classifier(L.LightningModule):
 
     Metrics, each a mean over the epoch's images, but for the decay, which is taken at the epoch's end:
     train/cross_entropy, train/weight_decay, train/objective, train/accuracy, val/cross_entropy, val/accuracy,
-    test/cross_entropy, test/accuracy.
+    test/cross_entropy, test/accuracy; one_view/… are those of the test without its test-time augmentation.
 
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
         optimizer: makes the optimizer out of the parameters, such as `partial(torch.optim.SGD, lr=0.05)`.
         scheduler: makes a schedule out of the optimizer, stepped after every batch; None: a constant rate.
         label_smoothing: share of the target that is spread over all classes, in the training loss only.
+        tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.predict`).
+        tta_share: which part of the test images, the least confident of each batch, it is for.
         channels_last: memory format of network and images: faster on most CPUs and GPUs.
         seed: what torch draws during an epoch (dropout) is a function of (seed, epoch).
         recipe: plain data (dicts, lists, scalars) to be kept in the checkpoint beside the weights.
@@ -49,6 +52,8 @@ class Classifier(L.LightningModule):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         *,
         label_smoothing: float = 0.0,
+        tta: str = "none",
+        tta_share: float = 1.0,
         channels_last: bool = True,
         seed: int = 0,
         recipe: Mapping[str, Any] | None = None,
@@ -60,8 +65,15 @@ class Classifier(L.LightningModule):
         self.optimizer = optimizer(self.network.parameters())
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.label_smoothing = label_smoothing
+        test_time.check(tta, tta_share)
+        self.tta, self.tta_share = tta, tta_share
         self.seed = seed
-        for stage in ("train", "val", "test"):  # sums of (cross-entropy, correct, 1) over the epoch's images
+        for stage in (
+            "train",
+            "val",
+            "test",
+            "one_view",
+        ):  # sums of (cross-entropy, correct, 1) over the epoch's images
             self.register_buffer(f"{stage}_sums", torch.zeros(3), persistent=False)
         self._restored_rng: dict[str, Any] | None = None
 
@@ -95,15 +107,16 @@ class Classifier(L.LightningModule):
         return cross_entropy
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate("val", batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images)
-        self._count(stage, F.cross_entropy(logits, labels), logits, labels)
+        self._count("val", F.cross_entropy(logits, labels), logits, labels)
+        return logits
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        one_view, logits = test_time.predict(self, images, self.tta, self.tta_share)
+        self._count("one_view", F.cross_entropy(one_view, labels), one_view, labels)
+        self._count("test", F.cross_entropy(logits, labels), logits, labels)
         return logits
 
     @torch.no_grad()
@@ -114,7 +127,7 @@ class Classifier(L.LightningModule):
         sums += torch.stack([cross_entropy * len(labels), correct, torch.ones_like(cross_entropy) * len(labels)])
 
     def means(self, stage: str) -> dict[str, float]:
-        """Cross-entropy and accuracy of "train", "val" or "test" since the epoch began."""
+        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began."""
         cross_entropy, correct, count = getattr(self, f"{stage}_sums").tolist()
         count = count or float("nan")
         return {f"{stage}/cross_entropy": cross_entropy / count, f"{stage}/accuracy": correct / count}
@@ -151,6 +164,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self.test_sums.zero_()
+        self.one_view_sums.zero_()
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.training_metrics(), logger=False)  # for callbacks; History writes to the logger

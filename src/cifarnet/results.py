@@ -58,11 +58,17 @@ def parameters(network: torch.nn.Module) -> int:
 
 
 def collect(
-    config: DictConfig, trainer: L.Trainer, module: "Classifier", datamodule: "ImageDataModule", tested_epoch: int
+    config: DictConfig,
+    trainer: L.Trainer,
+    module: "Classifier",
+    datamodule: "ImageDataModule",
+    tested_epoch: int,
+    fit_seconds: float,
 ) -> dict[str, Any]:
     """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
 
     `tested_epoch`, from 1, says which epoch's weights were tested; the validation accuracy is that epoch's.
+    `fit_seconds` is what the network's own `fit` to training images took.
     """
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History("."))
     last = {"epoch": trainer.current_epoch, **module.means("val")}
@@ -74,8 +80,12 @@ def collect(
         "tested_epoch": tested_epoch,
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
+        "tta": module.tta,
+        "test_accuracy_one_view": module.means("one_view")["one_view/accuracy"],
         "epochs": trainer.current_epoch,
+        "fit_seconds": fit_seconds,
         "seconds": history.seconds,
+        "test_seconds": history.test_seconds,
         "compile_seconds": sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Compile)),
         "images_per_second": history.images / history.seconds if history.seconds else math.nan,
         "parameters": parameters(module.network),
@@ -162,9 +172,12 @@ def table(metrics: dict[str, Any], folder: str) -> str:
     """The end of a run, for the terminal."""
     epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
     validation = metrics["val_accuracy"]
+    tested = f"{images}, with that epoch's weights"
+    if metrics["tta"] != "none":
+        tested += f"; {metrics['test_accuracy_one_view']:.2%} without tta={metrics['tta']}"
     rows = {
-        "validation accuracy": f"{validation:.2%}  ({epoch})" if math.isfinite(validation) else "not validated",
-        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({images}, with that epoch's weights)",
+        "validation accuracy": f"{validation:.2%}  ({epoch})" if math.isfinite(validation) else f"none  ({epoch})",
+        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({tested})",
         "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }

@@ -3,6 +3,7 @@
 python -m cifarnet.train +experiment=baseline
 """
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ def train(config: DictConfig) -> float:
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(*datamodule.channel_statistics)
+    start = time.perf_counter()
+    if hasattr(network, "fit"):
+        network.fit(datamodule.sample())
+    fit_seconds = time.perf_counter() - start
     try:
         module: Classifier = instantiate(config.module, _partial_=True)(
             network=network,
@@ -82,7 +87,7 @@ def train(config: DictConfig) -> float:
         tested_epoch = best["epoch"] + 1
     trainer.test(module, datamodule=datamodule, verbose=False)
 
-    metrics = results.collect(config, trainer, module, datamodule, tested_epoch)
+    metrics = results.collect(config, trainer, module, datamodule, tested_epoch, fit_seconds)
     results.write(metrics, Path(config.output_dir) / "metrics.json")
     results.log_hyperparameters(metrics, trainer.loggers)
     print(results.table(metrics, config.output_dir))
@@ -114,7 +119,10 @@ def make_trainer(config: DictConfig) -> "L.Trainer":
 
     from cifarnet.callbacks import Compile
 
-    callbacks = [instantiate(callback) for callback in (config.get("callbacks") or {}).values() if callback]
+    chosen = [callback for callback in (config.get("callbacks") or {}).values() if callback]
+    if config.data.get("val_fraction") == 0:  # nothing to choose a checkpoint by
+        chosen = [callback for callback in chosen if not callback.get("monitor")]
+    callbacks = [instantiate(callback) for callback in chosen]
     if config.compile:
         callbacks.append(Compile())
     try:
@@ -189,8 +197,10 @@ def _what_decides(hparams: Any) -> dict[str, Any]:
     settings = {"seed": config["seed"], "class_names": hparams["class_names"]}
     for section in ("data", "model", "optimizer", "scheduler", "module"):
         settings |= {f"{section}.{key}": value for key, value in (config.get(section) or {}).items()}
-    for key in ("root", "url", "in_memory", "workers", "on_device"):
-        settings.pop(f"data.{key}", None)
+    for key in ("data.root", "data.url", "data.in_memory", "data.workers", "data.on_device"):
+        settings.pop(key, None)
+    for key in ("module.tta", "module.tta_share"):  # of the test alone
+        settings.pop(key, None)
     return settings
 
 
@@ -222,6 +232,7 @@ def quieten_lightning() -> None:
         ".*smaller than the logging interval.*",  # metrics are logged once an epoch
         ".*does not have many workers.*",
         ".*treespec.*",
+        ".*Total length of `list`.*",  # training without validation
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,9 +57,11 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: training images a step.
         eval_batch_size: images a step in validation and test.
         val_fraction: share of the training images of each class that validation gets, where the source has no
-            validation images of its own.
+            validation images of its own; 0 trains on all, without validation.
         split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
         crop_padding, flip, cutout: see `Augment`.
+        train_sizes: height and width to which training images are scaled, one value an epoch; the last one stays.
+            Small images make the first epochs faster. None: as they are.
         shuffle_seed: order and augmentation.
         on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
             copied while the GPU computes.
@@ -74,12 +76,19 @@ class ImageDataModule(L.LightningDataModule):
         crop_padding: int = 2,
         flip: str = "random",
         cutout: int = 0,
+        train_sizes: Sequence[int] | None = None,
         shuffle_seed: int = 0,
         on_device: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 < val_fraction < 1:
-            raise UserError(f"data.val_fraction={val_fraction}: give a share between 0 and 1, such as 0.1")
+        if not 0 <= val_fraction < 1:
+            raise UserError(
+                f"data.val_fraction={val_fraction}: give a share between 0 and 1, such as 0.1, or 0 for no validation"
+            )
+        if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
+            raise UserError(
+                f"data.train_sizes={list(train_sizes)}: give a size in pixels for each epoch, such as [24,32]"
+            )
         for name, value, least in [
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
@@ -95,6 +104,7 @@ class ImageDataModule(L.LightningDataModule):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.augment = Augment(crop_padding, flip, cutout)
+        self.train_sizes = list(train_sizes) if train_sizes is not None else None
         self.shuffle_seed = shuffle_seed
         self.on_device = on_device
         self.workers = 0
@@ -129,7 +139,7 @@ class ImageDataModule(L.LightningDataModule):
         for label in train.labels.unique():
             members = shuffled[train.labels[shuffled] == label]
             is_val[members[: round(len(members) * self.val_fraction)]] = True
-        if not is_val.any():
+        if self.val_fraction and not is_val.any():
             raise UserError(
                 f"data.val_fraction={self.val_fraction} of {len(train)} training images leaves none for validation. "
                 "Choose a larger share, or add images."
@@ -164,6 +174,12 @@ class ImageDataModule(L.LightningDataModule):
         mean = share @ levels
         return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
 
+    def sample(self, count: int = 5000) -> Tensor:
+        """Some training images, the same for every seed: uint8 [count, 3, H, W], or all if there are fewer."""
+        train = self.source.train
+        chosen = torch.randperm(len(train), generator=generator(0, 0, "sample"))[:count]
+        return next(train[chosen].chunks(count))
+
     def describe(self) -> dict:
         """What the images were, for the record: counts, and a checksum of all pixels and labels.
 
@@ -186,8 +202,8 @@ class ImageDataModule(L.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)
 
-    def val_dataloader(self) -> BatchLoader:
-        return self._loader(self.source.val, self.eval_batch_size)
+    def val_dataloader(self) -> BatchLoader | list:
+        return self._loader(self.source.val, self.eval_batch_size) if len(self.source.val) else []
 
     def test_dataloader(self) -> BatchLoader:
         return self._loader(self.source.test, self.eval_batch_size)
@@ -199,6 +215,7 @@ class ImageDataModule(L.LightningDataModule):
         settings = {
             "train": train,
             "augment": self.augment,
+            "sizes": self.train_sizes,
             "seed": self.shuffle_seed,
             "device": trains_on if self.on_device else torch.device("cpu"),
             "pin": trains_on.type == "cuda" and not self.on_device,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -58,11 +59,12 @@ class BatchLoader:
         batch_size: images a batch.
         train: shuffle, augment, and drop the last batch if it is not full; else go through all in order.
         augment: crops, flips and holes, used when training.
+        sizes: height and width to which training images are scaled at last, one value an epoch; the last one stays.
         device: where images and labels are kept and augmented.
         pin: yield pinned memory, which a GPU fetches while it computes.
 
     Yields:
-        images uint8 [B, C, H, W] (channels_last) and labels int64 [B].
+        images uint8 [B, C, H, W] (channels_last; H and W as `sizes` says) and labels int64 [B].
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class BatchLoader:
         *,
         train: bool = False,
         augment: Augment | None = None,
+        sizes: Sequence[int] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         pin: bool = False,
@@ -82,6 +85,7 @@ class BatchLoader:
         self.batch_size = batch_size
         self.train = train
         self.augment = augment if train else None
+        self.sizes = sizes if train else None
         self.pin = pin
         self.sampler = EpochSampler(len(labels), shuffle=train, seed=seed)
         self.batch_sampler = None  # Lightning looks for both names, as DataLoader has them
@@ -109,8 +113,18 @@ class BatchLoader:
                 images = pixels[place]
             else:
                 images = self.augment(pixels, place, draws.at(index))
-            batch = images.permute(0, 3, 1, 2), self.labels[index]
+            batch = self._scaled(images.permute(0, 3, 1, 2)), self.labels[index]
             yield (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """To the size of this epoch."""
+        size = self.sizes[min(self.sampler.epoch, len(self.sizes) - 1)] if self.sizes else self.image_size
+        if size == self.image_size:
+            return images
+        if images.device.type == "cpu":  # fast in uint8, which no other device can
+            return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        scaled = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        return scaled.round().to(torch.uint8)
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch of indices: pixels uint8 [M, H, W, C], and where in them the batch's images are."""

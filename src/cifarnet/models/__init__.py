@@ -2,5 +2,6 @@
 
 from cifarnet.models.cnn import CNN
 from cifarnet.models.normalize import Normalize
+from cifarnet.models.speednet import SpeedNet
 
-__all__ = ["CNN", "Normalize"]
+__all__ = ["CNN", "Normalize", "SpeedNet"]

@@ -1,0 +1,103 @@
+"""Time to accuracy: `+experiment=speedrun` beside the record scripts of others, taking turns.
+
+    python benchmarks/speedrun.py --runs 20 [--peers <folder>/airbench94_muon.py <folder>/cifar10_speedrun.py] [data=…]
+    python benchmarks/speedrun.py --write <folder> [data=…]
+
+The scripts are not part of this project: name where they are (https://github.com/KellerJordan/cifar10-airbench,
+https://github.com/hiverge/cifar10-speedrun). All train on the same images, which `data=…` chooses and which are written
+beside each script in the format that it reads.
+
+The clock is airbench's: whitening, training, and the last evaluation with its test-time augmentation; neither reading
+data nor compilation. `whole process` is what a user waits for: command to end, a script's warm-up run included,
+divided by the runs of that process. On a CPU, the scripts run as `benchmarks/peer.py` ports them.
+
+On a GPU use --runs-a-process, because each process of a script first compiles for a minute.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from cifarnet.cli import CONFIGS
+
+HERE = Path(__file__).parent
+
+
+def write(folder: Path, overrides: list[str]) -> None:
+    """`cifar10/train.pt` and `cifar10/test.pt`, in a mixed order: the scripts whiten by the first images."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", ["+experiment=speedrun", "output_dir=/nowhere", *overrides])
+    data = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    (folder / "cifar10").mkdir(parents=True, exist_ok=True)
+    for name, split in (("train", data.source.train), ("test", data.source.test)):
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        images = split.images[order].permute(0, 2, 3, 1).contiguous()
+        content = {"images": images, "labels": split.labels[order], "classes": data.class_names}
+        torch.save(content, folder / "cifar10" / f"{name}.pt")
+
+
+def ours(experiment: str, seeds: range, overrides: list[str]) -> list[dict[str, float]]:
+    """Accuracy and seconds of each run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            command = [sys.executable, "-m", "cifarnet.train", f"+experiment={experiment}", "callbacks=lean", "~logger"]
+            command += [*overrides, f"seed={seed}", f"hydra.run.dir={folder}/{seed}"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        runs = [json.loads(Path(folder, str(seed), "metrics.json").read_text()) for seed in seeds]
+    seconds = [run["fit_seconds"] + run["seconds"] + run["test_seconds"] for run in runs]
+    return [{"accuracy": run["test_accuracy"], "seconds": s} for run, s in zip(runs, seconds, strict=True)]
+
+
+def theirs(script: Path, seeds: range) -> list[dict[str, float]]:
+    command = [sys.executable, str(HERE / "peer.py"), str(script), f"--runs={len(seeds)}", f"--seed={seeds.start}"]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def main() -> None:
+    parser = common.parser(__doc__, turns=1)
+    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to run beside ours")
+    parser.add_argument("--ours", nargs="*", default=["speedrun"], help="experiments to run")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, with seeds 0, 1, …")
+    parser.add_argument("--runs-a-process", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="write the data for scripts into this folder, and stop")
+    arguments = parser.parse_args()
+    if arguments.write:
+        return write(arguments.write, arguments.overrides)
+    for script in arguments.peers:
+        write(script.parent, arguments.overrides)
+
+    sides: list[str | Path] = [*arguments.peers, *arguments.ours]
+    accuracies: dict[str, list[float]] = {Path(side).stem: [] for side in sides}
+    seconds, whole = ({name: [] for name in accuracies} for _ in range(2))
+    for first in range(0, arguments.runs, arguments.runs_a_process):
+        seeds = range(first, min(first + arguments.runs_a_process, arguments.runs))
+        for side in sides:
+            name, start = Path(side).stem, time.perf_counter()
+            runs = theirs(side, seeds) if isinstance(side, Path) else ours(side, seeds, arguments.overrides)
+            whole[name].append((time.perf_counter() - start) / len(seeds))
+            accuracies[name] += [run["accuracy"] for run in runs]
+            seconds[name] += [run["seconds"] for run in runs]
+            print(name, *(f"{run['accuracy']:.2%} in {run['seconds']:.2f} s" for run in runs), flush=True)
+
+    facts = {}
+    for name, measured in accuracies.items():
+        spread = f" ± {100 * statistics.stdev(measured):.2f}" if len(measured) > 1 else ""
+        facts[f"{name}, accuracy"] = f"{100 * statistics.mean(measured):.2f}{spread} % (n = {len(measured)})"
+        facts[f"{name}, whole process"] = f"{statistics.median(whole[name]):.1f} s a run"
+    common.report("speedrun", "seconds", seconds, **facts, accuracies=accuracies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The network of the fastest known recipes: whitened patches, six convolutions, no learned first layer."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifarnet.models.normalize import Normalize
+
+
+class Whiten(nn.Module):
+    """A fixed convolution after which small patches of the training images have a second moment near the identity.
+
+    The filters are the eigenvectors of the patches' uncentred second moment, each divided by √(eigenvalue + eps), and
+    then the same with the other sign, so that an activation that lets one sign through loses nothing (Page, 2018;
+    Jordan, 2024, https://arxiv.org/abs/2404.00498). Nothing is learned: training needs no gradient here.
+
+    Shapes: [B, C, H, W] -> [B, 2 × C × kernel_size², H - kernel_size + 1, W - kernel_size + 1].
+    """
+
+    filters: Tensor
+
+    def __init__(self, in_chans: int = 3, kernel_size: int = 2, eps: float = 5e-4) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("filters", torch.zeros(2 * in_chans * kernel_size**2, in_chans, kernel_size, kernel_size))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Compute the filters from normalised images, float [N, C, H, W]: a few thousand are enough."""
+        half, (chans, size) = len(self.filters) // 2, self.filters.shape[1:3]
+        patches = F.unfold(images, size).transpose(1, 2).reshape(-1, chans * size**2)  # one a row
+        second_moment = (patches.T @ patches).double() / len(patches)
+        eigenvalues, eigenvectors = torch.linalg.eigh(second_moment)
+        filters = (eigenvectors / (eigenvalues + self.eps).sqrt()).T.view(half, chans, size, size)
+        self.filters.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.filters)
+
+
+class Block(nn.Module):
+    """conv-pool-norm-activation, conv-norm-activation. The norms learn a shift and no scale."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_chans, out_chans)
+        self.norm1 = _norm(out_chans)
+        self.conv2 = _convolution(out_chans, out_chans)
+        self.norm2 = _norm(out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.gelu(self.norm2(self.conv2(x)))
+
+
+def _convolution(in_chans: int, out_chans: int) -> nn.Conv2d:
+    """3×3, and as much of the identity as fits: at the start it passes its input on."""
+    convolution = nn.Conv2d(in_chans, out_chans, 3, padding="same", bias=False)
+    nn.init.dirac_(convolution.weight.data[:in_chans])
+    return convolution
+
+
+def _norm(chans: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(chans, eps=1e-12, momentum=0.4)  # a short memory: training is over soon
+    norm.register_parameter("weight", None)
+    return norm
+
+
+class SpeedNet(nn.Module):
+    """Whitened patches, three blocks of two convolutions, the maximum over what is left of the image, a linear head.
+
+    After airbench94_muon (Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench), but the whitening layer has
+    no bias, so that no gradient ever passes the first activation, and the head's small weights take the place of a
+    factor on the logits. 1,971,328 parameters are learned at its defaults. It runs at any image size from 16 on, so
+    that training may begin with small images (`data.train_sizes`).
+
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        image_size: int = 32,
+        in_chans: int = 3,
+        widths: Sequence[int] = (64, 256, 256),  # channels of each block
+        whiten_kernel_size: int = 2,
+    ) -> None:
+        super().__init__()
+        if image_size < 16:
+            raise ValueError(f"image_size={image_size} is too small to be halved three times: the least is 16")
+        self.normalize = Normalize(in_chans)
+        self.whiten = Whiten(in_chans, whiten_kernel_size)
+        chans = [len(self.whiten.filters), *widths]
+        self.blocks = nn.Sequential(*(Block(i, o) for i, o in itertools.pairwise(chans)))
+        self.head = nn.Linear(chans[-1], num_classes, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / chans[-1])
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Compute the whitening filters from training images, uint8 [N, in_chans, H, W], by a fitted `normalize`."""
+        self.whiten.fit(self.normalize(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.gelu(self.whiten(self.normalize(images)))
+        return self.head(self.blocks(x).amax((2, 3)))

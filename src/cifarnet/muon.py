@@ -1,0 +1,119 @@
+"""Muon for convolutions, SGD for everything else, in one optimizer."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
+    """Move the singular values of matrices [B, rows, columns] towards 1, by Newton-Schulz iterations.
+
+    Each iteration is X ← aX + bXXᵀX + c(XXᵀ)²X, whose coefficients are chosen for the steepest slope at 0: singular
+    values end up between about 0.5 and 1.5, which is good enough for an update (Jordan et al., 2024,
+    https://kellerjordan.github.io/posts/muon/). Computed in bfloat16, unless the matrices are float64.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for convolutions; SGD with Nesterov momentum for biases and for matrices.
+
+    A convolution's weight, as a matrix [out_chans, in_chans × height × width], is scaled to the norm √out_chans before
+    every step; the step is the rate times its momentum's nearest orthogonal matrix, roughly (`orthogonalize`).
+    Convolutions of one shape are orthogonalised together. The other parameters take SGD's step, at rates of their own.
+
+    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/, as in airbench94_muon.
+
+    Args:
+        params: which are which is seen from their dimensions: 4 a convolution, 0 or 1 a bias, all others a matrix.
+        lr: of convolutions.
+        momentum: of convolutions.
+        steps: Newton-Schulz iterations.
+        bias, matrix: SGD's `lr`, `weight_decay` (and `momentum`) for biases and for matrices.
+
+    Raises:
+        ValueError: a rate or momentum that is negative.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.24,
+        momentum: float = 0.6,
+        steps: int = 3,
+        bias: Mapping[str, float] | None = None,
+        matrix: Mapping[str, float] | None = None,
+    ) -> None:
+        kinds: dict[str, list[Tensor]] = {"convolution": [], "bias": [], "matrix": []}
+        for parameter in params:
+            kind = {0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")
+            kinds[kind].append(parameter)
+        sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
+        settings: dict[str, dict[str, Any]] = {
+            "convolution": {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "steps": steps},
+            "bias": sgd | dict(bias or {}),
+            "matrix": sgd | dict(matrix or {}),
+        }
+        for kind, values in settings.items():
+            for name, value in values.items():
+                if value < 0:
+                    raise ValueError(f"{kind}: {name}={value} is negative")
+        groups = [{"params": kinds[kind], "kind": kind, **settings[kind]} for kind in kinds if kinds[kind]]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            updates = self._nesterov(parameters, gradients, group["momentum"])
+            if group["kind"] == "convolution":
+                updates = self._orthogonalized(updates, group["steps"])
+                norms = torch._foreach_norm(parameters)
+                scales = [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)]
+                torch._foreach_mul_(parameters, scales)
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        return loss
+
+    def _nesterov(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
+        """gradient + momentum × (momentum × buffer + gradient)"""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        return torch._foreach_add(gradients, buffers, alpha=momentum)
+
+    @staticmethod
+    def _orthogonalized(updates: list[Tensor], steps: int) -> list[Tensor]:
+        """Those of one shape together."""
+        places = defaultdict(list)
+        for place, update in enumerate(updates):
+            places[update.shape].append(place)
+        result = list(updates)
+        for shape, of_this_shape in places.items():
+            matrices = torch.stack([updates[place].flatten(1) for place in of_this_shape])
+            for place, matrix in zip(of_this_shape, orthogonalize(matrices, steps), strict=True):
+                result[place] = matrix.reshape(shape).to(updates[place])
+        return result
