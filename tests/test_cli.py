@@ -49,6 +49,8 @@ def command(tmp_path, monkeypatch, capsys):
         (["optimizer.lr=fast"], "optimizer.lr=fast", "expected a number"),
         (["data.batch_size=2.5"], "data.batch_size=2.5", "expected a whole number"),
         (["data.flip=perhaps"], "data.flip=perhaps", "none, random, alternating"),
+        (["module.tta=rotate"], "tta=rotate", "none, mirror, mirror_translate"),
+        (["data.train_sizes=[]"], "data.train_sizes=[]", "[24,32]"),
         (["trainer.deterministic=[1]"], "trainer.deterministic=[1]", "expected true or false"),
         (["compile=perhaps"], "compile=perhaps", "expected true or false"),
         (["threads=0"], "threads=0", "whole number"),

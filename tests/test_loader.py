@@ -85,6 +85,15 @@ def test_epochs_and_seeds_differ_and_repeat(images):
         assert not torch.equal(order, other[1])
 
 
+def test_training_images_are_scaled_to_the_size_of_the_epoch(images):
+    sized = loader(images, augment=Augment(), sizes=[6, 9])
+    assert [epoch(sized, number)[0].shape[-1] for number in (0, 1, 7)] == [6, 9, 9]
+    halves, index = epoch(sized, 0)
+    expected = F.interpolate(images[index].float(), (6, 6), mode="bilinear", antialias=True)
+    assert (halves.float() - expected).abs().max() <= 1  # rounded
+    assert epoch(loader(images, sizes=[6], train=False))[0].shape[-1] == 12
+
+
 def test_training_drops_the_incomplete_batch_and_evaluation_keeps_it(images):
     train, evaluation = loader(images), loader(images, train=False)
     assert len(train) == 6

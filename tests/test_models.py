@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from cifarnet.models import CNN, Normalize, SpeedNet
+from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
 
@@ -65,3 +66,29 @@ def test_speednet_takes_images_of_any_size(size):
     network = SpeedNet(num_classes=7)
     assert network(torch.zeros(2, 3, size, size, dtype=torch.uint8)).shape == (2, 7)
     assert sum(parameter.numel() for parameter in SpeedNet().parameters()) == 1_971_328
+
+
+@pytest.mark.parametrize(("batch", "width"), [(16, 7), (12, 3), (7, 7), (4, 15), (20, 1)], ids=lambda value: str(value))
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_images_side_by_side_are_those_of_a_plain_convolution(batch, width, memory_format):
+    torch.manual_seed(0)
+    ours, plain = Conv3x3(5, 6), nn.Conv2d(5, 6, 3, padding=1, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(batch, 5, width + 1, width)
+    factors = torch.randn(batch, 6, width + 1, width)
+    gradients = []
+    for convolution in (ours, plain):
+        copy = images.clone(memory_format=memory_format).requires_grad_()
+        (convolution(copy) * factors).sum().backward()
+        gradients.append((copy.grad, convolution.weight.grad))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_computes_in_the_precision_of_autocast():
+    convolution, images = Conv3x3(4, 4), torch.randn(4, 4, 7, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(images)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert convolution.weight.grad.dtype == torch.float32

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -217,11 +218,52 @@ def test_checkpoint_with_code_is_refused(config, tmp_path):
         ["scheduler=constant", "callbacks.pictures=null"],
         ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.accumulate_grad_batches=2"],
         ["~callbacks", "~logger"],
+        ["optimizer=muon"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
 def test_other_choices_train(config, overrides):
     assert 0 <= train(config(*overrides)) <= 1
+
+
+def test_training_on_all_images_tests_the_last_weights(config, tmp_path, capsys):
+    score = train(config("data.val_fraction=0"))
+    assert math.isnan(score)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val_accuracy"] is None
+    assert (metrics["data"]["train"], metrics["data"]["val"]) == (200, 0)
+    assert metrics["tested_epoch"] == metrics["epochs"] == 2
+    assert "validation accuracy  none" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["last.ckpt"]
+    cifarnet.load(tmp_path / "run")
+
+
+def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
+    recipe = ["+experiment=speedrun", "model.widths=[8,8,8]", "trainer.max_epochs=3", "data.train_sizes=[16,24,32]"]
+
+    def small(*overrides, folder="parts"):
+        return config(*recipe, "data.batch_size=40", *overrides, folder=folder, without="model")
+
+    train(small(folder="whole"))
+    with pytest.raises(Interrupted):
+        train(small(signal_at(1, 2, signal.SIGTERM)))
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    train(small(f"ckpt_path={last}"))
+    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
+
+
+def test_speednet_trains_with_another_optimizer(config):
+    assert 0 <= train(config("model=speednet", "model.widths=[8,8,8]", "optimizer=adamw", without="model")) <= 1
+
+
+def test_augmentation_at_test_time_can_be_chosen_for_a_finished_run(config, tmp_path):
+    train(config())
+    plain = json.loads((tmp_path / "run/metrics.json").read_text())
+    train(config("module.tta=mirror", f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"))
+    augmented = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert augmented["tta"] == "mirror"
+    assert augmented["test_cross_entropy"] != plain["test_cross_entropy"]
+    assert augmented["test_accuracy_one_view"] == plain["test_accuracy"]
 
 
 def test_folder_of_photographs(config, photographs, tmp_path):

@@ -47,7 +47,8 @@ def load(path: str | Path, classes: Iterable[type[nn.Module]] = ()) -> tuple[nn.
         network(images).argmax(1)  # images: uint8 or float in [0, 1], [B, 3, 32, 32]
 
     Args:
-        path: a checkpoint file, or a run's folder (then its best checkpoint).
+        path: a checkpoint file, or a run's folder (then its best checkpoint, or the last one where nothing
+            was validated).
         classes: network classes of your own that the checkpoint may ask for. Others are refused: a checkpoint
             from a stranger can run no code.
 
@@ -56,7 +57,10 @@ def load(path: str | Path, classes: Iterable[type[nn.Module]] = ()) -> tuple[nn.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
+        folder = path / "checkpoints"
+        path = folder / "best.ckpt"
+        if not path.is_file() and (folder / "last.ckpt").is_file():  # trained on all images
+            path = folder / "last.ckpt"
     checkpoint = read(path)
     recipe = checkpoint["hyper_parameters"]
     arguments = dict(recipe["model"])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.normalize import Normalize
 
 
@@ -56,9 +57,9 @@ class Block(nn.Module):
         return F.gelu(self.norm2(self.conv2(x)))
 
 
-def _convolution(in_chans: int, out_chans: int) -> nn.Conv2d:
+def _convolution(in_chans: int, out_chans: int) -> Conv3x3:
     """3×3, and as much of the identity as fits: at the start it passes its input on."""
-    convolution = nn.Conv2d(in_chans, out_chans, 3, padding="same", bias=False)
+    convolution = Conv3x3(in_chans, out_chans)
     nn.init.dirac_(convolution.weight.data[:in_chans])
     return convolution
 

@@ -1,0 +1,68 @@
+"""A 3×3 convolution whose backward pass is faster on a processor."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHORT = 8  # pixels: only rows shorter than that gain
+ROW = 64  # pixels, at most, of a row of images side by side
+
+
+class Conv3x3(nn.Conv2d):
+    """`nn.Conv2d(…, 3, padding=1, bias=False)`, whose weight's gradient is computed in another way on a CPU.
+
+    oneDNN adds the gradient of one image row after another to the whole of the weight's gradient. Where rows are short
+    and channels many, as in the last layers, it is busy with that and not with multiplying. With several images side by
+    side, a column of zeros between them, a row is long.
+
+    Shapes: [B, in_channels, H, W] -> [B, out_channels, H, W].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            input, weight = input.to(dtype), weight.to(dtype)
+        return _SideBySide.apply(input, weight)
+
+
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return F.conv2d(images, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        images, weight = ctx.saved_tensors
+        for_images, for_weight = ctx.needs_input_grad
+        width = images.shape[-1]
+        fitting = ROW // (width + 1) if width < SHORT else 1
+        count = next(number for number in range(fitting, 0, -1) if len(images) % number == 0)
+        image_gradient = _backward(gradient, images, weight, 0) if for_images else None
+        if count > 1:
+            gradient, images = _side_by_side(gradient, count), _side_by_side(images, count)
+        weight_gradient = _backward(gradient, images, weight, 1) if for_weight else None
+        return image_gradient, weight_gradient
+
+
+def _backward(gradient: Tensor, images: Tensor, weight: Tensor, which: int) -> Tensor:
+    """The gradient of the images (0) or of the weight (1)."""
+    mask = [which == 0, which == 1, False]
+    arguments = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)  # stride, padding, dilation, …
+    return torch.ops.aten.convolution_backward(gradient, images, weight, None, *arguments)[which]
+
+
+def _side_by_side(images: Tensor, count: int) -> Tensor:
+    """[B, C, H, W] -> [B / count, C, H, count × (W + 1)], channels_last, each image followed by a column of zeros."""
+    batch, chans, height, width = images.shape
+    packed = images.new_zeros(batch // count, height, count, width + 1, chans)
+    packed[..., :width, :] = images.permute(0, 2, 3, 1).view(-1, count, height, width, chans).transpose(1, 2)
+    return packed.flatten(2, 3).permute(0, 3, 1, 2)
