@@ -20,11 +20,12 @@ class Conv3x3(nn.Conv2d):
     Shapes: [B, in_channels, H, W] -> [B, out_channels, H, W].
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, side_by_side: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        self.side_by_side = side_by_side
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
+        if not self.side_by_side or input.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(input)
         weight = self.weight
         if torch.is_autocast_enabled("cpu"):

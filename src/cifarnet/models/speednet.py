@@ -45,11 +45,11 @@ class Whiten(nn.Module):
 class Block(nn.Module):
     """conv-pool-norm-activation, conv-norm-activation. The norms learn a shift and no scale."""
 
-    def __init__(self, in_chans: int, out_chans: int) -> None:
+    def __init__(self, in_chans: int, out_chans: int, side_by_side: bool) -> None:
         super().__init__()
-        self.conv1 = _convolution(in_chans, out_chans)
+        self.conv1 = _convolution(in_chans, out_chans, side_by_side)
         self.norm1 = _norm(out_chans)
-        self.conv2 = _convolution(out_chans, out_chans)
+        self.conv2 = _convolution(out_chans, out_chans, side_by_side)
         self.norm2 = _norm(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ class Block(nn.Module):
         return F.gelu(self.norm2(self.conv2(x)))
 
 
-def _convolution(in_chans: int, out_chans: int) -> Conv3x3:
+def _convolution(in_chans: int, out_chans: int, side_by_side: bool) -> Conv3x3:
     """3×3, and as much of the identity as fits: at the start it passes its input on."""
-    convolution = Conv3x3(in_chans, out_chans)
+    convolution = Conv3x3(in_chans, out_chans, side_by_side)
     nn.init.dirac_(convolution.weight.data[:in_chans])
     return convolution
 
@@ -88,6 +88,7 @@ class SpeedNet(nn.Module):
         in_chans: int = 3,
         widths: Sequence[int] = (64, 256, 256),  # channels of each block
         whiten_kernel_size: int = 2,
+        side_by_side: bool = True,  # how gradients are computed on a processor (see Conv3x3)
     ) -> None:
         super().__init__()
         if image_size < 16:
@@ -95,7 +96,7 @@ class SpeedNet(nn.Module):
         self.normalize = Normalize(in_chans)
         self.whiten = Whiten(in_chans, whiten_kernel_size)
         chans = [len(self.whiten.filters), *widths]
-        self.blocks = nn.Sequential(*(Block(i, o) for i, o in itertools.pairwise(chans)))
+        self.blocks = nn.Sequential(*(Block(i, o, side_by_side) for i, o in itertools.pairwise(chans)))
         self.head = nn.Linear(chans[-1], num_classes, bias=False)
         nn.init.normal_(self.head.weight, std=1 / chans[-1])
 
