@@ -68,12 +68,8 @@ class Classifier(L.LightningModule):
         test_time.check(tta, tta_share)
         self.tta, self.tta_share = tta, tta_share
         self.seed = seed
-        for stage in (
-            "train",
-            "val",
-            "test",
-            "one_view",
-        ):  # sums of (cross-entropy, correct, 1) over the epoch's images
+        for stage in ("train", "val", "test", "one_view"):
+            # sums of (cross-entropy, correct, 1) over the epoch's images
             self.register_buffer(f"{stage}_sums", torch.zeros(3), persistent=False)
         self._restored_rng: dict[str, Any] | None = None
 

@@ -192,16 +192,14 @@ def recipe(config: DictConfig, network: Any, datamodule: "ImageDataModule") -> d
 
 
 def _what_decides(hparams: Any) -> dict[str, Any]:
-    """The settings on which a run's weights depend, one level deep; where files lie is not among them."""
+    """The settings on which a run's weights depend, one level deep; where files lie, and how the test is made, is not among them."""
     config = hparams["config"] | {"model": hparams["model"]}
     settings = {"seed": config["seed"], "class_names": hparams["class_names"]}
     for section in ("data", "model", "optimizer", "scheduler", "module"):
         settings |= {f"{section}.{key}": value for key, value in (config.get(section) or {}).items()}
-    for key in ("data.root", "data.url", "data.in_memory", "data.workers", "data.on_device"):
-        settings.pop(key, None)
-    for key in ("module.tta", "module.tta_share"):  # of the test alone
-        settings.pop(key, None)
-    return settings
+    where = {"data.root", "data.url", "data.in_memory", "data.workers", "data.on_device", "model.side_by_side"}
+    test_alone = {"module.tta", "module.tta_share"}
+    return {key: value for key, value in settings.items() if key not in where | test_alone}
 
 
 def check_resumable(config: DictConfig, module: "Classifier") -> None:
