@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -250,6 +251,27 @@ def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     last = tmp_path / "parts/checkpoints/last.ckpt"
     train(small(f"ckpt_path={last}"))
     assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
+
+
+class RefuseToWait(Callback):
+    """Makes torch raise where a training step, or the loader of its batch, waits for the GPU."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 1:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to wait for")
+@pytest.mark.parametrize("recipe", [[], ["+experiment=speedrun", "data.batch_size=40"]], ids=["cnn", "speedrun"])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_no_step_waits_for_the_gpu(config, recipe, on_device):
+    refuse = "+callbacks.refuse={_target_: test_train.RefuseToWait}"
+    settings = [*recipe, "trainer=gpu", "trainer.max_epochs=2", f"data.on_device={str(on_device).lower()}", refuse]
+    train(config(*settings, without=("trainer", "model")))
 
 
 def test_speednet_trains_with_another_optimizer(config):

@@ -192,7 +192,7 @@ def recipe(config: DictConfig, network: Any, datamodule: "ImageDataModule") -> d
 
 
 def _what_decides(hparams: Any) -> dict[str, Any]:
-    """The settings on which a run's weights depend, one level deep; where files lie, and how the test is made, is not among them."""
+    """The settings on which a run's weights depend, one level deep: not where files lie, nor how the test is made."""
     config = hparams["config"] | {"model": hparams["model"]}
     settings = {"seed": config["seed"], "class_names": hparams["class_names"]}
     for section in ("data", "model", "optimizer", "scheduler", "module"):
