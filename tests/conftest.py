@@ -1,11 +1,14 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet.cli import CONFIGS
+from cifarnet.train import main
 
 SMALL = [
     "data=synthetic",
@@ -49,6 +52,27 @@ def config(tmp_path):
             return compose("train", [*settings, f"output_dir={tmp_path / folder}", *overrides])
 
     return small
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run `python -m cifarnet.train …` in this process: exit status, what was printed, and to stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["cifarnet.train", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

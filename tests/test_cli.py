@@ -10,33 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from hydra.core.global_hydra import GlobalHydra
 
 from cifarnet import cli
 from cifarnet.train import main
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run `python -m cifarnet.train …` in this process: exit status, what was printed, and to stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["cifarnet.train", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 @pytest.mark.parametrize(

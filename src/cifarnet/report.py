@@ -1,10 +1,13 @@
-"""Figures for people: predictions, curves, the confusion matrix."""
+"""Figures for people: predictions, curves, the confusion matrix, sweeps."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -85,3 +88,99 @@ def as_image(figure: Figure) -> Tensor:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)
+
+
+def sweep(results: Sequence[tuple[Mapping[str, str], float, float]], keys: Sequence[str]) -> Figure:
+    """Validation accuracy against what was swept: one setting, a line; two, a heat map; more, parallel coordinates.
+
+    Args:
+        results: settings, mean and standard deviation of the accuracy (NaN where there is none), in any order.
+        keys: the settings that vary.
+    """
+    results = [result for result in results if np.isfinite(result[1])]
+    draw = {1: _line, 2: _heat_map}.get(len(keys), _parallel_coordinates)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure.suptitle(f"Validation accuracy, {len(results)} settings")
+    if results:
+        draw(figure, results, list(keys))
+    return figure
+
+
+def _levels(results: Sequence[tuple[Mapping[str, str], float, float]], key: str) -> list[str]:
+    """The values of a setting, in numerical order if they are numbers."""
+    values = {settings.get(key, "") for settings, _, _ in results}
+    return sorted(values, key=lambda value: (_number(value), value))
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return float("inf")
+
+
+def _line(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]) -> None:
+    axis, levels = figure.subplots(), _levels(results, keys[0])
+    by_level = {settings.get(keys[0], ""): (mean, deviation) for settings, mean, deviation in results}
+    positions = [_number(level) for level in levels]
+    numeric = np.isfinite(positions).all()
+    if not numeric:
+        positions = list(range(len(levels)))
+    elif min(positions) > 0 and max(positions) / min(positions) >= 10:
+        axis.set_xscale("log")
+    axis.set_xticks(positions, levels)
+    axis.minorticks_off()
+    means, deviations = zip(*(by_level[level] for level in levels), strict=True)
+    axis.errorbar(positions, means, yerr=np.nan_to_num(deviations), fmt="o-" if numeric else "o", color=VAL, capsize=3)
+    axis.set(xlabel=keys[0], ylabel="validation accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.grid(alpha=0.25)
+
+
+def _heat_map(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]) -> None:
+    axis, (rows, columns) = figure.subplots(), (_levels(results, key) for key in keys)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for settings, mean, _ in results:
+        grid[rows.index(settings.get(keys[0], "")), columns.index(settings.get(keys[1], ""))] = mean
+    image = axis.imshow(grid, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for row, column in np.argwhere(np.isfinite(grid)):
+        value = grid[row, column]
+        axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="black" if value > middle else "white")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=keys[1], ylabel=keys[0])
+    figure.colorbar(image, format=PercentFormatter(1.0))
+
+
+def _parallel_coordinates(
+    figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]
+) -> None:
+    """One line a result; beside it, the share of the variance that each setting explains alone."""
+    axis, bars = figure.subplots(1, 2, width_ratios=[3, 1])
+    levels = {key: _levels(results, key) for key in keys}
+    scores = np.array([mean for _, mean, _ in results])
+    colours = colormaps["viridis"]((scores - scores.min()) / (np.ptp(scores) or 1))
+    for (settings, _, _), colour in sorted(zip(results, colours, strict=True), key=lambda pair: pair[0][1]):
+        heights = [levels[key].index(settings.get(key, "")) / max(len(levels[key]) - 1, 1) for key in keys]
+        axis.plot(range(len(keys)), heights, "o-", color=colour, alpha=0.8)
+    for place, key in enumerate(keys):
+        for index, level in enumerate(levels[key]):
+            axis.annotate(level, (place, index / max(len(levels[key]) - 1, 1)), (4, 4), textcoords="offset points")
+    axis.set_xticks(range(len(keys)), keys, rotation=15)
+    axis.set_yticks([])
+    scale = ScalarMappable(Normalize(scores.min(), scores.max()), "viridis")
+    figure.colorbar(scale, ax=axis, format=PercentFormatter(1.0), location="left")
+    bars.barh(keys, [_importance(results, scores, key) for key in keys], color=VAL)
+    bars.set(title="variance explained", xlim=(0, 1))
+    bars.xaxis.set_major_formatter(PercentFormatter(1.0))
+    bars.invert_yaxis()
+
+
+def _importance(results: Sequence[tuple[Mapping[str, str], float, float]], scores: np.ndarray, key: str) -> float:
+    """How much of the variance of the scores lies between the values of one setting: from 0 to 1."""
+    values = np.array([settings.get(key, "") for settings, _, _ in results])
+    means = np.empty_like(scores)
+    for value in np.unique(values):
+        means[values == value] = scores[values == value].mean()
+    return float(means.var() / scores.var()) if scores.var() else 0.0

@@ -3,6 +3,7 @@
 python -m cifarnet.train +experiment=baseline
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli
+from cifarnet import cli, sweep
 from cifarnet.errors import UserError
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
@@ -237,12 +238,22 @@ def quieten_lightning() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONFIGS), config_name="train")
 def _main(config: DictConfig) -> float:
-    return train(config)
+    return sweep.run(config, train) if sweep.is_job() else train(config)
 
 
 def main() -> None:
     """The command `python -m cifarnet.train`."""
-    cli.run(_main)
+
+    def task() -> None:
+        sys.argv[1:] = sweep.with_resumed_sweep(sys.argv[1:])
+        sweep.Folder.path = None
+        try:
+            _main()
+        finally:
+            if sweep.Folder.path is not None:
+                sweep.summarize(sweep.Folder.path)
+
+    cli.run(task)
 
 
 if __name__ == "__main__":
