@@ -23,7 +23,8 @@ def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
     x = x if wide else x.mT
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # bA + cA²
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x if wide else x.mT
 
 
@@ -107,13 +108,14 @@ class Muon(Optimizer):
 
     @staticmethod
     def _orthogonalized(updates: list[Tensor], steps: int) -> list[Tensor]:
-        """Those of one shape together."""
+        """Those of one shape together. A matrix's columns may have any order: that of the memory is fastest."""
         places = defaultdict(list)
         for place, update in enumerate(updates):
             places[update.shape].append(place)
         result = list(updates)
-        for shape, of_this_shape in places.items():
-            matrices = torch.stack([updates[place].flatten(1) for place in of_this_shape])
-            for place, matrix in zip(of_this_shape, orthogonalize(matrices, steps), strict=True):
-                result[place] = matrix.reshape(shape).to(updates[place])
+        for (rows, chans, height, width), of_this_shape in places.items():
+            matrices = torch.stack([updates[place].permute(0, 2, 3, 1).flatten(1) for place in of_this_shape])
+            matrices = orthogonalize(matrices, steps).to(matrices.dtype)
+            for place, matrix in zip(of_this_shape, matrices, strict=True):
+                result[place] = matrix.view(rows, height, width, chans).permute(0, 3, 1, 2)
         return result
