@@ -299,3 +299,15 @@ def test_folder_of_photographs(config, photographs, tmp_path):
     train(config("data=folder", f"data.root={tmp_path / 'few'}", "data.batch_size=32", without="data"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["data"]["train"], metrics["data"]["val"], metrics["data"]["test"]) == (180, 20, 50)
+
+
+def test_a_frozen_part_stays_as_it_is(config, tmp_path):
+    freeze = "+callbacks.freeze={_target_: cifarnet.callbacks.Freeze, part: features.0, epoch: 2}"
+    train(config("trainer.max_epochs=1", "scheduler=constant", folder="one"))
+    train(config("trainer.max_epochs=3", "scheduler=constant", freeze))
+    after_one, in_the_end = (weights(tmp_path / run / "checkpoints/last.ckpt") for run in ("one", "run"))
+    assert torch.equal(after_one["network.features.0.weight"], in_the_end["network.features.0.weight"])
+    assert not torch.equal(after_one["network.features.2.weight"], in_the_end["network.features.2.weight"])
+
+    with pytest.raises(UserError, match="no part 'stem' to freeze; the network has normalize, features"):
+        train(config(freeze.replace("features.0", "stem"), folder="stem"))

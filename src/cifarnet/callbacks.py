@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
 from cifarnet import report
-from cifarnet.errors import Interrupted
+from cifarnet.errors import Interrupted, UserError
 
 
 class ProgressBar(TQDMProgressBar):
@@ -233,6 +233,36 @@ class Compile(Callback):
             torch.cuda.synchronize(module.device)
         self.seconds = time.perf_counter() - start
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
+
+
+class Freeze(Callback):
+    """A part of the network learns no more from an epoch on: its backward pass is left out (Brock et al., 2017,
+    https://arxiv.org/abs/1706.04983).
+
+    Args:
+        part: its name in the network, such as "blocks.0".
+        epoch: the first epoch, from 1, in which it stays as it is.
+
+    Raises:
+        UserError: the network has no such part.
+    """
+
+    def __init__(self, part: str, epoch: int) -> None:
+        self.part = part
+        self.epoch = epoch
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # a run that is resumed in the middle of an epoch does not start it
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        try:
+            part = module.network.get_submodule(self.part)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in module.network.named_children())
+            raise UserError(
+                f"callbacks: there is no part {self.part!r} to freeze; the network has {names} ({error})."
+            ) from error
+        part.requires_grad_(trainer.current_epoch + 1 < self.epoch)
 
 
 def _override(key: str, value: str) -> str:

@@ -65,7 +65,7 @@ def _convolution(in_chans: int, out_chans: int, side_by_side: bool) -> Conv3x3:
 
 
 def _norm(chans: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(chans, eps=1e-12, momentum=0.4)  # a short memory: training is over soon
+    norm = nn.BatchNorm2d(chans, eps=1e-12)
     norm.register_parameter("weight", None)
     return norm
 
