@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,8 +167,8 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     return sorted(groups.values(), key=lambda group: -group.mean if math.isfinite(group.mean) else math.inf)
 
 
-def varied(groups: Sequence[Mapping[str, str] | Any]) -> list[str]:
-    """The settings that are not the same in all groups."""
+def varied(groups: Sequence[Job | Group]) -> list[str]:
+    """The settings that are not the same in all jobs or groups."""
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     return [key for key in keys if len({group.settings.get(key) for group in groups}) > 1]
 
