@@ -196,5 +196,8 @@ def explain(error: BaseException) -> str | None:
 def _raised_by_hydra(error: BaseException) -> bool:
     """Before any code of a job ran: Hydra makes the run's folder itself."""
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    in_hydra = any(Path(hydra.__file__).parent in file.parents for file in files)
-    return in_hydra and not any(PACKAGE in file.parents and file.name != "cli.py" for file in files)
+    entered = [Path(hydra.__file__).parent in file.parents for file in files]
+    if True not in entered:
+        return False
+    since = files[entered.index(True) :]
+    return not any(PACKAGE in file.parents and file.name != "cli.py" for file in since)
