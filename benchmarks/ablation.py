@@ -24,7 +24,9 @@ PARTS = {
     "batches of 2,000, rates as in airbench94_muon": [
         *("data.batch_size=2000", "optimizer.lr=0.24", "optimizer.bias.lr=106", "optimizer.matrix.lr=0.02"),
     ],
-    "SGD instead of Muon": ["optimizer=sgd", "optimizer.lr=0.1", "optimizer.weight_decay=5e-4"],
+    "SGD instead of Muon": [
+        *("optimizer=sgd", "optimizer.lr=0.1", "optimizer.weight_decay=5e-4", "~optimizer.bias", "~optimizer.matrix"),
+    ],
     "ReLU network of the baseline": ["model=cnn"],
 }
 
