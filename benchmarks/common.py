@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -86,6 +87,15 @@ def report(name: str, unit: str, values: dict[str, list[float]], base: str | Non
     axis.set(xlabel=unit, title=f"{name}: {machine['name']}, {machine['threads']} threads")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / f"{name}.png")
+
+
+def train(experiment: str, *overrides: str) -> dict[str, Any]:
+    """The metrics of a run with nothing beside training, in a process of its own, whose folder is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cifarnet.train", f"+experiment={experiment}", "callbacks=lean", "~logger"]
+        command += [*overrides, f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(Path(folder, "metrics.json").read_text())
 
 
 def _version(package: str) -> str | None:

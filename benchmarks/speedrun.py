@@ -18,7 +18,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -49,12 +48,7 @@ def write(folder: Path, overrides: list[str]) -> None:
 
 def ours(experiment: str, seeds: range, overrides: list[str]) -> list[dict[str, float]]:
     """Accuracy and seconds of each run."""
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in seeds:
-            command = [sys.executable, "-m", "cifarnet.train", f"+experiment={experiment}", "callbacks=lean", "~logger"]
-            command += [*overrides, f"seed={seed}", f"hydra.run.dir={folder}/{seed}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        runs = [json.loads(Path(folder, str(seed), "metrics.json").read_text()) for seed in seeds]
+    runs = [common.train(experiment, *overrides, f"seed={seed}") for seed in seeds]
     seconds = [run["fit_seconds"] + run["seconds"] + run["test_seconds"] for run in runs]
     return [{"accuracy": run["test_accuracy"], "seconds": s} for run, s in zip(runs, seconds, strict=True)]
 
@@ -75,8 +69,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.write:
         return write(arguments.write, arguments.overrides)
-    for script in arguments.peers:
-        write(script.parent, arguments.overrides)
+    for folder in {script.parent for script in arguments.peers}:
+        write(folder, arguments.overrides)
 
     sides: list[str | Path] = [*arguments.peers, *arguments.ours]
     accuracies: dict[str, list[float]] = {Path(side).stem: [] for side in sides}

@@ -15,6 +15,8 @@ from torch import Tensor
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 TRAIN, VAL = "#0969da", "#d1570a"
 
+Results = Sequence[tuple[Mapping[str, str], float, float]]  # of a sweep: settings, mean accuracy, its deviation
+
 
 def predictions(
     images: Tensor, labels: Tensor, predicted: Tensor, class_names: Sequence[str], columns: int = 8
@@ -90,7 +92,7 @@ def as_image(figure: Figure) -> Tensor:
     return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)
 
 
-def sweep(results: Sequence[tuple[Mapping[str, str], float, float]], keys: Sequence[str]) -> Figure:
+def sweep(results: Results, keys: Sequence[str]) -> Figure:
     """Validation accuracy against what was swept: one setting, a line; two, a heat map; more, parallel coordinates.
 
     Args:
@@ -106,7 +108,7 @@ def sweep(results: Sequence[tuple[Mapping[str, str], float, float]], keys: Seque
     return figure
 
 
-def _levels(results: Sequence[tuple[Mapping[str, str], float, float]], key: str) -> list[str]:
+def _levels(results: Results, key: str) -> list[str]:
     """The values of a setting, in numerical order if they are numbers."""
     values = {settings.get(key, "") for settings, _, _ in results}
     return sorted(values, key=lambda value: (_number(value), value))
@@ -119,7 +121,7 @@ def _number(value: str) -> float:
         return float("inf")
 
 
-def _line(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]) -> None:
+def _line(figure: Figure, results: Results, keys: list[str]) -> None:
     axis, levels = figure.subplots(), _levels(results, keys[0])
     by_level = {settings.get(keys[0], ""): (mean, deviation) for settings, mean, deviation in results}
     positions = [_number(level) for level in levels]
@@ -137,7 +139,7 @@ def _line(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, floa
     axis.grid(alpha=0.25)
 
 
-def _heat_map(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]) -> None:
+def _heat_map(figure: Figure, results: Results, keys: list[str]) -> None:
     axis, (rows, columns) = figure.subplots(), (_levels(results, key) for key in keys)
     grid = np.full((len(rows), len(columns)), np.nan)
     for settings, mean, _ in results:
@@ -153,9 +155,7 @@ def _heat_map(figure: Figure, results: Sequence[tuple[Mapping[str, str], float, 
     figure.colorbar(image, format=PercentFormatter(1.0))
 
 
-def _parallel_coordinates(
-    figure: Figure, results: Sequence[tuple[Mapping[str, str], float, float]], keys: list[str]
-) -> None:
+def _parallel_coordinates(figure: Figure, results: Results, keys: list[str]) -> None:
     """One line a result; beside it, the share of the variance that each setting explains alone."""
     axis, bars = figure.subplots(1, 2, width_ratios=[3, 1])
     levels = {key: _levels(results, key) for key in keys}
@@ -177,7 +177,7 @@ def _parallel_coordinates(
     bars.invert_yaxis()
 
 
-def _importance(results: Sequence[tuple[Mapping[str, str], float, float]], scores: np.ndarray, key: str) -> float:
+def _importance(results: Results, scores: np.ndarray, key: str) -> float:
     """How much of the variance of the scores lies between the values of one setting: from 0 to 1."""
     values = np.array([settings.get(key, "") for settings, _, _ in results])
     means = np.empty_like(scores)

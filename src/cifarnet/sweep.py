@@ -78,7 +78,8 @@ def run(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
     With `sweep.resume`, a job that is done returns its score, and one that was cut off goes on.
     """
     folder = Path(config.output_dir)
-    refuse_blind_sweep(config, swept(folder.parent))
+    if config.data.get("val_fraction") == 0:
+        refuse_blind_sweep(swept(folder.parent))
     (folder / "error.txt").unlink(missing_ok=True)
     if config.sweep.resume is not None:
         done = read(folder)
@@ -113,9 +114,9 @@ def threads_a_job() -> int | None:
     return None if jobs == 1 else max(1, cores // (cores if jobs < 0 else jobs))
 
 
-def refuse_blind_sweep(config: DictConfig, keys: Sequence[str]) -> None:
+def refuse_blind_sweep(keys: Sequence[str]) -> None:
     """Without validation images there is nothing to choose by: only seeds may be swept."""
-    if config.data.get("val_fraction") == 0 and (chosen := [key for key in keys if key != "seed"]):
+    if chosen := [key for key in keys if key != "seed"]:
         raise UserError(
             f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would leave only the test set to choose by. "
             "Set validation images aside, with data.val_fraction=0.1. (Sweeping seed alone is fine.)"
@@ -148,12 +149,17 @@ def read_all(sweep_folder: Path) -> list[Job]:
     return [read(path) for path in sorted(numbered, key=lambda path: int(path.name))]
 
 
+def _best_first(score: float) -> float:
+    """The key to sort by: the highest score first, NaN last."""
+    return -score if math.isfinite(score) else math.inf
+
+
 def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:
     """Remove the checkpoints of all finished jobs but the best `keep`; None keeps all."""
     if keep is None:
         return
     finished = [job for job in read_all(sweep_folder) if job.metrics]
-    finished.sort(key=lambda job: -job.score if math.isfinite(job.score) else 0)
+    finished.sort(key=lambda job: _best_first(job.score))
     for job in finished[keep:]:
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
@@ -164,7 +170,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     for job in jobs:
         settings = {key: value for key, value in job.settings.items() if key != "seed"}
         groups.setdefault(tuple(sorted(settings.items())), Group(settings, [])).jobs.append(job)
-    return sorted(groups.values(), key=lambda group: -group.mean if math.isfinite(group.mean) else math.inf)
+    return sorted(groups.values(), key=lambda group: _best_first(group.mean))
 
 
 def varied(groups: Sequence[Job | Group]) -> list[str]:
@@ -201,7 +207,7 @@ def table(groups: Sequence[Group]) -> str:
 def write_csv(jobs: Sequence[Job], path: Path) -> None:
     """One row a job, the best first."""
     keys = varied(jobs) or ["seed"]
-    ordered = sorted(jobs, key=lambda job: -job.score if math.isfinite(job.score) else math.inf)
+    ordered = sorted(jobs, key=lambda job: _best_first(job.score))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

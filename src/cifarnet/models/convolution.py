@@ -44,14 +44,15 @@ class _SideBySide(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         images, weight = ctx.saved_tensors
         for_images, for_weight = ctx.needs_input_grad
+        image_gradient = _backward(gradient, images, weight, 0) if for_images else None
+        if not for_weight:
+            return image_gradient, None
         width = images.shape[-1]
         fitting = ROW // (width + 1) if width < SHORT else 1
         count = next(number for number in range(fitting, 0, -1) if len(images) % number == 0)
-        image_gradient = _backward(gradient, images, weight, 0) if for_images else None
         if count > 1:
             gradient, images = _side_by_side(gradient, count), _side_by_side(images, count)
-        weight_gradient = _backward(gradient, images, weight, 1) if for_weight else None
-        return image_gradient, weight_gradient
+        return image_gradient, _backward(gradient, images, weight, 1)
 
 
 def _backward(gradient: Tensor, images: Tensor, weight: Tensor, which: int) -> Tensor:
