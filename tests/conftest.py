@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,11 @@ def config(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Run `python -m cifarnet.train …` in this process: exit status, what was printed, and to stderr."""
+    """Run `python -m cifarnet.train …`, or another command's main, here: exit status, what it printed, and to stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["cifarnet.train", *arguments])
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

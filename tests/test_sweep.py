@@ -53,7 +53,7 @@ def test_summary_is_written_although_a_job_failed(folder, capsys):
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["val_accuracy"] for row in rows] == ["0.9", "0.8", "0.7", "0.6", ""]
     assert (rows[0]["optimizer.lr"], rows[0]["seed"]) == ("0.1", "1")
-    assert (rows[-1]["status"], rows[-1]["error"]) == ("failed", "it exploded")
+    assert (rows[-1]["status"], rows[-1]["note"]) == ("failed", "it exploded")
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "job 4 failed: it exploded" in printed

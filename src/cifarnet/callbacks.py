@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -21,7 +21,10 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
 from cifarnet import report
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import Interrupted, Pruned, UserError
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 
 class ProgressBar(TQDMProgressBar):
@@ -233,6 +236,23 @@ class Compile(Callback):
             torch.cuda.synchronize(module.device)
         self.seconds = time.perf_counter() - start
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
+
+
+class Prune(Callback):
+    """Tells an Optuna trial the validation accuracy of each epoch, and stops where its study's pruner says so.
+
+    Raises:
+        Pruned: it is not worth going on.
+    """
+
+    def __init__(self, trial: "Trial") -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epoch, accuracy = trainer.current_epoch + 1, module.means("val")["val/accuracy"]
+        self.trial.report(accuracy, epoch)
+        if epoch < trainer.max_epochs and self.trial.should_prune():
+            raise Pruned(f"after epoch {epoch} of {trainer.max_epochs}, validation accuracy {accuracy:.2%}")
 
 
 class Freeze(Callback):

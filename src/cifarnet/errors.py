@@ -5,6 +5,10 @@ class UserError(Exception):
     """Something the user can mend: the message names the value that is wrong and what to do about it."""
 
 
+class Pruned(Exception):
+    """A search has given this trial up; the message says after which epoch."""
+
+
 class Interrupted(BaseException):
     """Training was asked to stop by a signal and did, after saving a checkpoint.
 

@@ -1,15 +1,17 @@
 """Figures for people: predictions, curves, the confusion matrix, sweeps."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -93,7 +95,8 @@ def as_image(figure: Figure) -> Tensor:
 
 
 def sweep(results: Results, keys: Sequence[str]) -> Figure:
-    """Validation accuracy against what was swept: one setting, a line; two, a heat map; more, parallel coordinates.
+    """Validation accuracy against what was swept: one setting, a line; two, a heat map, or points where most of its
+    cells would be empty; more, parallel coordinates.
 
     Args:
         results: settings, mean and standard deviation of the accuracy (NaN where there is none), in any order.
@@ -101,6 +104,8 @@ def sweep(results: Results, keys: Sequence[str]) -> Figure:
     """
     results = [result for result in results if np.isfinite(result[1])]
     draw = {1: _line, 2: _heat_map}.get(len(keys), _parallel_coordinates)
+    if len(keys) == 2 and 2 * len(results) < math.prod(len(_levels(results, key)) for key in keys):
+        draw = _points
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     figure.suptitle(f"Validation accuracy, {len(results)} settings")
     if results:
@@ -114,6 +119,14 @@ def _levels(results: Results, key: str) -> list[str]:
     return sorted(values, key=lambda value: (_number(value), value))
 
 
+def short(value: str) -> str:
+    """A number with four digits."""
+    try:
+        return value if len(value) < 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
 def _number(value: str) -> float:
     try:
         return float(value)
@@ -121,17 +134,26 @@ def _number(value: str) -> float:
         return float("inf")
 
 
+def _positions(axis: Axis, levels: list[str]) -> dict[str, float]:
+    """Where the values of a setting lie on an axis, which becomes logarithmic for a wide range of numbers."""
+    positions = [_number(level) for level in levels]
+    if not np.isfinite(positions).all():
+        positions = [float(index) for index, _ in enumerate(levels)]
+        axis.set_ticks(positions, levels)
+    else:
+        if min(positions) > 0 and max(positions) / min(positions) >= 10:
+            getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        if len(levels) <= 8:  # else round numbers are easier to read
+            axis.set_ticks(positions, levels)
+            axis.set_minor_locator(NullLocator())
+    return dict(zip(levels, positions, strict=True))
+
+
 def _line(figure: Figure, results: Results, keys: list[str]) -> None:
     axis, levels = figure.subplots(), _levels(results, keys[0])
     by_level = {settings.get(keys[0], ""): (mean, deviation) for settings, mean, deviation in results}
-    positions = [_number(level) for level in levels]
-    numeric = np.isfinite(positions).all()
-    if not numeric:
-        positions = list(range(len(levels)))
-    elif min(positions) > 0 and max(positions) / min(positions) >= 10:
-        axis.set_xscale("log")
-    axis.set_xticks(positions, levels)
-    axis.minorticks_off()
+    numeric = all(np.isfinite(_number(level)) for level in levels)
+    positions = list(_positions(axis.xaxis, levels).values())
     means, deviations = zip(*(by_level[level] for level in levels), strict=True)
     axis.errorbar(positions, means, yerr=np.nan_to_num(deviations), fmt="o-" if numeric else "o", color=VAL, capsize=3)
     axis.set(xlabel=keys[0], ylabel="validation accuracy")
@@ -155,6 +177,18 @@ def _heat_map(figure: Figure, results: Results, keys: list[str]) -> None:
     figure.colorbar(image, format=PercentFormatter(1.0))
 
 
+def _points(figure: Figure, results: Results, keys: list[str]) -> None:
+    axis = figure.subplots()
+    places = []
+    for side, key in ((axis.xaxis, keys[0]), (axis.yaxis, keys[1])):
+        positions = _positions(side, _levels(results, key))
+        places.append([positions[settings.get(key, "")] for settings, _, _ in results])
+    points = axis.scatter(*places, c=[mean for _, mean, _ in results], cmap="viridis", s=70, edgecolors="black")
+    axis.set(xlabel=keys[0], ylabel=keys[1])
+    axis.grid(alpha=0.25)
+    figure.colorbar(points, format=PercentFormatter(1.0))
+
+
 def _parallel_coordinates(figure: Figure, results: Results, keys: list[str]) -> None:
     """One line a result; beside it, the share of the variance that each setting explains alone."""
     axis, bars = figure.subplots(1, 2, width_ratios=[3, 1])
@@ -165,8 +199,11 @@ def _parallel_coordinates(figure: Figure, results: Results, keys: list[str]) -> 
         heights = [levels[key].index(settings.get(key, "")) / max(len(levels[key]) - 1, 1) for key in keys]
         axis.plot(range(len(keys)), heights, "o-", color=colour, alpha=0.8)
     for place, key in enumerate(keys):
-        for index, level in enumerate(levels[key]):
-            axis.annotate(level, (place, index / max(len(levels[key]) - 1, 1)), (4, 4), textcoords="offset points")
+        step = -(-len(levels[key]) // 8)  # a search has a value of its own in every trial
+        for index, level in list(enumerate(levels[key]))[::step]:
+            axis.annotate(
+                short(level), (place, index / max(len(levels[key]) - 1, 1)), (4, 4), textcoords="offset points"
+            )
     axis.set_xticks(range(len(keys)), keys, rotation=15)
     axis.set_yticks([])
     scale = ScalarMappable(Normalize(scores.min(), scores.max()), "viridis")
@@ -178,8 +215,14 @@ def _parallel_coordinates(figure: Figure, results: Results, keys: list[str]) -> 
 
 
 def _importance(results: Results, scores: np.ndarray, key: str) -> float:
-    """How much of the variance of the scores lies between the values of one setting: from 0 to 1."""
+    """How much of the variance of the scores lies between the values of one setting: from 0 to 1.
+
+    Where there are many values, between their quarters.
+    """
     values = np.array([settings.get(key, "") for settings, _, _ in results])
+    levels = _levels(results, key)
+    if len(levels) > 5:
+        values = np.array([4 * levels.index(value) // len(levels) for value in values])
     means = np.empty_like(scores)
     for value in np.unique(values):
         means[values == value] = scores[values == value].mean()

@@ -5,18 +5,24 @@ in the end, `metrics.json` or `error.txt`. All that is below reads these files, 
 sweep that failed, was killed, or ran in several processes.
 """
 
+import contextlib
 import csv
+import functools
+import getpass
 import json
 import math
 import os
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -24,21 +30,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.errors import UserError
+from cifarnet.errors import Pruned, UserError
 
 
 @dataclass
 class Job:
-    """One job of a multirun. `settings` are its overrides, `metrics` its `metrics.json`, `error` its `error.txt`."""
+    """One job of a multirun. `settings` are its overrides, `metrics` its `metrics.json`, `error` its `error.txt`;
+    `pruned` says where a search stopped it."""
 
     folder: Path
     settings: dict[str, str]
     metrics: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    pruned: str = ""
 
     @property
     def status(self) -> str:
-        return "done" if self.metrics else "failed" if self.error else "cut off"
+        return "done" if self.metrics else "failed" if self.error else "pruned" if self.pruned else "cut off"
 
     @property
     def score(self) -> float:
@@ -91,8 +99,14 @@ def run(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
             config.ckpt_path = str(last)
     if config.threads is None:
         config.threads = threads_a_job()
+    if jobs_at_a_time() != 1 and config.trainer.accelerator != "cpu":
+        claim_gpu()
     try:
         score = train(config)
+    except Pruned as pruned:
+        (folder / "pruned.txt").write_text(f"{pruned}\n", encoding="utf-8")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return math.nan
     except Exception as error:
         message = cli.explain(error) or f"{type(error).__name__}: {error}"
         (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
@@ -107,11 +121,55 @@ def _own(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if not override.startswith("sweep.")]
 
 
+def jobs_at_a_time() -> int:
+    """How many the launcher runs side by side."""
+    jobs = HydraConfig.get().launcher.get("n_jobs", 1)
+    return jobs if jobs > 0 else os.cpu_count() or 1  # joblib's -1 is one a core
+
+
 def threads_a_job() -> int | None:
     """The cores divided by the jobs that run at a time; None, all, for one at a time."""
-    jobs = HydraConfig.get().launcher.get("n_jobs", 1)
-    cores = os.cpu_count() or 1
-    return None if jobs == 1 else max(1, cores // (cores if jobs < 0 else jobs))
+    jobs = jobs_at_a_time()
+    return None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+
+
+@functools.cache  # `claim_gpu` changes what can be seen
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    try:  # not by torch, which takes seconds to import
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(index) for index, _ in enumerate(listed.splitlines())]
+
+
+def default_jobs() -> int:
+    """One a GPU; two where there is none. Configs know it as `default_jobs`."""
+    return len(gpus()) or 2
+
+
+OmegaConf.register_new_resolver("default_jobs", default_jobs, replace=True)
+
+
+@functools.cache  # once for all jobs of this process
+def claim_gpu() -> FileLock | None:
+    """Let this process see one GPU alone, which no other job has; more processes than GPUs share them evenly.
+
+    The lock is held as long as the process lives, however it ends.
+    """
+    folder = Path(tempfile.gettempdir(), f"cifarnet-{getpass.getuser()}")
+    for turn in range(1000 if gpus() else 0):
+        for name in gpus():
+            folder.mkdir(exist_ok=True)
+            lock = FileLock(folder / f"gpu-{name}-{turn}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(blocking=False)
+                os.environ["CUDA_VISIBLE_DEVICES"] = name
+                return lock
+    return None
 
 
 def refuse_blind_sweep(keys: Sequence[str]) -> None:
@@ -138,8 +196,9 @@ def read(folder: Path) -> Job:
     job = Job(folder, {key: value for key, value in settings.items() if not key.startswith("sweep.")})
     if (metrics := folder / "metrics.json").is_file():
         job.metrics = json.loads(metrics.read_text(encoding="utf-8"))
-    if (error := folder / "error.txt").is_file():
-        job.error = error.read_text(encoding="utf-8").strip()
+    for note in ("error", "pruned"):
+        if (file := folder / f"{note}.txt").is_file():
+            setattr(job, note, file.read_text(encoding="utf-8").strip())
     return job
 
 
@@ -158,8 +217,9 @@ def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:
     """Remove the checkpoints of all finished jobs but the best `keep`; None keeps all."""
     if keep is None:
         return
-    finished = [job for job in read_all(sweep_folder) if job.metrics]
-    finished.sort(key=lambda job: _best_first(job.score))
+    # the others were looked at before: the best of all are among these
+    with_checkpoints = [read(path.parent) for path in sweep_folder.glob("*/checkpoints")]
+    finished = sorted((job for job in with_checkpoints if job.metrics), key=lambda job: _best_first(job.score))
     for job in finished[keep:]:
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
@@ -181,6 +241,8 @@ def varied(groups: Sequence[Job | Group]) -> list[str]:
 
 def table(groups: Sequence[Group]) -> str:
     """The groups as lines of text, the best first."""
+    from cifarnet.report import short
+
     keys = varied(groups)
     replicas = any(len(group.jobs) > 1 for group in groups)
     rows = [["val accuracy", *(["n"] if replicas else []), *keys, "seconds", "job"]]
@@ -193,7 +255,7 @@ def table(groups: Sequence[Group]) -> str:
             [
                 score,
                 *([str(len(group.scores))] if replicas else []),
-                *(group.settings.get(key, "") for key in keys),
+                *(short(group.settings.get(key, "")) for key in keys),
                 f"{statistics.mean(seconds):.1f}" if seconds else "",
                 ",".join(job.folder.name for job in group.jobs),
             ]
@@ -211,13 +273,12 @@ def write_csv(jobs: Sequence[Job], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "error"])
+        writer.writerow(["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"])
         for job in ordered:
             numbers = [job.metrics.get(key, "") for key in ("val_accuracy", "test_accuracy")]
             settings = [job.settings.get(key, "") for key in keys]
-            writer.writerow(
-                [*numbers, *settings, job.metrics.get("seconds", ""), job.status, job.folder.name, job.error]
-            )
+            seconds, note = job.metrics.get("seconds", ""), job.error or job.pruned
+            writer.writerow([*numbers, *settings, seconds, job.status, job.folder.name, note])
     os.replace(temporary, path)
 
 
@@ -237,9 +298,10 @@ def summarize(sweep_folder: Path) -> None:
 
         figure = report.sweep([(group.settings, group.mean, group.deviation) for group in groups], keys)
         figure.savefig(sweep_folder / "sweep.png")
-    done = sum(job.status == "done" for job in jobs)
-    print(f"  {done} of {len(jobs)} jobs done: {os.path.relpath(sweep_folder)}/sweep.csv")
-    if done < len(jobs):
+    done, pruned = (sum(job.status == status for job in jobs) for status in ("done", "pruned"))
+    stopped = f", {pruned} pruned" if pruned else ""
+    print(f"  {done} of {len(jobs)} jobs done{stopped}: {os.path.relpath(sweep_folder)}/sweep.csv")
+    if done + pruned < len(jobs):
         print(f"  Run what is missing: python -m cifarnet.train sweep.resume={os.path.relpath(sweep_folder)}")
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, sweep
 from cifarnet.errors import UserError
+from cifarnet.search import Search
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
     import lightning as L
@@ -118,7 +119,7 @@ def make_trainer(config: DictConfig) -> "L.Trainer":
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    from cifarnet.callbacks import Compile
+    from cifarnet.callbacks import Compile, Prune
 
     chosen = [callback for callback in (config.get("callbacks") or {}).values() if callback]
     if config.data.get("val_fraction") == 0:  # nothing to choose a checkpoint by
@@ -126,6 +127,8 @@ def make_trainer(config: DictConfig) -> "L.Trainer":
     callbacks = [instantiate(callback) for callback in chosen]
     if config.compile:
         callbacks.append(Compile())
+    if Search.trial is not None:
+        callbacks.append(Prune(Search.trial))
     try:
         trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(
             callbacks=callbacks,
