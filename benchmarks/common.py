@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -94,7 +95,9 @@ def train(experiment: str, *overrides: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cifarnet.train", f"+experiment={experiment}", "callbacks=lean", "~logger"]
         command += [*overrides, f"hydra.run.dir={folder}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": here}  # for networks that a benchmark defines
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(Path(folder, "metrics.json").read_text())
 
 

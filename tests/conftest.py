@@ -57,7 +57,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Run `python -m cifarnet.train …`, or another command's main, here: exit status, what it printed, and to stderr."""
+    """Run `python -m cifarnet.train …`, or another command's main: exit status, what was printed, and to stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
