@@ -74,9 +74,13 @@ def main() -> None:
         for name, part in chosen.items():
             runs[name].append(run([*arguments.overrides, *part, f"seed={seed}"]))
             print(f"seed {seed}: {name}: {runs[name][-1]}", flush=True)
-    print("\n| | validation accuracy | seconds of training | test-time augmentation adds |\n| --- | ---: | ---: | ---: |")
+    print(
+        "\n| | validation accuracy | seconds of training | test-time augmentation adds |\n| --- | ---: | ---: | ---: |"
+    )
     for name, measured in runs.items():
-        accuracy, seconds, gain = (statistics.mean(one[key] for one in measured) for key in ("accuracy", "seconds", "tta"))
+        accuracy, seconds, gain = (
+            statistics.mean(one[key] for one in measured) for key in ("accuracy", "seconds", "tta")
+        )
         print(f"| {name} | {accuracy:.2f} % | {seconds:.0f} | {gain:.2f} |")
     common.report("ablation", "seconds", {name: [one["seconds"] for one in of] for name, of in runs.items()}, runs=runs)
 
