@@ -2,8 +2,8 @@
 
     python benchmarks/ablation.py [--turns 2] [data=folder data.root=…]
 
-A tenth of the training images is set aside, and accuracy is that on them, so that nothing is chosen by the test set. The
-last column is of the test: what the recipe's test-time augmentation adds to the accuracy of a single look.
+A tenth of the training images is set aside, and accuracy is that on them, so that nothing is chosen by the test set.
+The last column is of the test: what test-time augmentation adds to the accuracy of a single look.
 """
 
 import statistics

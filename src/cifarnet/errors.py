@@ -21,3 +21,6 @@ class Interrupted(BaseException):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple:
+        return Interrupted, (str(self), self.status)  # from a sweep's process to the one that started it

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +100,10 @@ def run(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
             config.ckpt_path = str(last)
     if config.threads is None:
         config.threads = threads_a_job()
-    if jobs_at_a_time() != 1 and config.trainer.accelerator != "cpu":
-        claim_gpu()
+    if jobs_at_a_time() != 1:
+        end_with_parent()
+        if config.trainer.accelerator != "cpu":
+            claim_gpu()
     try:
         score = train(config)
     except Pruned as pruned:
@@ -131,6 +134,20 @@ def threads_a_job() -> int | None:
     """The cores divided by the jobs that run at a time; None, all, for one at a time."""
     jobs = jobs_at_a_time()
     return None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+
+
+@functools.cache  # once for all jobs of this process
+def end_with_parent() -> None:
+    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+
+    def watch() -> None:
+        parent.wait()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.cache  # `claim_gpu` changes what can be seen
