@@ -50,7 +50,7 @@ def test_sweeps_in_the_words_of_hydra(override, expected):
     assert search.distribution(OverridesParser.create().parse_override(override)) == expected
 
 
-def test_search_and_its_continuation(run, tmp_path):
+def test_search_and_its_continuation(run, command, tmp_path):
     status, printed, error = run(RATE, "hydra.sweeper.trials=2")
     assert status == 0, error
     assert "2 of 2 jobs done" in printed
@@ -67,6 +67,10 @@ def test_search_and_its_continuation(run, tmp_path):
     assert len(set(rates)) == 3
     assert len(list(csv.DictReader((tmp_path / "search/sweep.csv").open()))) == 3
     assert (tmp_path / "search/sweep.png").is_file()
+
+    status, printed, error = command("sweep.resume=search")  # as any other sweep
+    assert status == 0, error
+    assert "3 of 3 jobs done" in printed
 
     status, _, error = run(RATE, "seed=1")
     assert status == 1

@@ -79,7 +79,7 @@ class Search(Sweeper):
         fixed, space = self._space(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        study = self._open(folder, {"fixed": fixed, "space": {key: str(of) for key, of in space.items()}})
+        study = self._open(folder, {"fixed": sweep.own(fixed), "space": {key: str(of) for key, of in space.items()}})
         OmegaConf.save(self.config, folder / "multirun.yaml")
         failures = []
         while (trial := self._next(study, space, folder)) is not None:

@@ -92,7 +92,7 @@ def run(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
     (folder / "error.txt").unlink(missing_ok=True)
     if config.sweep.resume is not None:
         done = read(folder)
-        if done.metrics and _own(done.metrics["overrides"]) == _own(HydraConfig.get().overrides.task):
+        if done.metrics and own(done.metrics["overrides"]) == own(HydraConfig.get().overrides.task):
             print(f"Job {folder.name} is done: {done.score:.2%}", flush=True)
             return done.score
         if (last := folder / "checkpoints" / "last.ckpt").is_file():
@@ -119,8 +119,8 @@ def run(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
     return score
 
 
-def _own(overrides: Sequence[str]) -> list[str]:
-    """Those that say what to train."""
+def own(overrides: Sequence[str]) -> list[str]:
+    """The overrides that say what to train."""
     return [override for override in overrides if not override.startswith("sweep.")]
 
 
