@@ -2,8 +2,11 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import SMALL
 
@@ -136,3 +139,16 @@ def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
     status, printed, error = command("-m", *TINY, "data.val_fraction=0", "seed=range(2)", "hydra.sweep.dir=sweep")
     assert status == 0, error
     assert "2 of 2 jobs done" in printed
+
+
+def test_jobs_end_with_the_process_that_started_them():
+    job = "from cifarnet import sweep; sweep.end_with_parent(); print('ready', flush=True); import time; time.sleep(60)"
+    start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
+    parent = subprocess.Popen([sys.executable, "-c", start + "p.wait()"], stdout=subprocess.PIPE, text=True)
+    printed = {parent.stdout.readline().strip() for _ in range(2)}
+    pid = int((printed - {"ready"}).pop())
+    assert "ready" in printed
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not alive
