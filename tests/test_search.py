@@ -98,8 +98,8 @@ def test_a_trial_that_was_cut_off_goes_on(run, tmp_path):
 
 
 def test_pruned_trials(run, tmp_path):
-    never = "hydra.sweeper.pruner={_target_: optuna.pruners.ThresholdPruner, lower: 1.1}"
-    status, printed, error = run(RATE, never, "hydra.sweeper.trials=2")
+    never = ["hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner", "+hydra.sweeper.pruner.lower=1.1"]
+    status, printed, error = run(RATE, *never, "hydra.sweeper.trials=2")
     assert status == 0, error
     assert states(tmp_path / "search") == ["PRUNED", "PRUNED"]
     assert "0 of 2 jobs done, 2 pruned" in printed

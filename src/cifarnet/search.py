@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import sweep
 from cifarnet.errors import UserError
+from cifarnet.sweep import Job
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -92,7 +94,7 @@ class Search(Sweeper):
                 Search.trial = None
             job = sweep.read(folder / str(trial.number))
             self._tell(study, trial, job)
-            if job.status == "failed":
+            if result.status == JobStatus.FAILED:
                 failures.append(result)
             print(f"Trial {trial.number + 1} of {self.trials}: {_outcome(job)}  {' '.join(settings)}", flush=True)
         for failure in failures:
@@ -168,7 +170,7 @@ class Search(Sweeper):
         return trial
 
     @staticmethod
-    def _tell(study: "Study", trial: "Trial", job: sweep.Job) -> None:
+    def _tell(study: "Study", trial: "Trial", job: Job) -> None:
         from optuna.trial import TrialState
 
         if job.status == "pruned":
@@ -232,7 +234,7 @@ def _differences(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return " and ".join(parts)
 
 
-def _outcome(job: sweep.Job) -> str:
+def _outcome(job: Job) -> str:
     return f"{job.score:.2%}" if job.status == "done" else job.status
 
 

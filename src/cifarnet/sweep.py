@@ -209,8 +209,9 @@ def swept(sweep_folder: Path) -> list[str]:
 def read(folder: Path) -> Job:
     """What there is to know about a job."""
     overrides = folder / ".hydra" / "overrides.yaml"
-    settings = dict(str(line).split("=", 1) for line in OmegaConf.load(overrides)) if overrides.is_file() else {}
-    job = Job(folder, {key: value for key, value in settings.items() if not key.startswith("sweep.")})
+    lines = [str(line) for line in OmegaConf.load(overrides)] if overrides.is_file() else []
+    settings = {key: value for key, _, value in (line.partition("=") for line in own(lines))}
+    job = Job(folder, settings)
     if (metrics := folder / "metrics.json").is_file():
         job.metrics = json.loads(metrics.read_text(encoding="utf-8"))
     for note in ("error", "pruned"):
@@ -221,7 +222,7 @@ def read(folder: Path) -> Job:
 
 def read_all(sweep_folder: Path) -> list[Job]:
     """All jobs of a multirun that were begun, in order."""
-    numbered = [path for path in sweep_folder.iterdir() if path.name.isdigit() and (path / ".hydra").is_dir()]
+    numbered = [path.parent for path in sweep_folder.glob("*/.hydra") if path.parent.name.isdigit()]
     return [read(path) for path in sorted(numbered, key=lambda path: int(path.name))]
 
 
