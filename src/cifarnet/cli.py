@@ -149,7 +149,6 @@ def run(task: Callable[[], Any]) -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise what it would print
     try:
-        sys.argv[1:] = with_saved_overrides(sys.argv[1:])
         task()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

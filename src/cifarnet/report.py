@@ -1,10 +1,10 @@
-"""Figures for people: predictions, curves, the confusion matrix, sweeps."""
+"""Figures for people: predictions, curves, the confusion matrix, sweeps, comparisons."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +12,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
-from torch import Tensor
+
+if TYPE_CHECKING:  # takes seconds to import: sweeps and comparisons are drawn without
+    from torch import Tensor
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 TRAIN, VAL = "#0969da", "#d1570a"
@@ -21,7 +23,7 @@ Results = Sequence[tuple[Mapping[str, str], float, float]]  # of a sweep: settin
 
 
 def predictions(
-    images: Tensor, labels: Tensor, predicted: Tensor, class_names: Sequence[str], columns: int = 8
+    images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str], columns: int = 8
 ) -> Figure:
     """A grid of pictures with predicted and true class, mistakes in red.
 
@@ -67,7 +69,7 @@ def accuracy(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def confusion(matrix: Tensor, class_names: Sequence[str]) -> Figure:
+def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     """A confusion matrix, int64 [num_classes, num_classes], as shares of the true class (a row)."""
     counts = matrix.double()
     share = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
@@ -87,8 +89,10 @@ def confusion(matrix: Tensor, class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def as_image(figure: Figure) -> Tensor:
+def as_image(figure: Figure) -> "Tensor":
     """The figure as pixels, uint8 [3, H, W]."""
+    import torch
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)
@@ -227,3 +231,29 @@ def _importance(results: Results, scores: np.ndarray, key: str) -> float:
     for value in np.unique(values):
         means[values == value] = scores[values == value].mean()
     return float(means.var() / scores.var()) if scores.var() else 0.0
+
+
+def comparison(groups: Sequence[tuple[str, Sequence[float], float]], metric: str, percent: bool) -> Figure:
+    """One row a group: its runs as dots, and their mean with its 95 % confidence interval.
+
+    Args:
+        groups: title, the runs' values, and half the interval's width (NaN where there is none).
+        metric: the name of the values.
+        percent: they are shares, from 0 to 1, to be written as percentages.
+    """
+    lines = sum(title.count("\n") + 2 for title, _, _ in groups)
+    figure = Figure(figsize=(8, 1.2 + 0.22 * lines), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for row, (_, values, margin) in enumerate(groups):
+        axis.plot(values, [row] * len(values), "o", color=TRAIN, alpha=0.5, label="" if row else "runs")
+        mean, label = np.mean(values), "" if row else "mean, 95 % interval"
+        width = None if np.isnan(margin) else margin
+        axis.errorbar(mean, row + 0.2, xerr=width, fmt="D", color=VAL, markersize=5, capsize=4, label=label)
+    axis.set_yticks(range(len(groups)), [title for title, _, _ in groups])
+    axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel=metric, title=f"{metric.capitalize()} by group")
+    if percent:
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

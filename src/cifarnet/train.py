@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does w
     from cifarnet.data import ImageDataModule
     from cifarnet.module import Classifier
 
+# settings on which no weight depends: where files lie, and what is but faster
+WHERE = {"data.root", "data.url"}
+SPEED = {"data.in_memory", "data.workers", "data.on_device", "model.side_by_side"}
+
 
 def train(config: DictConfig) -> float:
     """Train, test the best checkpoint once, and write `metrics.json` into the run's folder.
@@ -201,9 +205,8 @@ def _what_decides(hparams: Any) -> dict[str, Any]:
     settings = {"seed": config["seed"], "class_names": hparams["class_names"]}
     for section in ("data", "model", "optimizer", "scheduler", "module"):
         settings |= {f"{section}.{key}": value for key, value in (config.get(section) or {}).items()}
-    where = {"data.root", "data.url", "data.in_memory", "data.workers", "data.on_device", "model.side_by_side"}
     test_alone = {"module.tta", "module.tta_share"}
-    return {key: value for key, value in settings.items() if key not in where | test_alone}
+    return {key: value for key, value in settings.items() if key not in WHERE | SPEED | test_alone}
 
 
 def check_resumable(config: DictConfig, module: "Classifier") -> None:
@@ -248,7 +251,7 @@ def main() -> None:
     """The command `python -m cifarnet.train`."""
 
     def task() -> None:
-        sys.argv[1:] = sweep.with_resumed_sweep(sys.argv[1:])
+        sys.argv[1:] = sweep.with_resumed_sweep(cli.with_saved_overrides(sys.argv[1:]))
         sweep.Folder.path = None
         try:
             _main()

@@ -1,0 +1,356 @@
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from cifarnet import compare
+from cifarnet.cli import CONFIGS
+
+METRICS = {
+    "name": "quickstart",
+    "val_accuracy": 0.9,
+    "tested_epoch": 4,
+    "test_cross_entropy": 0.02,
+    "tta": "none",
+    "seconds": 13.0,
+    "images_per_second": 2700.0,
+    "data": {"source": "Synthetic", "classes": 10, "train": 9000, "val": 1000, "test": 2000, "sha256": "d01fbde4" * 8},
+    "hardware": {"device": "cpu", "name": "A processor", "threads": 2, "system": "Linux"},
+    "versions": {"python": "3.11", "torch": "2.15.0"},
+    "git_commit": "a020c70c05f7975ba2ad323737012e0cef72fd69",
+    "config": {
+        "data": {"_target_": "cifarnet.data.Synthetic", "root": "data", "split_seed": 0, "train_sizes": None},
+        "model": {"_target_": "cifarnet.models.CNN", "widths": [32, 64], "hidden": 512},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01},
+        "callbacks": {"progress": {"_target_": "cifarnet.callbacks.ProgressBar"}},
+        "threads": None,
+    },
+    "history": [],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write a run's folder: run("a/0", seed, test accuracy, {"config.optimizer.lr": 0.02, "tta": "mirror"})."""
+
+    def write(folder: str, seed: int, accuracy: float, changes: dict | None = None) -> Path:
+        place = tmp_path / folder
+        metrics = deepcopy(METRICS) | {"seed": seed, "test_accuracy": accuracy, "finished": f"2026-11-22T15:{seed:02}"}
+        config = metrics["config"]
+        config |= {"seed": seed, "name": "quickstart", "output_dir": str(place), "module": {"seed": seed}}
+        config["data"]["shuffle_seed"] = seed
+        config["scheduler"] = {"max_lr": config["optimizer"]["lr"]}
+        config["callbacks"]["best"] = {"dirpath": f"{place}/checkpoints", "monitor": "val/accuracy"}
+        for key, value in (changes or {}).items():
+            *sections, last = key.split(".")
+            node = metrics
+            for section in sections:
+                node = node[section]
+            node[last] = value
+        place.mkdir(parents=True)
+        (place / "metrics.json").write_text(json.dumps(metrics))
+        return place
+
+    return write
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """Run `python -m cifarnet.compare …` in this process: exit status, what was printed, and to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cifarnet.compare", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        status = 0
+        try:
+            compare.main()
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+FASTER = {"config.optimizer.lr": 0.02, "config.scheduler.max_lr": 0.02}
+
+
+@pytest.fixture
+def sweep(run):
+    """Two rates of three seeds, far apart."""
+    for seed, accuracy in enumerate([0.981, 0.982, 0.983]):
+        run(f"sweep/{seed}", seed, accuracy)
+        run(f"sweep/{seed + 3}", seed, accuracy - 0.02, FASTER)
+
+
+def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
+    status, printed, error = compared("sweep")
+    assert status == 0, error
+    lines = [line.split() for line in printed.splitlines() if line]
+    assert lines[0] == ["test", "accuracy", "n", "optimizer.lr"]  # max_lr follows
+    assert lines[1] == ["a", "quickstart", "98.20", "±", "0.10", "%", "3", "0.01"]
+    assert lines[2] == ["b", "quickstart", "96.20", "±", "0.10", "%", "3", "0.02"]
+    # error √(0.001²/3 + 0.001²/3) = 0.000816; 4 degrees of freedom: t = 2.776; 2 ± 0.23 points
+    assert "a - b: +2.00 points, 95 % interval +1.77 to +2.23, p < 0.0001: a is better" in printed
+    assert "warning" not in printed
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_difference_within_luck(run, compared):
+    for seed, accuracy in enumerate([0.90, 0.91, 0.92, 0.93]):
+        run(f"a/{seed}", seed, accuracy)
+        run(f"b/{seed}", seed, accuracy + 0.01, FASTER)
+    _, printed, _ = compared("a", "b")
+    assert "not distinguishable" in printed
+    assert "is better" not in printed
+    # d = 0.01/0.0129 = 0.775: 28 each (for d = 0.8, Cohen has 26)
+    assert "about 24 more seeds each would be needed to tell a difference of this size" in printed
+
+
+def test_against_decides_the_side(run, compared):
+    for seed in range(3):
+        run(f"old/{seed}", seed, 0.90 + seed / 1000)
+        run(f"new/{seed}", seed, 0.95 + seed / 1000)  # same settings: the code is what differs
+    _, printed, _ = compared("old", "--against", "new")
+    assert re.search(r"a +quickstart .* 3 +old\n +b +quickstart \(baseline\) .* 3 +new", printed)
+    assert "a - b: -5.00 points" in printed
+    assert "b is better" in printed
+    _, printed, _ = compared(".", "--against", "old")  # what is in the baseline counts there alone
+    assert "a - b: +5.00 points" in printed
+    status, _, error = compared("old", "--against", ".")
+    assert status == 1
+    assert "holds no run that --against . does not" in error
+
+
+def test_several_groups_are_corrected_and_the_best_is_doubted(run, compared, tmp_path):
+    for seed in range(3):
+        for place, rate in enumerate([0.01, 0.02, 0.03]):
+            change = {"config.optimizer.lr": rate, "config.scheduler.max_lr": rate}
+            run(f"sweep/{3 * place + seed}", seed, 0.9 + [0.0, 0.002, 0.0025][place] + seed / 1000, change)
+    _, printed, _ = compared("sweep")
+    pairs = re.findall(r"(a - \w): .* p = ([\d.]+)", printed)
+    # errors 0.001 √(2/3), 4 degrees of freedom: t = 0.612 and 3.06 give 0.573 and 0.0376, the smaller one doubled
+    assert pairs == [("a - b", "0.57"), ("a - c", "0.075")]
+    assert "corrected for 2 comparisons by Holm's method" in printed
+    assert "a is the best of 3 by these very figures" in printed
+    _, printed, _ = compared("sweep/6", "sweep/7", "sweep/8", "--against", *(f"sweep/{job}" for job in range(6)))
+    assert "1 of the runs' groups are compared with 2 to compare against" in printed
+    assert "corrected for 2" in printed
+    assert "best of" not in printed
+
+
+def test_one_seed_has_no_interval(run, compared):
+    run("a", 0, 0.9)
+    run("b", 0, 0.8, FASTER)
+    status, printed, _ = compared("a", "b/metrics.json")
+    assert status == 0
+    assert "a - b: +10.00 points; no interval: at least 2 seeds of each are needed" in printed
+    assert "warning: a has one seed" in printed
+    assert "nan" not in printed
+    assert "±" not in printed
+
+
+def test_no_variation_is_told(run, compared):
+    for seed in range(2):
+        run(f"a/{seed}", seed, 0.9)
+        run(f"b/{seed}", seed, 0.8, FASTER)
+    _, printed, _ = compared("a", "b")
+    assert "+10.00 points; no interval: neither group's values vary" in printed
+    assert "nan" not in printed
+
+
+def test_one_group_is_summed_up(run, compared):
+    run("a/0", 0, 0.9)
+    run("a/1", 1, 0.8)
+    _, printed, _ = compared("a")
+    assert "85.00 ± 7.07 %" in printed
+    assert "One group: nothing to compare it with." in printed
+
+
+def test_a_repeated_seed_counts_once(sweep, run, compared):
+    run("again", 0, 0.5, {"finished": "2026-11-21"})  # older than the one in the sweep
+    _, printed, _ = compared("sweep", "again", "sweep/0", "sweep")
+    assert "98.20 ± 0.10 %  3" in printed
+    assert "a seed counts once: of a, again is no further sample" in printed
+    _, printed, _ = compared("sweep", "again", "--metric", "seconds")  # times of one seed do vary
+    assert re.search(r"13.00 ± 0.00 s +4 ", printed)
+
+
+def test_unlike_circumstances_are_told(run, compared):
+    other = {"data.sha256": "beef" * 16, "versions.torch": "2.14.1", "git_commit": "d7600ac0-dirty", "tta": "mirror"}
+    other["hardware.name"] = "Another processor"
+    for seed in range(2):
+        run(f"a/{seed}", seed, 0.9 + seed / 100)
+        run(f"b/{seed}", seed, 0.8 + seed / 100, other)
+    _, printed, _ = compared("a", "b")
+    images = "9,000 / 1,000 / 2,000 images to train / validate / test, 10 classes, checksum"
+    assert f"warning: the data differ: {images} d01fbde4 (a); {images} beefbeef (b)" in printed
+    assert "warning: PyTorch differs: 2.15.0 (a); 2.14.1 (b)" in printed
+    assert "warning: the code differs: a020c70c (a); d7600ac0 (b)" in printed
+    assert "-dirty" in printed
+    assert "test-time augmentation differs (test_accuracy_one_view is without): none (a); mirror (b)" in printed
+    assert "hardware" not in printed
+    _, printed, _ = compared("a", "b", "--metric", "images_per_second")
+    assert "the hardware differs: A processor, 2 threads, Linux (a); Another processor, 2 threads, Linux (b)" in printed
+    assert "augmentation" not in printed
+
+
+def test_lower_is_better_for_losses_and_times(run, compared):
+    for seed in range(3):
+        run(f"a/{seed}", seed, 0.9, {"test_cross_entropy": 0.03 + seed / 1e4})
+        run(f"b/{seed}", seed, 0.9, {"test_cross_entropy": 0.02 + seed / 1e4} | FASTER)
+    _, printed, _ = compared("a", "b", "--metric", "test_cross_entropy")
+    assert re.search(r"a +quickstart +0.02010 ± 0.00010 +3 +0.02\b", printed)
+    assert "a - b: -0.01000" in printed
+    assert "a is better" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config.name": "other"}, None),
+        ({"config.data.root": "/elsewhere"}, None),
+        ({"config.threads": 1}, None),
+        ({"config.callbacks.progress": None}, None),
+        ({"config.ckpt_path": "x/last.ckpt"}, None),
+        ({"config.optimizer.lr": 0.010, "config.model.hidden": 512.0}, None),
+        ({"config.data.train_sizes": [24, 32]}, "data.train_sizes"),
+        ({"config.data.split_seed": 1}, "data.split_seed"),
+        ({"config.scheduler.max_lr": 0.02}, "scheduler.max_lr"),
+        ({"config.model": {"_target_": "mine.Net", "depth": 3}}, "model"),
+        ({"config.model.depth": 3}, "model.depth"),
+        ({"config.optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001}}, "optimizer  optimizer.lr"),
+        ({"config.callbacks.freeze": {"_target_": "mine.Freeze", "epoch": 2}}, "callbacks.freeze"),
+    ],
+    ids=str,
+)
+def test_which_settings_make_another_recipe(run, change, named):
+    if "config.optimizer" in change:
+        change = change | {"config.scheduler.max_lr": 0.001}
+    places = [str(run(f"{seed}", seed, 0.9, change if seed % 2 else {})) for seed in range(4)]
+    groups, _ = compare.load(places, [], "test_accuracy")
+    assert len(groups) == (2 if named else 1)
+    assert "  ".join(key.removesuffix("._target_") for key in compare.varied(groups)) == (named or "")
+
+
+def test_threads_are_no_other_recipe_but_for_times(run):
+    places = [str(run(f"{seed}", seed, 0.9, {"config.threads": 1 + seed % 2})) for seed in range(4)]
+    assert len(compare.load(places, [], "test_accuracy")[0]) == 1
+    assert compare.varied(compare.load(places, [], "seconds")[0]) == ["threads"]
+
+
+def test_a_fixed_order_is_another_recipe(run):
+    fixed = {"config.data.shuffle_seed": 0}
+    places = [str(run(f"fixed{seed}", seed, 0.9, fixed)) for seed in range(3)]
+    places += [str(run(f"follows{seed}", seed, 0.8)) for seed in range(1, 4)]
+    groups, _ = compare.load(places, [], "test_accuracy")
+    assert [len(group.runs) for group in groups] == [3, 3]
+    assert [group.settings["data.shuffle_seed"] for group in groups] == ["0", "= seed"]
+
+
+def test_many_differences_are_listed_below(run):
+    change = {f"config.model.{letter}": 1 for letter in "pqrst"}
+    places = [str(run(f"{seed}", seed, 0.9 - seed % 2 / 100, change if seed % 2 else {})) for seed in range(4)]
+    groups, _ = compare.load(places, [], "test_accuracy")
+    lines = compare.table(groups, "test_accuracy", compare.Unit.of("test_accuracy", [0.9])).splitlines()
+    assert lines[0].split() == ["test", "accuracy", "n"]
+    assert lines[4:6] == ["  different in a / b:", "    model.p: none / 1"]
+
+
+def test_settings_that_follow_others_are_those_of_the_configs():
+    """Each `${…}` in configs/ but folders, which are left out, is in the list, and nothing else."""
+    found = set()
+    choices = {group: [path.stem for path in (CONFIGS / group).glob("*.yaml")] for group in ("optimizer", "scheduler")}
+    overrides = [f"{group}={name}" for group, names in choices.items() for name in names]
+    for override in [*overrides, "callbacks=lean", "data=synthetic"]:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = OmegaConf.to_container(compose("train", [override]), resolve=False)
+        flat = compare.flat(config)
+        found |= {(key, value[2:-1]) for key, value in flat.items() if value.startswith("${") and value.endswith("}")}
+    assert {(key, leader) for key, leader in found if leader not in ("output_dir", "hydra:runtime.output_dir")} == set(
+        compare.FOLLOWS.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "remedy"),
+    [
+        (["nowhere"], "nowhere: no such file or folder", "folder above runs"),
+        (["empty"], "empty holds no finished run", "Name a run's folder"),
+        (["evaluated"], "evaluated holds no finished run", "Name a run's folder"),
+        (["broken"], "broken/metrics.json cannot be read: Expecting value", "Repeat that run"),
+        (["a=1", "--metric", "accuracy"], "--metric accuracy: a=1/metrics.json has no such number", "test_accuracy"),
+        (["a=1", "--metric", "tta"], "--metric tta: a=1/metrics.json has no such number", "test_accuracy"),
+        (["a=1", "--against", "blind", "--metric", "val_accuracy"], "blind/metrics.json", "null"),
+        (["a=1", "--output", "picture.jpx"], "--output picture.jpx cannot be written", "png"),
+        (["a=1", "--output", "no/picture.png"], "--output no/picture.png cannot be written", "No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_compared_is_told_in_one_message(run, compared, tmp_path, arguments, named, remedy):
+    run("a=1", 0, 0.9)  # a path is no override
+    run("blind", 0, 0.9, {"val_accuracy": None})
+    (tmp_path / "empty").mkdir()
+    for folder, content in [
+        ("broken", ""),
+        ("evaluated/evaluation", '{"test_accuracy": 0.9, "seed": 0, "config": {}}'),
+    ]:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.json").write_text(content)
+    status, _, error = compared(*arguments)
+    assert status == 1
+    assert named in error
+    assert remedy in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_evaluation_in_a_runs_folder_is_no_run(run, compared):
+    place = run("a", 0, 0.9) / "evaluation"
+    place.mkdir()
+    (place / "metrics.json").write_text('{"test_accuracy": 0.1, "seed": 0, "config": {}}')
+    _, printed, _ = compared("a")
+    assert re.search(r"a +quickstart +90.00 % +1\b", printed)
+
+
+def test_runs_without_the_metric_are_left_out_aloud(run, compared):
+    run("a/0", 0, 0.9)
+    run("a/1", 1, 0.9, {"val_accuracy": None})
+    _, printed, _ = compared("a", "--metric", "val_accuracy")
+    assert "warning: a/1 is left out: its val_accuracy is null." in printed
+
+
+def test_letters():
+    assert [compare.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
+
+
+def test_needs_no_torch(sweep, tmp_path):
+    program = "import sys; from cifarnet.compare import main; main(); assert 'torch' not in sys.modules"
+    for arguments in (["--help"], ["sweep"]):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    assert "a is better" in result.stdout
+
+
+def test_real_runs_of_two_rates(command, compared, tmp_path):
+    tiny = [*SMALL, "trainer.max_epochs=1", "callbacks.pictures=null", "~logger", "scheduler=constant"]
+    status, _, error = command("-m", *tiny, "optimizer.lr=0.01,0.02", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    status, printed, error = compared("sweep", "--metric", "test_cross_entropy", "--output", "losses.svg")
+    assert status == 0, error
+    groups, _ = compare.load(["sweep"], [], "test_cross_entropy")
+    assert [len(group.values) for group in groups] == [2, 2]
+    assert compare.varied(groups) == ["optimizer.lr"]
+    assert "p = " in printed
+    assert "<svg" in (tmp_path / "losses.svg").read_text()
