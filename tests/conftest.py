@@ -1,9 +1,15 @@
+import hashlib
+import io
 import os
+import pickle
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torchvision
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import Callback
@@ -22,6 +28,9 @@ SMALL = [
     "trainer.max_epochs=2",
     "trainer.precision=32-true",
 ]
+
+IMAGES_A_FILE = 20
+CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 class SignalAt(Callback):
@@ -83,3 +92,37 @@ def photographs() -> Path:
     if not (folder / "train").is_dir():
         pytest.skip(f"no photographs: set CIFARNET_IMAGES to an image-folder copy of CIFAR-10 (not in {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def archive() -> dict:
+    """A small archive in the official format: its bytes, and the checksums of it and of its members."""
+    published, random = torchvision.datasets.CIFAR10, np.random.default_rng(0)
+    members = {}
+    for name, _ in [*published.train_list, *published.test_list]:
+        pixels = random.integers(0, 256, (IMAGES_A_FILE, 3072), np.uint8)
+        members[name] = pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(IMAGES_A_FILE)]})
+    members["batches.meta"] = pickle.dumps({"label_names": CLASS_NAMES})
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"{published.base_folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    content = file.getvalue()
+    return {
+        "bytes": content,
+        "md5": hashlib.md5(content).hexdigest(),
+        "members": {name: hashlib.md5(member).hexdigest() for name, member in members.items()},
+    }
+
+
+@pytest.fixture
+def published(archive, monkeypatch):
+    """torchvision's checksums, replaced by those of the small archive."""
+    cls, members = torchvision.datasets.CIFAR10, archive["members"]
+    monkeypatch.setattr(cls, "tgz_md5", archive["md5"])
+    monkeypatch.setattr(cls, "train_list", [[name, members[name]] for name, _ in cls.train_list])
+    monkeypatch.setattr(cls, "test_list", [[name, members[name]] for name, _ in cls.test_list])
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": members["batches.meta"]})
+    return cls

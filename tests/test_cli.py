@@ -107,7 +107,9 @@ def test_resuming_repeats_the_runs_own_overrides(command, tmp_path):
 
 def test_arguments_beat_saved_overrides(tmp_path):
     saved = ["--config-dir=mine", "+experiment=quickstart", "optimizer.lr=0.1", "seed=3"]
-    torch.save({"state_dict": {}, "hyper_parameters": {"model": {}, "overrides": saved}}, tmp_path / "last.ckpt")
+    config = {"data": {}, "module": {}, "trainer": {"precision": "32-true"}}
+    recipe = {"cifarnet": "0.1.0", "model": {}, "class_names": [], "config": config, "overrides": saved}
+    torch.save({"state_dict": {}, "epoch": 0, "hyper_parameters": recipe}, tmp_path / "last.ckpt")
     resume = f"ckpt_path='{tmp_path}/last.ckpt'"
     assert cli.with_saved_overrides(["--cfg", "job", resume, "optimizer.lr=0.2"]) == [
         *("--cfg", "job", "--config-dir=mine", "+experiment=quickstart", "seed=3", resume, "optimizer.lr=0.2"),

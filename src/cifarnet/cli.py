@@ -47,7 +47,7 @@ def own_overrides() -> list[str]:
 
 def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     """With `ckpt_path=…`, put the overrides that its run had before it, but for those that are given anew."""
-    given = {_key(argument): place for place, argument in enumerate(arguments)}
+    given = {key_of(argument): place for place, argument in enumerate(arguments)}
     if "ckpt_path" not in given:
         return list(arguments)
     from cifarnet.checkpoint import read
@@ -55,14 +55,15 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     place = given["ckpt_path"]
     checkpoint = read(arguments[place].partition("=")[2].strip("'\""))
     saved = [
-        override for override in checkpoint["hyper_parameters"].get("overrides", []) if _key(override) not in given
+        override for override in checkpoint["hyper_parameters"].get("overrides", []) if key_of(override) not in given
     ]
     # flags first: Hydra wants all overrides in one piece
     saved.sort(key=lambda override: not override.startswith("--"))
     return [*arguments[:place], *saved, *arguments[place:]]
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """What an override is about: `data.root` of `+data.root=pictures`."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 

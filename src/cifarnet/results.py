@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -93,14 +93,19 @@ def collect(
         "precision": str(config.trainer.precision),
         "data": datamodule.describe(),
         "hardware": hardware(module.device),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "lightning", "hydra-core")},
+        "versions": versions(),
         "git_commit": git_commit(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "config": OmegaConf.to_container(config, resolve=True),
         "history": history.epochs,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and what the figures depend on."""
+    packages = ("torch", "torchvision", "lightning", "hydra-core")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -129,10 +134,15 @@ def git_commit() -> str | None:
 
 
 def write(metrics: dict[str, Any], path: Path) -> None:
-    """Under a temporary name first, so that `metrics.json` is never half a file. NaN and infinity become null."""
+    """As `metrics.json`. NaN and infinity become null."""
+    write_whole(path, json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed, so that there is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -183,5 +193,10 @@ def table(metrics: dict[str, Any], folder: str) -> str:
     }
     if metrics["history"] and not math.isfinite(metrics["history"][-1]["train/cross_entropy"]):
         rows["diverged"] = "the training loss is not a number any more: try a smaller optimizer.lr"
+    return aligned(rows)
+
+
+def aligned(rows: Mapping[str, str]) -> str:
+    """Names and values in two columns, between empty lines."""
     width = max(map(len, rows))
     return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])
