@@ -17,6 +17,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--text); background: var(--page); }
+header { margin-bottom: 1rem; }
 header p { margin: 0; color: var(--faint); }
 h1 { margin: 0; font-size: clamp(2.6rem, 12vw, 4.5rem); line-height: 1.1; font-weight: 650; }
 h2 { margin: 2.5rem 0 .5rem; font-size: 1.25rem; }
