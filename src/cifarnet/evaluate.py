@@ -116,7 +116,7 @@ def settings(recipe: Mapping[str, Any], overrides: Sequence[str], path: Path) ->
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
-    saved = recipe["config"]["data"]
+    saved = {key: value for key, value in recipe["config"]["data"].items() if key != "url"}  # a stranger's
     kept = ["++data.batch_size=1"]  # nothing is trained: a small data set will do
     if "data" in map(cli.key_of, overrides):
         kept += [f"++data.{key}={saved[key]}" for key in SPLITTING if isinstance(saved.get(key), int | float)]
