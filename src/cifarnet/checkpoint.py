@@ -1,5 +1,6 @@
 """From a checkpoint back to a network."""
 
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint["state_dict"].items(), checkpoint["epoch"], recipe["model"].items(), recipe["class_names"]
         recipe["config"]["data"].items(), recipe["config"]["module"].items(), recipe["config"]["trainer"]["precision"]
         written_by = Version(recipe["cifarnet"])
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of cifarnet, or is damaged: it holds other things than plain data. Such "
+            "could run code: nothing of it was loaded."
+        ) from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or "nothing in it"
         raise UserError(
             f"{path} is not a checkpoint of cifarnet, or is damaged ({type(error).__name__}: {reason})."
         ) from error
