@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -92,6 +93,18 @@ def photographs() -> Path:
     if not (folder / "train").is_dir():
         pytest.skip(f"no photographs: set CIFARNET_IMAGES to an image-folder copy of CIFAR-10 (not in {folder})")
     return folder
+
+
+@pytest.fixture
+def few_photographs(photographs, tmp_path) -> Path:
+    """20 training and 5 test images of each class."""
+    for split, count in [("train", 20), ("test", 5)]:
+        for folder in sorted((photographs / split).iterdir()):
+            target = tmp_path / "few" / split / folder.name
+            target.mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, target)
+    return tmp_path / "few"
 
 
 @pytest.fixture(scope="session")

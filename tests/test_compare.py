@@ -62,22 +62,9 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def compared(tmp_path, monkeypatch, capsys):
+def compared(command):
     """Run `python -m cifarnet.compare …` in this process: exit status, what was printed, and to stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cifarnet.compare", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        status = 0
-        try:
-            compare.main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
+    return lambda *arguments: command(*arguments, main=compare.main)
 
 
 FASTER = {"config.optimizer.lr": 0.02, "config.scheduler.max_lr": 0.02}

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,21 +58,9 @@ def changed(run, tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(command):
     """Run `python -m cifarnet.evaluate …` in this process: exit status, what was printed, and to stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cifarnet.evaluate", *map(str, arguments)])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    return lambda *arguments: command(*map(str, arguments), main=main)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -361,17 +348,11 @@ def test_gpu_agrees_with_the_processor(run, evaluated):
     assert figures["test"]["accuracy"] == pytest.approx(evaluated["test"]["accuracy"], abs=0.01)
 
 
-def test_run_on_photographs(config, photographs: Path, tmp_path):
+def test_run_on_photographs(config, few_photographs, tmp_path):
     """The settings of a folder of pictures come from the checkpoint, and may be given anew."""
-    for split, count in [("train", 12), ("test", 4)]:
-        for folder in sorted((photographs / split).iterdir()):
-            target = tmp_path / "few" / split / folder.name
-            target.mkdir(parents=True)
-            for file in sorted(folder.iterdir())[:count]:
-                shutil.copy(file, target)
-    train(config("data=folder", f"data.root={tmp_path / 'few'}", "data.batch_size=32", without="data"))
+    train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    (tmp_path / "few").rename(tmp_path / "moved")
+    few_photographs.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="few has no folder train/"):
         evaluate(tmp_path / "run", QUICK)
     figures = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
