@@ -87,8 +87,14 @@ def _check_node(name: str, node: DictConfig) -> None:
             raise UserError(f"{name}.{key} is needed: add {name}.{key}=…") from error
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)
-        elif key in hints and not _fits(value, hints[key]):
-            raise UserError(f"{name}.{key}={value} has the wrong type: expected {_describe(hints[key])}.")
+        elif key in hints:
+            check_type(f"{name}.{key}", value, hints[key])
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a setting whose value is not what a type hint says."""
+    if not _fits(value, hint):
+        raise UserError(f"{name}={value} has the wrong type: expected {_describe(hint)}.")
 
 
 def _hints(target: str) -> dict[str, Any]:
@@ -122,8 +128,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (bool, str, type(None)):
         return isinstance(value, kind)
-    if isinstance(value, ListConfig):
-        return isinstance(kind, type) and issubclass(list, kind)
+    for container, plain in ((ListConfig, list), (DictConfig, dict)):
+        if isinstance(value, container):
+            return isinstance(kind, type) and issubclass(plain, kind)
     return not isinstance(kind, type) or not isinstance(value, str | int | float | None)
 
 

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.errors import UserError
@@ -23,13 +23,7 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does w
     from cifarnet.data import ImageDataModule
 
 SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
-EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
-    "accelerator": ((str,), "auto, cpu, gpu or mps"),
-    "classes": ((ListConfig,), "a list like [mine.Network]"),
-    "corruptions": ((bool,), "true or false"),
-    "seed": ((int,), "a whole number"),
-    "tta_share": ((int, float, type(None)), "a number from 0 to 1"),
-}
+TYPES = {"accelerator": str, "classes": list[str], "corruptions": bool, "seed": int, "tta_share": float | None}
 EXAMPLES = """examples:
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
@@ -125,9 +119,8 @@ def settings(recipe: Mapping[str, Any], overrides: Sequence[str], path: Path) ->
         ConfigStore.instance().store(group="data", name="checkpoint", node=dict(saved))
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
         config = compose("evaluate", [*kept, *overrides])
-    for key, (kinds, expected) in EXPECTED.items():
-        if type(config[key]) not in kinds:
-            raise UserError(f"{key}={config[key]} has the wrong type: expected {expected}.")
+    for key, hint in TYPES.items():
+        cli.check_type(key, config[key], hint)
     return config
 
 

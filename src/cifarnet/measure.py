@@ -40,7 +40,7 @@ def on_test_images(predictor: Predictor, datamodule: ImageDataModule, people: Te
     mistakes, pictures = _mistakes(test, datamodule)
     figures = {
         "test": metrics.summary(test.logits, test.labels),
-        "test_accuracy_one_view": metrics.summary(test.one_view, test.labels)["accuracy"],
+        "test_accuracy_one_view": metrics.accuracy(test.one_view, test.labels),
         "val": metrics.summary(val.one_view, val.labels) if val else None,
         "temperature": temperature,
         "test_with_temperature": scaled,
@@ -120,7 +120,7 @@ def _table(predictor: Predictor, rows: Mapping[str, Iterable[Any]]) -> dict[str,
         table[name] = []
         for severity, batches in enumerate(loaders, 1):
             answers = predictor.over(batches, f"{name}, severity {severity}")
-            table[name].append((answers.logits.argmax(1) == answers.labels).double().mean().item())
+            table[name].append(metrics.accuracy(answers.logits, answers.labels))
         print(f"  {name:<18}", *(f"{accuracy:7.2%}" for accuracy in table[name]), flush=True)
     return table
 

@@ -17,6 +17,11 @@ DEFINITION = (
 )
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of logits [N, num_classes] whose largest is that of the label, int64 [N]."""
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
 def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy, top-2 accuracy and calibration of logits [N, num_classes] against labels int64 [N]."""
     correct = int((logits.argmax(1) == labels).sum())

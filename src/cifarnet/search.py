@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
@@ -121,7 +122,6 @@ class Search(Sweeper):
             UserError: that study's trials are not comparable with these.
         """
         import optuna
-        from filelock import FileLock
         from optuna.pruners import NopPruner
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
@@ -150,7 +150,6 @@ class Search(Sweeper):
 
     def _next(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
         """One that a killed process left behind, else a new one, else None."""
-        from filelock import FileLock
         from optuna.trial import Trial, TrialState
 
         with FileLock(folder / "study.lock"):
