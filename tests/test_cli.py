@@ -41,7 +41,8 @@ ROOT = Path(__file__).parents[1]
         (["trainer.max_epochs=1"], "scheduler of 5 steps", "division by zero"),  # too few for a warm-up of 20 %
         (["name=1"], "name=1", "folder"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
-        (["data.batch_size=181"], "data.batch_size=181 is larger than the training set of 180", "180 or less"),
+        (["data.batch_size=181"], "data.batch_size=181 is larger than an epoch of 180", "180 or less"),
+        (["data.hardest_share=0"], "data.hardest_share=0", "such as 0.5"),
         (["data=folder"], "data.root is needed", "data.root="),
         (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "last.ckpt"),
         (["~model"], "model names nothing to build", "--help"),

@@ -152,7 +152,7 @@ def test_mistakes_are_named(tree):
         with pytest.raises(UserError, match=match):
             read(tree, **arguments)
 
-    refused(r"data.batch_size=28 is larger than the training set of 27", batch_size=28)
+    refused(r"data.batch_size=28 is larger than an epoch of 27", batch_size=28)
     refused("crop_padding=32", crop_padding=32)
     refused("val_fraction=0.01", val_fraction=0.01)
     refused("val_fraction=1.5", val_fraction=1.5)

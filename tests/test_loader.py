@@ -122,3 +122,41 @@ def test_position_is_restored_in_the_middle_of_an_epoch(images):
     next_epoch = loader(images)
     next_epoch.load_state_dict(state)
     assert len(epoch(next_epoch, 4)[1]) == 48
+
+
+def observed_epoch(loader, number, losses):
+    """The images of an epoch, each of which is given the loss that `losses` has for it."""
+    loader.sampler.set_epoch(number)
+    return [(loader.observe(losses[index]), index)[1].tolist() for _, index in loader]
+
+
+def test_an_epoch_takes_the_images_never_seen_and_the_hardest(images):
+    losses = torch.rand(50)
+    half = loader(images, batch_size=5, share=0.5)
+    assert len(half) == 5
+    first, second, third = (set(sum(observed_epoch(half, number, losses), [])) for number in range(3))
+    assert len(first) == 25
+    assert second == set(range(50)) - first  # none of the others was ever seen
+    assert third == set(losses.topk(25).indices.tolist())
+    same, _ = (observed_epoch(half, number, losses) for number in (3, 4))
+    assert set(sum(same, [])) == third
+    assert same != sorted(same)
+
+    losses[losses.argmin()] = 1  # a loss is that of the last time: an image left out keeps its own
+    assert set(sum(observed_epoch(half, 5, losses), [])) == third
+    assert len(loader(images, share=0.5, train=False)) == 7  # evaluation goes through all
+
+
+def test_hardest_images_are_restored_in_the_middle_of_an_epoch(images):
+    losses = torch.rand(3, 50)
+    whole, parts = (loader(images, batch_size=5, share=0.5) for _ in range(2))
+    expected = [observed_epoch(whole, number, losses[number]) for number in range(3)]
+
+    seen = [observed_epoch(parts, 0, losses[0])]
+    parts.sampler.set_epoch(1)
+    for _, (_, index) in zip(range(2), parts, strict=False):
+        parts.observe(losses[1][index])
+    resumed = loader(images, batch_size=5, share=0.5)
+    resumed.load_state_dict(parts.state_dict())
+    seen += [expected[1][:2] + observed_epoch(resumed, 1, losses[1]), observed_epoch(resumed, 2, losses[2])]
+    assert seen == expected

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -81,8 +83,6 @@ def test_test_accuracy_is_that_of_the_best_checkpoint(config, tmp_path):
     network, class_names = cifarnet.load(tmp_path / "run")
     assert not network.training
     assert class_names[0] == "disc"
-
-    from hydra.utils import instantiate
 
     test = instantiate(settings.data).source.test
     with torch.no_grad():
@@ -250,6 +250,25 @@ def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     last = tmp_path / "parts/checkpoints/last.ckpt"
     train(small(f"ckpt_path={last}"))
     assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
+
+
+def test_losses_reach_the_loader_that_chooses_by_them(config, tmp_path):
+    """Nothing is learned, so that the losses of two epochs of one half of the images each can be computed again."""
+    still = ["optimizer.lr=0", "data.flip=none", "data.crop_padding=0", "data.val_fraction=0", "data.batch_size=20"]
+    settings = config(*still, "data.hardest_share=0.5")
+    train(settings)
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    network, _ = cifarnet.load(tmp_path / "run")
+    images = instantiate(settings.data).source.train
+    with torch.no_grad():
+        losses = F.cross_entropy(network(images.images), images.labels, reduction="none")
+    (loader,) = saved["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.testing.assert_close(loader["observed"], losses)
+    assert loader["losses"].isinf().sum() == 100  # before the second epoch
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [row["train/cross_entropy"] for row in metrics["history"]] == pytest.approx(
+        [float(losses[at].mean()) for at in (loader["losses"].isfinite(), loader["losses"].isinf())]
+    )
 
 
 class RefuseToWait(Callback):

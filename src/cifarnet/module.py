@@ -72,6 +72,7 @@ class Classifier(L.LightningModule):
             # sums of (cross-entropy, correct, 1) over the epoch's images
             self.register_buffer(f"{stage}_sums", torch.zeros(3), persistent=False)
         self._restored_rng: dict[str, Any] | None = None
+        self._observe: Callable[[Tensor], None] | None = None  # told the losses of each training batch
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits in float32, whatever the precision of the network."""
@@ -83,8 +84,8 @@ class Classifier(L.LightningModule):
         decay = self._weight_decay()
         return Loss(cross_entropy, decay, cross_entropy + decay)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction=reduction)
 
     def _weight_decay(self) -> Tensor:
         """λ/2 Σ‖w‖², with each parameter group's own λ."""
@@ -98,7 +99,10 @@ class Classifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        cross_entropy = self._cross_entropy(logits, labels)
+        cross_entropies = self._cross_entropy(logits, labels, reduction="none")
+        if self._observe is not None:
+            self._observe(cross_entropies)
+        cross_entropy = cross_entropies.mean()
         self._count("train", cross_entropy, logits, labels)
         return cross_entropy
 
@@ -145,6 +149,8 @@ class Classifier(L.LightningModule):
         return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        self._observe = loader.observe if getattr(loader, "chooses", False) else None
         if self._restored_rng is not None:
             torch.set_rng_state(self._restored_rng["cpu"].cpu())
             if self.device.type == "cuda" and "cuda" in self._restored_rng:

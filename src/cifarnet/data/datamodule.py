@@ -62,6 +62,9 @@ class ImageDataModule(L.LightningDataModule):
         crop_padding, flip, cutout: see `Augment`.
         train_sizes: height and width to which training images are scaled, one value an epoch; the last one stays.
             Small images make the first epochs faster. None: as they are.
+        hardest_share: part of the training images that an epoch goes through: those whose loss was highest when they
+            were last trained on, and before them those that never were. Easy ones teach less, and are left out (with
+            losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762).
         shuffle_seed: order and augmentation.
         on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
             copied while the GPU computes.
@@ -77,6 +80,7 @@ class ImageDataModule(L.LightningDataModule):
         flip: str = "random",
         cutout: int = 0,
         train_sizes: Sequence[int] | None = None,
+        hardest_share: float = 1.0,
         shuffle_seed: int = 0,
         on_device: bool = True,
     ) -> None:
@@ -84,6 +88,10 @@ class ImageDataModule(L.LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise UserError(
                 f"data.val_fraction={val_fraction}: give a share between 0 and 1, such as 0.1, or 0 for no validation"
+            )
+        if not 0 < hardest_share <= 1:
+            raise UserError(
+                f"data.hardest_share={hardest_share}: give a share of the images above 0, such as 0.5, up to 1 for all"
             )
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise UserError(
@@ -105,6 +113,7 @@ class ImageDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.augment = Augment(crop_padding, flip, cutout)
         self.train_sizes = list(train_sizes) if train_sizes is not None else None
+        self.hardest_share = hardest_share
         self.shuffle_seed = shuffle_seed
         self.on_device = on_device
         self.workers = 0
@@ -120,10 +129,10 @@ class ImageDataModule(L.LightningDataModule):
         source = self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
-        if self.batch_size > len(source.train):
+        if self.batch_size > (count := round(self.hardest_share * len(source.train))):
             raise UserError(
-                f"data.batch_size={self.batch_size} is larger than the training set of {len(source.train)} images "
-                f"({len(source.val)} more are for validation). Choose data.batch_size={len(source.train)} or less."
+                f"data.batch_size={self.batch_size} is larger than an epoch of {count} training images "
+                f"({len(source.val)} more are for validation). Choose data.batch_size={count} or less."
             )
         if self.augment.crop_padding >= source.train.images.shape[-1]:
             raise UserError(
@@ -216,6 +225,7 @@ class ImageDataModule(L.LightningDataModule):
             "train": train,
             "augment": self.augment,
             "sizes": self.train_sizes,
+            "share": self.hardest_share,
             "seed": self.shuffle_seed,
             "device": trains_on if self.on_device else torch.device("cpu"),
             "pin": trains_on.type == "cuda" and not self.on_device,

@@ -28,12 +28,21 @@ class LazyImages(Protocol):
 
 
 class EpochSampler:
-    """The order of one epoch: a permutation that depends on (seed, epoch) alone."""
+    """The order of one epoch: a permutation that depends on (seed, epoch) alone, or the hardest part of it.
 
-    def __init__(self, count: int, shuffle: bool, seed: int) -> None:
-        self.count = count
+    Args:
+        count: number of images.
+        shuffle: else they come in order.
+        share: part of the images that come: those with the highest `losses`, a float an image, infinite where unknown.
+    """
+
+    def __init__(
+        self, count: int, shuffle: bool, seed: int, share: float = 1.0, device: torch.device | str = "cpu"
+    ) -> None:
         self.shuffle = shuffle
         self.seed = seed
+        self.length = round(share * count)  # images an epoch
+        self.losses = torch.full((count,), torch.inf, device=device)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,17 +50,23 @@ class EpochSampler:
         self.epoch = epoch
 
     def order(self) -> Tensor:
-        """Indices of the images, int64 [count]."""
+        """Indices of the images, int64 [length]."""
+        count, device = len(self.losses), self.losses.device
         if not self.shuffle:
-            return torch.arange(self.count)
-        return torch.randperm(self.count, generator=generator(self.seed, self.epoch, "order"))
+            return torch.arange(count, device=device)
+        order = torch.randperm(count, generator=generator(self.seed, self.epoch, "order")).to(device)
+        if self.length == count:
+            return order
+        hardest = self.losses[order].argsort(descending=True, stable=True)[: self.length]
+        return order[hardest.sort().values]
 
 
 class BatchLoader:
     """Shuffle, crop, flip and batch; a subclass says where pixels come from.
 
     Order and augmentation are a function of (seed, epoch, index). The position within an epoch can be saved
-    and restored, which Lightning does with every checkpoint.
+    and restored, which Lightning does with every checkpoint. With a `share` below 1 order depends on the losses that
+    `observe` was told as well, and they are saved with it.
 
     Args:
         labels: int64 [N].
@@ -60,6 +75,8 @@ class BatchLoader:
         train: shuffle, augment, and drop the last batch if it is not full; else go through all in order.
         augment: crops, flips and holes, used when training.
         sizes: height and width to which training images are scaled at last, one value an epoch; the last one stays.
+        share: part of the images that an epoch of training goes through: those whose loss was highest when it was last
+            observed, and before them those whose loss never was.
         device: where images and labels are kept and augmented.
         pin: yield pinned memory, which a GPU fetches while it computes.
 
@@ -76,6 +93,7 @@ class BatchLoader:
         train: bool = False,
         augment: Augment | None = None,
         sizes: Sequence[int] | None = None,
+        share: float = 1.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         pin: bool = False,
@@ -87,13 +105,15 @@ class BatchLoader:
         self.augment = augment if train else None
         self.sizes = sizes if train else None
         self.pin = pin
-        self.sampler = EpochSampler(len(labels), shuffle=train, seed=seed)
+        self.sampler = EpochSampler(len(labels), train, seed, share if train else 1.0, device)
         self.batch_sampler = None  # Lightning looks for both names, as DataLoader has them
         self._served = 0  # batches of this epoch that were handed out
         self._resume: dict[str, int] = {}
+        self._index = torch.empty(0, dtype=torch.int64)  # of the images in the last of them
+        self._losses = self.sampler.losses.clone()  # as observed so far: the sampler's are those before this epoch
 
     def __len__(self) -> int:
-        count = len(self.labels)
+        count = self.sampler.length
         return count // self.batch_size if self.train else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,10 +125,13 @@ class BatchLoader:
             )
         resume, self._resume = self._resume, {}
         start = resume["served"] if resume.get("epoch") == self.sampler.epoch else 0
-        batches = self.sampler.order().to(device).split(self.batch_size)[start : len(self)]
+        if start == 0:
+            self.sampler.losses = self._losses.clone()
+        batches = self.sampler.order().split(self.batch_size)[start : len(self)]
         self._served = start
         for index, (pixels, place) in zip(batches, self._pixels(batches), strict=True):
             self._served += 1
+            self._index = index
             if self.augment is None or draws is None:
                 images = pixels[place]
             else:
@@ -130,12 +153,27 @@ class BatchLoader:
         """For each batch of indices: pixels uint8 [M, H, W, C], and where in them the batch's images are."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "served": self._served}
+    @property
+    def chooses(self) -> bool:
+        """Whether an epoch leaves images out, by their losses."""
+        return self.sampler.length < len(self.labels)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the saved loader was: takes effect if the next epoch is the one that was interrupted."""
-        self._resume = dict(state)
+    def observe(self, losses: Tensor) -> None:
+        """Note the losses [B] of the images of the batch that was handed out last."""
+        self._losses[self._index] = losses.detach().float()
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"epoch": self.sampler.epoch, "served": self._served}
+        if self.chooses:
+            state |= {"losses": self.sampler.losses, "observed": self._losses}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the saved loader was: its place counts if the next epoch is the one that was interrupted."""
+        self._resume = {key: state[key] for key in ("epoch", "served")}
+        if self.chooses:
+            self.sampler.losses.copy_(state["losses"])
+            self._losses.copy_(state["observed"])
 
 
 class InMemoryLoader(BatchLoader):
