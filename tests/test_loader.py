@@ -1,4 +1,4 @@
-import itertools
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_draws_cover_every_offset_and_about_half_the_flips():
 def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():
     augment = Augment(0, "alternating")
     flips = [augment.draw(1_000, size=32, seed=3, epoch=epoch).flip for epoch in range(4)]
-    for one, next_one in itertools.pairwise(flips):
+    for one, next_one in pairwise(flips):
         assert torch.equal(one, ~next_one)
     assert 400 < int(flips[0].sum()) < 600  # at random in the first
 
@@ -125,7 +125,7 @@ def test_position_is_restored_in_the_middle_of_an_epoch(images):
 
 
 def observed_epoch(loader, number, losses):
-    """The images of an epoch, each of which is given the loss that `losses` has for it."""
+    """The images of an epoch, batch by batch; each is given the loss that `losses` has for it."""
     loader.sampler.set_epoch(number)
     return [(loader.observe(losses[index]), index)[1].tolist() for _, index in loader]
 
@@ -134,16 +134,16 @@ def test_an_epoch_takes_the_images_never_seen_and_the_hardest(images):
     losses = torch.rand(50)
     half = loader(images, batch_size=5, share=0.5)
     assert len(half) == 5
-    first, second, third = (set(sum(observed_epoch(half, number, losses), [])) for number in range(3))
+    first, second, third = (set(chain(*observed_epoch(half, number, losses))) for number in range(3))
     assert len(first) == 25
     assert second == set(range(50)) - first  # none of the others was ever seen
     assert third == set(losses.topk(25).indices.tolist())
-    same, _ = (observed_epoch(half, number, losses) for number in (3, 4))
-    assert set(sum(same, [])) == third
-    assert same != sorted(same)
+    same, again = (list(chain(*observed_epoch(half, number, losses))) for number in (3, 4))
+    assert set(same) == set(again) == third
+    assert same != again  # in another order
 
     losses[losses.argmin()] = 1  # a loss is that of the last time: an image left out keeps its own
-    assert set(sum(observed_epoch(half, 5, losses), [])) == third
+    assert set(chain(*observed_epoch(half, 5, losses))) == third
     assert len(loader(images, share=0.5, train=False)) == 7  # evaluation goes through all
 
 
