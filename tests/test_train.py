@@ -242,7 +242,7 @@ def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     recipe = ["+experiment=speedrun", "model.widths=[8,8,8]", "trainer.max_epochs=3", "data.train_sizes=[16,24,32]"]
 
     def small(*overrides, folder="parts"):
-        return config(*recipe, "data.batch_size=40", *overrides, folder=folder, without="model")
+        return config(*recipe, "data.batch_size=20", *overrides, folder=folder, without="model")
 
     train(small(folder="whole"))
     with pytest.raises(Interrupted):
