@@ -31,7 +31,8 @@ class Classifier(L.LightningModule):
 
     Metrics, each a mean over the epoch's images, but for the decay, which is taken at the epoch's end:
     train/cross_entropy, train/weight_decay, train/objective, train/accuracy, val/cross_entropy, val/accuracy,
-    test/cross_entropy, test/accuracy; one_view/… are those of the test without its test-time augmentation.
+    test/cross_entropy, test/accuracy; one_view/… are those of the test without its test-time augmentation. Where the
+    loader chooses the hardest images for an epoch (`data.hardest_share`), train/… are means over those.
 
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].

@@ -64,7 +64,8 @@ class ImageDataModule(L.LightningDataModule):
             Small images make the first epochs faster. None: as they are.
         hardest_share: part of the training images that an epoch goes through: those whose loss was highest when they
             were last trained on, and before them those that never were. Easy ones teach less, and are left out (with
-            losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762).
+            losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762). Wrongly
+            labelled images are hard as well: where there are many, keep all.
         shuffle_seed: order and augmentation.
         on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
             copied while the GPU computes.
