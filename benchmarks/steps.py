@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from cifarnet import cpu
+from cifarnet.classifier import Classifier
 from cifarnet.cli import CONFIGS
 from cifarnet.data import ImageDataModule
-from cifarnet.module import Classifier
 from cifarnet.train import best_precision, quieten_lightning
 
 WARMUP, BATCHES = 20, 200  # steps: first those that are not measured

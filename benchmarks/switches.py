@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import common
-from steps import Timer, compose_baseline, make_data, make_module, make_trainer
-
 from cifarnet.callbacks import Compile
+from steps import Timer, compose_baseline, make_data, make_module, make_trainer
 
 SWITCHES = {
     "as configured": [],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -45,6 +46,25 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
+def signal_at(epoch: int, batch: int, number: int) -> str:
+    """The override that lets a run send itself a signal there."""
+    return f"+callbacks.signal={{_target_: conftest.SignalAt, epoch: {epoch}, batch: {batch}, number: {int(number)}}}"
+
+
+OWN = "classes=[conftest.SignalAt]"  # allows a checkpoint to name it
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """Tests leave no trace in the user's cache, and find none there."""
@@ -53,16 +73,17 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
+def small(*overrides: str, without: str | tuple[str, ...] = "-"):
+    """Compose a small run: small("optimizer.lr=0.1", …), leaving out settings that start with `without`."""
+    settings = [setting for setting in SMALL if not setting.startswith(without)]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [*settings, *overrides])
+
+
 @pytest.fixture
 def config(tmp_path):
-    """Compose a small run: config("optimizer.lr=0.1", …), leaving out settings that start with `without`."""
-
-    def small(*overrides: str, folder: str = "run", without: str = "-"):
-        settings = [setting for setting in SMALL if not setting.startswith(without)]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("train", [*settings, f"output_dir={tmp_path / folder}", *overrides])
-
-    return small
+    """Compose a small run in a folder of its own: config("optimizer.lr=0.1", …, folder="run")."""
+    return lambda *overrides, folder="run", **settings: small(f"output_dir={tmp_path / folder}", *overrides, **settings)
 
 
 @pytest.fixture

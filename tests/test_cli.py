@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import OWN, SMALL, signal_at
 
 from cifarnet import cli
 from cifarnet.train import main
@@ -37,13 +37,15 @@ ROOT = Path(__file__).parents[1]
         (["seed=x"], "seed=x", "expected a whole number"),
         (["model.widths=[4,4,8]"], "widths=[4, 4, 8]", "even number"),
         (["+optimizer.lrr=1"], "lrr", "optimizer"),
-        (["trainer.max_epochs=0"], "total_steps", "0"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing", "1 or more"),
+        (["trainer.max_epochs=-1"], "needs an end", "trainer.max_epochs"),
         (["trainer.max_epochs=1"], "scheduler of 5 steps", "division by zero"),  # too few for a warm-up of 20 %
         (["name=1"], "name=1", "folder"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
         (["data.batch_size=181"], "data.batch_size=181 is larger than an epoch of 180", "180 or less"),
         (["data.hardest_share=0"], "data.hardest_share=0", "such as 0.5"),
         (["data=folder"], "data.root is needed", "data.root="),
+        (["ckpt_path=nothing.ckpt", "optimizer.lr=1"], "no checkpoint nothing.ckpt", "last.ckpt"),
         (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "last.ckpt"),
         (["~model"], "model names nothing to build", "--help"),
         (["model._target_=nets.Mine"], "nets.Mine", "model"),
@@ -60,7 +62,8 @@ ROOT = Path(__file__).parents[1]
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
-    section = {"data=folder": "data", "~model": "model"}.get(arguments[0], "-")  # whose settings do not apply
+    # settings that do not apply
+    section = {"data=folder": "data", "~model": "model", "ckpt_path=nothing.ckpt": ""}.get(arguments[0], "-")
     status, _, error = command(*[setting for setting in SMALL if not setting.startswith(section)], *arguments)
     assert status == 1
     assert named in error
@@ -92,51 +95,44 @@ def test_full_error_shows_the_traceback(command, monkeypatch):
         main()
 
 
-def test_resuming_repeats_the_runs_own_overrides(command, tmp_path):
-    stop = "+callbacks.signal={_target_: conftest.SignalAt, epoch: 0, batch: 2, number: 2}"
-    status, _, error = command(*SMALL, "trainer.max_epochs=3", "name=mine", stop)
+STOP = signal_at(0, 2, signal.SIGINT)
+
+
+def test_the_printed_command_goes_on_in_the_runs_folder(command, tmp_path):
+    status, _, error = command(*SMALL, "trainer.max_epochs=3", "name='my runs (a)'", STOP)
     assert status == 130, error
-    (run,) = (tmp_path / "lightning_logs/mine").iterdir()
-    assert f"python -m cifarnet.train ckpt_path={run}/checkpoints/last.ckpt" in error
-    status, _, error = command(f"ckpt_path={run}/checkpoints/last.ckpt")
+    (run,) = (tmp_path / "lightning_logs/my runs (a)").iterdir()
+    resume = shlex.split(error.split("cifarnet.train ")[-1])  # as a shell would read the printed command
+    assert resume == [f"ckpt_path='{run}/checkpoints/last.ckpt'"]
+    status, _, error = command(*resume, OWN, "trainer.max_epochs=5")
+    assert status == 1
+    assert "the schedule OneCycleLR was planned for 3 epochs" in error
+    assert not (run / "metrics.json").exists()
+    status, _, error = command(*resume, OWN)
     assert status == 0, error
-    assert list((tmp_path / "lightning_logs/mine").iterdir()) == [run]  # it went on in that run's folder
+    assert list((tmp_path / "lightning_logs/my runs (a)").iterdir()) == [run]
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["epochs"] == 3
     assert metrics["config"]["model"]["hidden"] == 16
+    assert "name='my runs (a)'" in metrics["overrides"]
 
 
-def test_arguments_beat_saved_overrides(tmp_path):
-    saved = ["--config-dir=mine", "+experiment=quickstart", "optimizer.lr=0.1", "seed=3"]
-    config = {"data": {}, "module": {}, "trainer": {"precision": "32-true"}}
-    recipe = {"cifarnet": "0.1.0", "model": {}, "class_names": [], "config": config, "overrides": saved}
-    torch.save({"state_dict": {}, "epoch": 0, "hyper_parameters": recipe}, tmp_path / "last.ckpt")
-    resume = f"ckpt_path='{tmp_path}/last.ckpt'"
-    assert cli.with_saved_overrides(["--cfg", "job", resume, "optimizer.lr=0.2"]) == [
-        *("--cfg", "job", "--config-dir=mine", "+experiment=quickstart", "seed=3", resume, "optimizer.lr=0.2"),
-    ]
-    assert cli.with_saved_overrides(["seed=1"]) == ["seed=1"]
-
-
-def test_refused_resume_changes_nothing(command, tmp_path):
-    stop = "+callbacks.signal={_target_: conftest.SignalAt, epoch: 0, batch: 2, number: 2}"
-    status, _, error = command(*SMALL, "hydra.run.dir='my runs (a)'", stop)
-    assert status == 130
-    resume = shlex.split(error.split("cifarnet.train ")[-1])  # as a shell would read the printed command
-    status, _, error = command(*resume, "trainer.max_epochs=5")
-    assert status == 1
-    assert "scheduler.total_steps was 10, now 25" in error
-    status, _, error = command(*resume)
+def test_resuming_takes_a_runs_folder_and_its_choices(command, tmp_path):
+    begin = ["trainer.max_epochs=1", "scheduler=constant", "hydra.run.dir=run", "callbacks.progress=null"]
+    assert command(*SMALL, *begin)[0] == 0
+    status, _, error = command("ckpt_path=run", "trainer.max_epochs=2", "threads=1")
     assert status == 0, error
-    assert (tmp_path / "my runs (a)/metrics.json").exists()
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["epochs"], metrics["config"]["threads"]) == (2, 1)
+    assert metrics["config"]["callbacks"]["progress"] is None
 
 
 def test_ctrl_c_ends_a_sweep(command, tmp_path):
-    stop = "+callbacks.signal={_target_: conftest.SignalAt, epoch: 0, batch: 2, number: 2}"
-    status, _, _ = command("-m", *SMALL, "optimizer.lr=0.01,0.1", stop)
+    status, printed, _ = command("-m", *SMALL, "optimizer.lr=0.01,0.1", STOP)
     assert status == 130
     (sweep,) = (tmp_path / "lightning_logs/train").iterdir()
     assert not (sweep / "1").exists()
+    assert "0 of 1 jobs done" in printed
 
 
 def test_multirun_gives_each_job_a_folder(command, tmp_path):
@@ -167,11 +163,53 @@ def test_signals_stop_a_process_after_saving(tmp_path, number, status):
     assert "Traceback" not in error
 
 
-def test_help_and_config_need_no_torch():
-    program = "import sys; from cifarnet.train import main; main(); assert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
+def test_hydras_variable_is_as_it_was_before(command, monkeypatch):
+    command("--help")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: sys.exit(3))
+    assert os.environ["HYDRA_FULL_ERROR"] == "0"
+
+
+def test_paths_settings_and_what_they_are_compared_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=1").mkdir()
+    given = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
+    parsed = cli.parse("compare", "", "", against=True, arguments=given)
+    assert parsed == (["a=1", "b"], ["metric=seconds", "+x=1", "~y", "output=o.png"], ["c"])
+    with pytest.raises(SystemExit):
+        cli.parse("evaluate", "", "", arguments=["tta=mirror"])
+
+
+@pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare"])
+def test_help_is_quick_and_fits_a_screen(command):
+    slow = "{'torch', 'lightning', 'scipy', 'matplotlib', 'optuna', 'pandas'}"
+    program = f"""import sys, time
+sys.argv = ['', '--help']
+start = time.perf_counter()
+from cifarnet.{command} import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+loaded = {slow} & set(sys.modules)
+assert not loaded, loaded
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "+experiment=baseline" in result.stdout
+    assert f"python -m cifarnet.{command}" in result.stdout
+    assert len(result.stdout.splitlines()) < 50
+
+
+def test_the_config_is_printed_without_torch(tmp_path):
+    program = "import sys; from cifarnet.train import main; main(); assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", program, "--cfg", "job", "+experiment=baseline"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "shuffle_seed: ${seed}" in result.stdout
+    assert len(result.stdout.splitlines()) < 100
+    assert not list(tmp_path.iterdir())
 
 
 def test_wheel_brings_its_configs_and_trains(tmp_path):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import compare
 from cifarnet.cli import CONFIGS
+from cifarnet.compare import main
+from cifarnet.runs import comparison
+from cifarnet.runs.tables import varied
 
 METRICS = {
     "name": "quickstart",
@@ -26,12 +28,19 @@ METRICS = {
     "versions": {"python": "3.11", "torch": "2.15.0"},
     "git_commit": "a020c70c05f7975ba2ad323737012e0cef72fd69",
     "config": {
-        "data": {"_target_": "cifarnet.data.Synthetic", "root": "data", "split_seed": 0, "train_sizes": None},
+        "data": {"_target_": "cifarnet.data.Synthetic", "root": "data", "split_seed": 0, "shuffle_seed": "${seed}"},
         "model": {"_target_": "cifarnet.models.CNN", "widths": [32, 64], "hidden": 512},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01},
-        "callbacks": {"progress": {"_target_": "cifarnet.callbacks.ProgressBar"}},
+        "scheduler": {"max_lr": "${optimizer.lr}"},
+        "module": {"seed": "${seed}"},
+        "callbacks": {
+            "progress": {"_target_": "cifarnet.runs.progress.ProgressBar"},
+            "best": {"dirpath": "${output_dir}/checkpoints", "monitor": "val/accuracy"},
+        },
+        "trainer": {"precision": "auto"},
         "threads": None,
     },
+    "precision": "32-true",
     "history": [],
 }
 
@@ -43,17 +52,14 @@ def run(tmp_path):
     def write(folder: str, seed: int, accuracy: float, changes: dict | None = None) -> Path:
         place = tmp_path / folder
         metrics = deepcopy(METRICS) | {"seed": seed, "test_accuracy": accuracy, "finished": f"2026-11-22T15:{seed:02}"}
-        config = metrics["config"]
-        config |= {"seed": seed, "name": "quickstart", "output_dir": str(place), "module": {"seed": seed}}
-        config["data"]["shuffle_seed"] = seed
-        config["scheduler"] = {"max_lr": config["optimizer"]["lr"]}
-        config["callbacks"]["best"] = {"dirpath": f"{place}/checkpoints", "monitor": "val/accuracy"}
+        metrics["config"] |= {"seed": seed, "name": "quickstart", "output_dir": str(place)}
         for key, value in (changes or {}).items():
             *sections, last = key.split(".")
             node = metrics
             for section in sections:
                 node = node[section]
             node[last] = value
+        metrics["resolved"] = OmegaConf.to_container(OmegaConf.create(metrics["config"]), resolve=True)
         place.mkdir(parents=True)
         (place / "metrics.json").write_text(json.dumps(metrics))
         return place
@@ -64,10 +70,10 @@ def run(tmp_path):
 @pytest.fixture
 def compared(command):
     """Run `python -m cifarnet.compare …` in this process: exit status, what was printed, and to stderr."""
-    return lambda *arguments: command(*arguments, main=compare.main)
+    return lambda *arguments: command(*arguments, main=main)
 
 
-FASTER = {"config.optimizer.lr": 0.02, "config.scheduler.max_lr": 0.02}
+FASTER = {"config.optimizer.lr": 0.02}
 
 
 @pytest.fixture
@@ -121,8 +127,8 @@ def test_against_decides_the_side(run, compared):
 def test_several_groups_are_corrected_and_the_best_is_doubted(run, compared, tmp_path):
     for seed in range(3):
         for place, rate in enumerate([0.01, 0.02, 0.03]):
-            change = {"config.optimizer.lr": rate, "config.scheduler.max_lr": rate}
-            run(f"sweep/{3 * place + seed}", seed, 0.9 + [0.0, 0.002, 0.0025][place] + seed / 1000, change)
+            accuracy = 0.9 + [0.0, 0.002, 0.0025][place] + seed / 1000
+            run(f"sweep/{3 * place + seed}", seed, accuracy, {"config.optimizer.lr": rate})
     _, printed, _ = compared("sweep")
     pairs = re.findall(r"(a - \w): .* p = ([\d.]+)", printed)
     # errors 0.001 √(2/3), 4 degrees of freedom: t = 0.612 and 3.06 give 0.573 and 0.0376, the smaller one doubled
@@ -168,7 +174,7 @@ def test_a_repeated_seed_counts_once(sweep, run, compared):
     _, printed, _ = compared("sweep", "again", "sweep/0", "sweep")
     assert "98.20 ± 0.10 %  3" in printed
     assert "a seed counts once: of a, again is no further sample" in printed
-    _, printed, _ = compared("sweep", "again", "--metric", "seconds")  # times of one seed do vary
+    _, printed, _ = compared("sweep", "again", "metric=seconds")  # times of one seed do vary
     assert re.search(r"13.00 ± 0.00 s +4 ", printed)
 
 
@@ -186,7 +192,7 @@ def test_unlike_circumstances_are_told(run, compared):
     assert "-dirty" in printed
     assert "test-time augmentation differs (test_accuracy_one_view is without): none (a); mirror (b)" in printed
     assert "hardware" not in printed
-    _, printed, _ = compared("a", "b", "--metric", "images_per_second")
+    _, printed, _ = compared("a", "b", "metric=images_per_second")
     assert "the hardware differs: A processor, 2 threads, Linux (a); Another processor, 2 threads, Linux (b)" in printed
     assert "augmentation" not in printed
 
@@ -195,7 +201,7 @@ def test_lower_is_better_for_losses_and_times(run, compared):
     for seed in range(3):
         run(f"a/{seed}", seed, 0.9, {"test_cross_entropy": 0.03 + seed / 1e4})
         run(f"b/{seed}", seed, 0.9, {"test_cross_entropy": 0.02 + seed / 1e4} | FASTER)
-    _, printed, _ = compared("a", "b", "--metric", "test_cross_entropy")
+    _, printed, _ = compared("a", "b", "metric=test_cross_entropy")
     assert re.search(r"a +quickstart +0.02010 ± 0.00010 +3 +0.02\b", printed)
     assert "a - b: -0.01000" in printed
     assert "a is better" in printed
@@ -221,51 +227,106 @@ def test_lower_is_better_for_losses_and_times(run, compared):
     ids=str,
 )
 def test_which_settings_make_another_recipe(run, change, named):
-    if "config.optimizer" in change:
-        change = change | {"config.scheduler.max_lr": 0.001}
     places = [str(run(f"{seed}", seed, 0.9, change if seed % 2 else {})) for seed in range(4)]
-    groups, _ = compare.load(places, [], "test_accuracy")
+    groups, _ = comparison.load(places, [], "test_accuracy")
     assert len(groups) == (2 if named else 1)
-    assert "  ".join(key.removesuffix("._target_") for key in compare.varied(groups)) == (named or "")
+    assert "  ".join(key.removesuffix("._target_") for key in varied(groups)) == (named or "")
 
 
 def test_threads_are_no_other_recipe_but_for_times(run):
     places = [str(run(f"{seed}", seed, 0.9, {"config.threads": 1 + seed % 2})) for seed in range(4)]
-    assert len(compare.load(places, [], "test_accuracy")[0]) == 1
-    assert compare.varied(compare.load(places, [], "seconds")[0]) == ["threads"]
+    assert len(comparison.load(places, [], "test_accuracy")[0]) == 1
+    assert varied(comparison.load(places, [], "seconds")[0]) == ["threads"]
 
 
 def test_a_fixed_order_is_another_recipe(run):
     fixed = {"config.data.shuffle_seed": 0}
     places = [str(run(f"fixed{seed}", seed, 0.9, fixed)) for seed in range(3)]
     places += [str(run(f"follows{seed}", seed, 0.8)) for seed in range(1, 4)]
-    groups, _ = compare.load(places, [], "test_accuracy")
+    groups, _ = comparison.load(places, [], "test_accuracy")
     assert [len(group.runs) for group in groups] == [3, 3]
-    assert [group.settings["data.shuffle_seed"] for group in groups] == ["0", "= seed"]
+    assert [group.settings["data.shuffle_seed"] for group in groups] == ["0", "${seed}"]
+    assert " = seed\n" in comparison.table(groups, "test_accuracy", comparison.Unit.of("test_accuracy", [0.9])) + "\n"
 
 
 def test_many_differences_are_listed_below(run):
     change = {f"config.model.{letter}": 1 for letter in "pqrst"}
     places = [str(run(f"{seed}", seed, 0.9 - seed % 2 / 100, change if seed % 2 else {})) for seed in range(4)]
-    groups, _ = compare.load(places, [], "test_accuracy")
-    lines = compare.table(groups, "test_accuracy", compare.Unit.of("test_accuracy", [0.9])).splitlines()
+    groups, _ = comparison.load(places, [], "test_accuracy")
+    lines = comparison.table(groups, "test_accuracy", comparison.Unit.of("test_accuracy", [0.9])).splitlines()
     assert lines[0].split() == ["test", "accuracy", "n"]
     assert lines[4:6] == ["  different in a / b:", "    model.p: none / 1"]
 
 
-def test_settings_that_follow_others_are_those_of_the_configs():
-    """Each `${…}` in configs/ but folders, which are left out, is in the list, and nothing else."""
-    found = set()
-    choices = {group: [path.stem for path in (CONFIGS / group).glob("*.yaml")] for group in ("optimizer", "scheduler")}
-    overrides = [f"{group}={name}" for group, names in choices.items() for name in names]
-    for override in [*overrides, "callbacks=lean", "data=synthetic"]:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_container(compose("train", [override]), resolve=False)
-        flat = compare.flat(config)
-        found |= {(key, value[2:-1]) for key, value in flat.items() if value.startswith("${") and value.endswith("}")}
-    assert {(key, leader) for key, leader in found if leader not in ("output_dir", "hydra:runtime.output_dir")} == set(
-        compare.FOLLOWS.items()
-    )
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={path.stem}"
+        for group in ("optimizer", "scheduler")
+        for path in sorted((CONFIGS / group).glob("*.yaml"))
+    ]
+    + ["callbacks=lean", "data=synthetic", "+experiment=speedrun"],
+)
+def test_seeds_of_a_recipe_are_one_group_and_a_rate_is_told_alone(run, choice):
+    """What follows seed or the optimizer's rate in configs/ is as it was written: `${…}`."""
+    places = []
+    for number, overrides in enumerate(
+        [["seed=0"], ["seed=1"], ["optimizer.lr=0.123"], ["optimizer.lr=0.123", "seed=1"]]
+    ):
+        config = OmegaConf.to_container(composed(choice, *overrides), resolve=False)
+        metrics = {"config": config | {"output_dir": "${hydra:runtime.output_dir}"}, "resolved": config}
+        place = run(str(number), number % 2, 0.9)
+        record = json.loads((place / "metrics.json").read_text()) | metrics
+        (place / "metrics.json").write_text(json.dumps(record))
+        places.append(str(place))
+    groups, _ = comparison.load(places, [], "test_accuracy")
+    assert [len(group.values) for group in groups] == [2, 2]
+    assert varied(groups) == ["optimizer.lr"]
+
+
+@pytest.mark.parametrize("stretches", [None, [{"precision": "32-true"}, {"precision": "bf16-mixed"}]])
+def test_the_precision_that_was_used_decides(run, stretches):
+    """Not the one written, which may be `auto`; of each stretch, where a run was resumed elsewhere."""
+    other = {"stretches": stretches} if stretches else {"precision": "bf16-mixed"}
+    places = [str(run(f"{seed}", seed, 0.9, other if seed % 2 else {})) for seed in range(4)]
+    groups, _ = comparison.load(places, [], "test_accuracy")
+    assert varied(groups) == ["trainer.precision"]
+    assert groups[1].settings["trainer.precision"] == ("32-true / bf16-mixed" if stretches else "bf16-mixed")
+
+
+def test_where_each_stretch_of_a_run_ran_is_told(run, compared):
+    stretches = [{"versions": {"torch": "2.15.0"}}, {"versions": {"torch": "2.16.0"}, "git_commit": "d7600ac0-dirty"}]
+    run("a/0", 0, 0.9)
+    run("a/1", 1, 0.8, {"stretches": stretches})
+    _, printed, _ = compared("a")
+    assert "warning: PyTorch differs: 2.15.0 (a); 2.16.0 (a)" in printed
+    assert "-dirty" in printed
+
+
+def old(place: Path) -> None:
+    """Turn a record into one of version 0.1, whose config was resolved."""
+    metrics = json.loads((place / "metrics.json").read_text())
+    metrics["config"] = metrics.pop("resolved")
+    (place / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_records_of_version_0_1_are_told_in_one_message(run, compared):
+    for seed in range(3):
+        old(run(f"old/{seed}", seed, 0.9))
+        run(f"new/{seed}", seed, 0.9)
+    for arguments in (["old"], ["new", "--against", "old"]):
+        status, _, error = compared(*arguments)
+        assert status == 1
+        assert "old/0 and 2 more: recorded by an older version of cifarnet, whose settings cannot be comp" in error
+    status, printed, _ = compared("old", "new")
+    assert status == 0
+    assert printed.count("warning: old/0 and 2 more: left out, recorded by an older version") == 1
+    assert re.search(r"a +quickstart +90.00 ± 0.00 % +3\b", printed)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +336,13 @@ def test_settings_that_follow_others_are_those_of_the_configs():
         (["empty"], "empty holds no finished run", "Name a run's folder"),
         (["evaluated"], "evaluated holds no finished run", "Name a run's folder"),
         (["broken"], "broken/metrics.json cannot be read: Expecting value", "Repeat that run"),
-        (["a=1", "--metric", "accuracy"], "--metric accuracy: a=1/metrics.json has no such number", "test_accuracy"),
-        (["a=1", "--metric", "tta"], "--metric tta: a=1/metrics.json has no such number", "test_accuracy"),
-        (["a=1", "--against", "blind", "--metric", "val_accuracy"], "blind/metrics.json", "null"),
-        (["a=1", "--output", "picture.jpx"], "--output picture.jpx cannot be written", "png"),
-        (["a=1", "--output", "no/picture.png"], "--output no/picture.png cannot be written", "No such file"),
+        (["a=1", "metric=accuracy"], "metric=accuracy: a=1/metrics.json has no such number", "test_accuracy"),
+        (["a=1", "metric=tta"], "metric=tta: a=1/metrics.json has no such number", "test_accuracy"),
+        (["a=1", "--against", "blind", "metric=val_accuracy"], "blind/metrics.json", "null"),
+        (["a=1", "metric=3"], "metric=3 has the wrong type", "expected"),
+        (["a=1", "metrik=seconds"], "metrik", "Could not override"),
+        (["a=1", "output=picture.jpx"], "output=picture.jpx cannot be written", "png"),
+        (["a=1", "output=no/picture.png"], "output=no/picture.png cannot be written", "No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -312,32 +375,35 @@ def test_an_evaluation_in_a_runs_folder_is_no_run(run, compared):
 def test_runs_without_the_metric_are_left_out_aloud(run, compared):
     run("a/0", 0, 0.9)
     run("a/1", 1, 0.9, {"val_accuracy": None})
-    _, printed, _ = compared("a", "--metric", "val_accuracy")
+    _, printed, _ = compared("a", "metric=val_accuracy")
     assert "warning: a/1 is left out: its val_accuracy is null." in printed
 
 
 def test_letters():
-    assert [compare.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
+    assert [comparison.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
 
 
-def test_needs_no_torch(sweep, tmp_path):
-    program = "import sys; from cifarnet.compare import main; main(); assert 'torch' not in sys.modules"
-    for arguments in (["--help"], ["sweep"]):
-        result = subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-    assert "a is better" in result.stdout
+@pytest.mark.parametrize(
+    ("argument", "unneeded", "printed"),
+    [("--help", {"torch", "scipy", "matplotlib"}, "metric: test_accuracy"), ("sweep", {"torch"}, "a is better")],
+)
+def test_needs_no_torch(sweep, tmp_path, argument, unneeded, printed):
+    program = "import sys\nfrom cifarnet.compare import main\ntry: main()\n"
+    program += f"finally: assert not {unneeded} & sys.modules.keys()"
+    command = [sys.executable, "-c", program, argument]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert printed in result.stdout
 
 
 def test_real_runs_of_two_rates(command, compared, tmp_path):
     tiny = [*SMALL, "trainer.max_epochs=1", "callbacks.pictures=null", "~logger", "scheduler=constant"]
     status, _, error = command("-m", *tiny, "optimizer.lr=0.01,0.02", "seed=0,1", "hydra.sweep.dir=sweep")
     assert status == 0, error
-    status, printed, error = compared("sweep", "--metric", "test_cross_entropy", "--output", "losses.svg")
+    status, printed, error = compared("sweep", "metric=test_cross_entropy", "output=losses.svg")
     assert status == 0, error
-    groups, _ = compare.load(["sweep"], [], "test_cross_entropy")
+    groups, _ = comparison.load(["sweep"], [], "test_cross_entropy")
     assert [len(group.values) for group in groups] == [2, 2]
-    assert compare.varied(groups) == ["optimizer.lr"]
+    assert varied(groups) == ["optimizer.lr"]
     assert "p = " in printed
     assert "<svg" in (tmp_path / "losses.svg").read_text()

@@ -9,15 +9,15 @@ import time
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from test_train import OwnNetwork
+from torch import nn
 
 import cifarnet
-from cifarnet import page
-from cifarnet.cli import CONFIGS
+from cifarnet import cli
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
-from cifarnet.evaluate import evaluate, main
+from cifarnet.evaluate import evaluate, main, plain
+from cifarnet.evaluation import report
+from cifarnet.models import Normalize
 from cifarnet.train import train
 
 # enough to tell some of the shapes: 60 steps
@@ -33,8 +33,7 @@ QUICK = ["corruptions=false"]
 def run(tmp_path_factory):
     """A run that has learned something."""
     folder = tmp_path_factory.mktemp("trained")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        train(compose("train", [*LEARNS, "trainer.precision=32-true", f"output_dir={folder}"]))
+    train(cli.compose("train", [*LEARNS, "trainer.precision=32-true", f"output_dir={folder}"]))
     return folder
 
 
@@ -65,17 +64,17 @@ def command(command):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("tta", ["none", "mirror_translate"])
-def test_figures_are_those_of_training(config, tmp_path, precision, tta):
+def test_results_are_those_of_training(config, tmp_path, precision, tta):
     settings = [*LEARNS, f"trainer.precision={precision}", f"module.tta={tta}", "module.tta_share=0.3"]
     train(config(*settings, "data.eval_batch_size=70", without=""))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    figures = evaluate(tmp_path / "run", QUICK)
-    assert figures["test"]["accuracy"] == trained["test_accuracy"] > 0.2  # 0.1 would be chance
-    assert figures["test_accuracy_one_view"] == trained["test_accuracy_one_view"]
-    assert figures["val"]["accuracy"] == trained["val_accuracy"]
-    assert figures["test"]["cross_entropy"] == pytest.approx(trained["test_cross_entropy"], rel=1e-5)
-    assert figures["data"] == trained["data"]
-    assert (figures["precision"], figures["tta"], figures["tta_share"]) == (precision, tta, 0.3)
+    measured = evaluate(tmp_path / "run", QUICK)
+    assert measured["test"]["accuracy"] == trained["test_accuracy"] > 0.2  # 0.1 would be chance
+    assert measured["test_accuracy_one_view"] == trained["test_accuracy_one_view"]
+    assert measured["val"]["accuracy"] == trained["val_accuracy"]
+    assert measured["test"]["cross_entropy"] == pytest.approx(trained["test_cross_entropy"], rel=1e-5)
+    assert measured["data"] == trained["data"]
+    assert (measured["precision"], measured["tta"], measured["tta_share"]) == (precision, tta, 0.3)
 
 
 def test_folder_holds_what_it_should(run, evaluated, command):
@@ -96,7 +95,7 @@ def test_folder_holds_what_it_should(run, evaluated, command):
     assert not re.search(r"https?://|<script|<link|@import|url\(", html)  # it opens offline
 
 
-def test_figures_agree_with_each_other(evaluated):
+def test_results_agree_with_each_other(evaluated):
     test, confusion = evaluated["test"], torch.tensor(evaluated["confusion"])
     assert confusion.sum() == test["images"] == 300
     assert confusion.diagonal().sum() / 300 == pytest.approx(test["accuracy"])
@@ -157,19 +156,19 @@ def test_a_path_is_taken_literally(run, command, tmp_path):
 
 def test_training_on_all_images_leaves_no_temperature(config, tmp_path):
     train(config("data.val_fraction=0"))
-    figures = evaluate(tmp_path / "run", QUICK)
-    assert figures["val"] is figures["temperature"] is figures["test_with_temperature"] is None
+    measured = evaluate(tmp_path / "run", QUICK)
+    assert measured["val"] is measured["temperature"] is measured["test_with_temperature"] is None
     assert "none are left to fit a temperature on" in (tmp_path / "run/evaluation/report.html").read_text()
 
 
 def test_other_data_is_split_as_the_runs_was(config, tmp_path):
     train(config("data.val_fraction=0.2", "data.split_seed=3", "data.eval_batch_size=30"))
-    figures = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.train_size=300", "data.seed=1"])
-    assert (figures["data"]["train"], figures["data"]["val"], figures["data"]["test"]) == (240, 60, 2000)
-    data = figures["config"]["data"]
+    measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.train_size=300", "data.seed=1"])
+    assert (measured["data"]["train"], measured["data"]["val"], measured["data"]["test"]) == (240, 60, 2000)
+    data = measured["config"]["data"]
     assert (data["val_fraction"], data["split_seed"], data["eval_batch_size"]) == (0.2, 3, 30)
-    figures = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.val_fraction=0.5", "data.train_size=300"])
-    assert figures["data"]["val"] == 150
+    measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.val_fraction=0.5", "data.train_size=100"])
+    assert measured["data"]["val"] == measured["data"]["train"] == 50  # fewer than a batch of training has
     same = evaluate(tmp_path / "run", [*QUICK, "data.test_size=20"])  # the run's own, but for this
     assert (same["data"]["train"], same["data"]["test"]) == (160, 20)
 
@@ -203,16 +202,20 @@ def test_bad_settings_are_told_in_one_message(run, command, overrides, named):
     assert "Traceback" not in error
 
 
+def test_one_checkpoint_at_a_time(run, command):
+    status, _, error = command(run, run, *QUICK)
+    assert status == 1
+    assert "2 paths are given" in error
+    assert command(*QUICK)[0] != 0
+
+
 def test_data_for_another_task_is_refused(run, changed, command):
-    status, _, error = command(changed(lambda ckpt: ckpt["hyper_parameters"].update(class_names=["a", "b"])))
+    status, _, error = command(changed(to_all(class_names=list("abcdefghij"))))
     assert status == 1
     assert "The data has the classes disc, ring" in error
-    assert "the network knows a, b" in error
+    assert "the network knows a, b, c" in error
 
-    def other_size(checkpoint):
-        checkpoint["hyper_parameters"]["model"]["image_size"] = 33  # pooled to the same size as 32
-
-    status, _, error = command(changed(other_size))
+    status, _, error = command(changed(to_all(image_size=33)))  # pooled to the same size as 32
     assert status == 1
     assert "The images are 32 pixels wide; the network was trained on 33" in error
 
@@ -225,33 +228,47 @@ class Bomb:
 
 
 def to(section, **values):
-    """Alter a section of the checkpoint's record."""
+    """Alter a section of the checkpoint's config."""
+    return lambda checkpoint: checkpoint["hyper_parameters"]["config"][section].update(values)
 
-    def alter(checkpoint):
-        recipe = checkpoint["hyper_parameters"]
-        (recipe["model"] if section == "model" else recipe["config"][section]).update(values)
 
-    return alter
+def to_all(**values):
+    """Alter what the checkpoint keeps beside the weights."""
+    return lambda checkpoint: checkpoint["hyper_parameters"].update(values)
+
+
+def sections(**values):
+    """Put others in place of whole sections of the checkpoint's config."""
+    return lambda checkpoint: checkpoint["hyper_parameters"]["config"].update(values)
 
 
 MKDIR = {"_target_": "os.mkdir", "path": "exploded"}
+QUOTED = "', _target_: os.mkdir, path: exploded, x: '"
 
 
 @pytest.mark.parametrize(
     ("alter", "named"),
     [
         (lambda checkpoint: checkpoint.update(extra=Bomb()), "not a checkpoint of cifarnet"),
-        (lambda checkpoint: checkpoint["hyper_parameters"].update(model=MKDIR), "class os.mkdir, which is not one of"),
-        (lambda checkpoint: checkpoint["hyper_parameters"]["config"].update(data=MKDIR), "class os.mkdir"),
-        (to("data", _target_="torch.hub.load"), "class torch.hub.load"),
+        (sections(model=MKDIR), "the class os.mkdir, which is no class that this project lists"),
+        (sections(data=MKDIR), "the class os.mkdir"),
+        (to("data", _target_="torch.hub.load"), "the class torch.hub.load"),
+        (to("data", _target_="cifarnet.data.folder.os.mkdir"), "the class cifarnet.data.folder.os.mkdir"),
+        (to("data", _target_=["os.mkdir"]), "the class ['os.mkdir']"),
         (to("data", seed=MKDIR), "data.seed={'_target_': 'os.mkdir'"),
         (to("data", train_sizes=[MKDIR]), "data.train_sizes=[{"),
         (to("data", _args_=[1]), "data._args_"),
         (to("data", defaults=["/optimizer: sgd"]), "data.defaults"),
         (to("data", split_seed="${oc.env:HOME}"), "data.split_seed=${oc.env:HOME}"),
+        (to("data", **{"seed._target_": "os.mkdir"}), "data.seed._target_=os.mkdir"),
+        (to("data", **{"seed={_target_: os.mkdir, path: exploded}, x": 1}), "data.seed={_target_: os.mkdir"),
+        (to("data", flip=QUOTED), QUOTED),
+        (to("data", train_sizes=[f"[{QUOTED}]"]), QUOTED),
         (to("model", widths=[8, 8, 8]), "its network has changed"),
         (to("model", wings=2), "its network has changed"),
-        (lambda checkpoint: checkpoint["hyper_parameters"].update(cifarnet="999.1"), "cifarnet 999.1, newer than the "),
+        (to("model", widths=MKDIR), "its network has changed"),
+        (to_all(cifarnet="999.1"), "cifarnet 999.1, newer than the "),
+        (to_all(image_size="x"), "not a checkpoint of cifarnet"),
         (lambda checkpoint: checkpoint["hyper_parameters"].pop("config"), "not a checkpoint of cifarnet"),
         (to("trainer", precision="x"), "precision=x"),
         (to("module", tta="x"), "tta=x"),
@@ -290,10 +307,27 @@ def test_damaged_files_are_told(run, command, tmp_path):
 
 
 def test_newer_checkpoints_are_refused_everywhere(changed):
-    path = changed(lambda checkpoint: checkpoint["hyper_parameters"].update(cifarnet="0.2"))
+    path = changed(to_all(cifarnet="999"))
     for use in (cifarnet.load, evaluate):
-        with pytest.raises(UserError, match=rf"cifarnet 0.2, newer than the {cifarnet.__version__} installed"):
+        with pytest.raises(UserError, match=rf"cifarnet 999, newer than the {cifarnet.__version__} installed"):
             use(path)
+
+
+@pytest.mark.parametrize("text", ["a, (b)=[c] 'd'", "end\\", "'\\'", "null", "1", "", " ✗\n", '"', "a#b,~c: {d}", "$e"])
+def test_hydra_reads_what_a_checkpoint_says(text):
+    """As text, whatever characters it has."""
+    values = {"root": text, "train_sizes": [text, 1, None, True, 1e-9], "val_fraction": 0.1, "url": None}
+    config = cli.compose("evaluate", [plain(f"data.{key}", value) for key, value in values.items()])
+    assert config.data == values
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+    def forward(self, images):
+        return self.layers(images)
 
 
 class OwnData(Synthetic):
@@ -303,14 +337,29 @@ class OwnData(Synthetic):
 def test_own_classes_by_an_explicit_option(config, tmp_path):
     own = ["~model", f"+model={{_target_: {__name__}.OwnNetwork}}", f"data._target_={__name__}.OwnData"]
     train(config(*own, without="model"))
-    assert OwnNetwork.__module__ == "test_train"
-    with pytest.raises(UserError, match=r"test_train.OwnNetwork, which is not one of.*classes=\[module"):
+    network, data = f"{__name__}.OwnNetwork", f"{__name__}.OwnData"
+    with pytest.raises(UserError, match=rf"{data}, which is no class .*classes=\[module"):
         evaluate(tmp_path / "run", QUICK)
-    with pytest.raises(UserError, match=r"test_evaluate.OwnData, which is not one of"):
-        evaluate(tmp_path / "run", [*QUICK, "classes=[test_train.OwnNetwork]"])
-    figures = evaluate(tmp_path / "run", [*QUICK, f"classes=[test_train.OwnNetwork,{__name__}.OwnData]"])
-    assert figures["network"] == "OwnNetwork"
-    assert figures["data"]["source"] == "OwnData"
+    with pytest.raises(UserError, match=rf"{data}, which is no class"):
+        evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]"])
+    with pytest.raises(UserError, match=rf"{network}, which is no class"):
+        evaluate(tmp_path / "run", [*QUICK, f"classes=[{data}]"])
+    measured = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network},{data}]"])
+    assert measured["network"] == "OwnNetwork"
+    assert measured["data"]["source"] == "OwnData"
+    other = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]", "data=synthetic", f"data._target_={data}"])
+    assert other["data"]["source"] == "OwnData"  # the user names it
+
+
+def test_precision_is_that_of_the_last_stretch_of_training(changed):
+    def alter(checkpoint):
+        to("trainer", precision="auto")(checkpoint)
+        stretches = checkpoint["callbacks"]["History"]["stretches"]
+        assert stretches[-1]["precision"] == "32-true"
+        stretches.append({**stretches[-1], "precision": "bf16-mixed"})
+
+    assert evaluate(changed(alter), QUICK)["precision"] == "bf16-mixed"
+    assert evaluate(changed(alter), [*QUICK, "precision=32-true"])["precision"] == "32-true"
 
 
 def test_diverged_network_is_told(changed):
@@ -324,7 +373,7 @@ def test_diverged_network_is_told(changed):
 def test_names_from_strangers_do_nothing_on_the_page(evaluated):
     named = {**evaluated, "network": "<script>a()</script>", "checkpoint": "<img src=x onerror=b()>"}
     named["classes"] = [{**row, "name": "<b>c</b>"} for row in evaluated["classes"]]
-    html = page.render(named, {})
+    html = report.render(named, {})
     for harmful in ("<script>", "<img", "<b>"):
         assert harmful not in html
     assert "&lt;b&gt;c&lt;/b&gt;" in html
@@ -336,16 +385,16 @@ def test_help_is_quick_and_complete():
     result = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < 3  # a second, on a machine that does nothing else
-    for line in (CONFIGS / "evaluate.yaml").read_text().splitlines()[1:]:
+    for line in (cli.CONFIGS / "evaluate.yaml").read_text().splitlines()[1:]:
         assert line in result.stdout
     assert "python -m cifarnet.evaluate lightning_logs" in result.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_agrees_with_the_processor(run, evaluated):
-    figures = evaluate(run, [*QUICK, "accelerator=gpu"])
-    assert figures["hardware"]["device"] == "cuda"
-    assert figures["test"]["accuracy"] == pytest.approx(evaluated["test"]["accuracy"], abs=0.01)
+    measured = evaluate(run, [*QUICK, "accelerator=gpu"])
+    assert measured["hardware"]["device"] == "cuda"
+    assert measured["test"]["accuracy"] == pytest.approx(evaluated["test"]["accuracy"], abs=0.01)
 
 
 def test_run_on_photographs(config, few_photographs, tmp_path):
@@ -355,6 +404,6 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     few_photographs.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="few has no folder train/"):
         evaluate(tmp_path / "run", QUICK)
-    figures = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
-    assert figures["test"]["accuracy"] == trained["test_accuracy"]
-    assert figures["data"] == trained["data"]
+    measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
+    assert measured["test"]["accuracy"] == trained["test_accuracy"]
+    assert measured["data"] == trained["data"]

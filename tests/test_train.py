@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OWN, assert_same_weights, signal_at, weights
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 import cifarnet
-from cifarnet.errors import Interrupted, UserError
-from cifarnet.models import Normalize
+from cifarnet.cli import CONFIGS
+from cifarnet.errors import Interrupted
+from cifarnet.runs.resume import resume
 from cifarnet.train import train
 
 
@@ -31,17 +32,6 @@ def events(folder: Path) -> dict[str, dict[str, list]]:
     return found
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
-
-
-def assert_same_weights(one: Path, other: Path):
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
 def test_run_leaves_what_it_should(config, tmp_path, capsys):
     score = train(config())
     run = tmp_path / "run"
@@ -50,8 +40,10 @@ def test_run_leaves_what_it_should(config, tmp_path, capsys):
     assert score == metrics["val_accuracy"] == max(row["val/accuracy"] for row in rows)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert metrics["epochs"] == 2
-    assert metrics["data"]["train"], metrics["data"]["val"] == (180, 20)
-    assert metrics["config"]["optimizer"]["lr"] == 0.05
+    assert (metrics["data"]["train"], metrics["data"]["val"]) == (180, 20)
+    assert metrics["config"]["data"]["shuffle_seed"] == "${seed}"  # as written
+    assert (metrics["resolved"]["data"]["shuffle_seed"], metrics["resolved"]["scheduler"]["total_steps"]) == (0, 10)
+    assert [stretch["precision"] for stretch in metrics["stretches"]] == ["32-true"]
     assert metrics["versions"]["torch"]
     for name in ("predictions.png", "accuracy.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -109,10 +101,6 @@ def test_seed_decides_everything(config, tmp_path):
     assert torch.equal(one["network.normalize.mean"], other["network.normalize.mean"])
 
 
-def signal_at(epoch: int, batch: int, number: int) -> str:
-    return f"+callbacks.signal={{_target_: conftest.SignalAt, epoch: {epoch}, batch: {batch}, number: {int(number)}}}"
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("epoch", "batch"), [(1, 2), (0, 0), (1, 4), (2, 4)], ids=["middle", "first", "end", "last"])
 def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, epoch, batch):
@@ -128,12 +116,14 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, e
     assert str(last) in str(interrupted.value)
     assert not (tmp_path / "parts/metrics.json").exists()
 
-    train(config(*recipe, f"ckpt_path={last}", folder="parts"))
+    train(*resume(last, [OWN]))
     for name in ("best.ckpt", "last.ckpt"):
         assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
     assert whole["history"] == parts["history"]
     assert whole["test_accuracy"] == parts["test_accuracy"]
+    assert [stretch["from_step"] for stretch in parts["stretches"]] == [0, 5 * epoch + batch + 1]
+    assert len(whole["stretches"]) == 1
 
 
 def test_lean_run_has_the_weights_of_a_full_one(config, tmp_path):
@@ -154,25 +144,9 @@ def test_resumed_csv_log_is_whole(config, tmp_path):
     with pytest.raises(Interrupted) as interrupted:
         train(config("logger=csv", stop))
     assert interrupted.value.status == 143
-    train(config("logger=csv", f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"))
+    train(*resume(tmp_path / "run", [OWN]))
     _, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
-
-
-def test_another_network_or_plan_is_not_resumed(config, tmp_path):
-    train(config())
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    with pytest.raises(UserError, match=r"other settings: model.hidden was 16, now 17"):
-        train(config(f"ckpt_path={last}", "model.hidden=17"))
-    with pytest.raises(UserError, match=r"scheduler.total_steps was 10, now 15"):
-        train(config(f"ckpt_path={last}", "trainer.max_epochs=3"))
-    with pytest.raises(UserError, match=r"seed was 0, now 7.*optimizer.lr was 0.05, now 0.3"):
-        train(config(f"ckpt_path={last}", "seed=7", "optimizer.lr=0.3"))
-    with pytest.raises(UserError, match="There is no checkpoint"):
-        train(config(f"ckpt_path={tmp_path}/nothing.ckpt"))
-    last.write_bytes(last.read_bytes()[:5000])
-    with pytest.raises(UserError, match="not a checkpoint of cifarnet, or is damaged"):
-        train(config(f"ckpt_path={last}"))
 
 
 @pytest.mark.slow
@@ -183,34 +157,6 @@ def test_compiled_run_is_one_with_the_same_checkpoint_names(config, tmp_path):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["compile_seconds"] > 0
 
 
-class OwnNetwork(nn.Module):
-    def __init__(self, num_classes: int, image_size: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
-
-    def forward(self, images):
-        return self.layers(images)
-
-
-def test_own_network(config, tmp_path):
-    own = config("~model", f"+model={{_target_: {__name__}.OwnNetwork}}", without="model")
-    train(own)
-    with pytest.raises(UserError, match="OwnNetwork, which is not one of"):
-        cifarnet.load(tmp_path / "run")
-    network, _ = cifarnet.load(tmp_path / "run", classes=[OwnNetwork])
-    assert network.layers[0].std.max() < 1  # the statistics came along
-
-
-def test_checkpoint_with_code_is_refused(config, tmp_path):
-    train(config())
-    path = tmp_path / "run/checkpoints/best.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["hyper_parameters"]["extra"] = nn.Linear(1, 1)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="not a checkpoint"):
-        cifarnet.load(path)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -219,11 +165,17 @@ def test_checkpoint_with_code_is_refused(config, tmp_path):
         ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.accumulate_grad_batches=2"],
         ["~callbacks", "~logger"],
         ["optimizer=muon"],
+        ["+recipe.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
-def test_other_choices_train(config, overrides):
-    assert 0 <= train(config(*overrides)) <= 1
+def test_other_choices_train(config, overrides, tmp_path):
+    settings = config(*overrides)
+    score = train(settings)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert score == metrics["val_accuracy"]
+    assert 0 < metrics["test_cross_entropy"] < 3  # chance is 2.3
+    assert metrics["epochs"] == settings.trainer.max_epochs
 
 
 def test_training_on_all_images_tests_the_last_weights(config, tmp_path, capsys):
@@ -248,7 +200,7 @@ def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     with pytest.raises(Interrupted):
         train(small(signal_at(1, 2, signal.SIGTERM)))
     last = tmp_path / "parts/checkpoints/last.ckpt"
-    train(small(f"ckpt_path={last}"))
+    train(*resume(last, [OWN]))
     assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
 
 
@@ -292,14 +244,29 @@ def test_no_step_waits_for_the_gpu(config, recipe, on_device):
     train(config(*settings, without=("trainer", "model")))
 
 
-def test_speednet_trains_with_another_optimizer(config):
-    assert 0 <= train(config("model=speednet", "model.widths=[8,8,8]", "optimizer=adamw", without="model")) <= 1
+@pytest.mark.parametrize("experiment", ["quickstart", "speedrun"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={path.stem}"
+        for group in ("model", "optimizer", "scheduler")
+        for path in sorted((CONFIGS / group).glob("*.yaml"))
+    ],
+)
+def test_any_choice_swaps_in_any_experiment(config, tmp_path, experiment, choice):
+    """Four steps with the experiment's own network and rates."""
+    few = ["data=synthetic", "data.train_size=130", "data.test_size=20", "data.batch_size=40", "trainer.max_epochs=2"]
+    short = ["trainer=cpu", "callbacks=lean", "~logger", "+trainer.limit_train_batches=2"]
+    train(config(f"+experiment={experiment}", choice, *few, *short, without=""))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["epochs"] == 2
+    assert math.isfinite(metrics["history"][-1]["train/cross_entropy"])
 
 
 def test_augmentation_at_test_time_can_be_chosen_for_a_finished_run(config, tmp_path):
     train(config())
     plain = json.loads((tmp_path / "run/metrics.json").read_text())
-    train(config("module.tta=mirror", f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"))
+    train(*resume(tmp_path / "run", ["module.tta=mirror"]))
     augmented = json.loads((tmp_path / "run/metrics.json").read_text())
     assert augmented["tta"] == "mirror"
     assert augmented["test_cross_entropy"] != plain["test_cross_entropy"]
@@ -311,15 +278,3 @@ def test_folder_of_photographs(config, few_photographs, tmp_path):
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["data"]["train"], metrics["data"]["val"], metrics["data"]["test"]) == (180, 20, 50)
-
-
-def test_a_frozen_part_stays_as_it_is(config, tmp_path):
-    freeze = "+callbacks.freeze={_target_: cifarnet.callbacks.Freeze, part: features.0, epoch: 2}"
-    train(config("trainer.max_epochs=1", "scheduler=constant", folder="one"))
-    train(config("trainer.max_epochs=3", "scheduler=constant", freeze))
-    after_one, in_the_end = (weights(tmp_path / run / "checkpoints/last.ckpt") for run in ("one", "run"))
-    assert torch.equal(after_one["network.features.0.weight"], in_the_end["network.features.0.weight"])
-    assert not torch.equal(after_one["network.features.2.weight"], in_the_end["network.features.2.weight"])
-
-    with pytest.raises(UserError, match="no part 'stem' to freeze; the network has normalize, features"):
-        train(config(freeze.replace("features.0", "stem"), folder="stem"))

@@ -1,24 +1,21 @@
-"""From a checkpoint back to a network."""
+"""From a checkpoint back to a network, or to the settings of a run that goes on."""
 
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from packaging.version import Version
 from torch import nn
 
 from cifarnet import __version__
 from cifarnet.errors import UserError
-from cifarnet.models import CNN, SpeedNet
-
-NETWORKS = (CNN, SpeedNet)  # what a checkpoint may ask to be built
-
-
-def class_path(cls: type) -> str:
-    """The name by which a checkpoint refers to a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+from cifarnet.models import construct
+from cifarnet.permitted import permitted, targets
+from cifarnet.upgrade import upgrade
 
 
 def find(path: str | Path) -> Path:
@@ -33,6 +30,11 @@ def find(path: str | Path) -> Path:
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU; a file that holds anything but plain data is refused.
 
+    Returns:
+        What Lightning saved. Its "hyper_parameters" are {"cifarnet": version, "class_names": […], "image_size": pixels,
+        "images": how many were trained on, "precision": of the arithmetic, "config": the run's, as written};
+        "resolved" is that config with `${…}` replaced, but for what asks for more than another setting.
+
     Raises:
         UserError: there is no such file, it is not a checkpoint of this project, or one of a newer version.
     """
@@ -43,10 +45,12 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        recipe = checkpoint["hyper_parameters"]
-        checkpoint["state_dict"].items(), checkpoint["epoch"], recipe["model"].items(), recipe["class_names"]
-        recipe["config"]["data"].items(), recipe["config"]["module"].items(), recipe["config"]["trainer"]["precision"]
-        written_by = Version(recipe["cifarnet"])
+        hparams = checkpoint["hyper_parameters"]
+        written_by = Version(hparams["cifarnet"])
+        upgrade(checkpoint)
+        checkpoint["resolved"] = resolved = _resolved(hparams["config"])
+        checkpoint["state_dict"].items(), *(resolved[section].items() for section in ("data", "model", "module"))
+        checkpoint["epoch"], hparams["class_names"], hparams["precision"], int(hparams["image_size"])
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of cifarnet, or is damaged: it holds other things than plain data. Such "
@@ -64,43 +68,87 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def listed(asked: Mapping[str, Any], classes: Iterable[type], path: str | Path) -> type:
-    """The class that a part of a checkpoint asks for.
+def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`${seed}` becomes the seed; `${oc.env:HOME}`, which asks for more than another setting, stays as it is."""
+
+    def escaped(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escaped(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [escaped(value) for value in node]
+        asks = isinstance(node, str) and re.search(r"\$\{[^}]*[:$]", node)
+        return node.replace("$", "\\$") if asks else node
+
+    return OmegaConf.to_container(OmegaConf.create(escaped(dict(config))), resolve=True)
+
+
+def refused(name: Any, path: str | Path) -> UserError:
+    """That a checkpoint asks for a class that it may not name."""
+    return UserError(
+        f"{path} asks for {name}, which is no class that this project lists or keeps in its own folders. If it is your "
+        "own, allow it: cifarnet.load(path, classes=[YourNetwork]), or on the command line classes=[module.YourClass]."
+    )
+
+
+def check_targets(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> None:
+    """Refuse a recorded config that asks for classes, functions or values that no checkpoint may ask for.
 
     Raises:
-        UserError: it is none of `classes`. A checkpoint from a stranger can run no code.
+        UserError: it names such a class, or has a `${…:…}` that would be asked of the machine.
     """
-    known: dict[Any, type] = {class_path(cls): cls for cls in classes}
-    # packages of this project offer their modules' classes: cifarnet.data.CIFAR10
-    names = known | {f"{cls.__module__.rpartition('.')[0]}.{cls.__qualname__}": cls for cls in known.values()}
-    name = asked.get("_target_")
-    if not isinstance(name, str) or name not in names:
-        raise UserError(
-            f"{path} asks for the class {name}, which is not one of {', '.join(sorted(known))}. If it is your own, "
-            "allow it: cifarnet.load(path, classes=[YourNetwork]), or cifarnet.evaluate … classes=[module.YourClass]."
-        )
-    return names[name]
+    for section, node in config.items():
+        for _, name in targets(node, str(section)):
+            if permitted(name, str(section), classes) is None:
+                raise refused(name, path)
+        if ":" in str(node) and (asks := re.search(r"\$\{[^}]*:[^}]*\}", str(node))):
+            raise UserError(f"{path}: {section} asks the machine for {asks[0]}. Give that setting in the command.")
 
 
-def build(checkpoint: Mapping[str, Any], path: str | Path, classes: Iterable[type] = ()) -> tuple[nn.Module, list[str]]:
+def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:
     """The trained network of what `read` returned, and the names of its classes, as `load` does.
 
     `path` is for messages.
     """
-    recipe = checkpoint["hyper_parameters"]
-    cls = listed(recipe["model"], (*NETWORKS, *classes), path)
+    hparams, model = content["hyper_parameters"], content["resolved"]["model"]
+    make = permitted(model.get("_target_"), "model", classes)
+    if make is None:
+        raise refused(f"the class {model.get('_target_')}", path)
     prefix = "network."
-    state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    settings = {key: value for key, value in model.items() if not key.startswith("_")}
+    names = [str(name) for name in hparams["class_names"]]
     try:
-        network = cls(**{key: value for key, value in recipe["model"].items() if key != "_target_"})
-        network.load_state_dict(state)
+        built = construct(make, len(names), hparams["image_size"], **settings)
+        built.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged, or its network has changed since: {reason[:300]}") from error
-    return network.eval(), [str(name) for name in recipe["class_names"]]
+    return built.eval(), names
 
 
-def load(path: str | Path, classes: Iterable[type[nn.Module]] = ()) -> tuple[nn.Module, list[str]]:
+def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> dict[str, Any]:
+    """The settings of the run's data, as names and values.
+
+    Raises:
+        UserError: they ask for a class that a checkpoint may not name, or for more than values.
+    """
+    data = {key: value for key, value in content["resolved"]["data"].items() if key not in ("url", "mix")}
+    name = data.get("_target_")
+    if permitted(name, "data", classes) is None:
+        raise refused(f"the class {name}", path)
+    for key, value in data.items():
+        members = value if isinstance(value, list) else [value]
+        plain = all(member is None or isinstance(member, bool | int | float | str) for member in members)
+        known = key == "_target_" or not (str(key).startswith("_") or key == "defaults")
+        if not (plain and known) or "${" in str(value):
+            raise UserError(
+                f"{path}: its setting data.{key}={value} is no plain value, and is not used. "
+                "Say what to test on: data=cifar10, or data=folder data.root=…"
+            )
+    return data
+
+
+def load(path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:
     """The trained network of a checkpoint, in eval mode on the CPU, and the names of its classes.
 
         network, class_names = cifarnet.load("lightning_logs/baseline/<date_time>")
@@ -109,11 +157,11 @@ def load(path: str | Path, classes: Iterable[type[nn.Module]] = ()) -> tuple[nn.
     Args:
         path: a checkpoint file, or a run's folder (then its best checkpoint, or the last one where nothing
             was validated).
-        classes: network classes of your own that the checkpoint may ask for. Others are refused: a checkpoint
-            from a stranger can run no code.
+        classes: network classes (or functions that make one) from outside this project that the checkpoint may ask for.
+            Others are refused: a checkpoint from a stranger can run no code.
 
     Raises:
         UserError: no such file, not a checkpoint, or a class that is not listed.
     """
     path = find(path)
-    return build(read(path), path, classes)
+    return network(read(path), path, classes)

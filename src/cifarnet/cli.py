@@ -1,65 +1,89 @@
-"""What every command shares: where configs lie, how a run is continued, how errors are told."""
+"""What every command shares: where configs lie, how arguments are read, how errors are told."""
 
+import argparse
+import contextlib
 import os
-import pydoc
+import re
+import shlex
 import sys
 import traceback
-import types
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from cifarnet.errors import Interrupted, UserError
 
 PACKAGE = Path(__file__).parent
-CHECKOUT = PACKAGE.parents[1]
 CONFIGS = PACKAGE / "configs"  # in a wheel
 if not CONFIGS.is_dir():
-    CONFIGS = CHECKOUT / "configs"  # in a checkout, installed as editable or by PYTHONPATH=src
+    CONFIGS = PACKAGE.parents[1] / "configs"  # in a checkout, installed as editable or by PYTHONPATH=src
 
 
-def run_folder(ckpt_path: str | None, default: str) -> str:
-    """The folder of the run that a checkpoint belongs to, else `default`. Configs know it as `run_dir`."""
-    if ckpt_path is None:
-        return default
-    folder = Path(ckpt_path).parent.parent
-    return str(folder) if (folder / ".hydra").is_dir() else default
+class Arguments(NamedTuple):
+    """A command's: paths, settings such as `tta=mirror`, and the paths after `--against`."""
+
+    paths: list[str]
+    settings: list[str]
+    against: list[str]
 
 
-OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
+def parse(
+    command: str, description: str, examples: str, against: bool = False, arguments: Sequence[str] | None = None
+) -> Arguments:
+    """Read `PATHS… key=value… [--against PATHS…]`; `--help` shows the examples and the command's settings.
+
+    What exists is a path, whatever its name; of what does not, a setting is what has a `=` or begins with + or ~.
+
+    Args:
+        command: its name, as of its settings in `configs/<command>.yaml`.
+        against: whether the command takes `--against`.
+        arguments: as typed; None: those of this process.
+    """
+    listing = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m cifarnet.{command}",
+        description=description,
+        epilog=f"examples:\n{examples}\nsettings:\n" + "\n".join(f"  {line}" for line in listing),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value", help="runs, and settings: see below")
+    if against:
+        parser.add_argument("--against", nargs="+", default=[], metavar="PATH", help="what they are compared with")
+    given = parser.parse_intermixed_args(arguments)
+    settings = [argument for argument in given.arguments if is_setting(argument)]
+    behind = [argument for argument in getattr(given, "against", []) if is_setting(argument)]  # typed after --against
+    paths, baseline = (
+        [argument for argument in of if not is_setting(argument)]
+        for of in (given.arguments, getattr(given, "against", []))
+    )
+    if not paths:
+        parser.error("name a path: a run's folder")
+    return Arguments(paths, settings + behind, baseline)
 
 
-def own_overrides() -> list[str]:
-    """The overrides of this run's command, with its `--config-dir`: what a checkpoint needs to go on alone."""
-    if not HydraConfig.initialized():
-        return []
-    this = HydraConfig.get()
-    folders = [source.path for source in this.runtime.config_sources if source.provider == "command-line"]
-    return [*(f"--config-dir={folder}" for folder in folders), *this.overrides.task]
+def is_setting(argument: str) -> bool:
+    """Is it `key=value`, and no file or folder of that name?"""
+    return not Path(argument).exists() and ("=" in argument or argument.startswith(("+", "~")))
 
 
-def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
-    """With `ckpt_path=…`, put the overrides that its run had before it, but for those that are given anew."""
-    given = {key_of(argument): place for place, argument in enumerate(arguments)}
-    if "ckpt_path" not in given:
-        return list(arguments)
-    from cifarnet.checkpoint import read
+def compose(command: str, settings: Sequence[str]) -> DictConfig:
+    """`configs/<command>.yaml` with these overrides."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(command, list(settings))
 
-    place = given["ckpt_path"]
-    checkpoint = read(arguments[place].partition("=")[2].strip("'\""))
-    saved = [
-        override for override in checkpoint["hyper_parameters"].get("overrides", []) if key_of(override) not in given
-    ]
-    # flags first: Hydra wants all overrides in one piece
-    saved.sort(key=lambda override: not override.startswith("--"))
-    return [*arguments[:place], *saved, *arguments[place:]]
+
+def run_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> None:
+    """What `@hydra.main` does for `python -m cifarnet.train`, with arguments that may be others than those typed."""
+    from hydra._internal.utils import _run_hydra, get_args_parser
+
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the version's behaviour
+    parser = get_args_parser()
+    _run_hydra(parser.parse_args(list(arguments)), parser, task, str(CONFIGS), "train")
 
 
 def key_of(override: str) -> str:
@@ -67,85 +91,32 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def check_types(config: DictConfig) -> None:
-    """Compare the settings with the types that the classes and functions to be called declare.
-
-    Raises:
-        UserError: a setting of another type; a required setting that is missing.
-    """
-    for section in config:
-        if isinstance(node := config[section], DictConfig):
-            _check_node(str(section), node)
+def value_of(key: str, arguments: Sequence[str]) -> str | None:
+    """What the last `key=…` among the arguments says, without quotes; None where there is none."""
+    values = [argument.partition("=")[2] for argument in arguments if key_of(argument) == key and "=" in argument]
+    return values[-1].strip("'\"") if values else None
 
 
-def _check_node(name: str, node: DictConfig) -> None:
-    hints = _hints(node["_target_"]) if "_target_" in node else {}
-    for key in node:
-        try:
-            value = node[key]
-        except MissingMandatoryValue as error:
-            raise UserError(f"{name}.{key} is needed: add {name}.{key}=…") from error
-        if isinstance(value, DictConfig):
-            _check_node(f"{name}.{key}", value)
-        elif key in hints:
-            check_type(f"{name}.{key}", value, hints[key])
+def quoted(key: str, value: str) -> str:
+    """`key=value` as a shell and Hydra understand it, whatever characters the value has."""
+    if re.fullmatch(r"[\w/.:-]+", value):
+        return f"{key}={value}"
+    escaped = value.replace("'", "\\'")
+    return shlex.quote(f"{key}='{escaped}'")
 
 
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a setting whose value is not what a type hint says."""
-    if not _fits(value, hint):
-        raise UserError(f"{name}={value} has the wrong type: expected {_describe(hint)}.")
-
-
-def _hints(target: str) -> dict[str, Any]:
-    """The declared types of a class's or function's arguments, those of base classes included."""
+@contextlib.contextmanager
+def _raising() -> Iterator[bool]:
+    """Hydra is to raise what it would print. Yields whether the user wants to see tracebacks."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        called = pydoc.locate(target)
-    except pydoc.ErrorDuringImport:
-        return {}  # building it will say what is wrong
-    functions: list[Any] = [called]
-    if isinstance(called, type):
-        functions = [base.__init__ for base in reversed(called.__mro__)]
-    hints: dict[str, Any] = {}
-    for function in functions:
-        try:
-            hints.update(typing.get_type_hints(function))
-        except Exception:  # a name that exists for type checkers only: nothing to compare with
-            continue
-    return hints
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, member) for member in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    kind = origin or hint
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str, type(None)):
-        return isinstance(value, kind)
-    for container, plain in ((ListConfig, list), (DictConfig, dict)):
-        if isinstance(value, container):
-            return isinstance(kind, type) and issubclass(plain, kind)
-    return not isinstance(kind, type) or not isinstance(value, str | int | float | None)
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        simple = [member for member in arguments if member in names or typing.get_origin(member) is not None]
-        words = [word for member in simple for word in _describe(member).split(" or ")]
-        return " or ".join(dict.fromkeys(words))
-    if origin is typing.Literal:
-        return " or ".join(str(argument) for argument in arguments)
-    if origin is not None and arguments and arguments[0] in names:
-        return f"a list like […, …] of {names[arguments[0]].removeprefix('a ')}s"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+        yield before == "1"
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def run(task: Callable[[], Any]) -> None:
@@ -154,10 +125,9 @@ def run(task: Callable[[], Any]) -> None:
     Exit status: 0, 1 for an error, 130 and 143 for a run stopped by Ctrl-C and SIGTERM. HYDRA_FULL_ERROR=1 shows
     the traceback of every error.
     """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise what it would print
     try:
-        task()
+        with _raising() as show_traceback:
+            task()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(interrupted.status)

@@ -28,14 +28,9 @@ class CIFAR10(ImageDataModule):
         super().__init__(**settings)
         self.root = Path(root).expanduser()
         self.url = url or torchvision.datasets.CIFAR10.url
-        self._prepared = False
-
-    def prepare_data(self) -> None:
-        if not self._prepared:  # Lightning calls again, and checksums take time
-            self._prepare()
-        self._prepared = True
 
     def _prepare(self) -> None:
+        """Download and unpack what is missing, and check what is there."""
         published = torchvision.datasets.CIFAR10
         folder, archive = self.root / published.base_folder, self.root / published.filename
         if folder.exists():
@@ -89,7 +84,7 @@ class CIFAR10(ImageDataModule):
         )
 
     def read(self) -> Source:
-        self.prepare_data()
+        self._prepare()
         train, test = (torchvision.datasets.CIFAR10(str(self.root), train=train) for train in (True, False))
         return Source(
             class_names=train.classes,

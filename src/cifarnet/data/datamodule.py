@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cifarnet.data.augment import Augment
-from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, StreamingLoader
+from cifarnet.data.augmentation import Augment
+from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, Mix, StreamingLoader
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 
@@ -51,7 +51,7 @@ class Source:
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Images in memory, split and batched. A subclass only says where they come from: `read()`.
+    """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
 
     Args:
         batch_size: training images a step.
@@ -66,6 +66,7 @@ class ImageDataModule(L.LightningDataModule):
             were last trained on, and before them those that never were. Easy ones teach less, and are left out (with
             losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762). Wrongly
             labelled images are hard as well: where there are many, keep all.
+        mix: what is made of two training images, such as `recipes.mixup.Mixup`; None: each is shown by itself.
         shuffle_seed: order and augmentation.
         on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
             copied while the GPU computes.
@@ -82,6 +83,7 @@ class ImageDataModule(L.LightningDataModule):
         cutout: int = 0,
         train_sizes: Sequence[int] | None = None,
         hardest_share: float = 1.0,
+        mix: Mix | None = None,
         shuffle_seed: int = 0,
         on_device: bool = True,
     ) -> None:
@@ -115,18 +117,22 @@ class ImageDataModule(L.LightningDataModule):
         self.augment = Augment(crop_padding, flip, cutout)
         self.train_sizes = list(train_sizes) if train_sizes is not None else None
         self.hardest_share = hardest_share
+        self.mix = mix
         self.shuffle_seed = shuffle_seed
         self.on_device = on_device
         self.workers = 0
-        self._source: Source | None = None
 
     def read(self) -> Source:
         """Return all images of the data set. Called once."""
         raise NotImplementedError(f"{type(self).__name__} must say where its images come from, in read()")
 
-    def setup(self, stage: str | None = None) -> None:
-        if self._source is not None:
-            return
+    @functools.cached_property
+    def source(self) -> Source:
+        """The images, with the validation split made. Reads them on first use.
+
+        Raises:
+            UserError: they cannot be read, or are too few or too small for the settings.
+        """
         source = self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
@@ -140,7 +146,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.crop_padding={self.augment.crop_padding} reflects more pixels than an image of "
                 f"{source.train.images.shape[-1]} has. Choose a smaller one, such as 4."
             )
-        self._source = source
+        return source
 
     def _set_aside(self, train: Split) -> tuple[Split, Split]:
         """A stratified split of the training images: the rest, and `val_fraction` of each class."""
@@ -155,14 +161,6 @@ class ImageDataModule(L.LightningDataModule):
                 "Choose a larger share, or add images."
             )
         return train[~is_val], train[is_val]
-
-    @property
-    def source(self) -> Source:
-        """The images, with the validation split made. Reads them on first use."""
-        if self._source is None:
-            self.setup()
-        assert self._source is not None
-        return self._source
 
     @property
     def class_names(self) -> list[str]:
@@ -225,6 +223,7 @@ class ImageDataModule(L.LightningDataModule):
         settings = {
             "train": train,
             "augment": self.augment,
+            "mix": self.mix,
             "sizes": self.train_sizes,
             "share": self.hardest_share,
             "seed": self.shuffle_seed,

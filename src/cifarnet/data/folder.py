@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.errors import UserError
+from cifarnet.hardware import cores
 
 CACHE_FORMAT = 1  # count up when what is cached changes
 CHUNK = 64  # images a thread decodes before the progress bar hears of it
@@ -78,7 +79,7 @@ class ImageFolder(ImageDataModule):
         self.root = Path(root).expanduser().resolve()
         self.size = image_size
         self.in_memory = in_memory
-        self.workers = (os.cpu_count() or 1) if workers is None else workers
+        self.workers = cores() if workers is None else workers
 
     def read(self) -> Source:
         class_names = self._class_names()

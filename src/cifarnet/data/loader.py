@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cifarnet.data.augment import Augment
+from cifarnet.data.augmentation import Augment
 from cifarnet.seeding import generator
 
 
@@ -24,6 +24,20 @@ class LazyImages(Protocol):
 
     def __getitem__(self, index: Any) -> Any:
         """An int gives one image, uint8 [C, H, W]; a tensor of indices, or a mask, these images, still unread."""
+        ...
+
+
+class Mix(Protocol):
+    """What is made of two images, such as `recipes.mixup.Mixup`; all that is random in it is drawn for every image."""
+
+    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+        """One epoch's draws, a row an image of the data set: first its partner, int64 [count], then its own weight,
+        float [count], and what else `__call__` asks for."""
+        ...
+
+    def __call__(self, images: Tensor, partners: Tensor, weight: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and their partners, uint8 [B, C, H, W] -> the mixed images, uint8, and the weight of the first label
+        in each, [B]."""
         ...
 
 
@@ -64,7 +78,7 @@ class EpochSampler:
 class BatchLoader:
     """Shuffle, crop, flip and batch; a subclass says where pixels come from.
 
-    Order and augmentation are a function of (seed, epoch, index). The position within an epoch can be saved
+    Order, augmentation and mixing are a function of (seed, epoch, index). The position within an epoch can be saved
     and restored, which Lightning does with every checkpoint. With a `share` below 1 order depends on the losses that
     `observe` was told as well, and they are saved with it.
 
@@ -74,6 +88,7 @@ class BatchLoader:
         batch_size: images a batch.
         train: shuffle, augment, and drop the last batch if it is not full; else go through all in order.
         augment: crops, flips and holes, used when training.
+        mix: what is made of an image and its partner, used when training.
         sizes: height and width to which training images are scaled at last, one value an epoch; the last one stays.
         share: part of the images that an epoch of training goes through: those whose loss was highest when it was last
             observed, and before them those whose loss never was.
@@ -81,7 +96,9 @@ class BatchLoader:
         pin: yield pinned memory, which a GPU fetches while it computes.
 
     Yields:
-        images uint8 [B, C, H, W] (channels_last; H and W as `sizes` says) and labels int64 [B].
+        images uint8 [B, C, H, W] (channels_last; H and W as `sizes` says), labels int64 [B] and index int64 [B], the
+        images' places in the data set; where images are mixed, also the partners' labels int64 [B] and the weight of
+        the images' own labels, float [B].
     """
 
     def __init__(
@@ -92,6 +109,7 @@ class BatchLoader:
         *,
         train: bool = False,
         augment: Augment | None = None,
+        mix: Mix | None = None,
         sizes: Sequence[int] | None = None,
         share: float = 1.0,
         seed: int = 0,
@@ -103,41 +121,42 @@ class BatchLoader:
         self.batch_size = batch_size
         self.train = train
         self.augment = augment if train else None
+        self.mix = mix if train else None
         self.sizes = sizes if train else None
         self.pin = pin
         self.sampler = EpochSampler(len(labels), train, seed, share if train else 1.0, device)
         self.batch_sampler = None  # Lightning looks for both names, as DataLoader has them
         self._served = 0  # batches of this epoch that were handed out
         self._resume: dict[str, int] = {}
-        self._index = torch.empty(0, dtype=torch.int64)  # of the images in the last of them
         self._losses = self.sampler.losses.clone()  # as observed so far: the sampler's are those before this epoch
 
     def __len__(self) -> int:
         count = self.sampler.length
         return count // self.batch_size if self.train else -(-count // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.labels.device
-        draws = None
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        device, (seed, epoch) = self.labels.device, (self.sampler.seed, self.sampler.epoch)
+        draws, mixing = None, []
         if self.augment is not None:
-            draws = self.augment.draw(len(self.labels), self.image_size, self.sampler.seed, self.sampler.epoch).to(
-                device
-            )
+            draws = self.augment.draw(len(self.labels), self.image_size, seed, epoch).to(device)
+        if self.mix is not None:
+            mixing = [drawn.to(device) for drawn in self.mix.draw(len(self.labels), self.image_size, seed, epoch)]
         resume, self._resume = self._resume, {}
-        start = resume["served"] if resume.get("epoch") == self.sampler.epoch else 0
+        start = resume["served"] if resume.get("epoch") == epoch else 0
         if start == 0:
-            self.sampler.losses = self._losses.clone()
+            self.sampler.losses = self._losses.to(device, copy=True)
         batches = self.sampler.order().split(self.batch_size)[start : len(self)]
+        shown = [torch.cat([index, mixing[0][index]]) for index in batches] if mixing else batches
         self._served = start
-        for index, (pixels, place) in zip(batches, self._pixels(batches), strict=True):
+        for index, wanted, (pixels, place) in zip(batches, shown, self._pixels(shown), strict=True):
             self._served += 1
-            self._index = index
-            if self.augment is None or draws is None:
-                images = pixels[place]
-            else:
-                images = self.augment(pixels, place, draws.at(index))
-            batch = self._scaled(images.permute(0, 3, 1, 2)), self.labels[index]
-            yield (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
+            images = pixels[place] if draws is None else self.augment(pixels, place, draws.at(wanted))
+            batch = [self._scaled(images.permute(0, 3, 1, 2)), self.labels[index], index]
+            if mixing:
+                mixed, own = self.mix(*batch[0].chunk(2), *(drawn[index] for drawn in mixing[1:]))
+                partners = self.labels[mixing[0][index]]
+                batch = [mixed.contiguous(memory_format=torch.channels_last), *batch[1:], partners, own]
+            yield tuple(member.pin_memory() if self.pin else member for member in batch)
 
     def _scaled(self, images: Tensor) -> Tensor:
         """To the size of this epoch."""
@@ -158,9 +177,10 @@ class BatchLoader:
         """Whether an epoch leaves images out, by their losses."""
         return self.sampler.length < len(self.labels)
 
-    def observe(self, losses: Tensor) -> None:
-        """Note the losses [B] of the images of the batch that was handed out last."""
-        self._losses[self._index] = losses.detach().float()
+    def observe(self, index: Tensor, losses: Tensor) -> None:
+        """Note the losses [B] of the images `index` [B]."""
+        self._losses = self._losses.to(losses.device)  # once: nothing is copied, or waited for, in later steps
+        self._losses[index] = losses.detach().float()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"epoch": self.sampler.epoch, "served": self._served}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifarnet.models.normalize import Normalize
@@ -15,7 +16,8 @@ class CNN(nn.Module):
     (https://arxiv.org/abs/1502.01852, uniform); biases and the output layer start at zero, so that the first
     steps cannot blow up the logits and leave dead units behind.
 
-    Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes].
+    Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes]. Images of
+    other sizes are pooled to what the hidden layer expects.
 
     Raises:
         ValueError: an odd number of widths, or an image too small to be pooled once a block.
@@ -46,15 +48,16 @@ class CNN(nn.Module):
             layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # as before the pool, on a quarter of the values
             channels = second
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
+        self.pooled_size = pooled_size
+        self.hidden = nn.Sequential(
             nn.Flatten(),
             nn.Linear(channels * pooled_size**2, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(drop_rate),
-            nn.Linear(hidden, num_classes),
         )
+        self.head = nn.Linear(hidden, num_classes)
         self.apply(self._initialize)
-        nn.init.zeros_(self.classifier[-1].weight)
+        nn.init.zeros_(self.head.weight)
 
     @staticmethod
     def _initialize(layer: nn.Module) -> None:
@@ -63,4 +66,7 @@ class CNN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(self.normalize(images)))
+        features = self.features(self.normalize(images))
+        if features.shape[-1] != self.pooled_size:  # smaller or larger images than `image_size` (data.train_sizes)
+            features = F.adaptive_avg_pool2d(features, self.pooled_size)
+        return self.head(self.hidden(features))

@@ -1,0 +1,174 @@
+"""From a config to what it names: the trainer, the classifier, the data. Nothing else instantiates."""
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cifarnet import __version__, hardware, settings
+from cifarnet.classifier import Classifier
+from cifarnet.compiling import Compile
+from cifarnet.data import ImageDataModule
+from cifarnet.errors import UserError
+from cifarnet.models import Normalize, construct
+
+
+class Built(NamedTuple):
+    trainer: L.Trainer
+    classifier: Classifier
+    data: ImageDataModule
+    fit_seconds: float  # what the network's own `fit` to training images took
+
+
+def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_settings: Any) -> Built:
+    """All that a run is made of. The config is only read.
+
+    Args:
+        config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
+        callbacks: more of them than the config has.
+        trainer_settings: of Lightning's Trainer, in place of the config's.
+
+    Raises:
+        UserError: a setting or the data cannot be used; the message says what to do.
+    """
+    quieten_lightning()
+    settings.check(config)
+    if config.keep_freed_memory:
+        hardware.keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed, verbose=False)
+
+    trainer = make_trainer(config, callbacks, **trainer_settings)
+    data = make_data(config)
+    network, fit_seconds = make_network(config, data)
+    classifier = instantiate(config.module, _partial_=True)(
+        network=network,
+        optimizer=_optimizer(config),
+        scheduler=_scheduler(config) if config.get("scheduler") else None,
+        objective=instantiate(config.objective),
+        channels_last=config.channels_last,
+        seed=config.seed,
+        hparams={
+            "cifarnet": __version__,
+            "class_names": list(data.class_names),
+            "image_size": data.image_size,
+            "images": len(data.source.train),
+            "precision": str(trainer.precision),
+            "config": OmegaConf.to_container(config, resolve=False),
+        },
+    )
+    return Built(trainer, classifier, data, fit_seconds)
+
+
+def make_data(config: DictConfig) -> ImageDataModule:
+    """The images that a config's section `data` names, which are read on first use."""
+    if "_target_" not in (config.get("data") or {}):
+        raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
+    settings.check_types(config)
+    return instantiate(config.data)
+
+
+def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, float]:
+    """The network, normalising by the training images' statistics, and the seconds that its own `fit` took."""
+    make = instantiate(config.model, _partial_=True)
+    network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
+    for layer in network.modules():
+        if isinstance(layer, Normalize):
+            layer.fit(*data.channel_statistics)
+    start = time.perf_counter()
+    if hasattr(network, "fit"):
+        network.fit(data.sample())
+    return network, time.perf_counter() - start
+
+
+def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_settings: Any) -> L.Trainer:
+    """Lightning's Trainer with callbacks and logger."""
+    chosen = [callback for callback in (config.get("callbacks") or {}).values() if callback]
+    if config.data.get("val_fraction") == 0:  # nothing to choose a checkpoint by
+        chosen = [callback for callback in chosen if not callback.get("monitor")]
+    chosen += [recipe for recipe in (config.get("recipe") or {}).values() if recipe]
+    built = [*(instantiate(callback) for callback in chosen), *callbacks]
+    if config.compile:
+        built.append(Compile())
+    accelerator, precision = config.trainer.accelerator, config.trainer.precision
+    quiet = {"default_root_dir": config.output_dir, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by runs.progress.History
+    given = {
+        **{key: value for key, value in quiet.items() if key not in config.trainer},
+        "precision": hardware.best_precision(accelerator) if precision == "auto" else precision,
+        "callbacks": built,
+        "logger": instantiate(config.logger) if config.get("logger") else False,
+    }
+    try:
+        trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(**(given | trainer_settings))
+    except InstantiationException:
+        raise
+    except Exception as error:  # Lightning raises many types for settings it cannot use
+        if "accelerator" in str(error) or "backend" in str(error):
+            raise UserError(
+                f"trainer.accelerator={accelerator}: PyTorch finds no such device on this machine. "
+                f"Choose trainer=auto or trainer=cpu, or install a PyTorch that supports it. ({error})"
+            ) from error
+        raise UserError(f"trainer: {error}") from error
+    if trainer.world_size > 1:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1."
+        )
+    return trainer
+
+
+def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
+    def make(parameters: Iterable[Tensor]) -> Optimizer:
+        with _refusals("optimizer"):
+            return instantiate(config.optimizer, _partial_=True)(parameters)
+
+    return make
+
+
+def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
+    def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        planned = OmegaConf.merge(
+            config, {"total_steps": total_steps}
+        )  # a copy: schedules ask for it as ${total_steps}
+        with _refusals(f"scheduler of {total_steps} steps"):
+            return instantiate(planned.scheduler, _partial_=True)(optimizer)
+
+    return make
+
+
+@contextlib.contextmanager
+def _refusals(part: str) -> Iterator[None]:
+    """torch's optimizers and schedules refuse settings by errors of several types."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{part}: {error}") from error
+
+
+def quieten_lightning() -> None:
+    """Warnings stay; notes about hardware found and advice that does not apply here go."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()  # under Hydra every line would appear twice
+        logger.setLevel(logging.WARNING)
+    for message in (
+        ".*exists and is not empty.*",  # the run's folder is also the logger's
+        ".*smaller than the logging interval.*",  # metrics are logged once an epoch
+        ".*does not have many workers.*",
+        ".*treespec.*",
+        ".*Total length of `list`.*",  # training without validation
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,187 @@
+"""The LightningModule: what is minimised, what is measured, what is stepped."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cifarnet.errors import UserError
+from cifarnet.models import tta as test_time
+from cifarnet.seeding import derive
+from cifarnet.upgrade import upgrade
+
+Batch = tuple[Tensor, ...]  # images, labels, index, and where images are mixed: partners' labels, own weight
+
+
+class Classifier(L.LightningModule):
+    """A network trained by cross-entropy and weight decay on every learned variable, biases too.
+
+    The objective is cross-entropy + λ/2 Σ‖w‖². The gradient of its second term, λw, is what SGD's `weight_decay=λ`
+    adds in `step()`, so `training_step` returns the cross-entropy alone and the term is computed only to be shown.
+    (AdamW's decay is decoupled from the gradient: there the term shown is not what is minimised.)
+
+    Metrics, each a mean over the epoch's images, but for the decay, which is taken at the epoch's end:
+    train/cross_entropy, train/weight_decay, train/objective, train/accuracy, val/cross_entropy, val/accuracy,
+    test/cross_entropy, test/accuracy; one_view/… are those of the test without its test-time augmentation. Where the
+    loader chooses the hardest images for an epoch (`data.hardest_share`), train/… are means over those.
+
+    Args:
+        network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+        optimizer: makes the optimizer out of the parameters, such as `partial(torch.optim.SGD, lr=0.05)`.
+        scheduler: makes a schedule out of the optimizer and the number of its steps in the whole run; it is stepped
+            after every batch. None: a constant rate.
+        objective: logits [B, num_classes], labels int64 [B] -> each image's training loss [B]; None: cross-entropy.
+        tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.predict`).
+        tta_share: which part of the test images, the least confident of each batch, it is for.
+        channels_last: memory format of network and images: faster on most CPUs and GPUs.
+        seed: what torch draws during an epoch (dropout) is a function of (seed, epoch).
+        hparams: plain data (dicts, lists, scalars) to be kept in the checkpoint beside the weights.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        tta: str = "none",
+        tta_share: float = 1.0,
+        channels_last: bool = True,
+        seed: int = 0,
+        hparams: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        test_time.check(tta, tta_share)
+        self.save_hyperparameters(dict(hparams or {}), logger=False)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
+        self.objective = objective or nn.CrossEntropyLoss(reduction="none")
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.tta, self.tta_share = tta, tta_share
+        self.seed = seed
+        # sums of (loss, correct, 1) over the epoch's images: no buffers, which averaging and DDP would change
+        self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
+        self._restored_rng: dict[str, Any] | None = None
+        self._observe: Callable[[Tensor, Tensor], None] | None = None  # told each training image's loss
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits in float32, whatever the precision of the network."""
+        return self.network(images.contiguous(memory_format=self.memory_format)).float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, index, *mixed = batch
+        logits = self(images)
+        losses = self.losses(logits, labels, *mixed)
+        if self._observe is not None:
+            self._observe(index, losses)
+        loss = losses.mean()
+        self._count("train", loss, logits, labels)
+        return loss
+
+    def losses(
+        self, logits: Tensor, labels: Tensor, partners: Tensor | None = None, own: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each image, [B]. Where two were mixed, `own` [B] is the weight of the first one's label."""
+        losses = self.objective(logits, labels)
+        if partners is None or own is None:
+            return losses
+        return own * losses + (1 - own) * self.objective(logits, partners)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, *_ = batch
+        logits = self(images)
+        self._count("val", F.cross_entropy(logits, labels), logits, labels)
+        return logits
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, *_ = batch
+        one_view, logits = test_time.predict(self, images, self.tta, self.tta_share)
+        self._count("one_view", F.cross_entropy(one_view, labels), one_view, labels)
+        self._count("test", F.cross_entropy(logits, labels), logits, labels)
+        return logits
+
+    @torch.no_grad()
+    def _count(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Sums stay on the device: reading a number in every step would make a GPU wait."""
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums[stage] += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
+
+    def means(self, stage: str) -> dict[str, float]:
+        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began."""
+        loss, correct, count = self._sums[stage].tolist()
+        count = count or float("nan")
+        return {f"{stage}/cross_entropy": loss / count, f"{stage}/accuracy": correct / count}
+
+    @torch.no_grad()
+    def weight_decay(self) -> Tensor:
+        """λ/2 Σ‖w‖², with each parameter group's own λ."""
+        terms = [
+            group.get("weight_decay", 0.0) / 2 * parameter.square().sum()
+            for group in self.optimizers(use_pl_optimizer=False).param_groups
+            for parameter in group["params"]
+        ]
+        return torch.stack(terms).sum()
+
+    def training_metrics(self) -> dict[str, float]:
+        """All metrics of the training epoch so far."""
+        metrics, decay = self.means("train"), self.weight_decay().item()
+        return metrics | {"train/weight_decay": decay, "train/objective": metrics["train/cross_entropy"] + decay}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(self.network.parameters())
+        if self.make_scheduler is None:
+            return {"optimizer": optimizer}
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("A schedule needs an end: give trainer.max_epochs or +trainer.max_steps.")
+        scheduler = self.make_scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        self._observe = loader.observe if getattr(loader, "chooses", False) else None
+        if self._restored_rng is not None:
+            torch.set_rng_state(self._restored_rng["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in self._restored_rng:
+                torch.cuda.set_rng_state(self._restored_rng["cuda"].cpu(), self.device)
+            self._restored_rng = None
+
+    def _begin(self, *stages: str) -> None:
+        self._sums |= {stage: torch.zeros(3, device=self.device) for stage in stages}
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(derive(self.seed, self.current_epoch, "torch"))
+        self._begin("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin("test", "one_view")
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.training_metrics(), logger=False)  # for callbacks; History writes to the logger
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.means("val"), logger=False)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.means("test"), logger=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["middle_of_epoch"] = {"rng": rng, "train_sums": self._sums["train"]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        upgrade(checkpoint)
+        saved = checkpoint["middle_of_epoch"]
+        self._sums["train"] = saved["train_sums"].to(self.device)
+        self._restored_rng = saved["rng"]

@@ -1,0 +1,121 @@
+"""The machine: its precision, threads, memory and GPUs, and what figures say of it."""
+
+import contextlib
+import ctypes
+import functools
+import getpass
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:  # a sweep that starts its jobs elsewhere does without
+    import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to keep freed memory, instead of giving it back to the kernel.
+
+    Every training step frees and allocates the same large tensors. By default glibc maps each of them anew, and the
+    kernel clears its pages at the first touch, which can cost a third of the time. The process's memory then stays
+    at its peak, which a training run reaches at its first step.
+
+    Returns:
+        Whether it was done: only where the C library is glibc.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False  # musl, for one
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def best_precision(accelerator: str) -> str:
+    """bf16-mixed where the hardware computes in bfloat16, else 32-true."""
+    import torch
+
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
+    # elsewhere bf16 on a CPU is emulated, and slower than float32
+    fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if on_cpu and fast_on_cpu else "32-true"
+
+
+def cores() -> int:
+    """How many this process may use, which a cluster or a container may have fewer of than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    try:  # not by torch, which takes seconds to import
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(index) for index, _ in enumerate(listed.splitlines())]
+
+
+@functools.cache  # once for all jobs of this process
+def claim_gpu() -> FileLock | None:
+    """Let this process see one GPU alone, which no other job has; more processes than GPUs share them evenly.
+
+    The lock is held as long as the process lives, however it ends.
+    """
+    folder = Path(tempfile.gettempdir(), f"cifarnet-{getpass.getuser()}")
+    present = gpus()
+    for turn in range(1000 if present else 0):
+        for name in present:
+            folder.mkdir(exist_ok=True)
+            lock = FileLock(folder / f"gpu-{name}-{turn}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(blocking=False)
+                os.environ["CUDA_VISIBLE_DEVICES"] = name
+                return lock
+    return None
+
+
+def describe(device: "torch.device") -> dict[str, Any]:
+    """What figures were measured on."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages on which figures depend."""
+    packages = ("torch", "torchvision", "lightning", "hydra-core")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "-dirty" if it was changed since."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "configs").is_dir():
+        return None  # installed from a wheel
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""What changes training beyond a network and an optimizer, one small file each."""

@@ -1,0 +1,1 @@
+"""Runs: their records, their sweeps, stopping and going on, tables over them."""

@@ -1,0 +1,170 @@
+"""A run's record: `metrics.json`, with its figures and what they depend on, a row in HParams, the table at the end."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from cifarnet.compiling import Compile
+from cifarnet.runs.progress import History, stretch
+
+if TYPE_CHECKING:
+    from cifarnet.build import Built
+
+# HParams: the same columns in every run
+COLUMNS = {
+    "data": "data._target_",
+    "model": "model._target_",
+    "optimizer": "optimizer._target_",
+    "scheduler": "scheduler._target_",
+    "seed": "seed",
+    "batch_size": "data.batch_size",
+    "max_epochs": "trainer.max_epochs",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "label_smoothing": "objective.label_smoothing",
+    "crop_padding": "data.crop_padding",
+    "precision": "trainer.precision",
+}
+
+
+def heading(config: DictConfig, built: "Built") -> str:
+    """What is about to be trained, for the terminal."""
+    source, network = built.data.source, built.classifier.network
+    name = config.model._target_.rpartition(".")[2]
+    images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
+    return (
+        f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
+        f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}\n"
+        f"{os.path.relpath(config.output_dir)}"
+    )
+
+
+def parameters(network: torch.nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def collect(config: DictConfig, built: "Built", tested_epoch: int) -> dict[str, Any]:
+    """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
+
+    `tested_epoch`, from 1, says which epoch's weights were tested; the validation accuracy is that epoch's.
+    """
+    trainer, classifier, data, fit_seconds = built
+    history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History())
+    last = {"epoch": trainer.current_epoch, **classifier.means("val")}
+    tested = next((row for row in [*history.epochs, last] if row["epoch"] == tested_epoch), {})
+    test = classifier.means("test")
+    stretches = history.stretches or [stretch(trainer, classifier)]
+    return {
+        "name": config.name,
+        "val_accuracy": tested.get("val/accuracy", math.nan),
+        "tested_epoch": tested_epoch,
+        "test_accuracy": test["test/accuracy"],
+        "test_cross_entropy": test["test/cross_entropy"],
+        "tta": classifier.tta,
+        "test_accuracy_one_view": classifier.means("one_view")["one_view/accuracy"],
+        "epochs": trainer.current_epoch,
+        "fit_seconds": fit_seconds,
+        "seconds": history.seconds,
+        "test_seconds": history.test_seconds,
+        "compile_seconds": sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Compile)),
+        "images_per_second": history.images / history.seconds if history.seconds else math.nan,
+        "parameters": parameters(classifier.network),
+        "seed": config.seed,
+        **{key: stretches[-1][key] for key in ("precision", "hardware", "versions", "git_commit")},
+        "stretches": stretches,
+        "data": data.describe(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "overrides": overrides(Path(config.output_dir)),
+        "config": OmegaConf.to_container(config, resolve=False),
+        "resolved": OmegaConf.to_container(_planned(config, built), resolve=True),
+        "history": history.epochs,
+    }
+
+
+def _planned(config: DictConfig, built: "Built") -> DictConfig:
+    """A copy of the config that knows the number of steps, for which its schedule asks."""
+    return OmegaConf.merge(config, {"total_steps": built.trainer.estimated_stepping_batches})
+
+
+def overrides(folder: Path) -> list[str]:
+    """What was typed to start the run, as Hydra keeps it."""
+    kept = folder / ".hydra" / "overrides.yaml"
+    return [str(line) for line in OmegaConf.load(kept)] if kept.is_file() else []
+
+
+def write(metrics: dict[str, Any], path: Path) -> None:
+    """As `metrics.json`. NaN and infinity become null."""
+    write_whole(path, json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed, so that there is never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> None:
+    """One row in TensorBoard's HParams, with the run's results."""
+    resolved = OmegaConf.create(metrics["resolved"])
+    columns = {}
+    for name, key in COLUMNS.items():
+        value = OmegaConf.select(resolved, key)
+        columns[name] = value.rpartition(".")[2] if key.endswith("_target_") and value else value
+        if value is None:
+            columns[name] = "none"
+    shown = {*COLUMNS.values(), "experiment", "name"}
+    others = [override for override in metrics["overrides"] if override.partition("=")[0].lstrip("+") not in shown]
+    columns["other_overrides"] = " ".join(others)
+    scores = {
+        "hp/val_accuracy": metrics["val_accuracy"],
+        "hp/test_accuracy": metrics["test_accuracy"],
+        "hp/seconds": metrics["seconds"],
+    }
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(columns, scores)
+        logger.finalize("success")
+
+
+def table(metrics: dict[str, Any], folder: str) -> str:
+    """The end of a run, for the terminal."""
+    epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
+    validation = metrics["val_accuracy"]
+    tested = f"{images}, with that epoch's weights"
+    if metrics["tta"] != "none":
+        tested += f"; {metrics['test_accuracy_one_view']:.2%} without tta={metrics['tta']}"
+    rows = {
+        "validation accuracy": f"{validation:.2%}  ({epoch})" if math.isfinite(validation) else f"none  ({epoch})",
+        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({tested})",
+        "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
+        "folder": os.path.relpath(folder),
+    }
+    if metrics["history"] and not math.isfinite(metrics["history"][-1]["train/cross_entropy"]):
+        rows["diverged"] = "the training loss is not a number any more: try a smaller optimizer.lr"
+    return aligned(rows)
+
+
+def aligned(rows: Mapping[str, str]) -> str:
+    """Names and values in two columns, between empty lines."""
+    width = max(map(len, rows))
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])

@@ -1,0 +1,99 @@
+"""What ends a run before its last epoch: a signal, or a search that gives it up."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from cifarnet import cli
+from cifarnet.errors import Interrupted, Pruned
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+
+class Prune(Callback):
+    """Tells an Optuna trial the validation accuracy of each epoch, and stops where its study's pruner says so.
+
+    Raises:
+        Pruned: it is not worth going on.
+    """
+
+    def __init__(self, trial: "Trial") -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epoch, accuracy = trainer.current_epoch + 1, module.means("val")["val/accuracy"]
+        self.trial.report(accuracy, epoch)
+        if epoch < trainer.max_epochs and self.trial.should_prune():
+            raise Pruned(f"after epoch {epoch} of {trainer.max_epochs}, validation accuracy {accuracy:.2%}")
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM finish the batch and save `last.ckpt`, from which training goes on bit by bit the same.
+
+    A second signal stops at once.
+
+    Raises:
+        Interrupted: after saving; its status is 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._received = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        print("\nFinishing the batch. Once more stops at once, without saving.", file=sys.stderr, flush=True)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # Lightning's own handler for SIGTERM only waits for the epoch's end
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else handler)
+        self._previous = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
+        if self._received and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            if (last := self._last_checkpoint(trainer)) is not None:
+                trainer.save_checkpoint(last)
+            self._stop(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._received:
+            self._stop(trainer, f"epoch {trainer.current_epoch}, its last batch")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._restore()
+        if self._received:
+            self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    @staticmethod
+    def _last_checkpoint(trainer: L.Trainer) -> Path | None:
+        """Where `last.ckpt` belongs; None for a run that keeps no checkpoints."""
+        checkpoint = trainer.checkpoint_callback
+        return None if checkpoint is None else Path(checkpoint.dirpath) / "last.ckpt"
+
+    def _stop(self, trainer: L.Trainer, where: str) -> None:
+        assert self._received is not None
+        message = f"Stopped by {signal.Signals(self._received).name} after {where}."
+        if (last := self._last_checkpoint(trainer)) is not None:
+            message += f" Go on with:\n  python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
+        raise Interrupted(message, status=128 + self._received)

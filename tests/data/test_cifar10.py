@@ -1,0 +1,101 @@
+import http.server
+import threading
+
+import pytest
+from conftest import IMAGES_A_FILE
+
+from cifarnet.data import CIFAR10
+from cifarnet.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("published")
+
+
+@pytest.fixture
+def server(archive):
+    """Serves /whole, /short (cut off after a third, though a full length is announced) and /wrong."""
+    content = archive["bytes"]
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            bodies = {"/whole": content, "/short": content[: len(content) // 3], "/wrong": content[:-1] + b"x"}
+            name = "/" + self.path.split("/")[1]
+            if name not in bodies:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(bodies[name])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield lambda path: f"http://127.0.0.1:{http_server.server_port}/{path}/cifar-10-python.tar.gz", requests
+        http_server.shutdown()
+
+
+def data(tmp_path, url="http://127.0.0.1:9/cifar-10-python.tar.gz"):
+    return CIFAR10(root=str(tmp_path / "data"), url=url, batch_size=10)
+
+
+def test_download_once_then_never_again(tmp_path, server):
+    url, requests = server
+    assert data(tmp_path, url("whole")).source  # read on first use
+    asked = len(requests)
+    assert asked > 0
+    module = data(tmp_path, url("whole"))
+    assert len(module.source.train) + len(module.source.val) == 5 * IMAGES_A_FILE
+    assert len(requests) == asked
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"cifar-10-batches-py", "cifar-10-python.tar.gz"}
+    assert len(module.source.test) == IMAGES_A_FILE
+    assert module.source.test.images.shape[1:] == (3, 32, 32)
+    assert module.class_names[3] == "cat"
+
+
+@pytest.mark.parametrize("path", ["short", "wrong", "missing"])
+def test_failed_download_explains_and_leaves_nothing(tmp_path, server, archive, path):
+    url, _ = server
+    with pytest.raises(UserError) as error:
+        assert data(tmp_path, url(path)).source
+    message = str(error.value)
+    by_hand = (str(tmp_path / "data"), "cifar-10-python.tar.gz", archive["md5"])
+    for needed in (url(path), *by_hand, "data.url=", "data=synthetic"):
+        assert needed in message
+    assert list((tmp_path / "data").iterdir()) == []
+    assert data(tmp_path, url("whole")).source  # the next start is not harmed
+
+
+def test_no_network(tmp_path):
+    with pytest.raises(UserError, match="could not be downloaded"):
+        assert data(tmp_path).source
+
+
+def test_archive_put_there_by_hand(tmp_path, archive):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(archive["bytes"])
+    module = data(tmp_path)
+    assert len(module.source.test) == IMAGES_A_FILE
+
+
+def test_wrong_archive_put_there_by_hand_is_kept(tmp_path, server, archive):
+    (tmp_path / "data").mkdir()
+    by_hand = tmp_path / "data" / "cifar-10-python.tar.gz"
+    by_hand.write_bytes(archive["bytes"][:1000])
+    with pytest.raises(UserError, match="not the published archive"):
+        assert data(tmp_path, server[0]("whole")).source
+    assert by_hand.read_bytes() == archive["bytes"][:1000]
+    assert list((tmp_path / "data").iterdir()) == [by_hand]
+
+
+def test_changed_or_missing_member_is_named(tmp_path, server):
+    assert data(tmp_path, server[0]("whole")).source
+    member = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
+    member.write_bytes(member.read_bytes() + b" ")
+    with pytest.raises(UserError, match="data_batch_3 has a wrong checksum"):
+        assert data(tmp_path).source
+    member.unlink()
+    with pytest.raises(UserError, match="data_batch_3 is missing"):
+        assert data(tmp_path).source

@@ -1,0 +1,164 @@
+from itertools import chain, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifarnet.data import InMemoryLoader
+from cifarnet.data.augmentation import Augment
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (50, 3, 12, 12), dtype=torch.uint8)
+
+
+def loader(images, **arguments):
+    arguments = dict(batch_size=8, train=True, augment=Augment(3, "random"), seed=5) | arguments
+    return InMemoryLoader(images, torch.arange(len(images)), **arguments)  # the label says which image it is
+
+
+def epoch(loader, number=0):
+    loader.sampler.set_epoch(number)
+    batches = list(loader)
+    for _, labels, index in batches:
+        assert torch.equal(labels, index)
+    return torch.cat([images for images, *_ in batches]), torch.cat([index for *_, index in batches])
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3, 11])
+def test_crops_flips_and_holes_equal_a_naive_loop(images, padding):
+    fill = torch.tensor([7, 8, 9])
+    augment = Augment(padding, "random", cutout=5, fill=fill)
+    augmented, index = epoch(loader(images, augment=augment), 2)
+    draws = augment.draw(len(images), size=12, seed=5, epoch=2)
+    for output, i in zip(augmented, index.tolist(), strict=True):
+        padded = F.pad(images[i].float()[None], (padding,) * 4, mode="reflect")[0].to(torch.uint8)
+        top, left = int(draws.top[i]), int(draws.left[i])
+        expected = padded[:, top : top + 12, left : left + 12]
+        if draws.flip[i]:
+            expected = expected.flip(2)
+        expected = expected.clone()
+        middle_row, middle_column = draws.hole[i].tolist()
+        for row in range(middle_row - 2, middle_row + 3):
+            for column in range(middle_column - 2, middle_column + 3):
+                if 0 <= row < 12 and 0 <= column < 12:
+                    expected[:, row, column] = fill
+        assert torch.equal(output, expected)
+
+
+def test_draws_cover_every_offset_and_about_half_the_flips():
+    draws = Augment(2, "random").draw(10_000, size=32, seed=0, epoch=0)
+    assert draws.top.unique().tolist() == draws.left.unique().tolist() == [0, 1, 2, 3, 4]
+    assert 4_800 < int(draws.flip.sum()) < 5_200
+    assert draws.hole.unique().tolist() == list(range(32))
+    assert not Augment(2, "none").draw(100, size=32, seed=0, epoch=0).flip.any()
+
+
+def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():
+    augment = Augment(0, "alternating")
+    flips = [augment.draw(1_000, size=32, seed=3, epoch=epoch).flip for epoch in range(4)]
+    for one, next_one in pairwise(flips):
+        assert torch.equal(one, ~next_one)
+    assert 400 < int(flips[0].sum()) < 600  # at random in the first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to compare with")
+def test_batches_do_not_depend_on_the_device(images):
+    on_gpu, order = epoch(loader(images, device="cuda"), 1)
+    on_cpu, order_on_cpu = epoch(loader(images), 1)
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+    assert torch.equal(order.cpu(), order_on_cpu)
+
+
+def test_an_image_is_augmented_alike_in_every_batch_size(images):
+    one, index_one = epoch(loader(images, batch_size=5), 1)
+    other, index_other = epoch(loader(images, batch_size=25), 1)
+    assert torch.equal(index_one, index_other)
+    assert torch.equal(one, other)
+
+
+def test_epochs_and_seeds_differ_and_repeat(images):
+    first, order = epoch(loader(images), 0)
+    again, order_again = epoch(loader(images), 0)
+    assert torch.equal(first, again)
+    assert torch.equal(order, order_again)
+    for other in (epoch(loader(images), 1), epoch(loader(images, seed=6), 0)):
+        assert not torch.equal(order, other[1])
+
+
+def test_training_images_are_scaled_to_the_size_of_the_epoch(images):
+    sized = loader(images, augment=Augment(), sizes=[6, 9])
+    assert [epoch(sized, number)[0].shape[-1] for number in (0, 1, 7)] == [6, 9, 9]
+    halves, index = epoch(sized, 0)
+    expected = F.interpolate(images[index].float(), (6, 6), mode="bilinear", antialias=True)
+    assert (halves.float() - expected).abs().max() <= 1  # rounded
+    assert epoch(loader(images, sizes=[6], train=False))[0].shape[-1] == 12
+
+
+def test_training_drops_the_incomplete_batch_and_evaluation_keeps_it(images):
+    train, evaluation = loader(images), loader(images, train=False)
+    assert len(train) == 6
+    assert len(epoch(train)[0]) == 48
+    seen, index = epoch(evaluation)
+    assert len(evaluation) == 7
+    assert torch.equal(seen, images)  # all, in order, as they are
+    assert index.tolist() == list(range(50))
+
+
+def test_position_is_restored_in_the_middle_of_an_epoch(images):
+    whole = loader(images)
+    whole.sampler.set_epoch(3)
+    batches = iter(whole)
+    for _ in range(2):
+        next(batches)
+    state = whole.state_dict()
+    rest = [index for *_, index in batches]
+
+    resumed = loader(images)
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(3)
+    assert [index.tolist() for *_, index in resumed] == [index.tolist() for index in rest]
+    assert len(list(resumed)) == len(resumed)  # only once
+
+    next_epoch = loader(images)
+    next_epoch.load_state_dict(state)
+    assert len(epoch(next_epoch, 4)[1]) == 48
+
+
+def observed_epoch(loader, number, losses):
+    """The images of an epoch, batch by batch; each is given the loss that `losses` has for it."""
+    loader.sampler.set_epoch(number)
+    return [(loader.observe(index, losses[index]), index)[1].tolist() for *_, index in loader]
+
+
+def test_an_epoch_takes_the_images_never_seen_and_the_hardest(images):
+    losses = torch.rand(50)
+    half = loader(images, batch_size=5, share=0.5)
+    assert len(half) == 5
+    first, second, third = (set(chain(*observed_epoch(half, number, losses))) for number in range(3))
+    assert len(first) == 25
+    assert second == set(range(50)) - first  # none of the others was ever seen
+    assert third == set(losses.topk(25).indices.tolist())
+    same, again = (list(chain(*observed_epoch(half, number, losses))) for number in (3, 4))
+    assert set(same) == set(again) == third
+    assert same != again  # in another order
+
+    losses[losses.argmin()] = 1  # a loss is that of the last time: an image left out keeps its own
+    assert set(chain(*observed_epoch(half, 5, losses))) == third
+    assert len(loader(images, share=0.5, train=False)) == 7  # evaluation goes through all
+
+
+def test_hardest_images_are_restored_in_the_middle_of_an_epoch(images):
+    losses = torch.rand(3, 50)
+    whole, parts = (loader(images, batch_size=5, share=0.5) for _ in range(2))
+    expected = [observed_epoch(whole, number, losses[number]) for number in range(3)]
+
+    seen = [observed_epoch(parts, 0, losses[0])]
+    parts.sampler.set_epoch(1)
+    for _, (*_, index) in zip(range(2), parts, strict=False):
+        parts.observe(index, losses[1][index])
+    resumed = loader(images, batch_size=5, share=0.5)
+    resumed.load_state_dict(parts.state_dict())
+    seen += [expected[1][:2] + observed_epoch(resumed, 1, losses[1]), observed_epoch(resumed, 2, losses[2])]
+    assert seen == expected

@@ -1,0 +1,76 @@
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from matplotlib.colors import to_hex
+
+from cifarnet.evaluation import figures
+
+NAMES = ["cat", "dog", "owl"]
+IMAGES = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def captions(figure):
+    return [(axis.get_title(), to_hex(axis.title.get_color())) for axis in figure.axes if axis.get_title()]
+
+
+def test_mistakes_are_red_among_predictions():
+    figure = figures.predictions(IMAGES[:3], torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), NAMES, columns=2)
+    assert captions(figure) == [
+        ("cat", figures.RIGHT),
+        ("✗ owl\n(is dog)", figures.WRONG),
+        ("owl", figures.RIGHT),
+    ]
+    assert "2 of 3 right" in figure.get_suptitle()
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert all((IMAGES[i].permute(1, 2, 0).numpy() == shown[i]).all() for i in range(3))
+
+
+def test_mistakes_show_how_sure_the_network_was():
+    figure = figures.mistakes(IMAGES[:1], torch.tensor([1]), torch.tensor([0]), torch.tensor([0.987]), NAMES)
+    assert captions(figure) == [("cat 98.7%\n(is dog)", figures.WRONG)]
+
+
+def test_confusion_is_in_shares_of_the_true_class():
+    figure = figures.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]]), NAMES)
+    (axis,) = figure.axes
+    assert axis.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0, 0, 1]]
+    written = {text.get_position(): text.get_text() for text in axis.texts}  # (column, row)
+    assert written == {(0, 0): "75", (1, 0): "25", (2, 2): "100"}
+
+
+def test_reliability_draws_the_gaps():
+    empty = {"from": 0, "to": 0.5, "images": 0, "confidence": float("nan"), "accuracy": float("nan")}
+    filled = {"from": 0.5, "to": 1, "images": 4, "confidence": 0.9, "accuracy": 0.75}
+    figure = figures.reliability({"as trained": [empty, filled], "scaled": [empty, filled]})
+    assert [title for title, _ in captions(figure)] == ["as trained", "scaled"]
+    gaps = figure.axes[0].collections[0].get_segments()
+    assert [gap.tolist() for gap in gaps] == [[[0.9, 0.9], [0.9, 0.75]]]
+    assert [bar.get_height() for bar in figure.axes[2].patches] == [0, 1]
+
+
+def test_robustness_ends_in_the_mean():
+    figure = figures.robustness({"fog": [0.9, 0.7], "snow": [0.8, 0.2]}, "title")
+    (axis,) = figure.axes
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0.9, 0.7, 0.8], [0.8, 0.2, 0.5]])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "mean"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["fog", "snow"]
+
+
+def test_severities_are_columns():
+    (axis,) = figures.severities({"fog": IMAGES[:2], "snow": IMAGES[2:4]}).axes
+    pixels = torch.from_numpy(axis.images[0].get_array())
+    assert torch.equal(pixels[12:20, 12:20], IMAGES[3].permute(1, 2, 0))  # a border of two pixels
+
+
+def test_a_figure_becomes_pixels():
+    pixels = figures.as_image(figures.predictions(IMAGES, torch.zeros(5).long(), torch.zeros(5).long(), NAMES))
+    assert pixels.dtype == torch.uint8
+    assert len(pixels) == 3
+    assert pixels.float().std() > 0
+
+
+def test_drawing_needs_no_torch():
+    program = "import sys; import cifarnet.evaluation.figures; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

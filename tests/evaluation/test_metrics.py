@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifarnet.evaluation import metrics
+
+# four images of three classes, probabilities of which the highest are 0.8, 0.8, 0.5, 0.9
+PROBABILITIES = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.2, 0.5, 0.3], [0.05, 0.05, 0.9]])
+LABELS = torch.tensor([0, 2, 1, 2])  # the second is a mistake
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [
+        (0, 10, 0.0, 0.27753),  # z² / (n + z²), z = 1.95996
+        (5, 10, 0.23659, 0.76341),
+        (10, 10, 0.72247, 1.0),
+        (8470, 10_000, 0.83981, 0.85392),
+    ],
+)
+def test_wilson_interval_by_hand(correct, count, low, high):
+    assert metrics.wilson(correct, count) == pytest.approx([low, high], abs=1e-5)
+
+
+def test_nothing_counted_has_no_interval():
+    assert all(map(math.isnan, metrics.wilson(0, 0)))
+
+
+def test_wilson_interval_covers_the_truth_as_often_as_it_says():
+    correct = torch.distributions.Binomial(50, torch.tensor(0.9))
+    torch.manual_seed(0)
+    intervals = [metrics.wilson(int(drawn), 50) for drawn in correct.sample((4000,))]
+    assert sum(low <= 0.9 <= high for low, high in intervals) / 4000 == pytest.approx(0.95, abs=0.03)
+
+
+def test_calibration_by_hand():
+    figures = metrics.calibration(PROBABILITIES.log(), LABELS)
+    # bins of width 1/15: {0.8, 0.8} half right, {0.5} right, {0.9} right
+    assert figures["calibration_error"] == pytest.approx(2 / 4 * 0.3 + 1 / 4 * 0.5 + 1 / 4 * 0.1, abs=1e-6)
+    squares = [0.2**2 + 0.1**2 + 0.1**2, 0.1**2 + 0.8**2 + 0.9**2, 0.2**2 + 0.5**2 + 0.3**2, 0.05**2 + 0.05**2 + 0.1**2]
+    assert figures["brier"] == pytest.approx(sum(squares) / 4)
+    cross_entropy = -sum(math.log(p) for p in (0.8, 0.1, 0.5, 0.9)) / 4
+    assert figures["cross_entropy"] == pytest.approx(cross_entropy, abs=1e-6)
+
+
+def test_complete_certainty_belongs_to_the_last_bin():
+    """0.96 and wrong, 1 and right: one bin, half right, with a mean confidence of 0.98."""
+    logits = torch.tensor([[math.log(0.96), math.log(0.04)], [100.0, 0.0]])
+    labels = torch.tensor([1, 0])
+    assert metrics.calibration(logits, labels)["calibration_error"] == pytest.approx(0.48, abs=1e-6)
+    last = metrics.bins(logits, labels)[-1]
+    assert (last["images"], last["accuracy"]) == (2, 0.5)
+    assert last["confidence"] == pytest.approx(0.98)
+
+
+def test_bins_of_the_diagram_give_the_error():
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(500, 10), torch.randint(0, 10, (500,))
+    rows = [row for row in metrics.bins(logits, labels, temperature=2.0) if row["images"]]
+    assert sum(row["images"] for row in rows) == 500
+    assert all(row["from"] <= row["confidence"] <= row["to"] for row in rows)
+    error = sum(row["images"] / 500 * abs(row["accuracy"] - row["confidence"]) for row in rows)
+    assert error == pytest.approx(metrics.calibration(logits, labels, 2.0)["calibration_error"], abs=1e-6)
+
+
+def test_temperature_is_found():
+    torch.manual_seed(0)
+    calibrated = torch.randn(10_000, 5, dtype=torch.float64)
+    labels = torch.distributions.Categorical(logits=calibrated).sample()
+    for factor in (0.4, 1.0, 3.0):
+        fitted = metrics.fit_temperature(factor * calibrated, labels)
+        assert fitted == pytest.approx(factor, rel=0.05)
+        losses = [F.cross_entropy(factor * calibrated / (fitted * step), labels) for step in (0.99, 1, 1.01)]
+        assert min(losses) == losses[1]
+        slope, step = 0.0, 1e-4
+        for sign in (1, -1):
+            slope += sign * F.cross_entropy(factor * calibrated / (fitted * (1 + sign * step)), labels).item()
+        assert abs(slope / (2 * step)) < 1e-6  # the valley's floor
+    after = metrics.calibration(3 * calibrated, labels, metrics.fit_temperature(3 * calibrated, labels))
+    assert after["calibration_error"] < 0.02 < metrics.calibration(3 * calibrated, labels)["calibration_error"]
+
+
+def test_temperature_stays_within_its_limits():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert metrics.fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(0.05, rel=1e-4)  # all right
+    assert metrics.fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(20, rel=1e-4)  # all wrong
+
+
+def test_summary():
+    figures = metrics.summary(PROBABILITIES.log(), torch.tensor([0, 2, 2, 2]))
+    assert figures["accuracy"] == 0.5
+    assert figures["top2_accuracy"] == 0.75  # the third image's class comes second, the second image's third
+    assert figures["interval"] == metrics.wilson(2, 4)
+
+
+def test_classes_without_images_have_no_accuracy():
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])
+    rows = metrics.by_class(confusion, ["a", "b", "c"])
+    assert [row["images"] for row in rows] == [4, 0, 2]
+    assert rows[0]["accuracy"] == 0.75
+    assert math.isnan(rows[1]["accuracy"])
+
+
+def test_distance_from_people_by_hand():
+    people = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    figures = metrics.against_people(PROBABILITIES[:2].log(), people, temperature=1.0)
+    expected = -(0.5 * math.log(0.8) + 0.5 * math.log(0.1) + math.log(0.1)) / 2
+    assert figures["cross_entropy"] == pytest.approx(expected, abs=1e-6)
+    assert figures["cross_entropy_with_temperature"] == pytest.approx(expected, abs=1e-6)
+    assert figures["entropy"] == pytest.approx(math.log(2) / 2)

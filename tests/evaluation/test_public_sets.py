@@ -1,0 +1,147 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_NAMES
+from PIL import Image
+
+import cifarnet
+from cifarnet.data import CIFAR10
+from cifarnet.errors import UserError
+from cifarnet.evaluate import evaluate
+from cifarnet.evaluation import public_sets
+from cifarnet.train import train
+
+
+@pytest.fixture
+def run(config, tmp_path, archive, published):
+    """A run on CIFAR-10's small stand-in, in the official format."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cifar-10-python.tar.gz").write_bytes(archive["bytes"])
+    data = ["data=cifar10", f"data.root={tmp_path}/data", "data.batch_size=30", "data.val_fraction=0.1"]
+    recipe = ["+experiment=speedrun", "model.widths=[8,8,8]", "module.tta=none", "trainer.max_epochs=1"]
+    train(config(*recipe, *data, without=("data", "model")))
+    return tmp_path / "run"
+
+
+def save(folder, **arrays):
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def test_public_sets_in_their_formats(run, tmp_path):
+    """Made of the test set itself; what CIFAR-10-C takes for the truth is the network's own answer to clean images."""
+    network, _ = cifarnet.load(run)
+    test = CIFAR10(root=str(tmp_path / "data"), batch_size=10).source.test
+    with torch.no_grad():
+        answers, inverted = (network(images).argmax(1) for images in (test.images, 255 - test.images))
+    agreement = (answers == inverted).double().mean().item()
+    assert agreement < 1
+    pixels, labels = test.images.permute(0, 2, 3, 1).numpy(), test.labels.numpy()
+    third_inverted = np.concatenate([pixels, pixels, 255 - pixels, pixels, pixels])
+    truth = np.tile(answers.numpy(), 5).astype(np.uint8)
+    c = save(
+        tmp_path / "C", fog=np.tile(pixels, (5, 1, 1, 1)), spatter=third_inverted, snow=third_inverted, labels=truth
+    )
+    v6 = {"cifar10.1_v6_data": pixels[:7], "cifar10.1_v6_labels": labels[:7].astype(np.int32)}
+    people = save(tmp_path / "H", **{"cifar10h-probs": np.eye(10)[labels]}) / "cifar10h-probs.npy"
+    public = [f"cifar10_c={c}", f"cifar10_1={save(tmp_path / '1', **v6)}", f"cifar10h={people}"]
+
+    measured = evaluate(run, ["corruptions=false", *public])
+    table = measured["cifar10_c"]["accuracy"]
+    assert table["fog"] == [1, 1, 1, 1, 1]
+    assert table["snow"] == table["spatter"] == [1, 1, agreement, 1, 1]
+    assert measured["cifar10_c"]["averaged"] == ["fog", "snow"]  # spatter is no part of the published mean
+    assert measured["cifar10_c"]["mean"] == pytest.approx((9 + agreement) / 10)
+    assert measured["cifar10_1"]["v6"]["images"] == 7
+    assert measured["cifar10_1"]["v6"]["accuracy"] == (answers[:7] == test.labels[:7]).double().mean().item()
+    assert measured["cifar10h"]["cross_entropy"] == pytest.approx(measured["test"]["cross_entropy"])
+    assert measured["cifar10h"]["entropy"] == 0
+    page = (run / "evaluation/report.html").read_text()
+    for shown in ("CIFAR-10-C", "CIFAR-10.1 v6", "CIFAR-10H"):
+        assert shown in page
+    assert (run / "evaluation/cifar10_c.png").exists()
+    assert json.loads((run / "evaluation/metrics.json").read_text())["cifar10_c"]["accuracy"] == table
+
+
+def test_people_need_the_official_order(run, tmp_path):
+    """The same pictures in folders are in another order."""
+    source = CIFAR10(root=str(tmp_path / "data"), batch_size=10).source
+    for split, name in [(source.train, "train"), (source.test, "test")]:
+        for i, label in enumerate(split.labels.tolist()):
+            folder = tmp_path / "pictures" / name / CLASS_NAMES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    save(tmp_path / "H", **{"cifar10h-probs": np.full((20, 10), 0.1)})
+    pictures = ["corruptions=false", "data=folder", f"data.root={tmp_path / 'pictures'}"]
+    with pytest.raises(UserError, match="official order of CIFAR-10's test images, which ImageFolder does not have"):
+        evaluate(run, [*pictures, f"cifar10h={tmp_path / 'H/cifar10h-probs.npy'}"])
+    measured = evaluate(run, pictures)
+    assert measured["data"]["source"] == "ImageFolder"
+    assert measured["test"]["accuracy"] == evaluate(run, ["corruptions=false"])["test"]["accuracy"]
+
+
+def test_only_the_user_says_where_to_download(run, published):
+    path, address = run / "checkpoints/last.ckpt", "https://mirror.invalid/archive"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["config"]["data"]["url"] = "https://stranger.invalid/archive"
+    torch.save(checkpoint, path)
+    assert evaluate(run, ["corruptions=false"])["config"]["data"]["url"] is None
+    assert evaluate(run, ["corruptions=false", f"data.url={address}"])["config"]["data"]["url"] == address
+
+
+GOOD = {"fog": np.zeros((10, 32, 32, 3), np.uint8), "labels": np.arange(10)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"fog": GOOD["fog"]}, r"no file .*labels\.npy"),
+        ({"labels": GOOD["labels"]}, "there are no corruptions"),
+        ({**GOOD, "labels": np.arange(9)}, "9 labels: expected 5 blocks"),
+        ({**GOOD, "labels": np.arange(5)}, r"fog.npy holds uint8 \[10, 32, 32, 3\]: expected uint8 \[5, 32, 32, 3\]"),
+        ({**GOOD, "labels": np.arange(10) + 1}, "labels from 1 to 10; expected 0 to 9"),
+        ({**GOOD, "labels": np.arange(10) / 10}, "expected a list of whole numbers"),
+        ({**GOOD, "fog": GOOD["fog"].astype(np.float32)}, "fog.npy holds float32"),
+        ({**GOOD, "fog": GOOD["fog"][:, :24, :24]}, r"fog.npy holds uint8 \[10, 24, 24, 3\]"),
+        ({**GOOD, "fog": np.array([{}] * 10)}, "fog.npy is no array of numbers"),
+    ],
+)
+def test_damaged_cifar10_c_is_told(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message):
+        public_sets.read_cifar10_c(str(save(tmp_path / "C", **arrays)), CLASS_NAMES, 32)
+
+
+class Bomb:
+    """What a stranger would have pickle run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_other_unreadable_sets_are_told(tmp_path):
+    folder = save(tmp_path / "some", **GOOD)
+    with pytest.raises(UserError, match=r"its labels are CIFAR-10's, airplane.*this network knows disc, ring"):
+        public_sets.read_cifar10_c(str(folder), ["disc", "ring"], 32)
+    with pytest.raises(UserError, match=r"has no cifar10\.1_v6_data.npy"):
+        public_sets.read_cifar10_1(str(folder), CLASS_NAMES, 32)
+    (folder / "fog.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
+        public_sets.read_cifar10_c(str(folder), CLASS_NAMES, 32)
+    (folder / "fog.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
+        public_sets.read_cifar10_c(str(folder), CLASS_NAMES, 32)
+    assert not (tmp_path / "exploded").exists()
+    people = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
+    with pytest.raises(UserError, match="sum to 1"):
+        public_sets.read_cifar10h(str(people), 20)
+    with pytest.raises(UserError, match="for 10,000 test images"):
+        public_sets.read_cifar10h(str(people), 10_000)

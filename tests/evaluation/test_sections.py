@@ -1,0 +1,121 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cifarnet.data import ImageDataModule, Source, Split
+from cifarnet.errors import UserError
+from cifarnet.evaluation import public_sets, sections
+from cifarnet.evaluation.predictor import Predictor
+
+# how strongly each test image looks like red, green and blue, of 255; the third and fifth are mistaken for red
+STRENGTHS = [[200, 0, 0], [0, 150, 0], [250, 0, 100], [0, 0, 150], [120, 90, 0], [0, 200, 150]]
+LABELS = [0, 1, 2, 2, 1, 1]
+
+
+class Colours(nn.Module):
+    """Logits [B, 3]: the channels' means, from 0 to 5."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1 / 51))
+
+    def forward(self, images):
+        return images.float().mean((2, 3)) * self.scale
+
+
+class Coloured(ImageDataModule):
+    def read(self):
+        def split(strengths, labels):
+            images = torch.tensor(strengths, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
+            return Split(images, torch.tensor(labels))
+
+        # red by 5, and right three times in four: calibrated when eˣ / (eˣ + 2) = 3/4, at x = ln 6
+        val = split([[255, 0, 0]] * 4, [0, 0, 0, 1])
+        return Source(["red", "green", "blue"], split(STRENGTHS, LABELS), split(STRENGTHS, LABELS), val)
+
+
+class Shuffled(Coloured):
+    """The test images in another order."""
+
+    def test_dataloader(self):
+        test, order = self.source.test, torch.tensor([4, 2, 5, 0, 1, 3])
+        return [(test.images[index], test.labels[index], index) for index in order.split(4)]
+
+
+def measure(cls=Coloured, public=None, noise_seed=None, network=None):
+    predictor, datamodule = Predictor(network or Colours(), accelerator="cpu"), cls(batch_size=2, eval_batch_size=4)
+    return sections.measure(predictor, datamodule, public or public_sets.PublicSets(), noise_seed)
+
+
+@pytest.fixture
+def people():
+    return torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
+
+
+def test_test_images_by_hand():
+    record, figures = measure()
+    assert record["test"]["accuracy"] == record["test_accuracy_one_view"] == pytest.approx(4 / 6)
+    assert record["confusion"] == [[1, 0, 0], [1, 2, 0], [1, 0, 1]]  # true, predicted
+    assert [row["accuracy"] for row in record["classes"]] == pytest.approx([1, 2 / 3, 1 / 2])
+    assert [mistake["index"] for mistake in record["mistakes"]] == [2, 4]  # the surest first
+    first = record["mistakes"][0]
+    assert (first["class"], first["predicted"]) == ("blue", "red")
+    powers = [math.exp(strength / 51) for strength in STRENGTHS[2]]
+    assert first["confidence"] == pytest.approx(powers[0] / sum(powers))
+    assert sorted(figures) == ["confusion", "mistakes", "reliability"]
+    assert record["corruptions"] is record["cifar10_c"] is record["cifar10_1"] is record["cifar10h"] is None
+
+
+def test_temperature_is_that_of_the_validation_images():
+    record, _ = measure()
+    assert record["val"]["accuracy"] == 0.75
+    assert record["temperature"] == pytest.approx(5 / math.log(6), rel=1e-4)
+    assert record["test_with_temperature"]["cross_entropy"] != record["test"]["cross_entropy"]
+
+
+def test_order_of_the_images_does_not_matter(people):
+    public = public_sets.PublicSets(cifar10h=people)
+    (record, _), (shuffled, _) = (measure(cls, public) for cls in (Coloured, Shuffled))
+    assert record["mistakes"] == shuffled["mistakes"]
+    assert record["confusion"] == shuffled["confusion"]
+    assert record["cifar10h"] == pytest.approx(shuffled["cifar10h"], rel=1e-9)
+    turned = measure(public=public_sets.PublicSets(cifar10h=people.flip(0)))[0]
+    assert record["cifar10h"]["cross_entropy"] != pytest.approx(turned["cifar10h"]["cross_entropy"], rel=1e-3)
+
+
+def test_sections_that_are_asked_for_are_there(capsys):
+    test = Coloured(batch_size=2).source.test
+    wrong = Split(test.images, (test.labels + 1) % 3)
+    public = public_sets.PublicSets({"fog": [test] * 5, "spatter": [wrong] * 5}, {"v6": test})
+    record, figures = measure(public=public, noise_seed=1)
+    assert record["cifar10_c"]["accuracy"]["fog"] == pytest.approx([4 / 6] * 5)
+    assert record["cifar10_c"]["averaged"] == ["fog"]
+    assert record["cifar10_c"]["mean"] == pytest.approx(4 / 6)
+    assert record["cifar10_1"]["v6"]["accuracy"] == record["test"]["accuracy"]
+    rows = record["corruptions"]["accuracy"]
+    assert record["corruptions"]["mean"] == pytest.approx(sum(map(sum, rows.values())) / (5 * len(rows)))
+    assert rows.keys() == record["corruptions"]["levels"].keys()
+    assert rows["pixelate"] == pytest.approx([4 / 6] * 5)  # of one colour
+    assert {"corruptions", "corruption_examples", "cifar10_c"} < set(figures)
+    assert "pixelate" in capsys.readouterr().out
+
+
+def test_a_network_without_mistakes_has_no_figure_of_them():
+    class Perfect(Coloured):
+        def read(self):
+            source = super().read()
+            source.test = source.test[torch.tensor([0, 1, 3])]
+            return source
+
+    record, figures = measure(Perfect)
+    assert record["mistakes"] == []
+    assert "mistakes" not in figures
+
+
+def test_diverged_network_is_told():
+    network = Colours()
+    network.scale.data.fill_(math.nan)
+    with pytest.raises(UserError, match="training diverged"):
+        measure(network=network)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifarnet.errors import UserError
+from cifarnet.models.tta import predict
+
+
+class Linear(torch.nn.Module):
+    """Logits that tell where each pixel was."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.randn(3 * 8 * 8, 4, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images):
+        return images.float().flatten(1) @ self.weight / 1000
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def views(images):
+    """(weight, view) of mirror_translate, by padding."""
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, :8, :8], padded[:, :, 2:, 2:]]
+    for weight, view in [(0.25, images.float()), *((0.125, view) for view in shifted)]:
+        yield weight, view
+        yield weight, view.flip(3)
+
+
+def test_views_are_weighed_as_described(images):
+    network = Linear()
+    plain, averaged = predict(network, images, "mirror_translate")
+    assert torch.equal(plain, network(images))
+    torch.testing.assert_close(averaged, sum(weight * network(view) for weight, view in views(images)))
+    _, mirrored = predict(network, images, "mirror")
+    torch.testing.assert_close(mirrored, (network(images) + network(images.flip(3))) / 2)
+    assert torch.equal(*predict(network, images, "none"))
+
+
+def test_only_the_least_confident_are_looked_at_again(images):
+    network = Linear()
+    plain, averaged = predict(network, images, "mirror_translate", share=0.25)
+    changed = (plain != averaged).any(1)
+    assert changed.sum() == 5
+    confidence = plain.softmax(1).amax(1)
+    assert confidence[changed].max() <= confidence[~changed].min()
+    _, everything = predict(network, images, "mirror_translate")
+    torch.testing.assert_close(averaged[changed], everything[changed])
+
+
+@pytest.mark.parametrize("settings", [{"tta": "rotate"}, {"share": 1.5}])
+def test_what_cannot_be_meant_is_refused(images, settings):
+    with pytest.raises(UserError, match=r"choose one of|from 0 to 1"):
+        predict(Linear(), images, **settings)

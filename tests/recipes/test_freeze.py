@@ -1,0 +1,18 @@
+import pytest
+import torch
+from conftest import weights
+
+from cifarnet.errors import UserError
+from cifarnet.train import train
+
+
+def test_a_frozen_part_stays_as_it_is(config, tmp_path):
+    freeze = "+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features.0, epoch: 2}"
+    train(config("trainer.max_epochs=1", "scheduler=constant", folder="one"))
+    train(config("trainer.max_epochs=3", "scheduler=constant", freeze))
+    after_one, in_the_end = (weights(tmp_path / run / "checkpoints/last.ckpt") for run in ("one", "run"))
+    assert torch.equal(after_one["network.features.0.weight"], in_the_end["network.features.0.weight"])
+    assert not torch.equal(after_one["network.features.2.weight"], in_the_end["network.features.2.weight"])
+
+    with pytest.raises(UserError, match="no part 'stem' to freeze; the network has normalize, features"):
+        train(config(freeze.replace("features.0", "stem"), folder="stem"))

@@ -1,0 +1,106 @@
+import itertools
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from cifarnet.runs import figures
+
+VALUES = {
+    "optimizer.lr": ["0.001", "0.1", "1"],
+    "model": ["cnn", "mine"],
+    "model.hidden": ["128", "256"],
+    "data.train_sizes": ["[24,24,28,28,32,32]", "null"],
+    "data.crop_padding": ["0", "2", "4"],
+}
+
+
+def grid(keys: list[str]) -> list[tuple[dict[str, str], float, float]]:
+    """A result of each combination, the last one the best; and one that failed."""
+    combinations = list(itertools.product(*(VALUES[key] for key in keys)))
+    results = [(dict(zip(keys, c, strict=True)), 0.5 + 0.001 * i, 0.01) for i, c in enumerate(combinations)]
+    return [*results, (results[0][0], math.nan, math.nan)]
+
+
+def labels(figure: Figure) -> list[str]:
+    return [axis.get_xlabel() for axis in figure.axes if axis.get_visible() and axis.get_xlabel()]
+
+
+def ticks(figure: Figure) -> list[str]:
+    figure.draw_without_rendering()
+    return [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_one_setting_is_a_line(key, tmp_path):
+    figure = figures.sweep(grid([key]), [key])
+    figures.save(figure, tmp_path / "sweep.png")
+    assert (labels(figure), ticks(figure)) == ([key], VALUES[key])
+    [drawn] = figure.axes[0].containers
+    assert len(drawn.lines[0].get_xdata()) == len(VALUES[key])
+    assert figure.get_suptitle() == f"Validation accuracy, {len(VALUES[key])} settings"
+
+
+def test_only_numbers_are_joined_and_a_wide_range_is_logarithmic():
+    lines = {key: figures.sweep(grid([key]), [key]).axes[0] for key in ("optimizer.lr", "model", "model.hidden")}
+    assert {key: axis.containers[0].lines[0].get_linestyle() for key, axis in lines.items()} == {
+        "optimizer.lr": "-",
+        "model": "None",
+        "model.hidden": "-",
+    }
+    assert {key: axis.get_xscale() for key, axis in lines.items()} == {
+        "optimizer.lr": "log",
+        "model": "linear",
+        "model.hidden": "linear",
+    }
+
+
+def test_two_settings_are_a_heat_map_where_most_cells_are_filled(tmp_path):
+    keys = ["optimizer.lr", "model"]
+    figure = figures.sweep(grid(keys), keys)
+    figures.save(figure, tmp_path / "sweep.png")
+    assert len(figure.axes[0].images) == 1
+    assert [text.get_text() for text in figure.axes[0].texts] == ["50.0%", "50.1%", "50.2%", "50.3%", "50.4%", "50.5%"]
+    searched = [({"a": f"{n / 70:.8f}", "b": f"{7 / n:.8f}"}, 0.5 + n / 100, math.nan) for n in range(1, 8)]
+    figure = figures.sweep(searched, ["a", "b"])
+    assert labels(figure) == ["a", "b"]
+    assert not figure.axes[0].images
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_more_settings_have_a_panel_each_with_the_best_ringed(count, tmp_path):
+    keys = list(VALUES)[:count]
+    figure = figures.sweep(results := grid(keys), keys)
+    figures.save(figure, tmp_path / "sweep.png")
+    assert labels(figure) == keys
+    for axis in figure.axes[:count]:
+        points, ring = axis.lines
+        assert len(points.get_xdata()) == len(results) - 1
+        assert ring.get_ydata() == pytest.approx(max(mean for _, mean, _ in results[:-1]))
+
+
+def test_crowded_numbers_have_round_ticks():
+    values = [0.0012345678, 0.0012345679, 0.03]
+    figure = figures.sweep([({"a": str(value)}, 0.5, math.nan) for value in values], ["a"])
+    assert ticks(figure) == ["0.001", "0.003", "0.01", "0.03"]
+
+
+def test_nothing_to_draw(tmp_path):
+    figures.save(figures.sweep([({"a": "1"}, math.nan, math.nan)], ["a"]), tmp_path / "sweep.png")
+
+
+def test_a_picture_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ValueError, match="jpx"):
+        figures.save(Figure(), tmp_path / "picture.jpx")
+    with pytest.raises(OSError, match="No such file"):
+        figures.save(Figure(), tmp_path / "no/picture.png")
+    figures.save(Figure(), tmp_path / "picture.svg")
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.svg"]
+
+
+def test_accuracy_against_epoch():
+    history = [{"epoch": 1, "train/accuracy": 0.5}, {"epoch": 2, "train/accuracy": 0.6, "val/accuracy": 0.55}]
+    [axis] = figures.accuracy(history).axes
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["train, last 60.0%", "validation, last 55.0%", "best 55.0%, epoch 2"]
+    assert not figures.accuracy([]).axes[0].lines

@@ -1,0 +1,172 @@
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OWN, signal_at, small
+from omegaconf import OmegaConf
+
+import cifarnet
+from cifarnet import checkpoint
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(small(f"output_dir={folder}", "trainer.max_epochs=1", "data.train_size=300"))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run's folder, of its own for each test."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_folder_and_file_give_the_recorded_config(run):
+    config, path = resume(run)
+    assert path == run / "checkpoints/last.ckpt"
+    assert resume(path) == (config, path)
+    recorded = json.loads((run / "metrics.json").read_text())["config"]
+    assert OmegaConf.to_container(config) == recorded | {"output_dir": str(run)}
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value"),
+    [
+        ("data.root=elsewhere", "data.root", "elsewhere"),
+        ("threads=1", "threads", 1),
+        ("trainer.precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
+        ("trainer=gpu", "trainer.accelerator", "gpu"),
+        ("logger=csv", "logger._target_", "lightning.pytorch.loggers.CSVLogger"),
+        ("~logger", "logger", None),
+        ("+data.workers=2", "data.workers", 2),
+        ("module.tta=mirror", "module.tta", "mirror"),
+    ],
+)
+def test_what_no_weight_depends_on_may_change(run, override, where, value):
+    config, _ = resume(run, [override])
+    assert OmegaConf.select(config, where) == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=0.2",
+        "seed=1",
+        "+experiment=baseline",
+        "model=speednet",
+        "data.flip=none",
+        "~callbacks",
+        "threads=1,2",
+    ],
+)
+def test_all_else_is_refused(run, override):
+    with pytest.raises(UserError, match=r"a run goes on with the settings it began with"):
+        resume(run, [override])
+
+
+def test_epochs_may_be_added_where_the_schedule_allows_it(run, config, tmp_path):
+    with pytest.raises(UserError, match=r"max_epochs=3: the schedule OneCycleLR was planned for 1 epochs"):
+        resume(run, ["trainer.max_epochs=3"])
+    constant = ["scheduler=constant", "model.drop_rate=0.2"]
+    train(config(*constant, "trainer.max_epochs=3", folder="whole"))
+    train(config(*constant, "trainer.max_epochs=1", folder="parts"))
+    train(*resume(tmp_path / "parts", ["trainer.max_epochs=3"]))
+    whole, parts = (checkpoint.read(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "parts"))
+    assert all(torch.equal(weight, parts["state_dict"][name]) for name, weight in whole["state_dict"].items())
+    metrics = json.loads((tmp_path / "parts/metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
+    assert [stretch["from_step"] for stretch in metrics["stretches"]] == [0, 5]
+
+
+def test_other_images_are_refused(run):
+    config, path = resume(run)
+    config.data.train_size = 200
+    with pytest.raises(UserError, match=r"trained on other images: images was 270, now 180"):
+        train(config, path)
+
+
+def test_another_precision_is_told_and_recorded(config, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        train(config(signal_at(0, 2, signal.SIGTERM)))
+    train(*resume(tmp_path / "run", [OWN, "trainer.precision=bf16-mixed"]))
+    assert "precision was 32-true, now bf16-mixed" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [stretch["precision"] for stretch in metrics["stretches"]] == ["32-true", "bf16-mixed"]
+    assert metrics["precision"] == "bf16-mixed"
+    assert all(stretch["hardware"]["device"] == "cpu" and "git_commit" in stretch for stretch in metrics["stretches"])
+
+
+def test_missing_and_damaged_checkpoints_are_told(run):
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        resume(run / "nothing.ckpt")
+    last = run / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a checkpoint of cifarnet, or is damaged"):
+        resume(run)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("callbacks", {"x": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False}}),
+        ("callbacks", {"x": {"_target_": "torch.utils.collect_env.run", "command": "touch exploded"}}),
+        ("recipe", {"x": {"_target_": "torch.hub.load", "repo_or_dir": "a/b", "model": "c"}}),
+        ("logger", {"_target_": "numpy.load", "file": "evil.npy", "allow_pickle": True}),
+        ("optimizer", {"_target_": "shutil.copy", "src": "/etc/hosts", "dst": "exploded"}),
+        ("scheduler", {"_target_": "os.mkdir", "path": "exploded"}),
+        ("objective", {"_target_": "cifarnet.train.train"}),
+        ("model", {"_target_": "cifarnet.models.CNN", "widths": [{"_target_": "os.mkdir", "path": "exploded"}]}),
+        ("data", {"_target_": "cifarnet.data.Synthetic", "mix": {"_target_": "os.mkdir", "path": "exploded"}}),
+        ("trainer", {"_target_": "os.system", "command": "touch exploded", "max_epochs": 1, "precision": "32-true"}),
+        ("module", {"_target_": "subprocess.run", "args": ["touch", "exploded"]}),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.os.mkdir", "name": "exploded"}}),
+        ("callbacks", {"x": {"_target_": "cifarnet.runs.sweep.end_with_parent"}}),
+        ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
+        ("name", "${oc.env:HOME}"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_strangers_checkpoint_runs_nothing(run, tmp_path, monkeypatch, section, value):
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    content["hyper_parameters"]["config"][section] = value
+    content["hyper_parameters"]["config"]["classes"] = ["os.mkdir", "torch.load"]  # allowed by the user alone
+    torch.save(content, tmp_path / "evil.ckpt")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=r"which is no class that this project lists|asks the machine for|is damaged"):
+        resume(tmp_path / "evil.ckpt")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_checkpoint_that_was_moved_gets_a_folder_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "alone.ckpt")
+    config, _ = resume(alone)
+    assert config.output_dir.startswith(str(tmp_path / "lightning_logs/resumed"))
+
+
+def test_a_checkpoint_of_version_0_1_loads_and_goes_on(tmp_path):
+    """Stopped after epoch 2, batch 3 of 5, with weights, classes and settings by their names of that time."""
+    path = tmp_path / "old/checkpoints/last.ckpt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(os.path.join(os.path.dirname(__file__), "../version_0_1.ckpt"), path)
+    old = torch.load(path, weights_only=True)["state_dict"]
+    network, names = cifarnet.load(path)
+    assert names[0] == "disc"
+    assert torch.equal(network.head.weight, old["network.classifier.4.weight"])
+    assert torch.equal(network.hidden[1].weight, old["network.classifier.1.weight"])
+    config, last = resume(path)
+    assert (config.objective.label_smoothing, config.model.drop_rate) == (0.1, 0.2)
+    train(config, last)
+    metrics = json.loads((tmp_path / "old/metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["history"]] == [1, 2]
+    assert metrics["val_accuracy"] == max(row["val/accuracy"] for row in metrics["history"])
+    assert checkpoint.read(path)["hyper_parameters"]["cifarnet"] == cifarnet.__version__
