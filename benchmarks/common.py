@@ -59,11 +59,11 @@ def report(name: str, unit: str, values: dict[str, list[float]], base: str | Non
     """Print medians, ranges and ratios to `base`, and keep them as JSON and as a plot."""
     import torch
 
-    from cifarnet.runs.record import hardware
+    from cifarnet import hardware
 
     medians = {side: statistics.median(measured) for side, measured in values.items()}
     base = base if base in medians else next(iter(medians))
-    machine = hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = hardware.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     packages = {package: _version(package) for package in ("torch", "torchvision", "lightning", "keras", "tensorflow")}
     packages = {"python": platform.python_version()} | {key: found for key, found in packages.items() if found}
 

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-import common
-from steps import BATCHES, WARMUP, compose_baseline, make_data
-from throughput import Pictures
 from torch.utils.data import DataLoader
+
+import common
+from cifarnet.build import make_data
+from steps import BATCHES, WARMUP, compose_baseline
+from throughput import Pictures
 
 
 def images_a_second(loader: Iterable, batch_size: int) -> float:

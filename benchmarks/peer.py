@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from cifarnet import cpu
+from cifarnet import hardware
 
 FOR_CPU = {
     ".cuda()": "",
@@ -77,7 +77,7 @@ def main() -> None:
     peer = load(path, arguments.device)
     model = peer.CifarNet().to(arguments.device, memory_format=torch.channels_last)
     if arguments.device == "cpu":
-        cpu.keep_freed_memory()
+        hardware.keep_freed_memory()
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     else:
         model.compile(mode="max-autotune")

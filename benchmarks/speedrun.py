@@ -21,23 +21,18 @@ import sys
 import time
 from pathlib import Path
 
-import common
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
-from cifarnet.cli import CONFIGS
+import common
+from cifarnet.build import make_data
+from cifarnet.cli import compose
 
 HERE = Path(__file__).parent
 
 
 def write(folder: Path, overrides: list[str]) -> None:
     """`cifar10/train.pt` and `cifar10/test.pt`, in a mixed order: the scripts whiten by the first images."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", ["+experiment=speedrun", "output_dir=/nowhere", *overrides])
-    data = instantiate(config.data)
-    data.prepare_data()
-    data.setup()
+    data = make_data(compose("train", ["+experiment=speedrun", "output_dir=/nowhere", *overrides]))
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in (("train", data.source.train), ("test", data.source.test)):
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))

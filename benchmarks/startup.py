@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 from lightning.pytorch.callbacks import Callback
+
+import common
 
 PEAK = "peak memory"
 

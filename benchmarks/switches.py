@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import common
-from cifarnet.callbacks import Compile
-from steps import Timer, compose_baseline, make_data, make_module, make_trainer
+from steps import compose_baseline, seconds_a_step
 
 SWITCHES = {
     "as configured": [],
@@ -24,11 +23,7 @@ SWITCHES = {
 
 def images_a_second(overrides: Sequence[str], switch: Sequence[str]) -> float:
     config = compose_baseline(*overrides, *switch)
-    timer = Timer()
-    callbacks = [Compile(), timer] if config.compile else [timer]
-    trainer = make_trainer(config, callbacks)
-    trainer.fit(make_module(config), datamodule=make_data(config))
-    return config.data.batch_size / timer.seconds_a_step
+    return config.data.batch_size / seconds_a_step(config)
 
 
 def main() -> None:

@@ -19,22 +19,21 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-import common
 import torch
 import torch.nn.functional as F
-from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer, now
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
+
+import common
+from cifarnet.build import make_data, make_trainer
+from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a_step
 
 
 def cifarnet(overrides: Sequence[str]) -> float:
     """Images a second."""
     config = compose_baseline(*overrides)
-    timer = Timer()
-    trainer = make_trainer(config, [timer])
-    trainer.fit(make_module(config), datamodule=make_data(config))
-    return config.data.batch_size / timer.seconds_a_step
+    return config.data.batch_size / seconds_a_step(config)
 
 
 class Pictures(Dataset):
@@ -62,11 +61,11 @@ class Pictures(Dataset):
 
 def plain_pytorch(overrides: Sequence[str]) -> float:
     """Images a second."""
-    config = compose_baseline(*overrides, "keep_freed_memory=false", "optimizer.fused=false")
-    train = make_data(config).source.train
-    module = make_module(config, channels_last=False)
-    device = make_trainer(config, []).strategy.root_device
-    network, optimizer = module.network.to(device), module.optimizer
+    config = compose_baseline(*overrides, "keep_freed_memory=false", "channels_last=false", "optimizer.fused=false")
+    trainer, classifier, data, _ = build_steps(config)
+    train, device = data.source.train, trainer.strategy.root_device
+    network = classifier.network.to(device)
+    optimizer = classifier.make_optimizer(network.parameters())
     pictures = Pictures(train.images, train.labels, config.data.crop_padding)
     loader = iter(DataLoader(pictures, config.data.batch_size, shuffle=True, num_workers=2, drop_last=True))
     start = 0.0
@@ -113,8 +112,9 @@ def keras(overrides: Sequence[str]) -> float:
 def matmul(overrides: Sequence[str]) -> float:
     """GFLOP/s."""
     config = compose_baseline(*overrides)
-    device = make_trainer(config, []).strategy.root_device
-    dtype = torch.bfloat16 if "bf16" in config.trainer.precision else torch.float32
+    trainer = make_trainer(config)
+    device = trainer.strategy.root_device
+    dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
     a, b = torch.randn(2, 2048, 2048, dtype=dtype, device=device)
     seconds = []
     for _ in range(60):
@@ -127,7 +127,7 @@ def matmul(overrides: Sequence[str]) -> float:
 def operations_an_image(overrides: Sequence[str]) -> float:
     """GFLOP of a training step, an image: three times the forward pass."""
     config = compose_baseline(*overrides)
-    network = make_module(config).network
+    network = build_steps(config).classifier.network
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, 32, 32))
     return 3 * counter.get_total_flops() / 1e9
@@ -149,7 +149,7 @@ def main() -> None:
         facts = {"cifarnet, GFLOP/s": round(rate), "matmul, GFLOP/s": round(statistics.median(limit))}
         facts |= {"share of the matrix product's rate": f"{share:.0%}"}
     config = compose_baseline(*arguments.overrides)
-    facts |= {"batch size": config.data.batch_size, "precision of cifarnet": config.trainer.precision}
+    facts |= {"batch size": config.data.batch_size, "precision of cifarnet": make_trainer(config).precision}
     common.report("throughput", "images/s", values, base="plain PyTorch", **facts)
 
 

@@ -10,26 +10,26 @@
 import tempfile
 from collections.abc import Sequence
 
-import common
 import torch
-from hydra.utils import instantiate
-from steps import BATCHES, WARMUP, Timer, compose_baseline, make_data, make_module, make_trainer, now
+
+import common
+from cifarnet.build import make_trainer
+from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a_step
 
 
 def raw_twin(overrides: Sequence[str]) -> float:
     """Milliseconds a step."""
-    config = compose_baseline(*overrides)
-    module, data = make_module(config), make_data(config)
-    data.trainer = make_trainer(config, [])  # it knows the device
-    device = data.trainer.strategy.root_device
-    module.to(device).train()
-    configured = module.configure_optimizers()
-    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    bf16 = "bf16" in config.trainer.precision
+    trainer, classifier, data, _ = build_steps(compose_baseline(*overrides))
+    data.trainer = trainer  # it knows the device
+    device = trainer.strategy.root_device
+    classifier.to(device).train()
+    optimizer = classifier.make_optimizer(classifier.network.parameters())
+    scheduler = classifier.make_scheduler(optimizer, WARMUP + BATCHES)
+    bf16 = "bf16" in trainer.precision
     start = 0.0
-    for step, (images, labels) in enumerate(data.train_dataloader(), 1):
+    for step, batch in enumerate(data.train_dataloader(), 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = module.training_step((images, labels), step)
+            loss = classifier.training_step(batch, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -45,23 +45,15 @@ def lean(overrides: Sequence[str]) -> float:
     """Milliseconds a step."""
     with tempfile.TemporaryDirectory() as folder:
         config = compose_baseline("callbacks=lean", f"output_dir={folder}", *overrides)
-        callbacks = [instantiate(callback) for callback in config.callbacks.values()]
-        timer = Timer()
-        trainer = make_trainer(config, [*callbacks, timer])
-        trainer.fit(make_module(config), datamodule=make_data(config))
-        return 1000 * timer.seconds_a_step
+        return 1000 * seconds_a_step(config, check_val_every_n_epoch=1)
 
 
 def ordinary(overrides: Sequence[str]) -> float:
     """Milliseconds a step."""
     with tempfile.TemporaryDirectory() as folder:
-        config = compose_baseline(f"output_dir={folder}", "callbacks.best=null", "callbacks.last=null", *overrides)
-        callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
-        timer = Timer()
-        settings = {"logger": instantiate(config.logger), "enable_progress_bar": True}
-        trainer = make_trainer(config, [*callbacks, timer], **settings)
-        trainer.fit(make_module(config), datamodule=make_data(config))
-        return 1000 * timer.seconds_a_step
+        chosen = ["callbacks=default", "callbacks.best=null", "callbacks.last=null", "logger=tensorboard"]
+        config = compose_baseline(*chosen, f"output_dir={folder}", *overrides)
+        return 1000 * seconds_a_step(config, enable_progress_bar=True)
 
 
 def main() -> None:
@@ -69,7 +61,7 @@ def main() -> None:
     arguments = common.parser(__doc__, turns=7).parse_args()
     values = common.take_turns(sides, arguments)
     config = compose_baseline(*arguments.overrides)
-    facts = {"batch size": config.data.batch_size, "precision": config.trainer.precision}
+    facts = {"batch size": config.data.batch_size, "precision": make_trainer(config).precision}
     common.report("trainer_overhead", "ms a step", values, base="raw twin", **facts)
 
 

@@ -93,7 +93,8 @@ def test_losses_are_told_with_the_images_they_are_of(batch):
     loader = SimpleNamespace(
         chooses=True, observe=lambda index, losses: told.update(zip(index.tolist(), losses, strict=True))
     )
-    module._trainer = SimpleNamespace(train_dataloader=loader)
+    fit_loop = SimpleNamespace(_load_combined_loader_states=lambda: None)
+    module._trainer = SimpleNamespace(train_dataloader=loader, fit_loop=fit_loop)
     module.on_train_start()
     images, labels, index = batch
     order = index.flip(0)

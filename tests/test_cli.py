@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OWN, SMALL, signal_at
 
 from cifarnet import cli
 from cifarnet.train import main
+from conftest import OWN, SMALL, signal_at
 
 ROOT = Path(__file__).parents[1]
 

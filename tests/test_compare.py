@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,6 +13,7 @@ from cifarnet.cli import CONFIGS
 from cifarnet.compare import main
 from cifarnet.runs import comparison
 from cifarnet.runs.tables import varied
+from conftest import SMALL
 
 METRICS = {
     "name": "quickstart",

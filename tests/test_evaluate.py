@@ -270,7 +270,7 @@ QUOTED = "', _target_: os.mkdir, path: exploded, x: '"
         (to_all(cifarnet="999.1"), "cifarnet 999.1, newer than the "),
         (to_all(image_size="x"), "not a checkpoint of cifarnet"),
         (lambda checkpoint: checkpoint["hyper_parameters"].pop("config"), "not a checkpoint of cifarnet"),
-        (to("trainer", precision="x"), "precision=x"),
+        (to_all(precision="x"), "precision=x"),
         (to("module", tta="x"), "tta=x"),
     ],
 )
@@ -351,12 +351,11 @@ def test_own_classes_by_an_explicit_option(config, tmp_path):
     assert other["data"]["source"] == "OwnData"  # the user names it
 
 
-def test_precision_is_that_of_the_last_stretch_of_training(changed):
+def test_precision_is_that_of_training_whatever_auto_means_here(changed):
     def alter(checkpoint):
+        assert checkpoint["hyper_parameters"]["precision"] == "32-true"
         to("trainer", precision="auto")(checkpoint)
-        stretches = checkpoint["callbacks"]["History"]["stretches"]
-        assert stretches[-1]["precision"] == "32-true"
-        stretches.append({**stretches[-1], "precision": "bf16-mixed"})
+        to_all(precision="bf16-mixed")(checkpoint)
 
     assert evaluate(changed(alter), QUICK)["precision"] == "bf16-mixed"
     assert evaluate(changed(alter), [*QUICK, "precision=32-true"])["precision"] == "32-true"

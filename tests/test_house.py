@@ -32,6 +32,8 @@ def floor(name: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
+CONSTANT = r"[A-Z_0-9]+|([A-Z][a-z]+)+|__\w+__"  # or a type's other name
+
 MODULES = {module(path): path for path in FILES}
 
 
@@ -107,7 +109,7 @@ def test_the_way_of_a_batch_needs_no_room_that_a_first_reader_can_do_without():
 def state(path: Path) -> list[str]:
     """Module globals and class attributes that could change: lower-case names, and mutable ones that are changed."""
     tree, found = ast.parse(path.read_text("utf-8")), []
-    scopes = [("", tree.body), *((node.name, node.body) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    scopes = [("", tree.body), *((node.name, node.body) for node in tree.body if isinstance(node, ast.ClassDef))]
     for owner, body in scopes:
         is_record = any(
             isinstance(node, ast.ClassDef)
@@ -119,8 +121,8 @@ def state(path: Path) -> list[str]:
             targets = node.targets if isinstance(node, ast.Assign) else []
             if isinstance(node, ast.AnnAssign) and node.value is not None and not is_record:
                 targets = [node.target]
-            names = [ast.unparse(target) for target in targets]
-            found += [f"{owner}.{name}" for name in names if not re.fullmatch(r"[A-Z_0-9]+|__\w+__", name)]
+            names = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+            found += [f"{owner}.{name}" for name in names if not re.fullmatch(CONSTANT, name)]
     found += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Global)]
     classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):  # Search.trial = …

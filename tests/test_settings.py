@@ -46,6 +46,7 @@ def test_values_that_do_not(value, hint, words):
 
 def test_check_reads_no_more_than_it_must(config):
     check(config())
+    check(config("trainer.precision=auto"))
     with pytest.raises(UserError, match=r"optimizer\.lr=fast has the wrong type: expected a number"):
         check(config("optimizer.lr=fast"))
 

@@ -139,7 +139,7 @@ def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[A
     for key, value in data.items():
         members = value if isinstance(value, list) else [value]
         plain = all(member is None or isinstance(member, bool | int | float | str) for member in members)
-        known = key == "_target_" or not (str(key).startswith("_") or key == "defaults")
+        known = key == "_target_" or (key.isidentifier() and not key.startswith("_") and key != "defaults")
         if not (plain and known) or "${" in str(value):
             raise UserError(
                 f"{path}: its setting data.{key}={value} is no plain value, and is not used. "

@@ -144,6 +144,8 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        # counting the steps made the loader before the checkpoint's loops were read, where its place is
+        self.trainer.fit_loop._load_combined_loader_states()
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None
         if self._restored_rng is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -51,7 +52,7 @@ def parse(
         epilog=f"examples:\n{examples}\nsettings:\n" + "\n".join(f"  {line}" for line in listing),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value", help="runs, and settings: see below")
+    parser.add_argument("arguments", nargs="+", metavar=("PATH", "key=value"), help="runs, and settings: see below")
     if against:
         parser.add_argument("--against", nargs="+", default=[], metavar="PATH", help="what they are compared with")
     given = parser.parse_intermixed_args(arguments)
@@ -101,8 +102,7 @@ def quoted(key: str, value: str) -> str:
     """`key=value` as a shell and Hydra understand it, whatever characters the value has."""
     if re.fullmatch(r"[\w/.:-]+", value):
         return f"{key}={value}"
-    escaped = value.replace("'", "\\'")
-    return shlex.quote(f"{key}='{escaped}'")
+    return shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
 
 
 @contextlib.contextmanager

@@ -156,9 +156,9 @@ def check_same_task(hparams: Mapping[str, Any], datamodule: "ImageDataModule") -
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
     """How the network is to be asked: as in the run's own test, but for what is set."""
-    run, precision = content["resolved"], content["hyper_parameters"]["precision"]
+    run = content["resolved"]
     saved = {"tta": run["module"].get("tta", "none"), "tta_share": run["module"].get("tta_share", 1.0)}
-    saved["precision"] = precision
+    saved["precision"] = content["hyper_parameters"]["precision"]
     chosen = {key: config[key] for key in saved if config[key] is not None}
     return {**saved, **chosen, "channels_last": run.get("channels_last", True), "accelerator": config.accelerator}
 

@@ -2,10 +2,10 @@ import http.server
 import threading
 
 import pytest
-from conftest import IMAGES_A_FILE
 
 from cifarnet.data import CIFAR10
 from cifarnet.errors import UserError
+from conftest import IMAGES_A_FILE
 
 pytestmark = pytest.mark.usefixtures("published")
 

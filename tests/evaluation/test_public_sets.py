@@ -5,7 +5,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES
 from PIL import Image
 
 import cifarnet
@@ -14,6 +13,7 @@ from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
 from cifarnet.evaluation import public_sets
 from cifarnet.train import train
+from conftest import CLASS_NAMES
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import weights
 
 from cifarnet.errors import UserError
 from cifarnet.train import train
+from conftest import weights
 
 
 def test_a_frozen_part_stays_as_it_is(config, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OWN, signal_at, small
 from omegaconf import OmegaConf
 
 import cifarnet
@@ -14,6 +13,7 @@ from cifarnet import checkpoint
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs.resume import resume
 from cifarnet.train import train
+from conftest import OWN, signal_at, small
 
 
 @pytest.fixture(scope="module")

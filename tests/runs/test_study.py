@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, signal_at
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -14,6 +13,7 @@ from optuna.study import Study, load_study
 
 from cifarnet import search
 from cifarnet.runs import study as study_module
+from conftest import SMALL, signal_at
 
 TINY = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "hydra.sweep.dir=search"]
 RATE = "optimizer.lr=tag(log,interval(0.001,0.1))"

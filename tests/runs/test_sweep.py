@@ -5,6 +5,7 @@ import sys
 
 import psutil
 import pytest
+
 from conftest import SMALL
 
 TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger"]
