@@ -15,6 +15,7 @@ import torchvision
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
 from cifarnet.cli import CONFIGS
 from cifarnet.train import main
@@ -105,6 +106,12 @@ def command(tmp_path, monkeypatch, capsys):
         return status, printed.out, printed.err
 
     return run
+
+
+def picture(path: Path, colour=(10, 20, 30), size=(32, 32), mode="RGB") -> None:
+    """An image file of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
 
 
 @pytest.fixture(scope="session")

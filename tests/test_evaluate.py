@@ -317,7 +317,7 @@ def test_newer_checkpoints_are_refused_everywhere(changed):
 def test_hydra_reads_what_a_checkpoint_says(text):
     """As text, whatever characters it has."""
     values = {"root": text, "train_sizes": [text, 1, None, True, 1e-9], "val_fraction": 0.1, "url": None}
-    config = cli.compose("evaluate", [plain(f"data.{key}", value) for key, value in values.items()])
+    config = cli.compose("evaluate", [f"++data.{key}={plain(value)}" for key, value in values.items()])
     assert config.data == values
 
 

@@ -123,7 +123,7 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, e
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
     assert whole["history"] == parts["history"]
     assert whole["test_accuracy"] == parts["test_accuracy"]
-    assert [stretch["from_step"] for stretch in parts["stretches"]] == [0, begun]
+    assert [stretch["from_step"] for stretch in parts["stretches"]] == ([0, begun] if begun < 15 else [0])
     assert len(whole["stretches"]) == 1
 
 

@@ -47,24 +47,25 @@ def parse(
     """
     listing = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
     parser = argparse.ArgumentParser(
-        prog=f"python -m cifarnet.{command}",
+        usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
         epilog=f"examples:\n{examples}\nsettings:\n" + "\n".join(f"  {line}" for line in listing),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arguments", nargs="+", metavar=("PATH", "key=value"), help="runs, and settings: see below")
-    if against:
-        parser.add_argument("--against", nargs="+", default=[], metavar="PATH", help="what they are compared with")
-    given = parser.parse_intermixed_args(arguments)
-    settings = [argument for argument in given.arguments if is_setting(argument)]
-    behind = [argument for argument in getattr(given, "against", []) if is_setting(argument)]  # typed after --against
-    paths, baseline = (
-        [argument for argument in of if not is_setting(argument)]
-        for of in (given.arguments, getattr(given, "against", []))
+    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="runs, and settings: see below")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="PATH", help="compared with" if against else argparse.SUPPRESS
     )
+    given = parser.parse_intermixed_args(arguments)
+    settings = [argument for argument in given.arguments + given.against if is_setting(argument)]
+    paths, baseline = (
+        [argument for argument in of if not is_setting(argument)] for of in (given.arguments, given.against)
+    )
+    if baseline and not against:
+        parser.error("unrecognized arguments: --against")
     if not paths:
         parser.error("name a path: a run's folder")
-    return Arguments(paths, settings + behind, baseline)
+    return Arguments(paths, settings, baseline)
 
 
 def is_setting(argument: str) -> bool:

@@ -1,7 +1,4 @@
-"""Measure a trained network: accuracy, calibration, mistakes, robustness.
-
-python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
-"""
+"""Measure a trained network: accuracy, calibration, mistakes, robustness; as one HTML page."""
 
 import json
 import os
@@ -9,36 +6,24 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, settings
 from cifarnet.errors import UserError
+from cifarnet.permitted import located
 
-if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
-    from cifarnet.data import ImageDataModule
-
-DESCRIPTION = "Measure a trained network: accuracy, calibration, mistakes, robustness; as one HTML page."
 EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
 """
 SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
-TYPES = {
-    "tta": str | None,
-    "tta_share": float | None,
-    "precision": str | int | None,
-    "accelerator": str,
-    "corruptions": bool,
-    "seed": int,
-    "cifar10_c": str | None,
-    "cifar10_1": str | None,
-    "cifar10h": str | None,
-    "classes": list[str],
-    "output_dir": str | None,
-}
+TYPES = dict.fromkeys(("tta", "cifar10_c", "cifar10_1", "cifar10h", "output_dir"), str | None)
+TYPES |= {"tta_share": float | None, "precision": str | int | None, "accelerator": str}
+TYPES |= {"corruptions": bool, "seed": int, "classes": list[str]}
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,7 +47,6 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet import build, hardware  # these take seconds more: a wrong path is told before
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.evaluation.predictor import Predictor
-    from cifarnet.permitted import located
     from cifarnet.runs.record import aligned, parameters, write, write_whole
 
     build.quieten_lightning()
@@ -70,9 +54,11 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = configure(content, path, overrides)
     network, class_names = checkpoint.network(content, path, located(config.classes))
     datamodule = build.make_data(config)
-    check_same_task(content["hyper_parameters"], datamodule)
+    check_same_task(content["hyper_parameters"], datamodule.class_names, datamodule.image_size)
     public = public_sets.read(datamodule, config.cifar10_c, config.cifar10_1, config.cifar10h)
-    predictor = Predictor(network, **arithmetic(content, config))
+    asked = arithmetic(content, config)
+    channels_last = content["resolved"].get("channels_last", True)
+    predictor = Predictor(network, **asked, channels_last=channels_last, accelerator=config.accelerator)
     folder = make_folder(config.output_dir, path)
 
     record: dict[str, Any] = {
@@ -81,9 +67,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "parameters": parameters(network),
         "epoch": content["epoch"] + 1,
         "class_names": class_names,
-        "tta": predictor.tta,
-        "tta_share": predictor.tta_share,
-        "precision": predictor.precision,
+        **asked,
         "data": datamodule.describe(),
         "hardware": hardware.describe(predictor.device),
         "versions": hardware.versions(),
@@ -95,12 +79,11 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     measured, figures = sections.measure(predictor, datamodule, public, config.seed if config.corruptions else None)
     record |= measured | {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-    files = {name: folder / f"{name}.png" for name in figures}
-    for name, file in files.items():
-        figures[name].savefig(file)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
     write(record, folder / "metrics.json")
-    html = report.render(record, {name: file.read_bytes() for name, file in files.items()})
-    write_whole(folder / "report.html", html)
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
+    write_whole(folder / "report.html", report.render(record, pictures))
     print(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")}))
     return record
 
@@ -108,67 +91,56 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> DictConfig:
     """`configs/evaluate.yaml`, with the checkpoint's own data unless other data are chosen."""
     from cifarnet import checkpoint
-    from cifarnet.permitted import located
 
-    recorded, keys = content["resolved"]["data"], [cli.key_of(override) for override in overrides]
-    if "data" in keys:
+    recorded = content["resolved"]["data"]
+    if "data" in map(cli.key_of, overrides):
         saved = {key: recorded[key] for key in SPLITTING if isinstance(recorded.get(key), int | float)}
     else:
-        named = [override for override, key in zip(overrides, keys, strict=True) if key == "classes"]
-        own = located(cli.compose("evaluate", named).classes)
-        saved = checkpoint.check_data(content, path, own)
+        named = [override for override in overrides if cli.key_of(override) == "classes"]
+        saved = checkpoint.check_data(content, path, located(cli.compose("evaluate", named).classes))
         if "url" in recorded:
             saved["url"] = None  # no address of a stranger's; the user may give one
     saved["batch_size"] = 1  # nothing is trained: a small data set will do
-    config = cli.compose("evaluate", [*(plain(f"data.{key}", saved[key]) for key in saved), *overrides])
+    config = cli.compose("evaluate", [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
     for key, hint in TYPES.items():
         settings.check_type(key, config[key], hint)
     return config
 
 
-def plain(key: str, value: Any) -> str:
-    """The override `key=value`, in which Hydra sees but a name and a value, whoever chose them."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    def written(value: Any) -> str:
-        if isinstance(value, list):
-            return f"[{','.join(map(written, value))}]"
-        return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
-
-    if not key.removeprefix("data.").isidentifier():
-        raise UserError(f"The checkpoint's setting {key}={value} has no plain name. Say what to test on: data=…")
-    return f"++{key}={written(value)}"
+def plain(value: Any) -> str:
+    """A value, or a list of them, as an override says it: Hydra sees but a value, whoever chose it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(plain, value))}]"
+    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
 
 
-def check_same_task(hparams: Mapping[str, Any], datamodule: "ImageDataModule") -> None:
+def check_same_task(hparams: Mapping[str, Any], class_names: Sequence[str], image_size: int) -> None:
     """Refuse images of other classes, or of another size, than the network was trained on."""
-    if list(datamodule.class_names) != list(hparams["class_names"]):
+    if list(class_names) != list(hparams["class_names"]):
         raise UserError(
-            f"The data has the classes {', '.join(datamodule.class_names)}; the network knows "
+            f"The data has the classes {', '.join(class_names)}; the network knows "
             f"{', '.join(hparams['class_names'])}. Give data of these classes, in folders of these names."
         )
-    if datamodule.image_size != hparams["image_size"]:
+    if image_size != hparams["image_size"]:
         raise UserError(
-            f"The images are {datamodule.image_size} pixels wide; the network was trained on {hparams['image_size']}. "
+            f"The images are {image_size} pixels wide; the network was trained on {hparams['image_size']}. "
             f"For a folder: data.image_size={hparams['image_size']}"
         )
 
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
-    """How the network is to be asked: as in the run's own test, but for what is set."""
-    run = content["resolved"]
-    saved = {"tta": run["module"].get("tta", "none"), "tta_share": run["module"].get("tta_share", 1.0)}
+    """Precision and test-time augmentation: as in the run's own test, but for what is set."""
+    module = content["resolved"]["module"]
+    saved = {"tta": module.get("tta", "none"), "tta_share": module.get("tta_share", 1.0)}
     saved["precision"] = content["hyper_parameters"]["precision"]
-    chosen = {key: config[key] for key in saved if config[key] is not None}
-    return {**saved, **chosen, "channels_last": run.get("channels_last", True), "accelerator": config.accelerator}
+    return saved | {key: config[key] for key in saved if config[key] is not None}
 
 
 def make_folder(output_dir: str | None, path: Path) -> Path:
     """`output_dir`, else a folder in the run's own, or beside a checkpoint that was moved out of it."""
-    default = path.with_name(f"{path.stem}_evaluation")
-    if path.parent.name == "checkpoints":
-        default = path.parent.parent / "evaluation"
-    folder = default if output_dir is None else Path(output_dir)
+    in_run = path.parent.name == "checkpoints"
+    beside = path.parent.with_name("evaluation") if in_run else path.with_name(f"{path.stem}_evaluation")
+    folder = beside if output_dir is None else Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -177,7 +149,7 @@ def make_folder(output_dir: str | None, path: Path) -> Path:
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("evaluate", DESCRIPTION, EXAMPLES)
+    paths, overrides, _ = cli.parse("evaluate", __doc__, EXAMPLES)
     if len(paths) > 1:
         raise UserError(f"{len(paths)} paths are given, {', '.join(paths)}: evaluate one run or checkpoint at a time.")
     evaluate(paths[0], overrides)

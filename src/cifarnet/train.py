@@ -43,6 +43,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
     trainer, classifier, data, _ = built
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     print(record.heading(config, built), flush=True)
     trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path)
     tested_epoch = load_best(built)

@@ -28,7 +28,7 @@ def test_mistakes_are_red_among_predictions():
 
 
 def test_mistakes_show_how_sure_the_network_was():
-    figure = figures.mistakes(IMAGES[:1], torch.tensor([1]), torch.tensor([0]), torch.tensor([0.987]), NAMES)
+    figure = figures.mistakes(IMAGES[:1], [{"class": "dog", "predicted": "cat", "confidence": 0.987}])
     assert captions(figure) == [("cat 98.7%\n(is dog)", figures.WRONG)]
 
 
@@ -66,9 +66,9 @@ def test_severities_are_columns():
 
 def test_a_figure_becomes_pixels():
     pixels = figures.as_image(figures.predictions(IMAGES, torch.zeros(5).long(), torch.zeros(5).long(), NAMES))
-    assert pixels.dtype == torch.uint8
+    assert pixels.dtype == np.uint8
     assert len(pixels) == 3
-    assert pixels.float().std() > 0
+    assert pixels.std() > 0
 
 
 def test_drawing_needs_no_torch():

@@ -21,17 +21,17 @@ LABELS = torch.tensor([0, 2, 1, 2])  # the second is a mistake
     ],
 )
 def test_wilson_interval_by_hand(correct, count, low, high):
-    assert metrics.wilson(correct, count) == pytest.approx([low, high], abs=1e-5)
+    assert metrics.proportion(correct, count)["interval"] == pytest.approx([low, high], abs=1e-5)
 
 
 def test_nothing_counted_has_no_interval():
-    assert all(map(math.isnan, metrics.wilson(0, 0)))
+    assert all(map(math.isnan, metrics.proportion(0, 0)["interval"]))
 
 
 def test_wilson_interval_covers_the_truth_as_often_as_it_says():
     correct = torch.distributions.Binomial(50, torch.tensor(0.9))
     torch.manual_seed(0)
-    intervals = [metrics.wilson(int(drawn), 50) for drawn in correct.sample((4000,))]
+    intervals = [metrics.proportion(int(drawn), 50)["interval"] for drawn in correct.sample((4000,))]
     assert sum(low <= 0.9 <= high for low, high in intervals) / 4000 == pytest.approx(0.95, abs=0.03)
 
 
@@ -92,7 +92,7 @@ def test_summary():
     figures = metrics.summary(PROBABILITIES.log(), torch.tensor([0, 2, 2, 2]))
     assert figures["accuracy"] == 0.5
     assert figures["top2_accuracy"] == 0.75  # the third image's class comes second, the second image's third
-    assert figures["interval"] == metrics.wilson(2, 4)
+    assert figures["interval"] == metrics.proportion(2, 4)["interval"]
 
 
 def test_classes_without_images_have_no_accuracy():

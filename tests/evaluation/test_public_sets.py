@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import cifarnet
-from cifarnet.data import CIFAR10
+from cifarnet.data import CIFAR10, Source, Split
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
 from cifarnet.evaluation import public_sets
@@ -95,6 +95,16 @@ def test_only_the_user_says_where_to_download(run, published):
     assert evaluate(run, ["corruptions=false", f"data.url={address}"])["config"]["data"]["url"] == address
 
 
+class Pictured(CIFAR10):
+    """`count` test images of these classes."""
+
+    def __init__(self, class_names=CLASS_NAMES, count=20):
+        super().__init__(batch_size=1)
+        images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        split = Split(images, torch.zeros(count, dtype=torch.int64))
+        self.source = Source(class_names, split, split, split)
+
+
 GOOD = {"fog": np.zeros((10, 32, 32, 3), np.uint8), "labels": np.arange(10)}
 
 
@@ -114,7 +124,7 @@ GOOD = {"fog": np.zeros((10, 32, 32, 3), np.uint8), "labels": np.arange(10)}
 )
 def test_damaged_cifar10_c_is_told(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message):
-        public_sets.read_cifar10_c(str(save(tmp_path / "C", **arrays)), CLASS_NAMES, 32)
+        public_sets.read(Pictured(), str(save(tmp_path / "C", **arrays)), None, None)
 
 
 class Bomb:
@@ -130,18 +140,18 @@ class Bomb:
 def test_other_unreadable_sets_are_told(tmp_path):
     folder = save(tmp_path / "some", **GOOD)
     with pytest.raises(UserError, match=r"its labels are CIFAR-10's, airplane.*this network knows disc, ring"):
-        public_sets.read_cifar10_c(str(folder), ["disc", "ring"], 32)
+        public_sets.read(Pictured(["disc", "ring"]), str(folder), None, None)
     with pytest.raises(UserError, match=r"has no cifar10\.1_v6_data.npy"):
-        public_sets.read_cifar10_1(str(folder), CLASS_NAMES, 32)
+        public_sets.read(Pictured(), None, str(folder), None)
     (folder / "fog.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
-        public_sets.read_cifar10_c(str(folder), CLASS_NAMES, 32)
+        public_sets.read(Pictured(), str(folder), None, None)
     (folder / "fog.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
-        public_sets.read_cifar10_c(str(folder), CLASS_NAMES, 32)
+        public_sets.read(Pictured(), str(folder), None, None)
     assert not (tmp_path / "exploded").exists()
     people = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
     with pytest.raises(UserError, match="sum to 1"):
-        public_sets.read_cifar10h(str(people), 20)
+        public_sets.read(Pictured(), None, None, str(people))
     with pytest.raises(UserError, match="for 10,000 test images"):
-        public_sets.read_cifar10h(str(people), 10_000)
+        public_sets.read(Pictured(count=10_000), None, None, str(people))

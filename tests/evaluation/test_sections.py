@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifarnet.data import ImageDataModule, Source, Split
+from cifarnet.data import ImageDataModule, InMemoryLoader, Source, Split
 from cifarnet.errors import UserError
 from cifarnet.evaluation import public_sets, sections
 from cifarnet.evaluation.predictor import Predictor
@@ -87,8 +87,8 @@ def test_order_of_the_images_does_not_matter(people):
 
 def test_sections_that_are_asked_for_are_there(capsys):
     test = Coloured(batch_size=2).source.test
-    wrong = Split(test.images, (test.labels + 1) % 3)
-    public = public_sets.PublicSets({"fog": [test] * 5, "spatter": [wrong] * 5}, {"v6": test})
+    right, wrong = (InMemoryLoader(test.images, labels, 4) for labels in (test.labels, (test.labels + 1) % 3))
+    public = public_sets.PublicSets({"fog": [right] * 5, "spatter": [wrong] * 5}, {"v6": right})
     record, figures = measure(public=public, noise_seed=1)
     assert record["cifar10_c"]["accuracy"]["fog"] == pytest.approx([4 / 6] * 5)
     assert record["cifar10_c"]["averaged"] == ["fog"]

@@ -1,7 +1,7 @@
 """Figures for people: predictions, mistakes, the confusion matrix, reliability, robustness."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,23 +30,10 @@ def predictions(
     return _grid(images, captions, f"Predictions on test pictures: {right} of {len(images)} right", columns)
 
 
-def mistakes(
-    images: "Tensor",
-    labels: "Tensor",
-    predicted: "Tensor",
-    confidence: "Tensor",
-    class_names: Sequence[str],
-    columns: int = 5,
-) -> Figure:
-    """Wrongly classified images with predicted class, its probability, and the true class.
-
-    Shapes: images uint8 [N, 3, H, W]; labels and predicted int64 [N]; confidence [N], from 0 to 1.
-    """
-    captions = [
-        (f"{class_names[guess]} {sure:.1%}\n(is {class_names[label]})", WRONG)
-        for label, guess, sure in zip(labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
-    ]
-    return _grid(images, captions, "The most confident mistakes", columns)
+def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Wrongly classified images, uint8 [N, 3, H, W]; the record's `mistakes` say as what, how surely, and the truth."""
+    captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
+    return _grid(images, captions, "The most confident mistakes", columns=5)
 
 
 def _grid(images: "Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:
@@ -68,19 +55,17 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     counts = matrix.double()
     share = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
     size = 2.5 + 0.5 * len(class_names)
-    figure = Figure(figsize=(size + 0.5, size), dpi=120, layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(size + 0.5, size), dpi=120, layout="constrained").subplots()
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(class_names))
     axis.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, class_names)
     axis.set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of each true class")
     if len(class_names) <= 20:  # more would be unreadable
-        for row, column in np.ndindex(*share.shape):
-            percent = round(100 * share[row, column])
+        for (row, column), percent in np.ndenumerate((100 * share).round().astype(int)):
             if percent > 0:
                 axis.text(column, row, percent, ha="center", va="center", color="white" if percent > 50 else "black")
-    return figure
+    return axis.figure
 
 
 def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
@@ -92,15 +77,12 @@ def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     figure = Figure(figsize=(1 + 4 * len(panels), 5.2), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
     for (title, bins), (above, below) in zip(panels.items(), axes.T, strict=True):
-        left, width = [row["from"] for row in bins], bins[0]["to"] - bins[0]["from"]
-        images = np.array([row["images"] for row in bins])
-        filled = [row for row in bins if row["images"]]
-        above.bar(
-            left, [row["accuracy"] for row in bins], width, align="edge", color=BARS, alpha=0.75, label="accuracy"
-        )
+        keys = ("from", "to", "images", "confidence", "accuracy")
+        left, right, images, confidence, accuracy = np.array([[row[key] for key in keys] for row in bins]).T
+        width, filled = right - left, images > 0
+        above.bar(left, accuracy, width, align="edge", color=BARS, alpha=0.75, label="accuracy")
         above.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
-        confidence, right = ([row[key] for row in filled] for key in ("confidence", "accuracy"))
-        above.vlines(confidence, confidence, right, color=GAP, linewidth=2.5, label="gap")
+        above.vlines(confidence[filled], confidence[filled], accuracy[filled], color=GAP, linewidth=2.5, label="gap")
         above.set(title=title, xlim=(0, 1), ylim=(0, 1))
         below.bar(left, images / images.sum(), width, align="edge", color="grey")
         below.set(xlabel="confidence")
@@ -118,17 +100,15 @@ def robustness(table: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Accuracies from 0 to 1 of each corruption (a row) at growing severity, and their mean, as a heat map."""
     grid = np.array([[*row, np.mean(row)] for row in table.values()])
     severities = grid.shape[1] - 1
-    figure = Figure(figsize=(7.5, 1.6 + 0.36 * len(table)), dpi=120, layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(7.5, 1.6 + 0.36 * len(table)), dpi=120, layout="constrained").subplots()
     axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axis.axvline(severities - 0.5, color="white", linewidth=4)
-    for row, column in np.ndindex(*grid.shape):
-        value = grid[row, column]
+    for (row, column), value in np.ndenumerate(grid):
         axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="black" if value > 0.55 else "white")
     axis.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
     axis.set_yticks(range(len(table)), list(table))
     axis.set(xlabel="severity", title=title)
-    return figure
+    return axis.figure
 
 
 def severities(images: Mapping[str, "Tensor"]) -> Figure:
@@ -138,21 +118,18 @@ def severities(images: Mapping[str, "Tensor"]) -> Figure:
 
     rows = list(images.values())
     count, _, height, width = rows[0].shape
-    figure = Figure(figsize=(6, 0.3 + 0.95 * len(rows)), dpi=120, layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(6, 0.3 + 0.95 * len(rows)), dpi=120, layout="constrained").subplots()
     axis.imshow(make_grid(torch.cat(rows), nrow=count, pad_value=255).permute(1, 2, 0), interpolation="nearest")
     axis.set_xticks([(width + 2) * (column + 0.5) for column in range(count)], range(1, count + 1))
     axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(rows))], list(images))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set(xlabel="severity")
-    return figure
+    return axis.figure
 
 
-def as_image(figure: Figure) -> "Tensor":
+def as_image(figure: Figure) -> np.ndarray:
     """The figure as pixels, uint8 [3, H, W]."""
-    import torch
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)
+    return np.array(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1)

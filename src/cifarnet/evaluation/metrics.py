@@ -23,34 +23,22 @@ def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy, top-2 accuracy and calibration of logits [N, num_classes] against labels int64 [N]."""
     correct = int((logits.argmax(1) == labels).sum())
     top2 = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro", top_k=2)
-    return {
-        "images": len(labels),
-        "accuracy": correct / len(labels),
-        "interval": wilson(correct, len(labels)),
-        "top2_accuracy": top2.item(),
-        **calibration(logits, labels),
-    }
+    return {**proportion(correct, len(labels)), "top2_accuracy": top2.item(), **calibration(logits, labels)}
 
 
-def wilson(correct: int, count: int) -> list[float]:
-    """The ends of a share's 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953); NaN of no trials."""
+def proportion(correct: int, count: int) -> dict[str, Any]:
+    """A share of images, and the ends of its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953); NaN of
+    no images."""
     if count == 0:
-        return [math.nan, math.nan]
-    return [float(end) for end in binomtest(correct, count).proportion_ci(method="wilson")]
+        return {"images": 0, "accuracy": math.nan, "interval": [math.nan, math.nan]}
+    interval = binomtest(correct, count).proportion_ci(method="wilson")
+    return {"images": count, "accuracy": correct / count, "interval": [float(end) for end in interval]}
 
 
 def by_class(confusion: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Accuracy on the images of each class, out of the confusion matrix, int64 [true, predicted]. NaN where none."""
     rows = zip(class_names, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
-    return [
-        {
-            "name": name,
-            "images": count,
-            "accuracy": correct / count if count else math.nan,
-            "interval": wilson(correct, count),
-        }
-        for name, correct, count in rows
-    ]
+    return [{"name": name, **proportion(correct, count)} for name, correct, count in rows]
 
 
 def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
@@ -61,14 +49,14 @@ def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dic
     """
     scaled = logits.double() / temperature
     probabilities = scaled.softmax(1)
-    one_hot = F.one_hot(labels, logits.shape[1])
+    distance = probabilities - F.one_hot(labels, logits.shape[1])
     # a confidence of exactly 1 would open a bin of its own; the largest float32 below 1 belongs to the last one
     below_one = probabilities.clamp_max(1 - 2**-24)
     error = multiclass_calibration_error(below_one, labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
     return {
         "cross_entropy": F.cross_entropy(scaled, labels).item(),
         "calibration_error": error.item(),
-        "brier": (probabilities - one_hot).square().sum(1).mean().item(),
+        "brier": distance.square().sum(1).mean().item(),
     }
 
 
@@ -76,14 +64,12 @@ def bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[
     """The bins of the calibration error, for the reliability diagram; accuracy and confidence are NaN in empty ones."""
     confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
     place = (confidence * BINS).long().clamp_max(BINS - 1)
-    count, confident, right = (
-        torch.zeros(BINS, dtype=torch.float64).index_add(0, place, values)
-        for values in (torch.ones_like(confidence), confidence, (predicted == labels).double())
-    )
-    columns = zip(count.tolist(), (confident / count).tolist(), (right / count).tolist(), strict=True)
+    count = place.bincount(minlength=BINS)
+    means = (place.bincount(values, BINS) / count for values in (confidence, (predicted == labels).double()))
+    rows = zip(range(BINS), count.tolist(), *(mean.tolist() for mean in means), strict=True)
     return [
-        {"from": i / BINS, "to": (i + 1) / BINS, "images": int(images), "confidence": mean, "accuracy": accuracy}
-        for i, (images, mean, accuracy) in enumerate(columns)
+        {"from": i / BINS, "to": (i + 1) / BINS, "images": images, "confidence": mean, "accuracy": accuracy}
+        for i, images, mean, accuracy in rows
     ]
 
 
@@ -103,10 +89,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def against_people(logits: Tensor, people: Tensor, temperature: float | None) -> dict[str, float]:
     """Cross-entropy against the distribution of people's labels, [N, num_classes] (Peterson et al., 2019,
     https://arxiv.org/abs/1908.07086). The entropy of their labels is the least that is possible."""
-    distance = {
-        "cross_entropy": F.cross_entropy(logits.double(), people).item(),
-        "entropy": torch.special.entr(people).sum(1).mean().item(),
-    }
+    entropy = torch.special.entr(people).sum(1).mean().item()
+    distance = {"cross_entropy": F.cross_entropy(logits.double(), people).item(), "entropy": entropy}
     if temperature is not None:
         distance["cross_entropy_with_temperature"] = F.cross_entropy(logits.double() / temperature, people).item()
     return distance

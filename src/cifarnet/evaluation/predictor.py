@@ -1,6 +1,6 @@
 """A trained network at work: the arithmetic of training's test, without a Trainer."""
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,18 +46,14 @@ class Predictor:
     ) -> None:
         test_time.check(tta, tta_share)
         try:
-            self.fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+            fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
         except Exception as error:  # Lightning raises many types for settings it cannot use
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."
             ) from error
-        self.tta, self.tta_share, self.precision = tta, tta_share, precision
+        self.tta, self.tta_share, self.device = tta, tta_share, fabric.device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = self.fabric.setup_module(network.to(memory_format=self.memory_format))
-
-    @property
-    def device(self) -> torch.device:
-        return self.fabric.device
+        self.network = fabric.setup_module(network.to(memory_format=self.memory_format))
 
     def _forward(self, images: Tensor) -> Tensor:
         return self.network(images.contiguous(memory_format=self.memory_format)).float()
@@ -69,8 +65,7 @@ class Predictor:
 
     def over(self, batches: Iterable[Sequence[Tensor]], title: str) -> Predictions:
         """The answers, on the CPU, to all batches of (images, labels, index, …). A bar shows the way on a terminal."""
-        total = len(batches) if isinstance(batches, Sized) else None
         parts = []
-        for images, labels, index, *_ in tqdm(batches, title, total, leave=False, disable=None):
+        for images, labels, index, *_ in tqdm(batches, title, leave=False, disable=None):
             parts.append([part.cpu() for part in (*self(images), labels, index)])
         return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -1,0 +1,175 @@
+"""What the README and the pages of docs/ show is done: every command runs, on small data, and every setting is one."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifarnet import cli, settings
+from conftest import picture
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICK = ["trainer=cpu", "threads=1"]
+FEW = ["data.train_size=200", "data.test_size=50"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Those of a page's bash blocks, as argument lists; of a line of several, the last one."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.S)
+    lines = [line.rpartition("&& ")[2] for block in blocks for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def made_small(command: list[str]) -> list[str]:
+    """A command's arguments, for one epoch on few pictures; its folders found."""
+    module, arguments = command[2], [found(argument) for argument in command[3:]]
+    if module in ("cifarnet.evaluate", "cifarnet.compare") or any("ckpt_path" in a or "resume" in a for a in arguments):
+        return arguments
+    given = {cli.key_of(argument) for argument in arguments}
+    small = [*QUICK, "trainer.max_epochs=1", "data.batch_size=8", "hydra.sweeper.trials=2"]
+    small = [setting for setting in small if cli.key_of(setting) not in given]
+    if module != "cifarnet.search":
+        small.remove("hydra.sweeper.trials=2")
+    if "+experiment=quickstart" in arguments or "data=synthetic" in arguments:
+        small += FEW
+    return [*arguments, *small]
+
+
+def found(argument: str) -> str:
+    """The argument with the newest folder that fits in place of `<date_time>`."""
+    if "<date_time>" not in argument:
+        return argument
+    key, equals, path = argument.rpartition("=")
+    pattern = path.replace("/<date_time>", "/[0-9]*").replace("<date_time>", "[0-9]*")
+    return f"{key}{equals}{max(map(str, Path().glob(pattern)))}"
+
+
+def draw_pictures(folder: Path) -> None:
+    """Two classes, of 20 images to train on and 5 to test."""
+    for split, count in [("train", 20), ("test", 5)]:
+        for name in ("cat", "dog"):
+            for i in range(count):
+                picture(folder / split / name / f"{i}.png", (i, 50, 100))
+
+
+def test_every_page_has_commands():
+    assert [len(commands(page)) > 2 for page in PAGES] == [True] * len(PAGES)
+    assert {command[0] for page in PAGES for command in commands(page)} <= {"python", "tensorboard"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extending"], ids=lambda page: page.stem)
+def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
+    def run(words: list[str]) -> None:
+        main = importlib.import_module(words[2]).main
+        status, _, error = command(*made_small(words), main=main)
+        assert status == 0, f"{' '.join(words)}\n{error}"
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / published.filename).write_bytes(archive["bytes"])
+    draw_pictures(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    if page.stem == "evaluation":  # its runs are made by the README's commands
+        for line in ("", "-m seed=range(2)", "-m seed=range(2) optimizer.lr=0.02 hydra.sweep.dir=lightning_logs/rates"):
+            run(["python", "-m", "cifarnet.train", *line.split(), "+experiment=quickstart"])
+    for words in commands(page):
+        if words[:3] == ["python", "-m", "pytest"]:
+            continue  # here we are
+        if words[0] == "tensorboard":
+            assert tensorboard_answers(words)
+        else:
+            run(words)
+
+
+def tensorboard_answers(words: list[str]) -> bool:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *words[1:], "--port=0"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        return any("at http://localhost:" in line for line in process.stderr)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_parts_of_ones_own_need_no_other_line_changed(tmp_path, monkeypatch):
+    """The page's files are written into a copy of the project, and its commands run there."""
+    text = (ROOT / "docs/extending.md").read_text("utf-8")
+    for folder in ("src", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    written = 0
+    for place, code in re.findall(r"`((?:src|configs)/[\w/.]+)`[^`]*```(?:python|yaml)\n(.*?)```", text, re.S):
+        assert not (tmp_path / place).exists()
+        (tmp_path / place).write_text(code)
+        written += 1
+    assert written == 5
+    draw_pictures(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+
+    lines = [[words[2], *words[3:]] for words in commands(ROOT / "docs/extending.md")]
+    classes = {"mine": "", "squeezenet": "torchvision.models.SqueezeNet", "brightness": ""}
+    for name, allowed in classes.items():
+        for module, more in [("train", ""), ("evaluate", "corruptions=false")]:
+            path = f"lightning_logs/{name}/<date_time>"
+            run = [f"cifarnet.{module}", f"ckpt_path={path}" if module == "train" else path, more]
+            lines.append([*filter(None, run), *([f"classes=[{allowed}]"] if allowed else [])])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "src"), str(ROOT / "tests")])}
+    program = [sys.executable, "-c", DRIVER, json.dumps(lines), json.dumps(classes)]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("torch.Size([1, ") == 3
+
+
+DRIVER = """
+import importlib, json, sys
+import torch, torchvision
+from hydra.core.global_hydra import GlobalHydra
+import cifarnet
+from test_docs import found, made_small
+for module, *arguments in json.loads(sys.argv[1]):
+    GlobalHydra.instance().clear()
+    own = made_small(["python", "-m", module, *arguments])
+    before, sys.argv = sys.argv, [module, *own]
+    try:
+        importlib.import_module(module).main()
+    except SystemExit as end:
+        assert not end.code, (module, own)
+    sys.argv = before
+assert "/src/cifarnet" in cifarnet.__file__ and "pytest" in cifarnet.__file__, cifarnet.__file__
+for name, allowed in json.loads(sys.argv[2]).items():
+    network, names = cifarnet.load(found(f"lightning_logs/{name}/<date_time>"), [eval(allowed)] if allowed else [])
+    print(network(torch.zeros(1, 3, *(2 * [16 if name == "brightness" else 32]), dtype=torch.uint8)).shape)
+"""
+
+
+def spans(page: Path) -> list[str]:
+    """The settings in a page's tables, in code spans of a row's second cell."""
+    rows = [line.split("|")[2] for line in page.read_text("utf-8").splitlines() if line.startswith("| ")]
+    return [span for row in rows for span in re.findall(r"`([^`]+)`", row) if re.match(r"[+~']*[\w.]+=|'~", span)]
+
+
+@pytest.mark.parametrize("span", spans(ROOT / "README.md"))
+def test_settings_of_the_readme_are_settings(span):
+    config = cli.compose("train", ["data=synthetic", "output_dir=run", *shlex.split(span)])
+    settings.check(config)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_and_files_named_are_there(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", text):
+        places = [ROOT / "src/cifarnet" / name, ROOT / "tests" / name, ROOT / name]
+        assert any(place.exists() for place in places) or name == "models/mine.py", name
