@@ -77,4 +77,11 @@ def test_config_is_kept_as_written_and_read_resolved(config, tmp_path):
     content = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
     assert content["hyper_parameters"]["config"]["data"]["shuffle_seed"] == "${seed}"
     assert content["resolved"]["data"]["shuffle_seed"] == 3
-    assert content["hyper_parameters"].keys() == {"cifarnet", "class_names", "image_size", "images", "config"}
+    assert content["hyper_parameters"].keys() == {
+        "cifarnet",
+        "class_names",
+        "image_size",
+        "images",
+        "precision",
+        "config",
+    }

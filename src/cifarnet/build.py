@@ -84,7 +84,8 @@ def make_data(config: DictConfig) -> ImageDataModule:
 def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, float]:
     """The network, normalising by the training images' statistics, and the seconds that its own `fit` took."""
     make = instantiate(config.model, _partial_=True)
-    network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
+    with _refusals("model"):
+        network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(*data.channel_statistics)
@@ -151,7 +152,7 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
 
 @contextlib.contextmanager
 def _refusals(part: str) -> Iterator[None]:
-    """torch's optimizers and schedules refuse settings by errors of several types."""
+    """Networks, torch's optimizers and schedules refuse settings by errors of several types."""
     try:
         yield
     except (TypeError, ValueError, ArithmeticError) as error:

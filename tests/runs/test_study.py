@@ -135,15 +135,27 @@ def test_what_cannot_work_is_refused(run, arguments, named):
     assert named in error
 
 
-def test_processes_that_have_ended_are_known():
-    ask = "import json; from cifarnet.runs import study; print(json.dumps(study._this_process()), flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process = json.loads(other.stdout.readline())
-    assert study_module._is_running(process)
-    assert not study_module._is_running(process | {"started": process["started"] - 100})  # its number is used again
+def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
+    """Until that process ends, however it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module.Search, "_launch", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(RATE, "hydra.sweeper.trials=1")[0] == 130
+    assert states(tmp_path / "search") == ["RUNNING"]
+    hold = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold + "print(1, flush=True); input()", str(tmp_path / "search/0.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "1\n"
+    status, printed, error = run(RATE, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert "Trial 2 of 2" in printed
+    assert states(tmp_path / "search") == ["RUNNING", "COMPLETE"]
     other.kill()
     other.communicate()
-    assert not study_module._is_running(process)
-    assert study_module._is_running(process | {"host": "another"})
-    assert not study_module._is_running(study_module._this_process())
-    assert not study_module._is_running(None)
+    status, printed, error = run(RATE, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert "Trial 1 was cut off: goes on" in printed
+    assert states(tmp_path / "search") == ["COMPLETE", "COMPLETE"]

@@ -27,8 +27,7 @@ def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def proportion(correct: int, count: int) -> dict[str, Any]:
-    """A share of images, and the ends of its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953); NaN of
-    no images."""
+    """A share and its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953); both are NaN of no images."""
     if count == 0:
         return {"images": 0, "accuracy": math.nan, "interval": [math.nan, math.nan]}
     interval = binomtest(correct, count).proportion_ci(method="wilson")

@@ -34,10 +34,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, flo
 
 
 class Corrupted:
-    """Batches of (images uint8 [B, 3, H, W], …) under a corruption of severity 1 to 5, alike at every pass.
-
-    They are made on the CPU, so that every device sees the same pixels.
-    """
+    """Batches of (images uint8 [B, 3, H, W], …) under a corruption of severity 1 to 5, alike at every pass."""
 
     def __init__(self, batches: Sequence[Sequence[Tensor]] | BatchLoader, name: str, severity: int, seed: int) -> None:
         self.batches = batches
@@ -52,7 +49,7 @@ class Corrupted:
         with torch.random.fork_rng(devices=[]):  # torchvision draws noise from torch's global generator
             torch.manual_seed(self.seed)
             for images, *rest in self.batches:
-                yield self.apply(images.cpu().contiguous(), self.level), *rest
+                yield self.apply(images.cpu().contiguous(), self.level), *rest  # the same pixels for every device
 
 
 def corrupted(batches: Sequence[Sequence[Tensor]] | BatchLoader, seed: int) -> dict[str, list[Corrupted]]:

@@ -33,9 +33,8 @@ def measure(
         mean, clean = _mean(table.values()), record["test"]["accuracy"]
         levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
         record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
-        drawn["corruptions"] = figures.robustness(
-            table, f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
-        )
+        title = f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
+        drawn["corruptions"] = figures.robustness(table, title)
         examples = robustness.examples(datamodule.source.test.images[0], noise_seed)
         drawn["corruption_examples"] = figures.severities(examples)
     if public.cifar10_c is not None:

@@ -6,15 +6,14 @@ next, until there are enough: so several processes share a search, on any machin
 killed goes on when it is started again.
 """
 
+import contextlib
 import math
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 COMMON = "recipe"  # the study's attribute: what its trials have in common, and what is searched
-PROCESS = "process"  # a trial's attribute: who runs it
 
 
 class Search(Sweeper):
@@ -67,12 +65,14 @@ class Search(Sweeper):
                 "(with threads=… for each its share of the cores), without hydra/launcher."
             )
         self.config, self.context, self.task = config, hydra_context, task_function
+        self.lock = FileLock("")  # of the trial that this process runs
 
     def sweep(self, arguments: list[str]) -> None:
         fixed, space = self._space(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        common = {"fixed": _own(fixed), "space": {key: str(of) for key, of in space.items()}}
+        own = [override for override in fixed if not override.startswith("sweep.")]
+        common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         failures = []
@@ -85,8 +85,10 @@ class Search(Sweeper):
                 self._tell(study, trial, run)
                 if result.status == JobStatus.FAILED:
                     failures.append(result)
-                print(f"Trial {trial.number + 1} of {self.trials}: {_outcome(run)}  {' '.join(settings)}", flush=True)
+                outcome = f"{run.score:.2%}" if run.status == "done" else run.status
+                print(f"Trial {trial.number + 1} of {self.trials}: {outcome}  {' '.join(settings)}", flush=True)
         finally:
+            self.lock.release()
             summarize(folder)
         for failure in failures:
             failure.return_value  # noqa: B018 - raises what the job raised
@@ -147,24 +149,31 @@ class Search(Sweeper):
         return study
 
     def _next(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
-        """One that a killed process left behind, else a new one, else None."""
+        """One that a killed process left behind, else a new one, else None. A process at work on one holds its lock."""
         from optuna.trial import Trial, TrialState
 
+        self.lock.release()
         with FileLock(folder / "study.lock"):
             for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-                if _is_running(left.user_attrs.get(PROCESS)):
+                if not self._claim(folder, left.number):
                     continue
                 if left.params.keys() == space.keys():
-                    trial = Trial(study, left._trial_id)
                     print(f"Trial {left.number + 1} was cut off: goes on", flush=True)
-                    break
+                    return Trial(study, left._trial_id)
                 study.tell(left.number, state=TrialState.FAIL)  # killed before it had settings
-            else:
-                if len(study.get_trials(deepcopy=False)) >= self.trials:
-                    return None
-                trial = study.ask(space)
-            trial.set_user_attr(PROCESS, _this_process())
+                self.lock.release()
+            if len(study.get_trials(deepcopy=False)) >= self.trials:
+                return None
+            trial = study.ask(space)
+            self._claim(folder, trial.number)
         return trial
+
+    def _claim(self, folder: Path, number: int) -> bool:
+        """Lock a trial for as long as this process lives, or until the next one, if no other process has."""
+        self.lock = FileLock(folder / f"{number}.lock")
+        with contextlib.suppress(Timeout):
+            self.lock.acquire(blocking=False)
+        return self.lock.is_locked
 
     @staticmethod
     def _tell(study: "Study", trial: "Trial", run: Run) -> None:
@@ -198,29 +207,6 @@ def _values(override: Override) -> list[str]:
     return list(override.sweep_string_iterator())
 
 
-def _this_process() -> dict[str, Any]:
-    import psutil
-
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _is_running(process: Mapping[str, Any] | None) -> bool:
-    """Is another process, as `_this_process` described it, still at work? One on another machine is taken to be."""
-    import psutil
-
-    this = _this_process()
-    if process is None or process == this:  # this one runs one trial at a time, and is about to take the next
-        return False
-    if process["host"] != this["host"]:
-        return True
-    try:
-        found = psutil.Process(process["pid"])
-        same = abs(found.create_time() - process["started"]) < 1  # second; numbers of processes are used again
-        return same and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
     """What only one of the two has."""
     before, now = (
@@ -229,12 +215,3 @@ def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
     parts = [f"without {', '.join(sorted(now - before))}"] if now - before else []
     parts += [f"with {', '.join(sorted(before - now))}"] if before - now else []
     return " and ".join(parts)
-
-
-def _outcome(run: Run) -> str:
-    return f"{run.score:.2%}" if run.status == "done" else run.status
-
-
-def _own(overrides: Sequence[str]) -> list[str]:
-    """The overrides that say what to train."""
-    return [override for override in overrides if not override.startswith("sweep.")]

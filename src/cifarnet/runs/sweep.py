@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,11 @@ def end_with_parent() -> None:
     name = "end with parent"
     if any(thread.name == name for thread in threading.enumerate()):
         return  # an earlier job of this process saw to it
-    parent = psutil.Process(os.getppid())
+    parent = os.getppid()
 
     def watch() -> None:
-        parent.wait()
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, name=name, daemon=True).start()
