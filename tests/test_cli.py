@@ -40,7 +40,8 @@ ROOT = Path(__file__).parents[1]
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing", "1 or more"),
         (["trainer.max_epochs=-1"], "needs an end", "trainer.max_epochs"),
         (["trainer.max_epochs=1"], "scheduler of 5 steps", "division by zero"),  # too few for a warm-up of 20 %
-        (["name=1"], "name=1", "folder"),
+        (["name=1"], "name=1", "expected text"),
+        (["seed=-1"], "seed=-1", "0 or more"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
         (["data.batch_size=181"], "data.batch_size=181 is larger than an epoch of 180", "180 or less"),
         (["data.hardest_share=0"], "data.hardest_share=0", "such as 0.5"),

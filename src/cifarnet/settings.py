@@ -71,17 +71,15 @@ def check(config: DictConfig) -> None:
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if "_target_" not in (config.get(section) or {}):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
-    if not isinstance(config.name, str) or not config.name:
-        raise UserError(f"name={config.name} has the wrong type: expected the name of a folder.")
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed={config.seed} has the wrong type: expected a whole number, 0 or more.")
-    if config.threads is not None and not (isinstance(config.threads, int) and config.threads > 0):
-        raise UserError(f"threads={config.threads}: expected a whole number of threads, or null.")
+    switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)
+    for name, hint in {"name": str, "seed": int, "threads": int | None, **switches}.items():
+        check_type(name, config[name], hint)
+    check_types(config)
+    for name, least in [("seed", 0), ("threads", 1)]:
+        if config[name] is not None and config[name] < least:
+            raise UserError(f"{name}={config[name]}: give a whole number, {least} or more.")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
-    for switch in ("compile", "keep_freed_memory", "channels_last"):
-        check_type(switch, config[switch], bool)
-    check_types(config)
 
 
 def check_types(config: DictConfig) -> None:

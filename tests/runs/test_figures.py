@@ -55,19 +55,7 @@ def test_only_numbers_are_joined_and_a_wide_range_is_logarithmic():
     }
 
 
-def test_two_settings_are_a_heat_map_where_most_cells_are_filled(tmp_path):
-    keys = ["optimizer.lr", "model"]
-    figure = figures.sweep(grid(keys), keys)
-    figures.save(figure, tmp_path / "sweep.png")
-    assert len(figure.axes[0].images) == 1
-    assert [text.get_text() for text in figure.axes[0].texts] == ["50.0%", "50.1%", "50.2%", "50.3%", "50.4%", "50.5%"]
-    searched = [({"a": f"{n / 70:.8f}", "b": f"{7 / n:.8f}"}, 0.5 + n / 100, math.nan) for n in range(1, 8)]
-    figure = figures.sweep(searched, ["a", "b"])
-    assert labels(figure) == ["a", "b"]
-    assert not figure.axes[0].images
-
-
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", [2, 3, 5])
 def test_more_settings_have_a_panel_each_with_the_best_ringed(count, tmp_path):
     keys = list(VALUES)[:count]
     figure = figures.sweep(results := grid(keys), keys)

@@ -72,6 +72,11 @@ def test_all_else_is_refused(run, override):
         resume(run, [override])
 
 
+def test_flags_of_hydras_are_refused(run):
+    with pytest.raises(UserError, match="goes on with one run, as it was recorded: leave out -m"):
+        resume(run, ["-m", "threads=1"])
+
+
 def test_epochs_may_be_added_where_the_schedule_allows_it(run, config, tmp_path):
     with pytest.raises(UserError, match=r"max_epochs=3: the schedule OneCycleLR was planned for 1 epochs"):
         resume(run, ["trainer.max_epochs=3"])

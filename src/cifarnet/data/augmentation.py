@@ -1,30 +1,10 @@
 """Random crops, flips and holes of a whole batch at once, as a function of (seed, epoch, index)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
-
-FLIPS = ("none", "random", "alternating")
-
-
-class Draws(NamedTuple):
-    """One epoch's augmentation of every image of a data set, or that of a batch."""
-
-    top: Tensor  # int64 [N]: first row of the crop, 0 to 2 × padding, in the padded image
-    left: Tensor  # int64 [N]: first column
-    flip: Tensor  # bool [N]: mirrored left to right?
-    hole: Tensor  # int64 [N, 2]: row and column at the middle of the hole
-
-    def at(self, index: Tensor) -> "Draws":
-        """The draws of these images."""
-        return Draws(*(drawn[index] for drawn in self))
-
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(*(drawn.to(device, non_blocking=True) for drawn in self))
 
 
 class Augment:
@@ -41,15 +21,15 @@ class Augment:
     """
 
     def __init__(self, crop_padding: int = 0, flip: str = "none", cutout: int = 0, fill: Tensor | None = None) -> None:
-        if flip not in FLIPS:
-            raise UserError(f"data.flip={flip}: choose one of {', '.join(FLIPS)}")
-        self.crop_padding = crop_padding
-        self.flip = flip
-        self.cutout = cutout
-        self.fill = fill
+        if flip not in ("none", "random", "alternating"):
+            raise UserError(f"data.flip={flip}: choose one of none, random, alternating")
+        self.crop_padding, self.flip = crop_padding, flip
+        self.cutout, self.fill = cutout, fill
 
-    def draw(self, count: int, size: int, seed: int, epoch: int) -> Draws:
-        """Decide for all `count` images of a data set at once, so that neither order nor batch size matters."""
+    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decide for all images of a data set at once, so that neither order nor batch size matters: the first row and
+        column of the crop in the padded image, int64 [count], whether it is mirrored left to right, bool [count], and
+        row and column at the middle of the hole, int64 [count, 2]."""
         random = generator(seed, epoch, "augment")
         top, left = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=random)
         hole = torch.randint(0, size, (count, 2), generator=random)
@@ -57,24 +37,22 @@ class Augment:
             flip = (torch.rand(count, generator=generator(seed, 0, "flip")) < 0.5) ^ bool(epoch % 2)
         else:
             flip = torch.rand(count, generator=random) < (0.5 if self.flip == "random" else 0.0)
-        return Draws(top, left, flip, hole)
+        return top, left, flip, hole
 
-    def __call__(self, pixels: Tensor, index: Tensor, draws: Draws) -> Tensor:
-        """The augmented images `index` [B] out of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C].
+    def __call__(self, pixels: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, hole: Tensor) -> Tensor:
+        """The augmented images `index` [B] out of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], as their draws say.
 
         Each output pixel is copied once, from where it lies: no padded images in between.
         """
         _, height, width, channels = pixels.shape
-        rows = self._reflected(draws.top, height)
-        columns = self._reflected(draws.left, width)
-        columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+        rows, columns = self._reflected(top, height), self._reflected(left, width)
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
         source = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
-            inside = (
-                self._in_hole(draws.hole[:, 0], height)[:, :, None] & self._in_hole(draws.hole[:, 1], width)[:, None]
-            )
+            row, column = hole.unbind(1)  # of its middle
+            inside = self._in_hole(row, height)[:, :, None] & self._in_hole(column, width)[:, None]
             images = torch.where(inside[..., None], self.fill.to(images), images)
         return images
 

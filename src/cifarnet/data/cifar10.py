@@ -1,12 +1,11 @@
 """CIFAR-10 as its authors publish it, by torchvision."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-import torchvision
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets import CIFAR10 as Published
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.errors import UserError
@@ -27,67 +26,54 @@ class CIFAR10(ImageDataModule):
     def __init__(self, root: str = "data", url: str | None = None, **settings) -> None:
         super().__init__(**settings)
         self.root = Path(root).expanduser()
-        self.url = url or torchvision.datasets.CIFAR10.url
+        self.url = url or Published.url
 
-    def _prepare(self) -> None:
-        """Download and unpack what is missing, and check what is there."""
-        published = torchvision.datasets.CIFAR10
-        folder, archive = self.root / published.base_folder, self.root / published.filename
+    def read(self) -> Source:
+        folder, archive = self.root / Published.base_folder, self.root / Published.filename
         if folder.exists():
             self._check(folder)
-        elif archive.exists():
-            if not check_integrity(str(archive), published.tgz_md5):
-                raise UserError(f"{archive} is not the published archive (cut short?). Delete it.\n{self._by_hand()}")
+        elif not archive.exists():
+            self._download(archive)
+        elif check_integrity(archive, Published.tgz_md5):
             self._unpack(archive)
         else:
-            self._download()
+            raise UserError(f"{archive} is not the published archive (cut short?). Delete it.\n{self._by_hand()}")
+        parts = [Published(self.root, train=train) for train in (True, False)]
+        pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
+        train, test = (Split(images, torch.tensor(part.targets)) for images, part in zip(pixels, parts, strict=True))
+        return Source(parts[0].classes, train, test)
 
-    def _check(self, folder: Path) -> None:
-        """Compare the unpacked files with torchvision's checksums."""
-        published = torchvision.datasets.CIFAR10
-        meta = (published.meta["filename"], published.meta["md5"])
-        for name, md5 in [*published.train_list, *published.test_list, meta]:
-            if not check_integrity(str(folder / name), md5):
-                state = "has a wrong checksum" if (folder / name).exists() else "is missing"
-                raise UserError(f"{folder / name} {state}: delete the folder {folder} and start again.")
-
-    def _unpack(self, archive: Path) -> None:
-        """All or nothing: unpack beside the final place, then rename."""
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".unpack-") as scratch:
-            extract_archive(str(archive), scratch)
-            name = torchvision.datasets.CIFAR10.base_folder
-            self._check(Path(scratch) / name)
-            (Path(scratch) / name).rename(self.root / name)
-
-    def _download(self) -> None:
-        """All or nothing: download into a folder of its own, then move the archive to its place."""
-
-        class Mirror(torchvision.datasets.CIFAR10):
-            url = self.url
-
+    def _download(self, archive: Path) -> None:
+        """Download into a folder beside the archive's place, move it there and unpack it, or leave nothing."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as scratch:
-                Mirror(scratch, download=True)
-                for name in (Mirror.filename, Mirror.base_folder):
-                    shutil.move(Path(scratch) / name, self.root / name)
+                download_url(self.url, scratch, archive.name, Published.tgz_md5)
+                Path(scratch, archive.name).rename(archive)
+            self._unpack(archive)
         except Exception as error:  # torchvision lets through whatever urllib, http and tarfile raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"CIFAR-10 could not be downloaded from {self.url}: {reason}\n{self._by_hand()}") from error
 
-    def _by_hand(self) -> str:
-        published = torchvision.datasets.CIFAR10
-        return (
-            f"  - by hand: put {published.filename} (md5 {published.tgz_md5}) into {self.root.resolve()}\n"
-            f"  - from a mirror: data.url=https://…/{published.filename}\n"
-            "  - without a network: data=synthetic (or +experiment=quickstart) draws its own pictures"
-        )
+    def _unpack(self, archive: Path) -> None:
+        """All or nothing: unpack beside the final place, then rename."""
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".unpack-") as scratch:
+            extract_archive(archive, scratch)
+            folder = Path(scratch, Published.base_folder)
+            self._check(folder)
+            folder.rename(self.root / folder.name)
 
-    def read(self) -> Source:
-        self._prepare()
-        train, test = (torchvision.datasets.CIFAR10(str(self.root), train=train) for train in (True, False))
-        return Source(
-            class_names=train.classes,
-            train=Split(torch.from_numpy(train.data).permute(0, 3, 1, 2), torch.tensor(train.targets)),
-            test=Split(torch.from_numpy(test.data).permute(0, 3, 1, 2), torch.tensor(test.targets)),
+    def _check(self, folder: Path) -> None:
+        """Compare the unpacked files with torchvision's checksums."""
+        meta = (Published.meta["filename"], Published.meta["md5"])
+        for name, md5 in [*Published.train_list, *Published.test_list, meta]:
+            if not check_integrity(folder / name, md5):
+                state = "has a wrong checksum" if (folder / name).exists() else "is missing"
+                raise UserError(f"{folder / name} {state}: delete the folder {folder} and start again.")
+
+    def _by_hand(self) -> str:
+        return (
+            f"  - by hand: put {Published.filename} (md5 {Published.tgz_md5}) into {self.root.resolve()}\n"
+            f"  - from a mirror: data.url=https://…/{Published.filename}\n"
+            "  - without a network: data=synthetic (or +experiment=quickstart) draws its own pictures"
         )

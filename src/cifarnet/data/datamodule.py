@@ -3,7 +3,6 @@
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import lightning as L
@@ -26,18 +25,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> "Split":
+    def __getitem__(self, index: Tensor | slice) -> "Split":
         return Split(self.images[index], self.labels[index])
 
     def chunks(self, size: int = 1000) -> Iterator[Tensor]:
         """All images, so many at a time: uint8 [size, 3, H, W]."""
         for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            if isinstance(self.images, Tensor):
-                yield self.images[start:stop]
-            else:
-                with ThreadPoolExecutor() as pool:
-                    yield torch.stack(list(pool.map(self.images.__getitem__, range(start, stop))))
+            images = self.images[start : start + size]
+            yield images if isinstance(images, Tensor) else images.read()
 
 
 @dataclass
@@ -50,12 +45,17 @@ class Source:
     val: Split | None = None
 
 
+def need(fits: bool, setting: str) -> None:
+    """Refuse a setting out of range, told as "name=value: what to give"."""
+    if not fits:
+        raise UserError(f"data.{setting}")
+
+
 class ImageDataModule(L.LightningDataModule):
     """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
 
     Args:
-        batch_size: training images a step.
-        eval_batch_size: images a step in validation and test.
+        batch_size, eval_batch_size: images a step, in training and in validation and test.
         val_fraction: share of the training images of each class that validation gets, where the source has no
             validation images of its own; 0 trains on all, without validation.
         split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
@@ -88,39 +88,27 @@ class ImageDataModule(L.LightningDataModule):
         on_device: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise UserError(
-                f"data.val_fraction={val_fraction}: give a share between 0 and 1, such as 0.1, or 0 for no validation"
-            )
-        if not 0 < hardest_share <= 1:
-            raise UserError(
-                f"data.hardest_share={hardest_share}: give a share of the images above 0, such as 0.5, up to 1 for all"
-            )
-        if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
-            raise UserError(
-                f"data.train_sizes={list(train_sizes)}: give a size in pixels for each epoch, such as [24,32]"
-            )
-        for name, value, least in [
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("crop_padding", crop_padding, 0),
-            ("cutout", cutout, 0),
-            ("split_seed", split_seed, 0),
-            ("shuffle_seed", shuffle_seed, 0),
-        ]:
-            if value < least:
-                raise UserError(f"data.{name}={value}: the least possible is {least}")
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_fraction = val_fraction
-        self.split_seed = split_seed
-        self.augment = Augment(crop_padding, flip, cutout)
-        self.train_sizes = list(train_sizes) if train_sizes is not None else None
-        self.hardest_share = hardest_share
-        self.mix = mix
-        self.shuffle_seed = shuffle_seed
-        self.on_device = on_device
-        self.workers = 0
+        train_sizes = None if train_sizes is None else list(train_sizes)
+        need(
+            0 <= val_fraction < 1, f"{val_fraction=}: give a share between 0 and 1, such as 0.1, or 0 for no validation"
+        )
+        need(
+            0 < hardest_share <= 1,
+            f"{hardest_share=}: give a share of the images above 0, such as 0.5, up to 1 for all",
+        )
+        fits = train_sizes is None or min(train_sizes, default=0) >= 1
+        need(fits, f"{train_sizes=}: give a size in pixels for each epoch, such as [24,32]")
+        need(batch_size >= 1, f"{batch_size=}: the least possible is 1")
+        need(eval_batch_size >= 1, f"{eval_batch_size=}: the least possible is 1")
+        need(crop_padding >= 0, f"{crop_padding=}: the least possible is 0")
+        need(cutout >= 0, f"{cutout=}: the least possible is 0")
+        need(split_seed >= 0, f"{split_seed=}: the least possible is 0")
+        need(shuffle_seed >= 0, f"{shuffle_seed=}: the least possible is 0")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
+        self.train_sizes, self.hardest_share = train_sizes, hardest_share
+        self.shuffle_seed, self.on_device, self.workers = shuffle_seed, on_device, 0
 
     def read(self) -> Source:
         """Return all images of the data set. Called once."""
@@ -200,12 +188,8 @@ class ImageDataModule(L.LightningDataModule):
             for images in split.chunks():
                 checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
             checksum.update(split.labels.numpy())
-        return {
-            "source": type(self).__name__,
-            "classes": len(self.class_names),
-            **{name: len(split) for name, split in splits.items()},
-            "sha256": checksum.hexdigest() if in_memory else None,
-        }
+        counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
+        return {"source": type(self).__name__, **counts, "sha256": checksum.hexdigest() if in_memory else None}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)
@@ -220,16 +204,10 @@ class ImageDataModule(L.LightningDataModule):
         if self.augment.cutout:
             self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero to the network
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        settings = {
-            "train": train,
-            "augment": self.augment,
-            "mix": self.mix,
-            "sizes": self.train_sizes,
-            "share": self.hardest_share,
-            "seed": self.shuffle_seed,
-            "device": trains_on if self.on_device else torch.device("cpu"),
-            "pin": trains_on.type == "cuda" and not self.on_device,
-        }
+        settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
+        settings |= {"share": self.hardest_share, "seed": self.shuffle_seed}
+        settings["device"] = trains_on if self.on_device else torch.device("cpu")
+        settings["pin"] = trains_on.type == "cuda" and not self.on_device
         if not isinstance(split.images, Tensor):
             return StreamingLoader(split.images, split.labels, batch_size, workers=self.workers, **settings)
         if settings["device"].type == "cuda":

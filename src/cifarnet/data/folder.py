@@ -1,13 +1,13 @@
 """Any tree of image files: `train/<class>/…`, `test/<class>/…` and an optional `val/<class>/…`."""
 
 import hashlib
+import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -16,39 +16,38 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cifarnet.data.datamodule import ImageDataModule, Source, Split
+from cifarnet.data.datamodule import ImageDataModule, Source, Split, need
+from cifarnet.data.loader import LazyImages
 from cifarnet.errors import UserError
 from cifarnet.hardware import cores
 
 CACHE_FORMAT = 1  # count up when what is cached changes
-CHUNK = 64  # images a thread decodes before the progress bar hears of it
 
 
-class ImageFile(NamedTuple):
-    path: str
-    label: int
-    stamp: str  # size and time of modification
-
-
-class ImageFiles:
+class ImageFiles(LazyImages):
     """Images that are decoded when they are asked for."""
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths = paths
-        self.size = size
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self.paths), 3, self.size, self.size
+        self.paths, self.size = paths, size
+        self.shape = len(paths), 3, size, size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int | torch.Tensor) -> "torch.Tensor | ImageFiles":
+    def __getitem__(self, index: int | slice | torch.Tensor) -> "torch.Tensor | ImageFiles":
         if isinstance(index, int):
             return torch.from_numpy(np.array(_decode(self.paths[index], self.size))).permute(2, 0, 1)
         chosen = torch.arange(len(self))[index].tolist()
         return ImageFiles([self.paths[i] for i in chosen], self.size)
+
+    def read(self, bar: bool = False) -> torch.Tensor:
+        images = np.empty((len(self), self.size, self.size, 3), np.uint8)
+        with ThreadPool(cores()) as pool:  # Pillow decodes outside the interpreter's lock
+            decoded = pool.imap(lambda path: _decode(path, self.size), self.paths, chunksize=16)
+            shown = tqdm(decoded, "Decoding images", len(self), unit=" images", mininterval=0.5, disable=not bar)
+            for number, image in enumerate(shown):
+                images[number] = image
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 class ImageFolder(ImageDataModule):
@@ -74,45 +73,22 @@ class ImageFolder(ImageDataModule):
         self, root: str, image_size: int = 32, in_memory: bool = True, workers: int | None = None, **settings
     ) -> None:
         super().__init__(**settings)
-        if image_size < 1:
-            raise UserError(f"data.image_size={image_size}: give the height and width in pixels, such as 32")
+        need(image_size >= 1, f"{image_size=}: give the height and width in pixels, such as 32")
         self.root = Path(root).expanduser().resolve()
-        self.size = image_size
-        self.in_memory = in_memory
+        self.size, self.in_memory = image_size, in_memory
         self.workers = cores() if workers is None else workers
 
     def read(self) -> Source:
         class_names = self._class_names()
         files = {name: self._list(name, class_names) for name in ("train", "val", "test")}
-        images = {name: ImageFiles([file.path for file in listed], self.size) for name, listed in files.items()}
-        if self.in_memory:
-            images = dict(zip(files, self._decoded(files), strict=True))
-        splits = {}
+        paths, labels = zip(*itertools.chain(*files.values()), strict=True)
+        images = ImageFiles(paths, self.size)
+        everything = Split(self._decoded(images) if self.in_memory else images, torch.tensor(labels))
+        splits, start = {}, 0
         for name, listed in files.items():
-            labels = torch.tensor([file.label for file in listed])
-            splits[name] = Split(images[name], labels) if listed else None
+            splits[name] = everything[start : start + len(listed)] if listed else None
+            start += len(listed)
         return Source(class_names, **splits)
-
-    def _decoded(self, files: dict[str, list[ImageFile]]) -> tuple[torch.Tensor, ...]:
-        """The images of each split, uint8 [N, 3, size, size]: from the cache where it is up to date."""
-        everything = [file for listed in files.values() for file in listed]
-        needed = 2 * 3 * self.size**2 * len(everything)  # bytes; a second time while the splits are made
-        if needed > (free := psutil.virtual_memory().available):
-            raise UserError(
-                f"{len(everything):,} images of {self.size}x{self.size} need {needed / 2**30:.1f} GiB of memory, and "
-                f"{free / 2**30:.1f} GiB are free. Read them while training, with data.in_memory=false, or choose a "
-                "smaller data.image_size."
-            )
-
-        header = f"{CACHE_FORMAT} {self.size} {self.root}"
-        cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
-        fingerprint = _sha256("\n".join([header, *(f"{file.path} {file.stamp}" for file in everything)]))
-        images = _load(cache, fingerprint)
-        if images is None:
-            images = self._decode([file.path for file in everything])
-            _save(cache, {"fingerprint": fingerprint, "images": images})
-
-        return images.split([len(listed) for listed in files.values()])
 
     def _class_names(self) -> list[str]:
         for name in ("train", "test"):
@@ -126,8 +102,8 @@ class ImageFolder(ImageDataModule):
             raise UserError(f"{self.root / 'train'} has {len(class_names)} class folders: at least two are needed.")
         return class_names
 
-    def _list(self, split: str, class_names: list[str]) -> list[ImageFile]:
-        """The image files of train, val or test, sorted by class and path. Without val/: none."""
+    def _list(self, split: str, class_names: list[str]) -> list[tuple[str, int]]:
+        """The image files of train, val or test and their labels, by class and path. Without val/: none."""
         if not (self.root / split).is_dir():
             return []
         files = []
@@ -138,31 +114,33 @@ class ImageFolder(ImageDataModule):
                     f"{folder}: the class {name!r} is in {split}/ but not in train/. "
                     f"Add {self.root / 'train' / name}, or remove this folder."
                 )
-            found = sorted(_image_files(folder, class_names.index(name)))
+            found = sorted(_image_files(folder))
             if not found:
                 raise UserError(f"{folder} holds no images. Add some ({', '.join(IMG_EXTENSIONS)}) or remove it.")
-            files += found
+            files += [(path, class_names.index(name)) for path in found]
         if not files:
             raise UserError(f"{self.root / split} has no class folders. Add {split}/<class>/… or remove it.")
         return files
 
-    def _decode(self, paths: list[str]) -> torch.Tensor:
-        """uint8 [N, 3, size, size]."""
-        images = np.empty((len(paths), self.size, self.size, 3), np.uint8)
-
-        def decode(start: int) -> int:
-            chunk = paths[start : start + CHUNK]
-            for number, path in enumerate(chunk, start):
-                images[number] = _decode(path, self.size)
-            return len(chunk)
-
-        with (
-            ThreadPoolExecutor() as pool,  # Pillow decodes outside the interpreter's lock
-            tqdm(total=len(paths), desc="Decoding images", unit=" images", mininterval=0.5) as bar,
-        ):
-            for count in pool.map(decode, range(0, len(paths), CHUNK)):
-                bar.update(count)
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+    def _decoded(self, files: ImageFiles) -> torch.Tensor:
+        """All images, uint8 [N, 3, size, size]: from the cache where it is up to date."""
+        needed = 2 * 3 * self.size**2 * len(files)  # bytes; a second time while the splits are made
+        if needed > (free := psutil.virtual_memory().available):
+            raise UserError(
+                f"{len(files):,} images of {self.size}x{self.size} need {needed / 2**30:.1f} GiB of memory, and "
+                f"{free / 2**30:.1f} GiB are free. Read them while training, with data.in_memory=false, or choose a "
+                "smaller data.image_size."
+            )
+        header = f"{CACHE_FORMAT} {self.size} {self.root}"
+        cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
+        stamps = ((path, os.stat(path)) for path in files.paths)
+        lines = [header, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stamps)]
+        fingerprint = _sha256("\n".join(lines))
+        images = _load(cache, fingerprint)
+        if images is None:
+            images = files.read(bar=True)
+            _save(cache, {"fingerprint": fingerprint, "images": images})
+        return images
 
 
 def _decode(path: str, size: int) -> Image.Image:
@@ -178,14 +156,13 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_files(folder: str | Path, label: int) -> Iterator[ImageFile]:
+def _image_files(folder: str | Path) -> Iterator[str]:
     """Every image below the folder."""
     for entry in os.scandir(folder):
         if entry.is_dir():
-            yield from _image_files(entry.path, label)
+            yield from _image_files(entry.path)
         elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            stat = entry.stat()
-            yield ImageFile(entry.path, label, f"{stat.st_size} {stat.st_mtime_ns}")
+            yield entry.path
 
 
 def _sha256(text: str) -> str:
@@ -193,11 +170,8 @@ def _sha256(text: str) -> str:
 
 
 def _cache_folder() -> Path:
-    if "CIFARNET_CACHE" in os.environ:
-        return Path(os.environ["CIFARNET_CACHE"]).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "cifarnet"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cifarnet"
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "cifarnet"
+    return Path(os.environ.get("CIFARNET_CACHE", default)).expanduser()
 
 
 def _load(cache: Path, fingerprint: str) -> torch.Tensor | None:

@@ -3,23 +3,11 @@
 import numpy as np
 import torch
 
-from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.errors import UserError
+from cifarnet.data.datamodule import ImageDataModule, Source, Split, need
 
 SIZE = 32
 TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on
-CLASS_NAMES = [
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "plus",
-    "cross",
-    "stripes",
-    "checkers",
-    "dots",
-]
+CLASS_NAMES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "stripes", "checkers", "dots"]
 
 
 class Synthetic(ImageDataModule):
@@ -36,19 +24,14 @@ class Synthetic(ImageDataModule):
 
     def __init__(self, seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, **settings) -> None:
         super().__init__(**settings)
-        self.seed = seed
-        for name, size in [("train_size", train_size), ("test_size", test_size)]:
-            if not len(CLASS_NAMES) <= size <= TEST_OFFSET:
-                raise UserError(f"data.{name}={size}: choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}")
-        self.train_size = train_size
-        self.test_size = test_size
+        advice = f"choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}"
+        need(len(CLASS_NAMES) <= train_size <= TEST_OFFSET, f"{train_size=}: {advice}")
+        need(len(CLASS_NAMES) <= test_size <= TEST_OFFSET, f"{test_size=}: {advice}")
+        self.seed, self.train_size, self.test_size = seed, train_size, test_size
 
     def read(self) -> Source:
-        return Source(
-            class_names=CLASS_NAMES,
-            train=synthesize(np.arange(self.train_size), self.seed),
-            test=synthesize(np.arange(self.test_size) + TEST_OFFSET, self.seed),
-        )
+        train, test = np.arange(self.train_size), np.arange(self.test_size) + TEST_OFFSET
+        return Source(CLASS_NAMES, synthesize(train, self.seed), synthesize(test, self.seed))
 
 
 def synthesize(index: np.ndarray, seed: int = 0) -> Split:

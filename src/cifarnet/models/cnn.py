@@ -35,8 +35,8 @@ class CNN(nn.Module):
         super().__init__()
         if len(widths) % 2:
             raise ValueError(f"widths={list(widths)}: a block has two convolutions, so give an even number of widths")
-        pooled_size = image_size // 2 ** (len(widths) // 2)
-        if pooled_size == 0:
+        self.pooled_size = image_size // 2 ** (len(widths) // 2)
+        if self.pooled_size == 0:
             raise ValueError(f"image_size={image_size} is too small to be halved by {len(widths) // 2} pools")
 
         self.normalize = Normalize(in_chans)
@@ -48,22 +48,14 @@ class CNN(nn.Module):
             layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # as before the pool, on a quarter of the values
             channels = second
         self.features = nn.Sequential(*layers)
-        self.pooled_size = pooled_size
-        self.hidden = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(channels * pooled_size**2, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(drop_rate),
-        )
+        flat = channels * self.pooled_size**2
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(inplace=True), nn.Dropout(drop_rate))
         self.head = nn.Linear(hidden, num_classes)
-        self.apply(self._initialize)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.head.weight)
-
-    @staticmethod
-    def _initialize(layer: nn.Module) -> None:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(self.normalize(images))

@@ -43,31 +43,22 @@ class Whiten(nn.Module):
 
 
 class Block(nn.Module):
-    """conv-pool-norm-activation, conv-norm-activation. The norms learn a shift and no scale."""
+    """conv-pool-norm-activation, conv-norm-activation."""
 
     def __init__(self, in_chans: int, out_chans: int, side_by_side: bool) -> None:
         super().__init__()
-        self.conv1 = _convolution(in_chans, out_chans, side_by_side)
-        self.norm1 = _norm(out_chans)
-        self.conv2 = _convolution(out_chans, out_chans, side_by_side)
-        self.norm2 = _norm(out_chans)
+        self.conv1 = Conv3x3(in_chans, out_chans, side_by_side)
+        self.norm1 = nn.BatchNorm2d(out_chans, eps=1e-12)
+        self.conv2 = Conv3x3(out_chans, out_chans, side_by_side)
+        self.norm2 = nn.BatchNorm2d(out_chans, eps=1e-12)
+        for conv in (self.conv1, self.conv2):  # as much of the identity as fits: at the start it passes its input on
+            nn.init.dirac_(conv.weight.data[: conv.in_channels])
+        for norm in (self.norm1, self.norm2):  # learns a shift and no scale
+            norm.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
-
-
-def _convolution(in_chans: int, out_chans: int, side_by_side: bool) -> Conv3x3:
-    """3×3, and as much of the identity as fits: at the start it passes its input on."""
-    convolution = Conv3x3(in_chans, out_chans, side_by_side)
-    nn.init.dirac_(convolution.weight.data[:in_chans])
-    return convolution
-
-
-def _norm(chans: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(chans, eps=1e-12)
-    norm.register_parameter("weight", None)
-    return norm
 
 
 class SpeedNet(nn.Module):

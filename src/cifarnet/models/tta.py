@@ -8,8 +8,6 @@ from torch import Tensor
 
 from cifarnet.errors import UserError
 
-CHOICES = ("none", "mirror", "mirror_translate")
-
 
 def predict(
     network: Callable[[Tensor], Tensor], images: Tensor, tta: str = "mirror_translate", share: float = 1.0
@@ -42,15 +40,14 @@ def predict(
 
 def check(tta: str, share: float) -> None:
     """Refuse settings that mean nothing."""
-    if tta not in CHOICES:
-        raise UserError(f"tta={tta}: choose one of {', '.join(CHOICES)}")
+    if tta not in ("none", "mirror", "mirror_translate"):
+        raise UserError(f"tta={tta}: choose one of none, mirror, mirror_translate")
     if not 0 <= share <= 1:
         raise UserError(f"tta_share={share}: give a share from 0 to 1")
 
 
 def _shifted(images: Tensor) -> Iterator[Tensor]:
     """By one pixel, down and right, then up and left; the border is reflected."""
-    height, width = images.shape[2:]
-    rows, columns = (torch.arange(-1, size - 1, device=images.device).abs() for size in (height, width))
+    rows, columns = (torch.arange(-1, size - 1, device=images.device).abs() for size in images.shape[2:])
     yield images[:, :, rows][..., columns]
-    yield images[:, :, (height - 1) - rows.flip(0)][..., (width - 1) - columns.flip(0)]
+    yield images[:, :, len(rows) - 1 - rows.flip(0)][..., len(columns) - 1 - columns.flip(0)]

@@ -39,9 +39,7 @@ class Muon(Optimizer):
 
     Args:
         params: which are which is seen from their dimensions: 4 a convolution, 0 or 1 a bias, all others a matrix.
-        lr: of convolutions.
-        momentum: of convolutions.
-        steps: Newton-Schulz iterations.
+        lr, momentum, steps: of convolutions; the last is the number of Newton-Schulz iterations.
         bias, matrix: SGD's `lr`, `weight_decay` (and `momentum`) for biases and for matrices.
 
     Raises:
@@ -59,8 +57,7 @@ class Muon(Optimizer):
     ) -> None:
         kinds: dict[str, list[Tensor]] = {"convolution": [], "bias": [], "matrix": []}
         for parameter in params:
-            kind = {0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")
-            kinds[kind].append(parameter)
+            kinds[{0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")].append(parameter)
         sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
         settings: dict[str, dict[str, Any]] = {
             "convolution": {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "steps": steps},
@@ -76,10 +73,8 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -87,7 +82,13 @@ class Muon(Optimizer):
             gradients = [parameter.grad for parameter in parameters]
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-            updates = self._nesterov(parameters, gradients, group["momentum"])
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])  # Nesterov's
             if group["kind"] == "convolution":
                 updates = self._orthogonalized(updates, group["steps"])
                 norms = torch._foreach_norm(parameters)
@@ -95,16 +96,6 @@ class Muon(Optimizer):
                 torch._foreach_mul_(parameters, scales)
             torch._foreach_add_(parameters, updates, alpha=-group["lr"])
         return loss
-
-    def _nesterov(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float) -> list[Tensor]:
-        """gradient + momentum × (momentum × buffer + gradient)"""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, gradients)
-        return torch._foreach_add(gradients, buffers, alpha=momentum)
 
     @staticmethod
     def _orthogonalized(updates: list[Tensor], steps: int) -> list[Tensor]:

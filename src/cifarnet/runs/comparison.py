@@ -3,10 +3,10 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifarnet.errors import UserError
 from cifarnet.runs.significance import LEVEL, MOST_SEEDS, POWER, Welch, holm, interval, seeds_needed, welch
@@ -14,33 +14,25 @@ from cifarnet.runs.tables import Group, Run, columns, grouped, is_time, lower_is
 from cifarnet.settings import deciding
 
 KINDS = "Name a run's folder, its metrics.json, or a folder above runs."
+RUN = {"config", "history"}  # an evaluation's metrics.json has no history
+
+Pair = tuple[Group, Group, Welch]  # first minus second; its p is corrected for all pairs that are compared
 
 
-@dataclass
-class Pair:
-    """Two groups and their difference, first minus second; `p` is corrected for all pairs that are compared."""
-
-    first: Group
-    second: Group
-    welch: Welch
-    p: float = math.nan
-
-
-def find(paths: Iterable[str]) -> dict[Path, dict[str, Any]]:
-    """The contents of the `metrics.json` of all runs at or below these paths, by their place.
+def find(paths: Iterable[str], metric: str) -> dict[Path, Run]:
+    """All runs at or below these paths, by the place of their `metrics.json`.
 
     Raises:
         UserError: there is no such path, or no run in it, or a file that cannot be read.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, Run] = {}
     for given in paths:
         path = Path(given)
         if not path.exists():
             raise UserError(f"{given}: no such file or folder. {KINDS}")
         files = [path] if path.is_file() else sorted(path.rglob("metrics.json"))
-        contents = {file.resolve(): read_metrics(file) for file in files}
-        # an evaluation's file of that name has no history
-        runs = {file: metrics for file, metrics in contents.items() if {"config", "history"} <= metrics.keys()}
+        contents = [(file.resolve(), read_metrics(file)) for file in files]
+        runs = {file: make_run(file, record, metric) for file, record in contents if record.keys() >= RUN}
         if not runs:
             raise UserError(
                 f"{given} holds no finished run (a metrics.json as cifarnet.train writes at the end). {KINDS}"
@@ -68,43 +60,40 @@ def load(places: Sequence[str], against: Sequence[str], metric: str) -> tuple[li
     Raises:
         UserError: there is nothing to compare, or a file cannot be read.
     """
-    baseline = find(against)
-    found = {file: metrics for file, metrics in find(places).items() if file not in baseline}
-    if not found:
+    baseline = find(against, metric)
+    runs = [run for file, run in find(places, metric).items() if file not in baseline]
+    if not runs:
         raise UserError(f"{' '.join(places)} holds no run that --against {' '.join(against)} does not.")
-    groups, left_out = _side(found, metric)
+    groups, left_out = _side(runs, metric)
     if baseline:
-        beside, without = _side(baseline, metric)
-        groups += [replace(group, baseline=True) for group in beside]
-        left_out += without
-    return [replace(group, label=letter(number)) for number, group in enumerate(groups)], left_out
+        beside, without = _side(list(baseline.values()), metric)
+        for group in beside:
+            group.baseline = True
+        groups, left_out = groups + beside, left_out + without
+    for number, group in enumerate(groups):
+        group.label = letter(number)
+    return groups, left_out
 
 
-def _side(found: dict[Path, dict[str, Any]], metric: str) -> tuple[list[Group], list[str]]:
+def _side(found: Sequence[Run], metric: str) -> tuple[list[Group], list[str]]:
     """The groups of these runs; what is left out of them: records of version 0.1, and those without the metric."""
     left_out = []
-    if old := [os.path.relpath(file.parent) for file, metrics in found.items() if "resolved" not in metrics]:
+    if old := [os.path.relpath(run.folder) for run in found if "resolved" not in run.metrics]:
         names = old[0] + (f" and {len(old) - 1} more" if len(old) > 1 else "")
         why = "recorded by an older version of cifarnet, whose settings cannot be compared"
         if len(old) == len(found):
             raise UserError(f"{names}: {why}. Repeat what you want to compare.")
         left_out.append(f"{names}: left out, {why}.")
-    runs = [make_run(file, metrics, metric) for file, metrics in found.items() if "resolved" in metrics]
-    check_metric(runs, metric)
+    runs = [run for run in found if "resolved" in run.metrics]
     with_metric = [run for run in runs if math.isfinite(run.value(metric))]
+    if not with_metric:
+        where, has = os.path.relpath(runs[0].folder / "metrics.json"), runs[0].metrics
+        null = " (it is null there: without validation images there is no val_accuracy)" if metric in has else ""
+        numbers = ", ".join(key for key in has if math.isfinite(runs[0].value(key)))
+        raise UserError(f"metric={metric}: {where} has no such number{null}. It has {numbers}.")
     without = [os.path.relpath(run.folder) for run in runs if run not in with_metric]
     left_out += [f"{folder} is left out: its {metric} is null." for folder in without]
     return grouped(with_metric, metric, alike=lambda run: _data(run.metrics)), left_out
-
-
-def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """Refuse a metric for which none of the runs has a number."""
-    if any(math.isfinite(run.value(metric)) for run in runs):
-        return
-    file, metrics = runs[0].folder / "metrics.json", runs[0].metrics
-    null = " (it is null there: without validation images there is no val_accuracy)" if metric in metrics else ""
-    numbers = ", ".join(key for key in metrics if math.isfinite(runs[0].value(key)))
-    raise UserError(f"metric={metric}: {os.path.relpath(file)} has no such number{null}. It has {numbers}.")
 
 
 def letter(number: int) -> str:
@@ -120,21 +109,12 @@ def pairs_of(groups: Sequence[Group]) -> list[Pair]:
         chosen = [(first, second) for second in baselines for first in others]
     else:
         chosen = [(others[0], second) for second in others[1:]]
-    pairs = [Pair(first, second, welch(first.values, second.values)) for first, second in chosen]
-    for pair, p in zip(pairs, holm([pair.welch.p for pair in pairs]), strict=True):
-        pair.p = p
-    return pairs
+    found = [welch(first.values, second.values) for first, second in chosen]
+    corrected = holm([one.p for one in found])
+    return [(*pair, one._replace(p=p)) for pair, one, p in zip(chosen, found, corrected, strict=True)]
 
 
-def _shown(key: str, settings: dict[str, str]) -> str:
-    value = settings.get(key, "none")
-    if key.endswith("_target_"):
-        return value.rpartition(".")[2]
-    return re.sub(r"^\$\{([^{}]+)\}$", r"= \1", value)  # it follows another setting
-
-
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """How a metric's values are written."""
 
     factor: float
@@ -159,49 +139,63 @@ class Unit:
         return f"{self.number(group.mean)}{spread}{self.symbol}"
 
 
+def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The settings that differ, each with its value in every group, short."""
+    return {key.removesuffix("._target_"): [_shown(key, group.settings) for group in groups] for key in varied(groups)}
+
+
+def _shown(key: str, settings: dict[str, str]) -> str:
+    value = settings.get(key, "none")
+    if key.endswith("_target_"):
+        return value.rpartition(".")[2]
+    return re.sub(r"^\$\{([^{}]+)\}$", r"= \1", value)  # it follows another setting
+
+
 def table(groups: Sequence[Group], metric: str, unit: Unit) -> str:
     """The groups as lines of text; what differs between them in columns, or below if it is much."""
-    keys = varied(groups)
-    beside, below = (keys, []) if len(keys) <= 4 else ([], keys)
-    heads = [key.removesuffix("._target_") for key in beside]
-    folders = len({group.folder for group in groups}) > 1
-    rows = [["", "", metric.replace("_", " "), "n", *heads, *(["folder"] if folders else [])]]
-    for group in groups:
-        settings = [_shown(key, group.settings) for key in beside]
-        row = [group.label, group.name, unit.of_group(group), str(len(group.values)), *settings]
-        rows.append([*row, *([group.folder] if folders else [])])
-    lines = columns(rows)
-    if below:
-        lines += ["", f"  different in {' / '.join(group.label for group in groups)}:"]
-    for key in below:
-        values = " / ".join(_shown(key, group.settings) for group in groups)
-        lines.append(f"    {key.removesuffix('._target_')}: {values}")
+    settings = differences(groups)
+    labels = [group.label for group in groups]
+    folders = [os.path.relpath(os.path.commonpath([run.folder for run in group.counted])) for group in groups]
+    cells = [
+        ["", *labels],
+        ["", *(group.name for group in groups)],
+        [metric.replace("_", " "), *(unit.of_group(group) for group in groups)],
+        ["n", *(str(len(group.values)) for group in groups)],
+    ]
+    if len(settings) <= 4:
+        cells += [[key, *values] for key, values in settings.items()]
+    if len(set(folders)) > 1:
+        cells.append(["folder", *folders])
+    lines = columns(list(zip(*cells, strict=True)))
+    if len(settings) > 4:
+        lines += ["", f"  different in {' / '.join(labels)}:"]
+        lines += [f"    {key}: {' / '.join(values)}" for key, values in settings.items()]
     return "\n".join(lines)
 
 
-def verdict(pair: Pair, metric: str, unit: Unit, comparisons: int) -> str:
+def verdict(pair: Pair, metric: str, unit: Unit, tested: int) -> str:
     """The difference, its interval and p-value, what follows, and on another line what would be needed to tell."""
-    first, second, found = pair.first, pair.second, pair.welch
+    first, second, found = pair
     line = f"{first.label} - {second.label}: {unit.number(found.difference, '+')}{unit.points}"
     if min(len(first.values), len(second.values)) < 2:
         return f"{line}; no interval: at least 2 seeds of each are needed"
     if math.isnan(found.p):
         return f"{line}; no interval: neither group's values vary, so nothing is known about luck"
     line += f", 95 % interval {unit.number(found.low, '+')} to {unit.number(found.high, '+')}"
-    line += ", p < 0.0001" if pair.p < 0.0001 else f", p = {pair.p:.2g}"
-    if pair.p <= LEVEL:
+    line += ", p < 0.0001" if found.p < 0.0001 else f", p = {found.p:.2g}"
+    if found.p <= LEVEL:
         better = first if (found.difference < 0) == lower_is_better(metric) else second
         return f"{line}: {better.label} is better"
-    return f"{line}: not distinguishable{more_seeds(pair, comparisons)}"
+    return f"{line}: not distinguishable{more_seeds(pair, tested)}"
 
 
-def more_seeds(pair: Pair, comparisons: int) -> str:
+def more_seeds(pair: Pair, tested: int) -> str:
     """How many more seeds the test would need to find a difference as large as the one observed."""
-    first, second = pair.first, pair.second
-    if pair.welch.difference == 0:
+    first, second, found = pair
+    if found.difference == 0:
         return ""
     # Bonferroni's level: what Holm asks of the smallest p-value
-    needed = seeds_needed(pair.welch.difference, (first.deviation, second.deviation), LEVEL / comparisons)
+    needed = seeds_needed(found.difference, (first.deviation, second.deviation), LEVEL / tested)
     if needed is None:
         return f"\n    more than {MOST_SEEDS:,} seeds each would be needed to tell a difference of this size"
     missing = [max(0, needed - len(group.values)) for group in (first, second)]
@@ -214,12 +208,12 @@ def more_seeds(pair: Pair, comparisons: int) -> str:
     return f"\n    about {count} would be needed to tell a difference of this size (power {100 * POWER:.0f} %)"
 
 
-def notes(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
+def notes(groups: Sequence[Group], pairs: Sequence[Pair], tested: int) -> list[str]:
     """How the figures below the table came about."""
-    tested = sum(math.isfinite(pair.p) for pair in pairs)
-    others, baselines = (sum(group.baseline == side for group in groups) for side in (False, True))
+    baselines = sum(group.baseline for group in groups)
+    others = len(groups) - baselines
     lines = [] if pairs else ["One group: nothing to compare it with."]
-    if baselines and others * baselines > 1:
+    if baselines and len(pairs) > 1:
         lines.append(f"{others} of the runs' groups are compared with {baselines} to compare against, each with each.")
     if tested == 1:
         lines.append("p: Welch's t-test, two-sided.")
@@ -246,29 +240,35 @@ def warnings(groups: Sequence[Group], metric: str) -> list[str]:
             )
         if len(group.values) == 1:
             lines.append(f"{group.label} has one seed: no deviation and no interval. Train at least 2.")
-    for what, describe in _circumstances(metric).items():
-        if differing := _differing(groups, describe):
-            lines.append(f"{what}: {differing}")
-    if any("-dirty" in str(stretch.get("git_commit")) for group in groups for stretch in _stretches(group.counted)):
+    stretches = [(group.label, stretch) for group in groups for stretch in _stretches(group.counted)]
+    held: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # what, how it was, in which groups
+    for label, stretch in stretches:
+        for what, how in _circumstances(stretch, metric).items():
+            held[what][str(how)].append(label)
+    for what, found in held.items():
+        if len(found) > 1:
+            each = [f"{how} ({', '.join(dict.fromkeys(labels))})" for how, labels in found.items()]
+            lines.append(f"{what}: {'; '.join(each)}")
+    if any("-dirty" in str(stretch.get("git_commit")) for _, stretch in stretches):
         lines.append("some code was changed after its commit (-dirty): whether all ran the same is not recorded.")
     return lines
 
 
-def _circumstances(metric: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    """What is to be alike, and how to read it from `metrics.json`."""
-    described: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "the data differ": _data,
-        "PyTorch differs": lambda metrics: metrics.get("versions", {}).get("torch"),
-        "the code differs": lambda metrics: (metrics.get("git_commit") or "unknown")[:8],
+def _circumstances(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
+    """What is to be alike in all runs, after the words that say that it is not."""
+    versions, hardware = dict(metrics.get("versions", {})), metrics.get("hardware", {})
+    found = {
+        "the data differ": _data(metrics),
+        "PyTorch differs": versions.pop("torch", None),
+        "the code differs": (metrics.get("git_commit") or "unknown")[:8],
     }
     if metric in ("test_accuracy", "test_cross_entropy"):
-        described["test-time augmentation differs (test_accuracy_one_view is without)"] = lambda m: m.get("tta")
+        found["test-time augmentation differs (test_accuracy_one_view is without)"] = metrics.get("tta")
     if is_time(metric):
-        described["the hardware differs"] = _hardware
-        described["other versions differ"] = lambda metrics: ", ".join(
-            f"{name} {version}" for name, version in metrics.get("versions", {}).items() if name != "torch"
-        )
-    return described
+        names = f"{hardware.get('name')}, {hardware.get('threads')} threads, {hardware.get('system')}"
+        found["the hardware differs"] = names
+        found["other versions differ"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return found
 
 
 def _data(metrics: dict[str, Any]) -> str:
@@ -278,30 +278,16 @@ def _data(metrics: dict[str, Any]) -> str:
     return f"{counts} images to train / validate / test, {data['classes']} classes, checksum {checksum}"
 
 
-def _hardware(metrics: dict[str, Any]) -> str:
-    hardware = metrics.get("hardware", {})
-    return f"{hardware.get('name')}, {hardware.get('threads')} threads, {hardware.get('system')}"
-
-
-def _differing(groups: Sequence[Group], describe: Callable[[dict[str, Any]], Any]) -> str:
-    """Each description with the groups it holds for, or nothing if there is but one."""
-    found: dict[str, list[str]] = {}
-    for group in groups:
-        for description in dict.fromkeys(str(describe(metrics)) for metrics in _stretches(group.counted)):
-            found.setdefault(description, []).append(group.label)
-    return "; ".join(f"{key} ({', '.join(labels)})" for key, labels in found.items()) if len(found) > 1 else ""
-
-
 def plot(groups: Sequence[Group], metric: str, path: Path) -> None:
     """Each group's runs, mean and interval, into an image file."""
     from cifarnet.runs import figures
 
-    keys = varied(groups)[:3]
+    settings = list(differences(groups).items())[:3]
     rows = []
-    for group in groups:
-        settings = [f"{key.removesuffix('._target_')}={_shown(key, group.settings)}" for key in keys]
-        title = "\n".join([f"{group.label}  {group.name}, n = {len(group.values)}", *settings])
-        rows.append((title, group.values, interval(group.values)))
+    for number, group in enumerate(groups):
+        title = [f"{group.label}  {group.name}, n = {len(group.values)}"]
+        title += [f"{key}={values[number]}" for key, values in settings]
+        rows.append(("\n".join(title), group.values, interval(group.values)))
     figure = figures.comparison(rows, metric.replace("_", " "), percent="accuracy" in metric)
     try:
         figures.save(figure, path)
@@ -324,11 +310,11 @@ def compare(places: Sequence[str], against: Sequence[str], metric: str, output: 
     groups, left_out = load(places, against, metric)
     pairs = pairs_of(groups)
     unit = Unit.of(metric, [value for group in groups for value in group.values])
-    tested = sum(math.isfinite(pair.p) for pair in pairs)
+    tested = sum(math.isfinite(found.p) for _, _, found in pairs)
     print(f"\n{table(groups, metric, unit)}\n")
     for pair in pairs:
         print(f"  {verdict(pair, metric, unit, tested)}")
-    for note in notes(groups, pairs):
+    for note in notes(groups, pairs, tested):
         print(f"  {note}")
     for warning in [*left_out, *warnings(groups, metric)]:
         print(f"  warning: {warning}")

@@ -14,6 +14,7 @@ from cifarnet.runs.tables import short
 
 TRAIN, VAL = "#0969da", "#d1570a"
 PANELS = 3  # in a row
+LETTER = 14  # its width, in pixels
 
 Results = Sequence[tuple[Mapping[str, str], float, float]]  # of a sweep: settings, mean accuracy, its deviation
 
@@ -58,26 +59,22 @@ def accuracy(history: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def sweep(results: Results, keys: Sequence[str]) -> Figure:
-    """Validation accuracy against what was swept: one setting, a line; two, a heat map where most of its cells are
-    filled; else a panel for each setting, with a point for each result and a ring around the best.
+    """Validation accuracy against what was swept: a panel for each setting.
 
     Args:
         results: settings, mean and standard deviation of the accuracy (NaN where there is none), in any order.
         keys: the settings that vary.
     """
-    results = [result for result in results if np.isfinite(result[1])]
+    results = [result for result in results if math.isfinite(result[1])]
     columns = min(len(keys), PANELS)
     rows = math.ceil(len(keys) / columns)
     figure = Figure(figsize=(max(8, 4 * columns), 1 + 3.5 * rows), dpi=150, layout="constrained")
     figure.suptitle(f"Validation accuracy, {len(results)} settings")
     if not results:
         return figure
-    if len(keys) == 2 and 2 * len(results) >= math.prod(len(_levels(results, key)) for key in keys):
-        _heat_map(figure, results, *keys)
-        return figure
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
-        (_line if len(keys) == 1 else _points)(axis, results, key)
+        _panel(axis, results, key, alone=len(keys) == 1)
     for axis in axes.flat[len(keys) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
@@ -86,10 +83,26 @@ def sweep(results: Results, keys: Sequence[str]) -> Figure:
     return figure
 
 
-def _levels(results: Results, key: str) -> list[str]:
-    """The values of a setting, in numerical order if they are numbers."""
-    values = {settings.get(key, "") for settings, _, _ in results}
-    return sorted(values, key=lambda value: (_number(value), value))
+def _panel(axis: Axes, results: Results, key: str, alone: bool) -> None:
+    """A point for each result: with its deviation, numbers joined, if nothing else varies; else the best ringed."""
+    results = sorted(results, key=lambda result: (_number(result[0].get(key, "")), result[0].get(key, "")))
+    texts, means = [settings.get(key, "") for settings, _, _ in results], [mean for _, mean, _ in results]
+    levels = list(dict.fromkeys(texts))
+    positions = [_number(level) for level in levels]
+    numeric = all(map(math.isfinite, positions))
+    if not numeric:
+        positions = [float(index) for index in range(len(levels))]
+    (_number_ticks if numeric else _text_ticks)(axis, positions, [short(level) for level in levels])
+    axis.set_xlabel(key)
+    axis.grid(alpha=0.25)
+    places = [positions[levels.index(text)] for text in texts]
+    if alone:
+        deviations = np.nan_to_num([deviation for _, _, deviation in results])
+        axis.errorbar(places, means, yerr=deviations, fmt="o-" if numeric else "o", color=VAL, capsize=3)
+    else:
+        best = int(np.argmax(means))
+        axis.plot(places, means, "o", color=VAL, alpha=0.6)
+        axis.plot(places[best], means[best], "o", markersize=11, fillstyle="none", color=VAL)
 
 
 def _number(value: str) -> float:
@@ -100,67 +113,25 @@ def _number(value: str) -> float:
         return math.inf
 
 
-def _positions(axis: Axes, results: Results, key: str) -> list[float]:
-    """Where the results' values of a setting lie on the x axis, logarithmic for a wide range of numbers."""
-    levels = _levels(results, key)
-    positions, labels = [_number(level) for level in levels], [short(level) for level in levels]
-    room = axis.bbox.width / 14  # letters beside each other
-    axis.set_xlabel(key)
-    axis.grid(alpha=0.25)
-    if not np.isfinite(positions).all():
-        positions = [float(index) for index, _ in enumerate(levels)]
-        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len("  ".join(labels)) > room else {}
-        axis.set_xticks(positions, labels, **slanted)
-        axis.set_xlim(-0.5, len(levels) - 0.5)
-    else:
-        _number_ticks(axis, positions, labels, room)
-    places = dict(zip(levels, positions, strict=True))
-    return [places[settings.get(key, "")] for settings, _, _ in results]
+def _text_ticks(axis: Axes, positions: list[float], labels: list[str]) -> None:
+    """Slanted, where there is no room for them side by side."""
+    crowded = len("  ".join(labels)) > axis.bbox.width / LETTER
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axis.set_xticks(positions, labels, **slanted)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
 
 
-def _number_ticks(axis: Axes, positions: list[float], labels: list[str], room: float) -> None:
-    """At the values, where there is room for them; else at round numbers."""
+def _number_ticks(axis: Axes, positions: list[float], labels: list[str]) -> None:
+    """At the values, where there is room for them; else at round numbers. Logarithmic for a wide range."""
     decades = math.log10(max(positions) / min(positions)) if min(positions) > 0 else 0
     gaps = np.diff(np.log10(positions) if decades >= 1 else positions)
-    fit = max(map(len, labels)) * gaps.sum() <= room * gaps.min(initial=np.inf)
     if decades >= 1:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 2.5 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(NullLocator())
-    if fit:
+    if max(map(len, labels)) * gaps.sum() <= axis.bbox.width / LETTER * gaps.min(initial=np.inf):
         axis.set_xticks(positions, labels)
-
-
-def _line(axis: Axes, results: Results, key: str) -> None:
-    results = sorted(results, key=lambda result: _number(result[0].get(key, "")))
-    means, deviations = [mean for _, mean, _ in results], [deviation for _, _, deviation in results]
-    joined = all(math.isfinite(_number(level)) for level in _levels(results, key))
-    places, kind = _positions(axis, results, key), "o-" if joined else "o"
-    axis.errorbar(places, means, yerr=np.nan_to_num(deviations), fmt=kind, color=VAL, capsize=3)
-
-
-def _points(axis: Axes, results: Results, key: str) -> None:
-    places, means = _positions(axis, results, key), [mean for _, mean, _ in results]
-    best = int(np.argmax(means))
-    axis.plot(places, means, "o", color=VAL, alpha=0.6)
-    axis.plot(places[best], means[best], "o", markersize=11, fillstyle="none", color=VAL)
-
-
-def _heat_map(figure: Figure, results: Results, row_key: str, column_key: str) -> None:
-    axis, rows, columns = figure.subplots(), _levels(results, row_key), _levels(results, column_key)
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for settings, mean, _ in results:
-        grid[rows.index(settings.get(row_key, "")), columns.index(settings.get(column_key, ""))] = mean
-    image = axis.imshow(grid, cmap="viridis", aspect="auto")
-    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for row, column in np.argwhere(np.isfinite(grid)):
-        value = grid[row, column]
-        axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="black" if value > middle else "white")
-    axis.set_xticks(range(len(columns)), map(short, columns))
-    axis.set_yticks(range(len(rows)), map(short, rows))
-    axis.set(xlabel=column_key, ylabel=row_key)
-    figure.colorbar(image, format=PercentFormatter(1.0))
 
 
 def comparison(groups: Sequence[tuple[str, Sequence[float], float]], metric: str, percent: bool) -> Figure:

@@ -56,6 +56,8 @@ def _folder(path: Path) -> Path:
 
 def _changed(recorded: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """A copy of the recorded config with the overrides in it."""
+    if flags := [override for override in overrides if override.startswith("-")]:
+        raise UserError(f"ckpt_path=… goes on with one run, as it was recorded: leave out {' '.join(flags)}.")
     config = recorded.copy()
     config.classes = []  # what a checkpoint may ask for is said in the command, not in the checkpoint
     for override in OverridesParser.create().parse_overrides(list(overrides)):

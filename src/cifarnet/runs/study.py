@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-COMMON = "recipe"  # the study's attribute: what its trials have in common, and what is searched
+COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
 
 
 class Search(Sweeper):

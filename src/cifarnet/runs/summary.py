@@ -27,10 +27,10 @@ def summarize(sweep_folder: Path) -> None:
         figure = figures.sweep([(group.settings, group.mean, group.deviation) for group in groups], keys)
         figures.save(figure, sweep_folder / "sweep.png")
     done, pruned = (sum(run.status == status for run in runs) for status in ("done", "pruned"))
-    stopped = f", {pruned} pruned" if pruned else ""
-    print(f"  {done} of {len(runs)} jobs done{stopped}: {os.path.relpath(sweep_folder)}/sweep.csv")
+    stopped, place = f", {pruned} pruned" if pruned else "", os.path.relpath(sweep_folder)
+    print(f"  {done} of {len(runs)} jobs done{stopped}: {place}/sweep.csv")
     if done + pruned < len(runs):
-        print(f"  Run what is missing: python -m cifarnet.train sweep.resume={os.path.relpath(sweep_folder)}")
+        print(f"  Run what is missing: python -m cifarnet.train sweep.resume={place}")
 
 
 def table(groups: Sequence[Group]) -> str:
