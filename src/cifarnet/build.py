@@ -103,7 +103,7 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
     chosen += [recipe for recipe in (config.get("recipe") or {}).values() if recipe]
     built = [*(instantiate(callback) for callback in chosen), *callbacks]
     if config.compile:
-        built.append(Compile())
+        built.insert(0, Compile())  # before the clocks of others start
     accelerator, precision = config.trainer.accelerator, config.trainer.precision
     quiet = {"default_root_dir": config.output_dir, "enable_model_summary": False, "num_sanity_val_steps": 0}
     quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by runs.progress.History

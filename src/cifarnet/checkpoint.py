@@ -14,8 +14,10 @@ from torch import nn
 from cifarnet import __version__
 from cifarnet.errors import UserError
 from cifarnet.models import construct
-from cifarnet.permitted import permitted, targets
+from cifarnet.permitted import permitted
 from cifarnet.upgrade import upgrade
+
+FOLDERS = {"dirpath", "save_dir", "root_dir", "default_root_dir"}  # in which callbacks and loggers write
 
 
 def find(path: str | Path) -> Path:
@@ -90,18 +92,32 @@ def refused(name: Any, path: str | Path) -> UserError:
     )
 
 
-def check_targets(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> None:
-    """Refuse a recorded config that asks for classes, functions or values that no checkpoint may ask for.
+def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> dict[str, Any]:
+    """A recorded config that names only what it may, with the names of the classes that the user allows in full.
 
     Raises:
-        UserError: it names such a class, or has a `${…:…}` that would be asked of the machine.
+        UserError: it names another class, has a `${…}` that is more than another setting, or a folder outside its own.
     """
-    for section, node in config.items():
-        for _, name in targets(node, str(section)):
-            if permitted(name, str(section), classes) is None:
-                raise refused(name, path)
-        if ":" in str(node) and (asks := re.search(r"\$\{[^}]*:[^}]*\}", str(node))):
-            raise UserError(f"{path}: {section} asks the machine for {asks[0]}. Give that setting in the command.")
+
+    def check(section: str, key: str, node: Any) -> Any:
+        if isinstance(node, dict):
+            return {str(name): check(section, str(name), value) for name, value in node.items()}
+        if isinstance(node, list):
+            return [check(section, "", value) for value in node]
+        if key == "_target_":
+            found = permitted(node, section, classes)
+            if found is None:
+                raise refused(node, path)
+            return f"{found.__module__}.{found.__qualname__}" if found in classes else node
+        text = re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))
+        outside = (
+            key in FOLDERS and node is not None and (not str(node).startswith("${output_dir}") or ".." in str(node))
+        )
+        if "${" in text or outside:
+            raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.")
+        return node
+
+    return {str(section): check(str(section), str(section), node) for section, node in config.items()}
 
 
 def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:
@@ -134,7 +150,8 @@ def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[A
     """
     data = {key: value for key, value in content["resolved"]["data"].items() if key not in ("url", "mix")}
     name = data.get("_target_")
-    if permitted(name, "data", classes) is None:
+    found = permitted(name, "data", classes)
+    if found is None:
         raise refused(f"the class {name}", path)
     for key, value in data.items():
         members = value if isinstance(value, list) else [value]
@@ -145,7 +162,7 @@ def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[A
                 f"{path}: its setting data.{key}={value} is no plain value, and is not used. "
                 "Say what to test on: data=cifar10, or data=folder data.root=…"
             )
-    return data
+    return data | {"_target_": f"{found.__module__}.{found.__qualname__}"}
 
 
 def load(path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:

@@ -146,6 +146,7 @@ class Classifier(L.LightningModule):
     def on_train_start(self) -> None:
         # counting the steps made the loader before the checkpoint's loops were read, where its place is
         self.trainer.fit_loop._load_combined_loader_states()
+        self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None
         if self._restored_rng is not None:
@@ -185,5 +186,5 @@ class Classifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
         saved = checkpoint["middle_of_epoch"]
-        self._sums["train"] = saved["train_sums"].to(self.device)
+        self._sums["train"] = saved["train_sums"]
         self._restored_rng = saved["rng"]

@@ -7,7 +7,6 @@ runs' `metrics.json`.
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.runs.comparison import compare
 from cifarnet.settings import check_type
 
 EXAMPLES = """\
@@ -21,6 +20,8 @@ def _compare() -> None:
     config = cli.compose("compare", arguments.settings)
     for name in ("metric", "output"):
         check_type(name, config[name], str)
+    from cifarnet.runs.comparison import compare
+
     compare(arguments.paths, arguments.against, config.metric, Path(config.output))
 
 

@@ -6,6 +6,7 @@ import functools
 import getpass
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,12 +61,12 @@ def gpus() -> list[str]:
     """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        return [name.strip() for name in visible.split(",") if name.strip() and not name.startswith("-")]
     try:  # not by torch, which takes seconds to import
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(index) for index, _ in enumerate(listed.splitlines())]
+    return [str(index) for index, _ in enumerate(re.findall(r"^GPU ", listed, re.MULTILINE))]
 
 
 @functools.cache  # once for all jobs of this process

@@ -6,7 +6,7 @@ Building anything else that a file asks for would let a stranger's file run code
 
 import importlib
 import pydoc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,11 @@ def permitted(name: Any, room: str, classes: Sequence[Any] = ()) -> Any:
     for package, base in ROOMS.get(room, {}).items():
         if package.partition(".")[0] == PACKAGE.name:
             found = _of_this_project(package, place, own)
-        elif place == package or place.startswith(f"{package}."):
+        else:
             module = importlib.import_module(package)
             found = getattr(module, own, None) if own in _offered(module) else None
-        else:
-            continue
+            if place not in (package, getattr(found, "__module__", None)):
+                continue
         if isinstance(found, type) and issubclass(found, pydoc.locate(base)):
             return found
     # packages offer what their modules define: torchvision.models.resnet18 is that of torchvision.models.resnet
@@ -87,13 +87,3 @@ def _of_this_project(package: str, place: str, own: str) -> Any:
 
 def _offered(module: Any) -> list[str]:
     return list(getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]))
-
-
-def targets(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every class that a part of a config asks for: its place in the config, and its name."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from [(f"{name}.{key}", value)] if key == "_target_" else targets(value, f"{name}.{key}")
-    elif isinstance(node, list | tuple):
-        for member in node:
-            yield from targets(member, name)

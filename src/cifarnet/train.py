@@ -38,14 +38,15 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
     """
     from cifarnet.build import build
     from cifarnet.runs import record
+    from cifarnet.runs.resume import Relocate
 
-    built = build(config, callbacks)
+    built = build(config, callbacks if ckpt_path is None else [*callbacks, Relocate()])
     trainer, classifier, data, _ = built
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     print(record.heading(config, built), flush=True)
-    trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path)
+    trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     tested_epoch = load_best(built)
     trainer.test(classifier, datamodule=data, verbose=False)
 
@@ -84,6 +85,8 @@ def check_same_images(ckpt_path: str | Path, built: "Built") -> None:
 
 
 def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
+    if config.ckpt_path is not None:
+        raise UserError("ckpt_path is no setting of a config: give it in the command, for one run.")
     return sweep.run(config, train, trial) if sweep.is_job() else train(config)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of version 0.1 in today's words."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         return
     config, model = hparams["config"], hparams.pop("model")
     folder = str(config.get("output_dir") or "nowhere")  # which its callbacks and loggers name
-    config = _renamed(config, lambda text: MOVED.get(text, text.replace(folder, "${output_dir}")))
+    inside = re.compile(rf"^{re.escape(folder)}(?=/|$)")
+    config = _renamed(config, lambda text: MOVED.get(text, inside.sub("${output_dir}", text)))
     config["model"] = {**config["model"], "_target_": model["_target_"]}
     smoothing = config["module"].pop("label_smoothing", 0.0)
     for key in ("channels_last", "seed"):  # said once, at the root

@@ -35,6 +35,8 @@ def test_folder_and_file_give_the_recorded_config(run):
     assert resume(path) == (config, path)
     recorded = json.loads((run / "metrics.json").read_text())["config"]
     assert OmegaConf.to_container(config) == recorded | {"output_dir": str(run)}
+    with pytest.raises(UserError, match=r"output_dir=x: a run goes on with the settings it began with"):
+        resume(run, ["output_dir=x"])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_missing_and_damaged_checkpoints_are_told(run):
         ("callbacks", {"x": {"_target_": "torch.utils.collect_env.run", "command": "touch exploded"}}),
         ("recipe", {"x": {"_target_": "torch.hub.load", "repo_or_dir": "a/b", "model": "c"}}),
         ("logger", {"_target_": "numpy.load", "file": "evil.npy", "allow_pickle": True}),
-        ("optimizer", {"_target_": "shutil.copy", "src": "/etc/hosts", "dst": "exploded"}),
+        ("optimizer", {"_target_": "shutil.copy", "src": "/etc/hosts", "dst": "exploded", "lr": 1}),
         ("scheduler", {"_target_": "os.mkdir", "path": "exploded"}),
         ("objective", {"_target_": "cifarnet.train.train"}),
         ("model", {"_target_": "cifarnet.models.CNN", "widths": [{"_target_": "os.mkdir", "path": "exploded"}]}),
@@ -136,6 +138,12 @@ def test_missing_and_damaged_checkpoints_are_told(run):
         ("callbacks", {"x": {"_target_": "cifarnet.runs.sweep.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
+        ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),
+        ("callbacks", {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "~"}}),
+        (
+            "callbacks",
+            {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}/.."}},
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -146,9 +154,32 @@ def test_a_strangers_checkpoint_runs_nothing(run, tmp_path, monkeypatch, section
     content["hyper_parameters"]["config"]["classes"] = ["os.mkdir", "torch.load"]  # allowed by the user alone
     torch.save(content, tmp_path / "evil.ckpt")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UserError, match=r"which is no class that this project lists|asks the machine for|is damaged"):
+    with pytest.raises(UserError, match=r"which is no class that this project lists|asks the machine for"):
         resume(tmp_path / "evil.ckpt")
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_class_that_is_allowed_does_not_allow_others_of_its_name(config, tmp_path):
+    """`conftest.SignalAt` is the user's; another module's `SignalAt` is not what is built."""
+    with pytest.raises(Interrupted):
+        train(config(signal_at(0, 2, signal.SIGTERM)))
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["config"]["callbacks"]["signal"]["_target_"] = "evil.SignalAt"
+    torch.save(content, path)
+    resumed, _ = resume(path, [OWN])
+    assert resumed.callbacks.signal._target_ == "conftest.SignalAt"
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(config, tmp_path):
+    slower = ["scheduler=constant", "optimizer.lr=1e-9", "trainer.max_epochs=1"]  # later epochs are no better
+    train(config(*slower, folder="old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    train(*resume(tmp_path / "new", ["trainer.max_epochs=2"]))
+    metrics = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert (metrics["epochs"], metrics["tested_epoch"]) == (2, 1)
+    train(*resume(tmp_path / "new", ["module.tta=mirror"]))  # no epoch is left
+    assert json.loads((tmp_path / "new/metrics.json").read_text())["tested_epoch"] == 1
 
 
 def test_a_checkpoint_that_was_moved_gets_a_folder_of_its_own(run, tmp_path, monkeypatch):

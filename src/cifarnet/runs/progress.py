@@ -111,7 +111,7 @@ class History(Callback):
         self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
 
     def _begin_stretch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        now = stretch(trainer, module)
+        now = stretch(trainer)
         if self.stretches:
             for what in ("precision", "hardware", "git_commit"):
                 if (before := self.stretches[-1][what]) != now[what]:
@@ -162,12 +162,12 @@ class History(Callback):
             figures.accuracy(self.epochs).savefig(Path(trainer.default_root_dir) / "accuracy.png")
 
 
-def stretch(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+def stretch(trainer: L.Trainer) -> dict[str, Any]:
     """What a run is trained with from here on, as plain data."""
     return {
         "from_step": trainer.global_step,
         "precision": str(trainer.precision),
-        "hardware": hardware.describe(module.device),
+        "hardware": hardware.describe(trainer.strategy.root_device),
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -62,7 +62,7 @@ def collect(config: DictConfig, built: "Built", tested_epoch: int) -> dict[str, 
     last = {"epoch": trainer.current_epoch, **classifier.means("val")}
     tested = next((row for row in [*history.epochs, last] if row["epoch"] == tested_epoch), {})
     test = classifier.means("test")
-    stretches = history.stretches or [stretch(trainer, classifier)]
+    stretches = history.stretches or [stretch(trainer)]
     return {
         "name": config.name,
         "val_accuracy": tested.get("val/accuracy", math.nan),

@@ -1,10 +1,15 @@
 """Going on with a run, with the settings that its checkpoint recorded."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
@@ -13,8 +18,10 @@ from cifarnet.permitted import located
 from cifarnet.settings import PLACES, SHOWN, SPEED, within
 
 # no weight depends on these, but by rounding
-ALLOWED = PLACES | SHOWN | SPEED | {"trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"}
-CHOICES = {"logger", "trainer"}  # where a file of configs/ may be chosen anew
+ROUNDING = {"trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"}
+ALLOWED = (PLACES - {"output_dir", "sweep", "ckpt_path", "name"}) | SHOWN | SPEED | ROUNDING
+# where a file of configs/ may be chosen anew, and what of it is taken
+CHOICES = {"logger": ["logger"], "trainer": ["trainer.accelerator", "channels_last"]}
 PLAN = "trainer.max_epochs"
 
 
@@ -39,12 +46,24 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
 
     path = last_checkpoint(path)
     content = checkpoint.read(path)
-    recorded = OmegaConf.create(content["hyper_parameters"]["config"])
-    config = _changed(recorded, overrides)
-    config.output_dir = str(_folder(path))
-    checkpoint.check_targets(OmegaConf.to_container(config), path, located(config.get("classes") or []))
+    given = _parsed(overrides)
+    allowed = next((override.value() for override in given if override.key_or_group == "classes"), [])
+    written = content["hyper_parameters"]["config"] | {"output_dir": str(_folder(path))}
+    for key in ["data.url", *(override.key_or_group for override in given)]:  # a stranger's, or given anew
+        _forget(written, key)
+    recorded = OmegaConf.create(checkpoint.checked(written, path, located(allowed)))
+    config = _changed(recorded, given)
     _check_plan(recorded, config)
     return config, path
+
+
+def _forget(config: dict[str, Any], key: str) -> None:
+    """Set a setting to null where there is one."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config.get(section) or {}
+    if name in config and key not in (PLAN, "trainer"):
+        config[name] = None
 
 
 def _folder(path: Path) -> Path:
@@ -54,26 +73,36 @@ def _folder(path: Path) -> Path:
     return Path("lightning_logs", "resumed", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").resolve()
 
 
-def _changed(recorded: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A copy of the recorded config with the overrides in it."""
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """The overrides, if no weight depends on them."""
     if flags := [override for override in overrides if override.startswith("-")]:
         raise UserError(f"ckpt_path=… goes on with one run, as it was recorded: leave out {' '.join(flags)}.")
-    config = recorded.copy()
-    config.classes = []  # what a checkpoint may ask for is said in the command, not in the checkpoint
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, value = override.key_or_group, override.value()
-        if key in CHOICES and (override.is_delete() or isinstance(value, str)):
-            chosen = None if override.is_delete() else cli.compose("train", [str(override.input_line)])[key]
-            if key == "trainer" and chosen is not None:
-                config.trainer.accelerator = chosen.accelerator
-            else:
-                config[key] = chosen
-        elif override.is_delete() or override.is_sweep_override() or not (key == PLAN or within(key, ALLOWED)):
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        key, chooses = override.key_or_group, override.is_delete() or isinstance(override.value(), str)
+        if key in CHOICES and chooses:
+            continue
+        if override.is_delete() or override.is_sweep_override() or not (key == PLAN or within(key, ALLOWED)):
             raise UserError(
                 f"{override.input_line}: a run goes on with the settings it began with. Only what no weight depends on "
                 f"may be given, such as data.root, threads, logger, trainer.precision or module.tta; {PLAN} too, where "
                 "the schedule does not depend on it. Leave it out, or train anew without ckpt_path."
             )
+    return parsed
+
+
+def _changed(recorded: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """A copy of the recorded config with the overrides in it."""
+    config = recorded.copy()
+    config.classes = []  # what a checkpoint may ask for is said in the command, not in the checkpoint
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if key in CHOICES and override.is_delete():
+            config[key] = None
+        elif key in CHOICES and isinstance(value, str):
+            chosen = cli.compose("train", [str(override.input_line)])
+            for part in CHOICES[key]:
+                OmegaConf.update(config, part, OmegaConf.select(chosen, part))
         else:
             OmegaConf.update(config, key, value, force_add=True)
     return config
@@ -84,8 +113,24 @@ def _check_plan(recorded: DictConfig, config: DictConfig) -> None:
     planned, asked = recorded.trainer.max_epochs, config.trainer.max_epochs
     schedule = OmegaConf.to_container(recorded).get("scheduler") or {}
     ends = {"total_steps", "total_iters", "T_max"} & set(schedule)  # version 0.1 wrote numbers there
-    if asked != planned and (ends or "${total_steps}" in str(schedule)):
+    if asked != planned and (ends or re.search(r"\$\{(total_steps|trainer\.max_epochs)\}", str(schedule))):
         raise UserError(
             f"{PLAN}={asked}: the schedule {str(schedule['_target_']).rpartition('.')[2]} was planned for {planned} "
             f"epochs. Leave {PLAN} as it was, or train anew; a run with scheduler=constant may be given more."
         )
+
+
+class Relocate(Callback):
+    """A run's checkpoints are where its folder is now, wherever its checkpoint says that they were."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else ""
+
+        for state in checkpoint["callbacks"].values():
+            if "best_model_path" in state:
+                paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+                state |= {"dirpath": str(folder), **{name: here(state.get(name, "")) for name in paths}}
+                state["best_k_models"] = {here(path): score for path, score in state["best_k_models"].items()}
