@@ -40,7 +40,7 @@ class Augment:
         return top, left, flip, hole
 
     def __call__(self, pixels: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, hole: Tensor) -> Tensor:
-        """The augmented images `index` [B] out of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], as their draws say.
+        """The augmented images `index` [B] out of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], by their draws.
 
         Each output pixel is copied once, from where it lies: no padded images in between.
         """
@@ -51,7 +51,7 @@ class Augment:
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
-            row, column = hole.unbind(1)  # of its middle
+            row, column = hole.unbind(1)
             inside = self._in_hole(row, height)[:, :, None] & self._in_hole(column, width)[:, None]
             images = torch.where(inside[..., None], self.fill.to(images), images)
         return images

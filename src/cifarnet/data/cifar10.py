@@ -39,8 +39,7 @@ class CIFAR10(ImageDataModule):
         else:
             raise UserError(f"{archive} is not the published archive (cut short?). Delete it.\n{self._by_hand()}")
         parts = [Published(self.root, train=train) for train in (True, False)]
-        pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
-        train, test = (Split(images, torch.tensor(part.targets)) for images, part in zip(pixels, parts, strict=True))
+        train, test = (Split(torch.from_numpy(of.data).permute(0, 3, 1, 2), torch.tensor(of.targets)) for of in parts)
         return Source(parts[0].classes, train, test)
 
     def _download(self, archive: Path) -> None:

@@ -45,12 +45,6 @@ class Source:
     val: Split | None = None
 
 
-def need(fits: bool, setting: str) -> None:
-    """Refuse a setting out of range, told as "name=value: what to give"."""
-    if not fits:
-        raise UserError(f"data.{setting}")
-
-
 class ImageDataModule(L.LightningDataModule):
     """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
 
@@ -88,22 +82,19 @@ class ImageDataModule(L.LightningDataModule):
         on_device: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"data.{val_fraction=}: give a share between 0 and 1, such as 0.1, or 0 for no validation")
+        if not 0 < hardest_share <= 1:
+            raise UserError(f"data.{hardest_share=}: give a share of the images above 0, such as 0.5, up to 1 for all")
         train_sizes = None if train_sizes is None else list(train_sizes)
-        need(
-            0 <= val_fraction < 1, f"{val_fraction=}: give a share between 0 and 1, such as 0.1, or 0 for no validation"
-        )
-        need(
-            0 < hardest_share <= 1,
-            f"{hardest_share=}: give a share of the images above 0, such as 0.5, up to 1 for all",
-        )
-        fits = train_sizes is None or min(train_sizes, default=0) >= 1
-        need(fits, f"{train_sizes=}: give a size in pixels for each epoch, such as [24,32]")
-        need(batch_size >= 1, f"{batch_size=}: the least possible is 1")
-        need(eval_batch_size >= 1, f"{eval_batch_size=}: the least possible is 1")
-        need(crop_padding >= 0, f"{crop_padding=}: the least possible is 0")
-        need(cutout >= 0, f"{cutout=}: the least possible is 0")
-        need(split_seed >= 0, f"{split_seed=}: the least possible is 0")
-        need(shuffle_seed >= 0, f"{shuffle_seed=}: the least possible is 0")
+        if train_sizes is not None and min(train_sizes, default=0) < 1:
+            raise UserError(f"data.{train_sizes=}: give a size in pixels for each epoch, such as [24,32]")
+        at_least = [("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)]
+        at_least += [("crop_padding", crop_padding, 0), ("cutout", cutout, 0)]
+        at_least += [("split_seed", split_seed, 0), ("shuffle_seed", shuffle_seed, 0)]
+        for name, value, least in at_least:
+            if value < least:
+                raise UserError(f"data.{name}={value}: the least possible is {least}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix

@@ -14,9 +14,10 @@ import psutil
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from cifarnet.data.datamodule import ImageDataModule, Source, Split, need
+from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.loader import LazyImages
 from cifarnet.errors import UserError
 from cifarnet.hardware import cores
@@ -31,20 +32,17 @@ class ImageFiles(LazyImages):
         self.paths, self.size = paths, size
         self.shape = len(paths), 3, size, size
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int | slice | torch.Tensor) -> "torch.Tensor | ImageFiles":
         if isinstance(index, int):
-            return torch.from_numpy(np.array(_decode(self.paths[index], self.size))).permute(2, 0, 1)
-        chosen = torch.arange(len(self))[index].tolist()
+            return pil_to_tensor(_decode(self.paths[index], self.size))
+        chosen = torch.arange(len(self.paths))[index].tolist()
         return ImageFiles([self.paths[i] for i in chosen], self.size)
 
     def read(self, bar: bool = False) -> torch.Tensor:
-        images = np.empty((len(self), self.size, self.size, 3), np.uint8)
+        images = np.empty((len(self.paths), self.size, self.size, 3), np.uint8)
         with ThreadPool(cores()) as pool:  # Pillow decodes outside the interpreter's lock
             decoded = pool.imap(lambda path: _decode(path, self.size), self.paths, chunksize=16)
-            shown = tqdm(decoded, "Decoding images", len(self), unit=" images", mininterval=0.5, disable=not bar)
+            shown = tqdm(decoded, "Decoding images", len(self.paths), unit=" images", mininterval=0.5, disable=not bar)
             for number, image in enumerate(shown):
                 images[number] = image
         return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -65,32 +63,21 @@ class ImageFolder(ImageDataModule):
         settings: those of `ImageDataModule`.
 
     Raises:
-        UserError: a folder is missing or empty, `test/` or `val/` has a class that `train/` lacks, an image
-            cannot be read. The message names the file or folder.
+        UserError: a folder is missing or empty, `test/` or `val/` has a class that `train/` lacks, an image cannot be
+            read. The message names the file or folder.
     """
 
     def __init__(
         self, root: str, image_size: int = 32, in_memory: bool = True, workers: int | None = None, **settings
     ) -> None:
         super().__init__(**settings)
-        need(image_size >= 1, f"{image_size=}: give the height and width in pixels, such as 32")
+        if image_size < 1:
+            raise UserError(f"data.{image_size=}: give the height and width in pixels, such as 32")
         self.root = Path(root).expanduser().resolve()
         self.size, self.in_memory = image_size, in_memory
         self.workers = cores() if workers is None else workers
 
     def read(self) -> Source:
-        class_names = self._class_names()
-        files = {name: self._list(name, class_names) for name in ("train", "val", "test")}
-        paths, labels = zip(*itertools.chain(*files.values()), strict=True)
-        images = ImageFiles(paths, self.size)
-        everything = Split(self._decoded(images) if self.in_memory else images, torch.tensor(labels))
-        splits, start = {}, 0
-        for name, listed in files.items():
-            splits[name] = everything[start : start + len(listed)] if listed else None
-            start += len(listed)
-        return Source(class_names, **splits)
-
-    def _class_names(self) -> list[str]:
         for name in ("train", "test"):
             if not (self.root / name).is_dir():
                 raise UserError(
@@ -100,7 +87,15 @@ class ImageFolder(ImageDataModule):
         class_names = _subfolders(self.root / "train")
         if len(class_names) < 2:
             raise UserError(f"{self.root / 'train'} has {len(class_names)} class folders: at least two are needed.")
-        return class_names
+        files = {name: self._list(name, class_names) for name in ("train", "val", "test")}
+        paths, labels = zip(*itertools.chain(*files.values()), strict=True)
+        images = ImageFiles(paths, self.size)
+        everything = Split(self._decoded(images) if self.in_memory else images, torch.tensor(labels))
+        splits, start = {}, 0
+        for name, listed in files.items():
+            splits[name] = everything[start : start + len(listed)] if listed else None
+            start += len(listed)
+        return Source(class_names, **splits)
 
     def _list(self, split: str, class_names: list[str]) -> list[tuple[str, int]]:
         """The image files of train, val or test and their labels, by class and path. Without val/: none."""
@@ -124,18 +119,18 @@ class ImageFolder(ImageDataModule):
 
     def _decoded(self, files: ImageFiles) -> torch.Tensor:
         """All images, uint8 [N, 3, size, size]: from the cache where it is up to date."""
-        needed = 2 * 3 * self.size**2 * len(files)  # bytes; a second time while the splits are made
+        needed = 2 * 3 * self.size**2 * len(files.paths)  # bytes; a second time while the splits are made
         if needed > (free := psutil.virtual_memory().available):
             raise UserError(
-                f"{len(files):,} images of {self.size}x{self.size} need {needed / 2**30:.1f} GiB of memory, and "
+                f"{len(files.paths):,} images of {self.size}x{self.size} need {needed / 2**30:.1f} GiB of memory, and "
                 f"{free / 2**30:.1f} GiB are free. Read them while training, with data.in_memory=false, or choose a "
                 "smaller data.image_size."
             )
         header = f"{CACHE_FORMAT} {self.size} {self.root}"
         cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
-        stamps = ((path, os.stat(path)) for path in files.paths)
-        lines = [header, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stamps)]
-        fingerprint = _sha256("\n".join(lines))
+        stats = ((path, os.stat(path)) for path in files.paths)
+        stamps = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+        fingerprint = _sha256("\n".join([header, *stamps]))
         images = _load(cache, fingerprint)
         if images is None:
             images = files.read(bar=True)
@@ -170,8 +165,8 @@ def _sha256(text: str) -> str:
 
 
 def _cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "cifarnet"
-    return Path(os.environ.get("CIFARNET_CACHE", default)).expanduser()
+    name, usual = ("LOCALAPPDATA", "~/AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("CIFARNET_CACHE", Path(os.environ.get(name, usual), "cifarnet"))).expanduser()
 
 
 def _load(cache: Path, fingerprint: str) -> torch.Tensor | None:

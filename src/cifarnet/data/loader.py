@@ -75,6 +75,7 @@ class BatchLoader:
         self.train, self.seed, self.pin = train, seed, pin
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
         self.length = round(share * len(labels)) if train else len(labels)  # images an epoch
+        self.chooses = self.length < len(labels)  # an epoch leaves images out, by their losses
         self.epoch = 0
         self.batch_sampler = None  # Lightning looks for it and for `sampler`, as DataLoader has them
         self._served = 0  # batches of this epoch that were handed out
@@ -143,11 +144,6 @@ class BatchLoader:
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch of indices: pixels uint8 [M, H, W, C], and where in them the batch's images are."""
         raise NotImplementedError
-
-    @property
-    def chooses(self) -> bool:
-        """Whether an epoch leaves images out, by their losses."""
-        return self.length < len(self.labels)
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
         """Note the losses [B] of the images `index` [B]."""

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from cifarnet.data.datamodule import ImageDataModule, Source, Split, need
+from cifarnet.data.datamodule import ImageDataModule, Source, Split
+from cifarnet.errors import UserError
 
 SIZE = 32
 TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on
@@ -24,9 +25,9 @@ class Synthetic(ImageDataModule):
 
     def __init__(self, seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, **settings) -> None:
         super().__init__(**settings)
-        advice = f"choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}"
-        need(len(CLASS_NAMES) <= train_size <= TEST_OFFSET, f"{train_size=}: {advice}")
-        need(len(CLASS_NAMES) <= test_size <= TEST_OFFSET, f"{test_size=}: {advice}")
+        for name, size in [("train_size", train_size), ("test_size", test_size)]:
+            if not len(CLASS_NAMES) <= size <= TEST_OFFSET:
+                raise UserError(f"data.{name}={size}: choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}")
         self.seed, self.train_size, self.test_size = seed, train_size, test_size
 
     def read(self) -> Source:

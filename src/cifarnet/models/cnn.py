@@ -11,10 +11,9 @@ from cifarnet.models.normalize import Normalize
 class CNN(nn.Module):
     """Blocks of two 3×3 convolutions and a 2×2 max pool, one fully connected layer, one output layer.
 
-    ReLU after every layer but the last, "same" padding, no batch norm. At its defaults, on 32×32 images, it
-    learns 2,168,362 parameters. Weights start as He et al. (2015) propose for ReLU networks
-    (https://arxiv.org/abs/1502.01852, uniform); biases and the output layer start at zero, so that the first
-    steps cannot blow up the logits and leave dead units behind.
+    ReLU after every layer but the last, "same" padding, no batch norm. At its defaults, on 32×32 images, it learns
+    2,168,362 parameters. Weights start as He et al. (2015, https://arxiv.org/abs/1502.01852, uniform) propose for ReLU;
+    biases and the output layer at zero, so that the first steps cannot blow up the logits and leave dead units behind.
 
     Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes]. Images of
     other sizes are pooled to what the hidden layer expects.

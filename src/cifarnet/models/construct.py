@@ -18,10 +18,9 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     """
     declared = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in declared.values())
-    task = {"image_size": image_size} if "image_size" in declared else {}
-    if "num_classes" in declared or takes_any:
-        task["num_classes"] = num_classes
-    network = make(**{**task, **settings})
+    task = {"num_classes": num_classes} if "num_classes" in declared or takes_any else {}
+    task |= {"image_size": image_size} if "image_size" in declared else {}
+    network = make(**(task | settings))
     if any(isinstance(layer, Normalize) for layer in network.modules()):
         return network
     return nn.Sequential(OrderedDict(normalize=Normalize(), network=network))

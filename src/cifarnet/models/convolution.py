@@ -57,8 +57,7 @@ class _SideBySide(torch.autograd.Function):
 
 def _backward(gradient: Tensor, images: Tensor, weight: Tensor, which: int) -> Tensor:
     """The gradient of the images (0) or of the weight (1)."""
-    mask = [which == 0, which == 1, False]
-    arguments = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)  # stride, padding, dilation, …
+    arguments = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False])  # stride, padding, …
     return torch.ops.aten.convolution_backward(gradient, images, weight, None, *arguments)[which]
 
 

@@ -24,9 +24,8 @@ class Normalize(nn.Module):
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor) -> None:
         """Take over the mean and standard deviation of each channel, [C], on a scale from 0 to 1."""
-        std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant channel: nothing to scale
         self.mean.copy_(mean.view_as(self.mean))
-        self.std.copy_(std.view_as(self.std))
+        self.std.copy_(torch.where(std > 1e-6, std, 1).view_as(self.std))  # a constant channel: nothing to scale
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:

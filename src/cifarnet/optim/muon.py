@@ -1,6 +1,5 @@
 """Muon for convolutions, SGD for everything else, in one optimizer."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,7 +33,6 @@ class Muon(Optimizer):
     A convolution's weight, as a matrix [out_chans, in_chans × height × width], is scaled to the norm √out_chans before
     every step; the step is the rate times its momentum's nearest orthogonal matrix, roughly (`orthogonalize`).
     Convolutions of one shape are orthogonalised together. The other parameters take SGD's step, at rates of their own.
-
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/, as in airbench94_muon.
 
     Args:
@@ -100,13 +98,12 @@ class Muon(Optimizer):
     @staticmethod
     def _orthogonalized(updates: list[Tensor], steps: int) -> list[Tensor]:
         """Those of one shape together. A matrix's columns may have any order: that of the memory is fastest."""
-        places = defaultdict(list)
-        for place, update in enumerate(updates):
-            places[update.shape].append(place)
         result = list(updates)
-        for (rows, chans, height, width), of_this_shape in places.items():
-            matrices = torch.stack([updates[place].permute(0, 2, 3, 1).flatten(1) for place in of_this_shape])
+        for shape in {update.shape for update in updates}:
+            places = [place for place, update in enumerate(updates) if update.shape == shape]
+            rows, chans, height, width = shape
+            matrices = torch.stack([updates[place].permute(0, 2, 3, 1).flatten(1) for place in places])
             matrices = orthogonalize(matrices, steps).to(matrices.dtype)
-            for place, matrix in zip(of_this_shape, matrices, strict=True):
+            for place, matrix in zip(places, matrices, strict=True):
                 result[place] = matrix.view(rows, height, width, chans).permute(0, 3, 1, 2)
         return result
