@@ -1,4 +1,4 @@
-"""Which of several recipes is better, and is the difference more than luck?
+"""Which of several settings is better, and is the difference more than luck?
 
 Runs that differ only by seed are one group; the groups' means are compared by Welch's t-test. All figures come from the
 runs' `metrics.json`.
@@ -7,6 +7,7 @@ runs' `metrics.json`.
 from pathlib import Path
 
 from cifarnet import cli
+from cifarnet.runs.comparison import compare
 from cifarnet.settings import check_type
 
 EXAMPLES = """\
@@ -20,8 +21,6 @@ def _compare() -> None:
     config = cli.compose("compare", arguments.settings)
     for name in ("metric", "output"):
         check_type(name, config[name], str)
-    from cifarnet.runs.comparison import compare
-
     compare(arguments.paths, arguments.against, config.metric, Path(config.output))
 
 

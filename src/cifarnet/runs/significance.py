@@ -5,15 +5,14 @@ import statistics
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from scipy import stats
+from dataclasses import dataclass
 
 LEVEL, POWER = 0.05, 0.8  # how often luck may pass for a difference; how often a difference is to be found
 MOST_SEEDS = 10_000  # where the search for their number ends
 
 
-class Welch(NamedTuple):
+@dataclass
+class Welch:
     """A difference of two means with its 95 % confidence interval and p-value; NaN where there can be none."""
 
     difference: float
@@ -30,20 +29,29 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch:
     Source: B. L. Welch, The generalization of "Student's" problem when several different population variances are
     involved, Biometrika 34 (1947).
     """
+    from scipy import stats
+
     difference = statistics.mean(first) - statistics.mean(second)
-    if min(len(first), len(second)) < 2 or len(set(first)) == len(set(second)) == 1:
+    if min(len(first), len(second)) < 2 or not (_varies(first) or _varies(second)):
         return Welch(difference)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of lost precision, where one of them does not vary
         test = stats.ttest_ind(first, second, equal_var=False)
-    return Welch(difference, *test.confidence_interval(1 - LEVEL), test.pvalue)
+    low, high = test.confidence_interval(1 - LEVEL)
+    return Welch(difference, float(low), float(high), float(test.pvalue))
 
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the mean's 95 % confidence interval, by Student's t; NaN for one value or equal ones."""
-    if len(set(values)) == 1:
+    from scipy import stats
+
+    if not _varies(values):
         return math.nan
     return float(stats.t.interval(1 - LEVEL, len(values) - 1, scale=stats.sem(values))[1])
+
+
+def _varies(values: Sequence[float]) -> bool:
+    return len(set(values)) > 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -66,6 +74,8 @@ def power(seeds: int, difference: float, deviations: tuple[float, float], level:
     C. L. Watts, The two-sample t test versus Satterthwaite's approximate F test, Communications in Statistics - Theory
     and Methods 18 (1989).
     """
+    from scipy import stats
+
     variances = [deviation**2 for deviation in deviations]
     freedom = (seeds - 1) * sum(variances) ** 2 / sum(variance**2 for variance in variances)
     shift = abs(difference) / math.sqrt(sum(variances) / seeds)

@@ -1,14 +1,17 @@
-"""Runs as the files in their folders tell of them, grouped by what they share, and tables of text.
+"""Runs as their folders tell of them, grouped by what they share, and tables of text.
 
 A run's folder holds `metrics.json` in the end. A sweep's job has Hydra's record of its overrides there from the start,
-and `error.txt` or `pruned.txt` where it came to nothing.
+and `error.txt` or `pruned.txt` where it came to nothing. All that is here reads these files, so that it works just as
+well for a sweep that failed, was killed, or ran in several processes.
 """
 
 import json
 import math
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +48,59 @@ class Run:
         return self.value("val_accuracy")
 
 
+@dataclass
 class Group:
-    """Runs that differ only by seed, and their values of a metric, with mean and deviation (NaN where there is none).
+    """Runs that differ only by seed."""
 
-    Of each seed only the run that finished last is `counted`: the others are no further samples, but `repeats`. Times
-    are another matter: they vary between runs of one seed too.
-    """
+    runs: list[Run]
+    metric: str
+    baseline: bool = False
+    label: str = ""
 
-    def __init__(self, runs: Sequence[Run], metric: str) -> None:
-        self.runs = runs
-        self.settings = _without_seed(runs[0])
-        measured = [run for run in runs if math.isfinite(run.value(metric))]
-        last = {
-            run.metrics.get("seed", run.settings.get("seed")): run
-            for run in sorted(measured, key=lambda run: run.metrics.get("finished", ""))
-        }
-        self.counted = measured if is_time(metric) else list(last.values())
-        self.repeats = [run for run in measured if run not in self.counted]
-        self.values = [run.value(metric) for run in self.counted]
-        self.mean = statistics.mean(self.values) if self.values else math.nan
-        self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+    @property
+    def settings(self) -> dict[str, str]:
+        return {key: value for key, value in self.runs[0].settings.items() if key != "seed"}
 
+    @cached_property
+    def counted(self) -> list[Run]:
+        """The runs that have the metric, one a seed: the one that finished last; the others are no further samples.
 
-def _without_seed(run: Run) -> dict[str, str]:
-    return {key: value for key, value in run.settings.items() if key != "seed"}
+        Times are another matter: they vary between runs of one seed too.
+        """
+        runs = [run for run in self.runs if math.isfinite(run.value(self.metric))]
+        if is_time(self.metric):
+            return runs
+        runs.sort(key=lambda run: run.metrics.get("finished", ""))
+        return list({run.metrics.get("seed", run.settings.get("seed")): run for run in runs}.values())
+
+    @property
+    def repeats(self) -> list[Run]:
+        """The runs that are not counted because a later one had their seed."""
+        return [run for run in self.runs if math.isfinite(run.value(self.metric)) and run not in self.counted]
+
+    @property
+    def values(self) -> list[float]:
+        return [run.value(self.metric) for run in self.counted]
+
+    @property
+    def mean(self) -> float:
+        """NaN where there is no value."""
+        return statistics.mean(self.values) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """The sample standard deviation; NaN for less than two values."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    @property
+    def name(self) -> str:
+        names = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in self.counted))
+        return f"{names} (baseline)" if self.baseline else names
+
+    @property
+    def folder(self) -> str:
+        """The folder that all its runs lie in."""
+        return os.path.relpath(os.path.commonpath([run.folder for run in self.counted]))
 
 
 def is_time(metric: str) -> bool:
@@ -82,7 +114,9 @@ def lower_is_better(metric: str) -> bool:
 
 def best_first(value: float, metric: str = "val_accuracy") -> float:
     """The key to sort by: NaN last."""
-    return math.inf if math.isnan(value) else value if lower_is_better(metric) else -value
+    if math.isnan(value):
+        return math.inf
+    return value if lower_is_better(metric) else -value
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -105,25 +139,29 @@ def read_run(folder: Path) -> Run:
     overrides, metrics = folder / ".hydra" / "overrides.yaml", folder / "metrics.json"
     lines = OmegaConf.load(overrides) if overrides.is_file() else []
     pairs = (str(line).partition("=") for line in lines)
-    settings = {key: value for key, _, value in pairs if not key.startswith("sweep.")}
-    notes = (folder / "error.txt", folder / "pruned.txt")
-    error, pruned = (note.read_text(encoding="utf-8").strip() if note.is_file() else "" for note in notes)
-    return Run(folder, settings, read_metrics(metrics) if metrics.is_file() else {}, error, pruned)
+    run = Run(folder, {key: value for key, _, value in pairs if not key.startswith("sweep.")})
+    if metrics.is_file():
+        run.metrics = read_metrics(metrics)
+    for note in ("error", "pruned"):
+        if (file := folder / f"{note}.txt").is_file():
+            setattr(run, note, file.read_text(encoding="utf-8").strip())
+    return run
 
 
 def read_sweep(folder: Path) -> list[Run]:
     """All jobs of a sweep that were begun, in order."""
-    numbers = [int(path.parent.name) for path in folder.glob("*/.hydra") if path.parent.name.isdigit()]
-    return [read_run(folder / str(number)) for number in sorted(numbers)]
+    numbered = [path.parent for path in folder.glob("*/.hydra") if path.parent.name.isdigit()]
+    return [read_run(path) for path in sorted(numbered, key=lambda path: int(path.name))]
 
 
 def grouped(runs: Sequence[Run], metric: str, alike: Callable[[Run], Any] = lambda run: None) -> list[Group]:
     """Runs that differ only by seed, and are `alike`, together: the best mean first, those without a value last."""
-    together: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, Group] = {}
     for run in runs:
-        together.setdefault((frozenset(_without_seed(run).items()), alike(run)), []).append(run)
-    groups = [Group(members, metric) for members in together.values()]
-    return sorted(groups, key=lambda group: best_first(group.mean, metric))
+        new = Group([], metric)
+        same = sorted((key, value) for key, value in run.settings.items() if key != "seed")
+        groups.setdefault((*same, alike(run)), new).runs.append(run)
+    return sorted(groups.values(), key=lambda group: best_first(group.mean, metric))
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
@@ -132,29 +170,31 @@ def varied(groups: Sequence[Run | Group]) -> list[str]:
     Where different classes are built, a setting that only one of them has is named by the class alone.
     """
     settings = [group.settings for group in groups]
-    return [key for key in dict.fromkeys(key for one in settings for key in one) if _varies(key, settings)]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if _varies(key, settings)]
 
 
 def _varies(key: str, settings: Sequence[dict[str, str]]) -> bool:
-    values = {one.get(key) for one in settings}
+    built: dict[str, set[str | None]] = {}
+    for one in settings:
+        built.setdefault(_builder(key, one), set()).add(one.get(key))
     if key.endswith("_target_"):
-        return len(values) > 1
-    builders = {_builder(key, one) for one in settings}
-    pairs = {(_builder(key, one), one.get(key)) for one in settings}
-    return len(values - {None}) > 1 or len(pairs) > len(builders)  # two values for one class
+        return len(built) > 1
+    present = {one[key] for one in settings if key in one}
+    return len(present) > 1 or any(len(values) > 1 for values in built.values())
 
 
 def _builder(key: str, settings: dict[str, str]) -> str:
     """The class or function that takes this setting."""
-    section = key.rpartition(".")[0]
-    return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
+    parts = key.split(".")[:-1]
+    targets = (settings.get(".".join([*parts[:depth], "_target_"])) for depth in range(len(parts), 0, -1))
+    return next(filter(None, targets), "")
 
 
-def aligned(table: Mapping[str, Sequence[str]]) -> str:
-    """Columns, by their heads, as lines of text."""
-    columns = [[head, *cells] for head, cells in table.items()]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True))
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text, aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def short(value: str) -> str:
