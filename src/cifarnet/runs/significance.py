@@ -5,14 +5,13 @@ import statistics
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LEVEL, POWER = 0.05, 0.8  # how often luck may pass for a difference; how often a difference is to be found
 MOST_SEEDS = 10_000  # where the search for their number ends
 
 
-@dataclass
-class Welch:
+class Welch(NamedTuple):
     """A difference of two means with its 95 % confidence interval and p-value; NaN where there can be none."""
 
     difference: float

@@ -7,7 +7,6 @@ well for a sweep that failed, was killed, or ran in several processes.
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -97,11 +96,6 @@ class Group:
         names = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in self.counted))
         return f"{names} (baseline)" if self.baseline else names
 
-    @property
-    def folder(self) -> str:
-        """The folder that all its runs lie in."""
-        return os.path.relpath(os.path.commonpath([run.folder for run in self.counted]))
-
 
 def is_time(metric: str) -> bool:
     """Does it depend on the hardware?"""
@@ -128,9 +122,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. Repeat that run, or name the folders of the others."
-        ) from error
+        remedy = "Repeat that run, or name the folders of the others."
+        raise UserError(f"{path} cannot be read: {error}. {remedy}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -186,9 +179,11 @@ def _varies(key: str, settings: Sequence[dict[str, str]]) -> bool:
 
 def _builder(key: str, settings: dict[str, str]) -> str:
     """The class or function that takes this setting."""
-    parts = key.split(".")[:-1]
-    targets = (settings.get(".".join([*parts[:depth], "_target_"])) for depth in range(len(parts), 0, -1))
-    return next(filter(None, targets), "")
+    while key:
+        key = key.rpartition(".")[0]
+        if target := settings.get(f"{key}._target_"):
+            return target
+    return ""
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
