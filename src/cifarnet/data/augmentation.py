@@ -51,7 +51,7 @@ class Augment:
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
-            row, column = hole.unbind(1)
+            row, column = hole.unbind(1)  # of its middle
             inside = self._in_hole(row, height)[:, :, None] & self._in_hole(column, width)[:, None]
             images = torch.where(inside[..., None], self.fill.to(images), images)
         return images
