@@ -246,14 +246,14 @@ def test_a_fixed_order_is_another_recipe(run):
     groups, _ = comparison.load(places, [], "test_accuracy")
     assert [len(group.runs) for group in groups] == [3, 3]
     assert [group.settings["data.shuffle_seed"] for group in groups] == ["0", "${seed}"]
-    assert " = seed\n" in comparison.table(groups, "test_accuracy", comparison.Unit.of("test_accuracy", [0.9])) + "\n"
+    assert " = seed\n" in comparison.table(groups, comparison.Metric("test_accuracy", groups)) + "\n"
 
 
 def test_many_differences_are_listed_below(run):
     change = {f"config.model.{letter}": 1 for letter in "pqrst"}
     places = [str(run(f"{seed}", seed, 0.9 - seed % 2 / 100, change if seed % 2 else {})) for seed in range(4)]
     groups, _ = comparison.load(places, [], "test_accuracy")
-    lines = comparison.table(groups, "test_accuracy", comparison.Unit.of("test_accuracy", [0.9])).splitlines()
+    lines = comparison.table(groups, comparison.Metric("test_accuracy", groups)).splitlines()
     assert lines[0].split() == ["test", "accuracy", "n"]
     assert lines[4:6] == ["  different in a / b:", "    model.p: none / 1"]
 

@@ -7,7 +7,7 @@ runs' `metrics.json`.
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.runs.comparison import compare
+from cifarnet.errors import UserError
 from cifarnet.settings import check_type
 
 EXAMPLES = """\
@@ -21,7 +21,20 @@ def _compare() -> None:
     config = cli.compose("compare", arguments.settings)
     for name in ("metric", "output"):
         check_type(name, config[name], str)
-    compare(arguments.paths, arguments.against, config.metric, Path(config.output))
+    # only now: scipy and matplotlib take a second
+    from cifarnet.runs import comparison, figures
+
+    groups, left_out = comparison.load(arguments.paths, arguments.against, config.metric)
+    metric, output = comparison.Metric(config.metric, groups), Path(config.output)
+    print(f"\n{comparison.table(groups, metric)}\n")
+    lines = comparison.verdicts(groups, metric)
+    lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, metric.name)]
+    print("\n".join(f"  {line}" for line in lines))
+    try:
+        figures.save(comparison.draw(groups, metric.name), output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"output={output} cannot be written: {error}") from error
+    print(f"  {output}\n")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cifarnet.runs import figures
+from cifarnet.runs.tables import Group
 
 VALUES = {
     "optimizer.lr": ["0.001", "0.1", "1"],
@@ -15,11 +16,17 @@ VALUES = {
 }
 
 
-def grid(keys: list[str]) -> list[tuple[dict[str, str], float, float]]:
-    """A result of each combination, the last one the best; and one that failed."""
+def make(settings: dict[str, str], mean: float, deviation: float = math.nan) -> Group:
+    group = Group(settings, [], "val_accuracy")
+    group.mean, group.deviation = mean, deviation
+    return group
+
+
+def grid(keys: list[str]) -> list[Group]:
+    """A group of each combination, the last one the best; and one that failed."""
     combinations = list(itertools.product(*(VALUES[key] for key in keys)))
-    results = [(dict(zip(keys, c, strict=True)), 0.5 + 0.001 * i, 0.01) for i, c in enumerate(combinations)]
-    return [*results, (results[0][0], math.nan, math.nan)]
+    groups = [make(dict(zip(keys, c, strict=True)), 0.5 + 0.001 * i, 0.01) for i, c in enumerate(combinations)]
+    return [*groups, make(groups[0].settings, math.nan)]
 
 
 def labels(figure: Figure) -> list[str]:
@@ -58,23 +65,23 @@ def test_only_numbers_are_joined_and_a_wide_range_is_logarithmic():
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_more_settings_have_a_panel_each_with_the_best_ringed(count, tmp_path):
     keys = list(VALUES)[:count]
-    figure = figures.sweep(results := grid(keys), keys)
+    figure = figures.sweep(groups := grid(keys), keys)
     figures.save(figure, tmp_path / "sweep.png")
     assert labels(figure) == keys
     for axis in figure.axes[:count]:
         points, ring = axis.lines
-        assert len(points.get_xdata()) == len(results) - 1
-        assert ring.get_ydata() == pytest.approx(max(mean for _, mean, _ in results[:-1]))
+        assert len(points.get_xdata()) == len(groups) - 1
+        assert ring.get_ydata() == pytest.approx(max(group.mean for group in groups[:-1]))
 
 
 def test_crowded_numbers_have_round_ticks():
     values = [0.0012345678, 0.0012345679, 0.03]
-    figure = figures.sweep([({"a": str(value)}, 0.5, math.nan) for value in values], ["a"])
+    figure = figures.sweep([make({"a": str(value)}, 0.5) for value in values], ["a"])
     assert ticks(figure) == ["0.001", "0.003", "0.01", "0.03"]
 
 
 def test_nothing_to_draw(tmp_path):
-    figures.save(figures.sweep([({"a": "1"}, math.nan, math.nan)], ["a"]), tmp_path / "sweep.png")
+    figures.save(figures.sweep([make({"a": "1"}, math.nan)], ["a"]), tmp_path / "sweep.png")
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path):

@@ -31,7 +31,7 @@ def test_a_job_as_its_folder_tells(tmp_path):
     runs = tables.read_sweep(tmp_path)
     assert [run.folder.name for run in runs] == ["0", "1", "2", "3", "10"]
     assert [run.status for run in runs] == ["done", "failed", "pruned", "cut off", "cut off"]
-    assert (runs[1].error, runs[2].pruned) == ("it exploded", "after 2")
+    assert (runs[1].note, runs[2].note) == ("it exploded", "after 2")
     assert runs[0].settings == {"optimizer.lr": "0.1", "~logger": "", "seed": "3"}
     assert runs[0].score == 0.9
     assert math.isnan(runs[1].score)
@@ -95,7 +95,7 @@ def test_which_settings_vary(first, second, named):
 
 
 def test_cells_are_aligned():
-    assert tables.columns([["", "n"], ["long", "1"], ["a", ""]]) == ["        n", "  long  1", "  a"]
+    assert tables.aligned({"": ["long", "a"], "n": ["1", ""]}) == "        n\n  long  1\n  a"
 
 
 def test_numbers_are_shortened():

@@ -3,55 +3,38 @@
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from cifarnet.errors import UserError
-from cifarnet.runs.significance import LEVEL, MOST_SEEDS, POWER, Welch, holm, interval, seeds_needed, welch
-from cifarnet.runs.tables import Group, Run, columns, grouped, is_time, lower_is_better, read_metrics, varied
+from cifarnet.runs.figures import TRAIN, VAL
+from cifarnet.runs.significance import LEVEL, MOST_SEEDS, POWER, holm, interval, seeds_needed, welch
+from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, is_time, read_metrics, varied
 from cifarnet.settings import deciding
 
-KINDS = "Name a run's folder, its metrics.json, or a folder above runs."
-RUN = {"config", "history"}  # an evaluation's metrics.json has no history
+OLD = "recorded by an older version of cifarnet, whose settings cannot be compared"
 
-Pair = tuple[Group, Group, Welch]  # first minus second; its p is corrected for all pairs that are compared
+Record = dict[str, Any]  # the contents of a `metrics.json`
 
 
-def find(paths: Iterable[str], metric: str) -> dict[Path, Run]:
-    """All runs at or below these paths, by the place of their `metrics.json`.
-
-    Raises:
-        UserError: there is no such path, or no run in it, or a file that cannot be read.
-    """
-    found: dict[Path, Run] = {}
-    for given in paths:
-        path = Path(given)
-        if not path.exists():
-            raise UserError(f"{given}: no such file or folder. {KINDS}")
+def _find(paths: Iterable[str]) -> dict[Path, Record]:
+    """The records of all runs at or below these paths, by their place."""
+    found: dict[Path, Record] = {}
+    for path in map(Path, paths):
         files = [path] if path.is_file() else sorted(path.rglob("metrics.json"))
-        contents = [(file.resolve(), read_metrics(file)) for file in files]
-        runs = {file: make_run(file, record, metric) for file, record in contents if record.keys() >= RUN}
+        records = {file.resolve(): read_metrics(file) for file in files}
+        # an evaluation's file of that name has no history
+        runs = {file: record for file, record in records.items() if {"config", "history"} <= record.keys()}
         if not runs:
-            raise UserError(
-                f"{given} holds no finished run (a metrics.json as cifarnet.train writes at the end). {KINDS}"
-            )
+            none = " holds no finished run (a metrics.json as cifarnet.train writes at the end)"
+            problem = none if path.exists() else ": no such file or folder"
+            raise UserError(f"{path}{problem}. Name a run's folder, its metrics.json, or a folder above runs.")
         found |= runs
     return found
-
-
-def make_run(file: Path, metrics: dict[str, Any], metric: str) -> Run:
-    """With the settings that can decide the metric, and the precision that was really used."""
-    run = Run(file.parent, deciding(metrics["config"], times=is_time(metric)), metrics)
-    if precisions := [str(stretch["precision"]) for stretch in _stretches([run]) if "precision" in stretch]:
-        run.settings["trainer.precision"] = " / ".join(dict.fromkeys(precisions))
-    return run
-
-
-def _stretches(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Their records, one for each stretch of training: where a run was resumed, hardware and versions may change."""
-    return [run.metrics | stretch for run in runs for stretch in run.metrics.get("stretches") or [{}]]
 
 
 def load(places: Sequence[str], against: Sequence[str], metric: str) -> tuple[list[Group], list[str]]:
@@ -60,40 +43,52 @@ def load(places: Sequence[str], against: Sequence[str], metric: str) -> tuple[li
     Raises:
         UserError: there is nothing to compare, or a file cannot be read.
     """
-    baseline = find(against, metric)
-    runs = [run for file, run in find(places, metric).items() if file not in baseline]
-    if not runs:
+    baseline = _find(against)
+    found = {file: record for file, record in _find(places).items() if file not in baseline}
+    if not found:
         raise UserError(f"{' '.join(places)} holds no run that --against {' '.join(against)} does not.")
-    groups, left_out = _side(runs, metric)
-    if baseline:
-        beside, without = _side(list(baseline.values()), metric)
-        for group in beside:
-            group.baseline = True
-        groups, left_out = groups + beside, left_out + without
-    for number, group in enumerate(groups):
-        group.label = letter(number)
-    return groups, left_out
+    groups, left_out = _side(found, metric)
+    baselines, also_left_out = _side(baseline, metric) if baseline else ([], [])
+    for number, group in enumerate(groups + baselines):
+        group.label, group.baseline = letter(number), group in baselines
+        group.name = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in group.counted))
+        group.name += " (baseline)" if group.baseline else ""
+    return groups + baselines, left_out + also_left_out
 
 
-def _side(found: Sequence[Run], metric: str) -> tuple[list[Group], list[str]]:
+def _side(found: dict[Path, Record], metric: str) -> tuple[list[Group], list[str]]:
     """The groups of these runs; what is left out of them: records of version 0.1, and those without the metric."""
     left_out = []
-    if old := [os.path.relpath(run.folder) for run in found if "resolved" not in run.metrics]:
+    if old := [os.path.relpath(file.parent) for file, record in found.items() if "resolved" not in record]:
         names = old[0] + (f" and {len(old) - 1} more" if len(old) > 1 else "")
-        why = "recorded by an older version of cifarnet, whose settings cannot be compared"
         if len(old) == len(found):
-            raise UserError(f"{names}: {why}. Repeat what you want to compare.")
-        left_out.append(f"{names}: left out, {why}.")
-    runs = [run for run in found if "resolved" in run.metrics]
-    with_metric = [run for run in runs if math.isfinite(run.value(metric))]
-    if not with_metric:
-        where, has = os.path.relpath(runs[0].folder / "metrics.json"), runs[0].metrics
-        null = " (it is null there: without validation images there is no val_accuracy)" if metric in has else ""
-        numbers = ", ".join(key for key in has if math.isfinite(runs[0].value(key)))
-        raise UserError(f"metric={metric}: {where} has no such number{null}. It has {numbers}.")
-    without = [os.path.relpath(run.folder) for run in runs if run not in with_metric]
+            raise UserError(f"{names}: {OLD}. Repeat what you want to compare.")
+        left_out.append(f"{names}: left out, {OLD}.")
+    runs = [_run(file.parent, record, metric) for file, record in found.items() if "resolved" in record]
+    measured = [run for run in runs if math.isfinite(run.value(metric))]
+    if not measured:
+        first = runs[0]
+        null = " (it is null there: without validation images there is no val_accuracy)"
+        has = f"{null if metric in first.metrics else ''}. It has "
+        has += ", ".join(key for key in first.metrics if math.isfinite(first.value(key)))
+        file = os.path.relpath(first.folder / "metrics.json")
+        raise UserError(f"metric={metric}: {file} has no such number{has}.")
+    without = [os.path.relpath(run.folder) for run in runs if run not in measured]
     left_out += [f"{folder} is left out: its {metric} is null." for folder in without]
-    return grouped(with_metric, metric, alike=lambda run: _data(run.metrics)), left_out
+    return grouped(measured, metric, alike=lambda run: _data(run.metrics)), left_out
+
+
+def _run(folder: Path, record: Record, metric: str) -> Run:
+    """With the settings that can decide the metric, and the precision that was really used."""
+    run = Run(folder, deciding(record["config"], times=is_time(metric)), record)
+    precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _stretches(run))
+    run.settings["trainer.precision"] = " / ".join(precisions)
+    return run
+
+
+def _stretches(run: Run) -> list[Record]:
+    """Its record, once for each stretch of training: where it was resumed, hardware and versions may change."""
+    return [run.metrics | stretch for stretch in run.metrics.get("stretches") or [{}]]
 
 
 def letter(number: int) -> str:
@@ -101,131 +96,107 @@ def letter(number: int) -> str:
     return (letter(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
 
 
-def pairs_of(groups: Sequence[Group]) -> list[Pair]:
-    """Each group with each baseline, or, without baselines, the best with each other group."""
-    baselines = [group for group in groups if group.baseline]
-    others = [group for group in groups if not group.baseline]
-    if baselines:
-        chosen = [(first, second) for second in baselines for first in others]
-    else:
-        chosen = [(others[0], second) for second in others[1:]]
-    found = [welch(first.values, second.values) for first, second in chosen]
-    corrected = holm([one.p for one in found])
-    return [(*pair, one._replace(p=p)) for pair, one, p in zip(chosen, found, corrected, strict=True)]
+class Metric:
+    """Its name, and how its values are written: accuracies in percent, others with four digits of the largest."""
 
+    def __init__(self, name: str, groups: Iterable[Group]) -> None:
+        self.name, self.factor, self.decimals, self.unit, self.points = name, 100, 2, " %", " points"
+        if "accuracy" not in name:
+            largest = max(abs(value) for group in groups for value in group.values)
+            self.factor, self.decimals = 1, max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+            self.unit = " images/s" if name == "images_per_second" else " s" if is_time(name) else ""
+            self.points = self.unit  # of a difference
 
-class Unit(NamedTuple):
-    """How a metric's values are written."""
-
-    factor: float
-    decimals: int
-    symbol: str
-    points: str  # of a difference
-
-    @classmethod
-    def of(cls, metric: str, values: Iterable[float]) -> "Unit":
-        if "accuracy" in metric:
-            return cls(100, 2, " %", " points")
-        largest = max(map(abs, values))
-        decimals = max(0, 3 - math.floor(math.log10(largest))) if largest else 0  # four digits of the largest
-        symbol = " images/s" if metric == "images_per_second" else " s" if is_time(metric) else ""
-        return cls(1, decimals, symbol, symbol)
-
-    def number(self, value: float, sign: str = "") -> str:
+    def text(self, value: float, sign: str = "") -> str:
         return f"{self.factor * value:{sign},.{self.decimals}f}"
 
-    def of_group(self, group: Group) -> str:
-        spread = f" ± {self.number(group.deviation)}" if len(group.values) > 1 else ""
-        return f"{self.number(group.mean)}{spread}{self.symbol}"
+
+def _differing(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The settings that vary, and each group's value, as people read them; `= seed` is one that follows another."""
+    shown = {}
+    for key in varied(groups):
+        values = [group.settings.get(key, "none") for group in groups]
+        if key.endswith("_target_"):
+            values = [value.rpartition(".")[2] for value in values]
+        shown[key.removesuffix("._target_")] = [re.sub(r"^\$\{([^{}]+)\}$", r"= \1", value) for value in values]
+    return shown
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The settings that differ, each with its value in every group, short."""
-    return {key.removesuffix("._target_"): [_shown(key, group.settings) for group in groups] for key in varied(groups)}
-
-
-def _shown(key: str, settings: dict[str, str]) -> str:
-    value = settings.get(key, "none")
-    if key.endswith("_target_"):
-        return value.rpartition(".")[2]
-    return re.sub(r"^\$\{([^{}]+)\}$", r"= \1", value)  # it follows another setting
-
-
-def table(groups: Sequence[Group], metric: str, unit: Unit) -> str:
+def table(groups: Sequence[Group], metric: Metric) -> str:
     """The groups as lines of text; what differs between them in columns, or below if it is much."""
-    settings = differences(groups)
-    labels = [group.label for group in groups]
-    folders = [os.path.relpath(os.path.commonpath([run.folder for run in group.counted])) for group in groups]
-    cells = [
-        ["", *labels],
-        ["", *(group.name for group in groups)],
-        [metric.replace("_", " "), *(unit.of_group(group) for group in groups)],
-        ["n", *(str(len(group.values)) for group in groups)],
-    ]
-    if len(settings) <= 4:
-        cells += [[key, *values] for key, values in settings.items()]
-    if len(set(folders)) > 1:
-        cells.append(["folder", *folders])
-    lines = columns(list(zip(*cells, strict=True)))
-    if len(settings) > 4:
-        lines += ["", f"  different in {' / '.join(labels)}:"]
-        lines += [f"    {key}: {' / '.join(values)}" for key, values in settings.items()]
-    return "\n".join(lines)
-
-
-def verdict(pair: Pair, metric: str, unit: Unit, tested: int) -> str:
-    """The difference, its interval and p-value, what follows, and on another line what would be needed to tell."""
-    first, second, found = pair
-    line = f"{first.label} - {second.label}: {unit.number(found.difference, '+')}{unit.points}"
-    if min(len(first.values), len(second.values)) < 2:
-        return f"{line}; no interval: at least 2 seeds of each are needed"
-    if math.isnan(found.p):
-        return f"{line}; no interval: neither group's values vary, so nothing is known about luck"
-    line += f", 95 % interval {unit.number(found.low, '+')} to {unit.number(found.high, '+')}"
-    line += ", p < 0.0001" if found.p < 0.0001 else f", p = {found.p:.2g}"
-    if found.p <= LEVEL:
-        better = first if (found.difference < 0) == lower_is_better(metric) else second
-        return f"{line}: {better.label} is better"
-    return f"{line}: not distinguishable{more_seeds(pair, tested)}"
-
-
-def more_seeds(pair: Pair, tested: int) -> str:
-    """How many more seeds the test would need to find a difference as large as the one observed."""
-    first, second, found = pair
-    if found.difference == 0:
-        return ""
-    # Bonferroni's level: what Holm asks of the smallest p-value
-    needed = seeds_needed(found.difference, (first.deviation, second.deviation), LEVEL / tested)
-    if needed is None:
-        return f"\n    more than {MOST_SEEDS:,} seeds each would be needed to tell a difference of this size"
-    missing = [max(0, needed - len(group.values)) for group in (first, second)]
-    if not any(missing):
-        return ""
-    if missing[0] == missing[1]:
-        count = f"{missing[0]:,} more seed{'s' if missing[0] > 1 else ''} each"
+    columns = {"": [group.label for group in groups], " ": [group.name for group in groups]}
+    spreads = [f" ± {metric.text(group.deviation)}" if len(group.values) > 1 else "" for group in groups]
+    means = [f"{metric.text(group.mean)}{spread}{metric.unit}" for group, spread in zip(groups, spreads, strict=True)]
+    columns |= {metric.name.replace("_", " "): means, "n": [str(len(group.values)) for group in groups]}
+    differing, below = _differing(groups), []
+    if len(differing) <= 4:
+        columns |= differing
     else:
-        count = f"{missing[0]:,} more seeds of {first.label} and {missing[1]:,} of {second.label}"
-    return f"\n    about {count} would be needed to tell a difference of this size (power {100 * POWER:.0f} %)"
+        below = ["", f"  different in {' / '.join(columns[''])}:"]
+        below += [f"    {key}: {' / '.join(values)}" for key, values in differing.items()]
+    folders = [os.path.relpath(os.path.commonpath([run.folder for run in group.counted])) for group in groups]
+    if len(set(folders)) > 1:
+        columns["folder"] = folders
+    return "\n".join([aligned(columns), *below])
 
 
-def notes(groups: Sequence[Group], pairs: Sequence[Pair], tested: int) -> list[str]:
-    """How the figures below the table came about."""
-    baselines = sum(group.baseline for group in groups)
-    others = len(groups) - baselines
-    lines = [] if pairs else ["One group: nothing to compare it with."]
-    if baselines and len(pairs) > 1:
-        lines.append(f"{others} of the runs' groups are compared with {baselines} to compare against, each with each.")
+def verdicts(groups: Sequence[Group], metric: Metric) -> list[str]:
+    """Of each group and each baseline, or, without baselines, of the best and each other one; how they came about."""
+    others, baselines = ([group for group in groups if group.baseline == side] for side in (False, True))
+    pairs = [(first, second) for second in baselines for first in others]
+    pairs = pairs or [(groups[0], second) for second in groups[1:]]
+    if not pairs:
+        return ["One group: nothing to compare it with."]
+    tests = [welch(first.values, second.values) for first, second in pairs]
+    corrected = holm([p for _, _, p in tests])
+    tested = sum(map(math.isfinite, corrected))
+    lines = []
+    for pair, (low, high, _), p in zip(pairs, tests, corrected, strict=True):
+        lines.append(_verdict(pair, (low, high, p), metric, tested))
+    sides, several = f"{len(others)} of the runs' groups are compared with {len(baselines)}", len(pairs) > 1
+    if baselines and several:
+        lines.append(f"{sides} to compare against, each with each.")
     if tested == 1:
         lines.append("p: Welch's t-test, two-sided.")
     elif tested:
-        lines.append(
-            f"p: Welch's t-test, two-sided, corrected for {tested} comparisons by Holm's method. "
-            "Each interval is for its one comparison."
-        )
-    if others > 1 and len(pairs) > 1:
-        best = groups[0].label
-        lines.append(f"{best} is the best of {others} by these very figures, which flatters it: repeat with new seeds.")
+        holms = f"corrected for {tested} comparisons by Holm's method"
+        lines.append(f"p: Welch's t-test, two-sided, {holms}. Each interval is for its one comparison.")
+    if len(others) > 1 and several:
+        best = f"{groups[0].label} is the best of {len(others)} by these very figures"
+        lines.append(f"{best}, which flatters it: repeat with new seeds.")
     return lines
+
+
+def _verdict(pair: tuple[Group, Group], test: tuple[float, float, float], metric: Metric, tested: int) -> str:
+    """The difference, its interval and p-value, what follows, and on another line what would be needed to tell."""
+    (first, second), (low, high, p) = pair, test
+    line = f"{first.label} - {second.label}: {metric.text(first.mean - second.mean, '+')}{metric.points}"
+    if min(len(first.values), len(second.values)) < 2:
+        return f"{line}; no interval: at least 2 seeds of each are needed"
+    if math.isnan(p):
+        return f"{line}; no interval: neither group's values vary, so nothing is known about luck"
+    line += f", 95 % interval {metric.text(low, '+')} to {metric.text(high, '+')}, p "
+    line += "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
+    if p <= LEVEL:
+        better = min(first, second, key=lambda group: best_first(group.mean, metric.name))
+        return f"{line}: {better.label} is better"
+    # Bonferroni's level: what Holm asks of the smallest p-value
+    return f"{line}: not distinguishable{_more_seeds(first, second, LEVEL / tested)}"
+
+
+def _more_seeds(first: Group, second: Group, level: float) -> str:
+    """How many more seeds the test would need to find a difference as large as the one observed."""
+    difference, deviations = first.mean - second.mean, (first.deviation, second.deviation)
+    needed = seeds_needed(difference, deviations, level) if difference else 0
+    if needed is None:
+        return f"\n    more than {MOST_SEEDS:,} seeds each would be needed to tell a difference of this size"
+    one, other = (max(0, needed - len(group.values)) for group in (first, second))
+    if not one and not other:
+        return ""
+    count = f"{one:,} more seeds of {first.label} and {other:,} of {second.label}"
+    if one == other:
+        count = f"{one:,} more seed{'s' if one > 1 else ''} each"
+    return f"\n    about {count} would be needed to tell a difference of this size (power {100 * POWER:.0f} %)"
 
 
 def warnings(groups: Sequence[Group], metric: str) -> list[str]:
@@ -234,89 +205,65 @@ def warnings(groups: Sequence[Group], metric: str) -> list[str]:
     for group in groups:
         if group.repeats:
             folders = ", ".join(os.path.relpath(run.folder) for run in group.repeats)
-            lines.append(
-                f"a seed counts once: of {group.label}, {folders} is no further sample, "
-                "but repeats a run that finished later."
-            )
+            why = "is no further sample, but repeats a run that finished later"
+            lines.append(f"a seed counts once: of {group.label}, {folders} {why}.")
         if len(group.values) == 1:
             lines.append(f"{group.label} has one seed: no deviation and no interval. Train at least 2.")
-    stretches = [(group.label, stretch) for group in groups for stretch in _stretches(group.counted)]
-    held: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # what, how it was, in which groups
-    for label, stretch in stretches:
-        for what, how in _circumstances(stretch, metric).items():
-            held[what][str(how)].append(label)
-    for what, found in held.items():
-        if len(found) > 1:
-            each = [f"{how} ({', '.join(dict.fromkeys(labels))})" for how, labels in found.items()]
-            lines.append(f"{what}: {'; '.join(each)}")
-    if any("-dirty" in str(stretch.get("git_commit")) for _, stretch in stretches):
+    records = [(group.label, record) for group in groups for run in group.counted for record in _stretches(run)]
+    circumstances = [(label, _circumstances(record, metric)) for label, record in records]
+    for what in circumstances[0][1]:
+        where: dict[str, dict[str, None]] = {}  # each description, with the groups it holds for
+        for label, found in circumstances:
+            where.setdefault(found[what], {})[label] = None
+        if len(where) > 1:
+            lines.append(f"{what}: " + "; ".join(f"{how} ({', '.join(labels)})" for how, labels in where.items()))
+    if any("-dirty" in str(record["git_commit"]) for _, record in records):
         lines.append("some code was changed after its commit (-dirty): whether all ran the same is not recorded.")
     return lines
 
 
-def _circumstances(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
-    """What is to be alike in all runs, after the words that say that it is not."""
-    versions, hardware = dict(metrics.get("versions", {})), metrics.get("hardware", {})
+def _circumstances(record: Record, metric: str) -> dict[str, str]:
+    """What is to be alike in runs that are compared, by what is told where it is not."""
+    versions, hardware = record["versions"], record["hardware"]
     found = {
-        "the data differ": _data(metrics),
-        "PyTorch differs": versions.pop("torch", None),
-        "the code differs": (metrics.get("git_commit") or "unknown")[:8],
+        "the data differ": _data(record),
+        "PyTorch differs": versions["torch"],
+        "the code differs": (record["git_commit"] or "unknown")[:8],
     }
     if metric in ("test_accuracy", "test_cross_entropy"):
-        found["test-time augmentation differs (test_accuracy_one_view is without)"] = metrics.get("tta")
+        found["test-time augmentation differs (test_accuracy_one_view is without)"] = record["tta"]
     if is_time(metric):
-        names = f"{hardware.get('name')}, {hardware.get('threads')} threads, {hardware.get('system')}"
-        found["the hardware differs"] = names
-        found["other versions differ"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+        found["the hardware differs"] = "{name}, {threads} threads, {system}".format_map(hardware)
+        others = (f"{name} {version}" for name, version in versions.items() if name != "torch")
+        found["other versions differ"] = ", ".join(others)
     return found
 
 
-def _data(metrics: dict[str, Any]) -> str:
-    data = metrics["data"]
+def _data(record: Record) -> str:
+    data = record["data"]
     counts = " / ".join(f"{data[split]:,}" for split in ("train", "val", "test"))
-    checksum = data["sha256"][:8] if data["sha256"] else f"unknown, {metrics['resolved']['data'].get('root')}"
+    checksum = data["sha256"][:8] if data["sha256"] else f"unknown, {record['resolved']['data'].get('root')}"
     return f"{counts} images to train / validate / test, {data['classes']} classes, checksum {checksum}"
 
 
-def plot(groups: Sequence[Group], metric: str, path: Path) -> None:
-    """Each group's runs, mean and interval, into an image file."""
-    from cifarnet.runs import figures
-
-    settings = list(differences(groups).items())[:3]
-    rows = []
-    for number, group in enumerate(groups):
-        title = [f"{group.label}  {group.name}, n = {len(group.values)}"]
-        title += [f"{key}={values[number]}" for key, values in settings]
-        rows.append(("\n".join(title), group.values, interval(group.values)))
-    figure = figures.comparison(rows, metric.replace("_", " "), percent="accuracy" in metric)
-    try:
-        figures.save(figure, path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"output={path} cannot be written: {error}") from error
-
-
-def compare(places: Sequence[str], against: Sequence[str], metric: str, output: Path) -> None:
-    """Print the comparison and draw it.
-
-    Args:
-        places: runs' folders, `metrics.json` files, or folders above runs; those in `against` too count there alone.
-        against: the baseline; may be empty.
-        metric: a number in `metrics.json`.
-        output: where the picture goes.
-
-    Raises:
-        UserError: there is nothing to compare, a file cannot be read, or the picture cannot be written.
-    """
-    groups, left_out = load(places, against, metric)
-    pairs = pairs_of(groups)
-    unit = Unit.of(metric, [value for group in groups for value in group.values])
-    tested = sum(math.isfinite(found.p) for _, _, found in pairs)
-    print(f"\n{table(groups, metric, unit)}\n")
-    for pair in pairs:
-        print(f"  {verdict(pair, metric, unit, tested)}")
-    for note in notes(groups, pairs, tested):
-        print(f"  {note}")
-    for warning in [*left_out, *warnings(groups, metric)]:
-        print(f"  warning: {warning}")
-    plot(groups, metric, output)
-    print(f"  {output}\n")
+def draw(groups: Sequence[Group], metric: str) -> Figure:
+    """One row a group: its runs as dots, and their mean with its 95 % confidence interval."""
+    differing = list(_differing(groups).items())[:3]
+    height = 1.2 + 0.22 * len(groups) * (2 + len(differing))
+    axis = Figure(figsize=(8, height), dpi=150, layout="constrained").subplots()
+    titles = []
+    for row, group in enumerate(groups):
+        settings = [f"{key}={values[row]}" for key, values in differing]
+        titles.append("\n".join([f"{group.label}  {group.name}, n = {len(group.values)}", *settings]))
+        axis.plot(group.values, [row] * len(group.values), "o", color=TRAIN, alpha=0.5, label="" if row else "runs")
+        mean = {"xerr": interval(group.values), "label": "" if row else "mean, 95 % interval"}
+        axis.errorbar(group.mean, row + 0.2, fmt="D", color=VAL, markersize=5, capsize=4, **mean)
+    axis.set_yticks(range(len(groups)), titles)
+    name = metric.replace("_", " ")
+    axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel=name, title=f"{name.capitalize()} by group")
+    if "accuracy" in metric:
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis.figure

@@ -1,56 +1,36 @@
 """Is a difference of two means more than luck, and how many samples would tell?"""
 
 import math
-import statistics
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from scipy import stats
 
 LEVEL, POWER = 0.05, 0.8  # how often luck may pass for a difference; how often a difference is to be found
 MOST_SEEDS = 10_000  # where the search for their number ends
 
 
-class Welch(NamedTuple):
-    """A difference of two means with its 95 % confidence interval and p-value; NaN where there can be none."""
-
-    difference: float
-    low: float = math.nan
-    high: float = math.nan
-    p: float = math.nan
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> Welch:
-    """Welch's two-sided t-test of two means, whose variances may differ.
-
-    NaN, but for the difference, where a sample holds fewer than two values, or neither varies.
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Welch's two-sided t-test of two means, whose variances may differ: low and high end of their difference's 95 %
+    confidence interval, and the p-value; NaN where a sample holds fewer than two values, or neither varies.
 
     Source: B. L. Welch, The generalization of "Student's" problem when several different population variances are
     involved, Biometrika 34 (1947).
     """
-    from scipy import stats
-
-    difference = statistics.mean(first) - statistics.mean(second)
-    if min(len(first), len(second)) < 2 or not (_varies(first) or _varies(second)):
-        return Welch(difference)
+    if min(len(first), len(second)) < 2 or len(set(first)) == len(set(second)) == 1:
+        return math.nan, math.nan, math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of lost precision, where one of them does not vary
         test = stats.ttest_ind(first, second, equal_var=False)
-    low, high = test.confidence_interval(1 - LEVEL)
-    return Welch(difference, float(low), float(high), float(test.pvalue))
+    return *test.confidence_interval(1 - LEVEL), test.pvalue
 
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the mean's 95 % confidence interval, by Student's t; NaN for one value or equal ones."""
-    from scipy import stats
-
-    if not _varies(values):
+    if len(set(values)) == 1:
         return math.nan
     return float(stats.t.interval(1 - LEVEL, len(values) - 1, scale=stats.sem(values))[1])
-
-
-def _varies(values: Sequence[float]) -> bool:
-    return len(set(values)) > 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -73,8 +53,6 @@ def power(seeds: int, difference: float, deviations: tuple[float, float], level:
     C. L. Watts, The two-sample t test versus Satterthwaite's approximate F test, Communications in Statistics - Theory
     and Methods 18 (1989).
     """
-    from scipy import stats
-
     variances = [deviation**2 for deviation in deviations]
     freedom = (seeds - 1) * sum(variances) ** 2 / sum(variance**2 for variance in variances)
     shift = abs(difference) / math.sqrt(sum(variances) / seeds)

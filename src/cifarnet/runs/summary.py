@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifarnet.runs.tables import Group, Run, best_first, columns, grouped, read_run, read_sweep, short, varied
+from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, read_run, read_sweep, short, varied
 
 
 def summarize(sweep_folder: Path) -> None:
@@ -20,47 +20,46 @@ def summarize(sweep_folder: Path) -> None:
     print(f"\n{table(groups)}\n")
     for run in runs:
         if run.status == "failed":
-            print(f"  job {run.folder.name} failed: {run.error}")
+            print(f"  job {run.folder.name} failed: {run.note}")
     if keys := varied(groups):
         from cifarnet.runs import figures
 
-        figure = figures.sweep([(group.settings, group.mean, group.deviation) for group in groups], keys)
-        figures.save(figure, sweep_folder / "sweep.png")
+        figures.save(figures.sweep(groups, keys), sweep_folder / "sweep.png")
     done, pruned = (sum(run.status == status for run in runs) for status in ("done", "pruned"))
-    stopped, place = f", {pruned} pruned" if pruned else "", os.path.relpath(sweep_folder)
-    print(f"  {done} of {len(runs)} jobs done{stopped}: {place}/sweep.csv")
+    stopped = f", {pruned} pruned" if pruned else ""
+    print(f"  {done} of {len(runs)} jobs done{stopped}: {os.path.relpath(sweep_folder)}/sweep.csv")
     if done + pruned < len(runs):
-        print(f"  Run what is missing: python -m cifarnet.train sweep.resume={place}")
+        print(f"  Run what is missing: python -m cifarnet.train sweep.resume={os.path.relpath(sweep_folder)}")
 
 
 def table(groups: Sequence[Group]) -> str:
     """The groups as lines of text, the best first."""
-    keys = varied(groups)
-    replicas = any(len(group.runs) > 1 for group in groups)
-    rows = [["val accuracy", *(["n"] if replicas else []), *keys, "seconds", "job"]]
-    for group in groups:
-        score = f"{group.mean:.2%}" if group.values else group.runs[0].status
-        if len(group.values) > 1:
-            score += f" ± {100 * group.deviation:.2f}"
-        seconds = [run.metrics["seconds"] for run in group.runs if run.metrics]
-        count = [str(len(group.values))] if replicas else []
-        settings = [short(group.settings.get(key, "")) for key in keys]
-        mean_seconds = f"{statistics.mean(seconds):.1f}" if seconds else ""
-        rows.append([score, *count, *settings, mean_seconds, ",".join(run.folder.name for run in group.runs)])
-    return "\n".join(columns(rows))
+    columns = {"val accuracy": [_score(group) for group in groups]}
+    if any(len(group.runs) > 1 for group in groups):
+        columns["n"] = [str(len(group.values)) for group in groups]
+    columns |= {key: [short(group.settings.get(key, "")) for group in groups] for key in varied(groups)}
+    seconds = [[run.metrics["seconds"] for run in group.runs if run.metrics] for group in groups]
+    columns["seconds"] = [f"{statistics.mean(of):.1f}" if of else "" for of in seconds]
+    columns["job"] = [",".join(run.folder.name for run in group.runs) for group in groups]
+    return aligned(columns)
+
+
+def _score(group: Group) -> str:
+    mean = f"{group.mean:.2%}" if group.values else group.runs[0].status
+    return mean + (f" ± {100 * group.deviation:.2f}" if len(group.values) > 1 else "")
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """One row a job, the best first."""
-    keys = varied(runs) or ["seed"]
-    temporary = path.with_suffix(".tmp")
+    keys, temporary = varied(runs) or ["seed"], path.with_suffix(".tmp")
+    columns = ["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"]
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"])
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
         for run in sorted(runs, key=lambda run: best_first(run.score)):
-            val, test, seconds = (run.metrics.get(key, "") for key in ("val_accuracy", "test_accuracy", "seconds"))
-            settings = [run.settings.get(key, "") for key in keys]
-            writer.writerow([val, test, *settings, seconds, run.status, run.folder.name, run.error or run.pruned])
+            measured = {key: run.metrics.get(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
+            told = {"status": run.status, "folder": run.folder.name, "note": run.note}
+            writer.writerow(run.settings | measured | told)
     os.replace(temporary, path)
 
 

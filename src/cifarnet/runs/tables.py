@@ -1,16 +1,14 @@
-"""Runs as their folders tell of them, grouped by what they share, and tables of text.
+"""Runs as the files in their folders tell of them, grouped by what they share, and tables of text.
 
 A run's folder holds `metrics.json` in the end. A sweep's job has Hydra's record of its overrides there from the start,
-and `error.txt` or `pruned.txt` where it came to nothing. All that is here reads these files, so that it works just as
-well for a sweep that failed, was killed, or ran in several processes.
+and `error.txt` or `pruned.txt` where it came to nothing.
 """
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,14 @@ from cifarnet.errors import UserError
 class Run:
     """`settings` is what tells it from others: a job's overrides, or the part of a config that decides its figures.
 
-    `metrics` is its `metrics.json`, `error` its `error.txt`; `pruned` says where a search stopped it.
+    `metrics` is its `metrics.json`; `status` is done, failed, pruned or cut off, and `note` says more of it.
     """
 
     folder: Path
     settings: dict[str, str]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-    pruned: str = ""
-
-    @property
-    def status(self) -> str:
-        return "done" if self.metrics else "failed" if self.error else "pruned" if self.pruned else "cut off"
+    metrics: dict[str, Any]
+    status: str = "done"
+    note: str = ""
 
     def value(self, metric: str) -> float:
         """A number in `metrics.json`; NaN where there is none."""
@@ -47,54 +41,24 @@ class Run:
         return self.value("val_accuracy")
 
 
-@dataclass
 class Group:
-    """Runs that differ only by seed."""
+    """Runs that differ only by seed, and their values of a metric, with mean and deviation (NaN where there is none).
 
-    runs: list[Run]
-    metric: str
-    baseline: bool = False
-    label: str = ""
+    Of each seed only the run that finished last is `counted`: the others are no further samples, but `repeats`. Times
+    are another matter: they vary between runs of one seed too.
+    """
 
-    @property
-    def settings(self) -> dict[str, str]:
-        return {key: value for key, value in self.runs[0].settings.items() if key != "seed"}
-
-    @cached_property
-    def counted(self) -> list[Run]:
-        """The runs that have the metric, one a seed: the one that finished last; the others are no further samples.
-
-        Times are another matter: they vary between runs of one seed too.
-        """
-        runs = [run for run in self.runs if math.isfinite(run.value(self.metric))]
-        if is_time(self.metric):
-            return runs
-        runs.sort(key=lambda run: run.metrics.get("finished", ""))
-        return list({run.metrics.get("seed", run.settings.get("seed")): run for run in runs}.values())
-
-    @property
-    def repeats(self) -> list[Run]:
-        """The runs that are not counted because a later one had their seed."""
-        return [run for run in self.runs if math.isfinite(run.value(self.metric)) and run not in self.counted]
-
-    @property
-    def values(self) -> list[float]:
-        return [run.value(self.metric) for run in self.counted]
-
-    @property
-    def mean(self) -> float:
-        """NaN where there is no value."""
-        return statistics.mean(self.values) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float:
-        """The sample standard deviation; NaN for less than two values."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
-
-    @property
-    def name(self) -> str:
-        names = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in self.counted))
-        return f"{names} (baseline)" if self.baseline else names
+    def __init__(self, settings: dict[str, str], runs: Sequence[Run], metric: str) -> None:
+        self.settings, self.runs = settings, runs
+        self.label, self.name, self.baseline = "", "", False  # until it is compared
+        measured = [run for run in runs if math.isfinite(run.value(metric))]
+        by_time = sorted(measured, key=lambda run: run.metrics.get("finished", ""))
+        last = {run.metrics.get("seed", run.settings.get("seed")): run for run in by_time}
+        self.counted = measured if is_time(metric) else list(last.values())
+        self.repeats = [run for run in measured if run not in self.counted]
+        self.values = [run.value(metric) for run in self.counted]
+        self.mean = statistics.mean(self.values) if self.values else math.nan
+        self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
 def is_time(metric: str) -> bool:
@@ -102,15 +66,10 @@ def is_time(metric: str) -> bool:
     return "second" in metric
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith(("cross_entropy", "seconds", "epochs", "parameters"))
-
-
 def best_first(value: float, metric: str = "val_accuracy") -> float:
     """The key to sort by: NaN last."""
-    if math.isnan(value):
-        return math.inf
-    return value if lower_is_better(metric) else -value
+    lower_is_better = metric.endswith(("cross_entropy", "seconds", "epochs", "parameters"))
+    return math.inf if math.isnan(value) else value if lower_is_better else -value
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -129,32 +88,32 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_run(folder: Path) -> Run:
     """What there is to know about a job of a sweep; its settings are its overrides, but for `sweep.…`."""
-    overrides, metrics = folder / ".hydra" / "overrides.yaml", folder / "metrics.json"
+    overrides, record = folder / ".hydra" / "overrides.yaml", folder / "metrics.json"
     lines = OmegaConf.load(overrides) if overrides.is_file() else []
     pairs = (str(line).partition("=") for line in lines)
-    run = Run(folder, {key: value for key, _, value in pairs if not key.startswith("sweep.")})
-    if metrics.is_file():
-        run.metrics = read_metrics(metrics)
-    for note in ("error", "pruned"):
-        if (file := folder / f"{note}.txt").is_file():
-            setattr(run, note, file.read_text(encoding="utf-8").strip())
-    return run
+    settings = {key: value for key, _, value in pairs if not key.startswith("sweep.")}
+    metrics = read_metrics(record) if record.is_file() else {}
+    status, note = "cut off", ""
+    for name, meaning in [("pruned", "pruned"), ("error", "failed")]:
+        if (file := folder / f"{name}.txt").is_file():
+            status, note = meaning, file.read_text(encoding="utf-8").strip()
+    return Run(folder, settings, metrics, "done" if metrics else status, note)
 
 
 def read_sweep(folder: Path) -> list[Run]:
     """All jobs of a sweep that were begun, in order."""
-    numbered = [path.parent for path in folder.glob("*/.hydra") if path.parent.name.isdigit()]
-    return [read_run(path) for path in sorted(numbered, key=lambda path: int(path.name))]
+    numbers = [int(path.parent.name) for path in folder.glob("*/.hydra") if path.parent.name.isdigit()]
+    return [read_run(folder / str(number)) for number in sorted(numbers)]
 
 
 def grouped(runs: Sequence[Run], metric: str, alike: Callable[[Run], Any] = lambda run: None) -> list[Group]:
     """Runs that differ only by seed, and are `alike`, together: the best mean first, those without a value last."""
-    groups: dict[tuple, Group] = {}
+    together: dict[tuple, tuple[dict[str, str], list[Run]]] = {}
     for run in runs:
-        new = Group([], metric)
-        same = sorted((key, value) for key, value in run.settings.items() if key != "seed")
-        groups.setdefault((*same, alike(run)), new).runs.append(run)
-    return sorted(groups.values(), key=lambda group: best_first(group.mean, metric))
+        settings = {key: value for key, value in run.settings.items() if key != "seed"}
+        together.setdefault((frozenset(settings.items()), alike(run)), (settings, []))[1].append(run)
+    groups = [Group(settings, members, metric) for settings, members in together.values()]
+    return sorted(groups, key=lambda group: best_first(group.mean, metric))
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
@@ -162,39 +121,36 @@ def varied(groups: Sequence[Run | Group]) -> list[str]:
 
     Where different classes are built, a setting that only one of them has is named by the class alone.
     """
-    settings = [group.settings for group in groups]
-    keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if _varies(key, settings)]
-
-
-def _varies(key: str, settings: Sequence[dict[str, str]]) -> bool:
-    built: dict[str, set[str | None]] = {}
-    for one in settings:
-        built.setdefault(_builder(key, one), set()).add(one.get(key))
-    if key.endswith("_target_"):
-        return len(built) > 1
-    present = {one[key] for one in settings if key in one}
-    return len(present) > 1 or any(len(values) > 1 for values in built.values())
+    settings, keys = [group.settings for group in groups], []
+    for key in dict.fromkeys(key for one in settings for key in one):
+        values = {one[key] for one in settings if key in one}
+        having, lacking = ({_builder(key, one) for one in settings if (key in one) == has} for has in (True, False))
+        if len(values) > 1 or having & lacking or (lacking and key.endswith("_target_")):
+            keys.append(key)
+    return keys
 
 
 def _builder(key: str, settings: dict[str, str]) -> str:
     """The class or function that takes this setting."""
-    while key:
-        key = key.rpartition(".")[0]
-        if target := settings.get(f"{key}._target_"):
-            return target
-    return ""
+    section = key.rpartition(".")[0]
+    return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of text, aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def aligned(table: Mapping[str, Sequence[str]]) -> str:
+    """Columns, by their heads, as lines of text."""
+    columns = [[head, *cells] for head, cells in table.items()]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True))
+
+
+def number(text: str) -> float:
+    """Infinity for what is none."""
+    try:
+        return float(text) if math.isfinite(float(text)) else math.inf
+    except ValueError:
+        return math.inf
 
 
 def short(value: str) -> str:
     """A number with four digits."""
-    try:
-        return value if len(value) < 8 else f"{float(value):.4g}"
-    except ValueError:
-        return value
+    return f"{number(value):.4g}" if len(value) >= 8 and math.isfinite(number(value)) else value
