@@ -5,22 +5,13 @@ from torch import nn
 import cifarnet
 from cifarnet import checkpoint
 from cifarnet.errors import UserError
-from cifarnet.models import Normalize
 from cifarnet.runs.resume import resume
 from cifarnet.train import train
-
-
-class OwnNetwork(nn.Module):
-    def __init__(self, num_classes: int, image_size: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
-
-    def forward(self, images):
-        return self.layers(images)
+from conftest import OwnNetwork
 
 
 def test_own_network(config, tmp_path):
-    own = config("~model", f"+model={{_target_: {__name__}.OwnNetwork}}", without="model")
+    own = config("~model", "+model={_target_: conftest.OwnNetwork}", without="model")
     train(own)
     with pytest.raises(UserError, match="OwnNetwork, which is no class that this project lists"):
         cifarnet.load(tmp_path / "run")

@@ -6,10 +6,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from cifarnet.cli import CONFIGS
+from cifarnet.cli import CONFIGS, compose
 from cifarnet.compare import main
 from cifarnet.runs import comparison
 from cifarnet.runs.tables import varied
@@ -258,11 +257,6 @@ def test_many_differences_are_listed_below(run):
     assert lines[4:6] == ["  different in a / b:", "    model.p: none / 1"]
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", list(overrides))
-
-
 @pytest.mark.parametrize(
     "choice",
     [
@@ -278,7 +272,7 @@ def test_seeds_of_a_recipe_are_one_group_and_a_rate_is_told_alone(run, choice):
     for number, overrides in enumerate(
         [["seed=0"], ["seed=1"], ["optimizer.lr=0.123"], ["optimizer.lr=0.123", "seed=1"]]
     ):
-        config = OmegaConf.to_container(composed(choice, *overrides), resolve=False)
+        config = OmegaConf.to_container(compose("train", [choice, *overrides]), resolve=False)
         metrics = {"config": config | {"output_dir": "${hydra:runtime.output_dir}"}, "resolved": config}
         place = run(str(number), number % 2, 0.9)
         record = json.loads((place / "metrics.json").read_text()) | metrics

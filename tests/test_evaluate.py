@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
 import cifarnet
 from cifarnet import cli
@@ -17,7 +16,6 @@ from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main, plain
 from cifarnet.evaluation import report
-from cifarnet.models import Normalize
 from cifarnet.train import train
 
 # enough to tell some of the shapes: 60 steps
@@ -321,23 +319,14 @@ def test_hydra_reads_what_a_checkpoint_says(text):
     assert config.data == values
 
 
-class OwnNetwork(nn.Module):
-    def __init__(self, num_classes: int, image_size: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
-
-    def forward(self, images):
-        return self.layers(images)
-
-
 class OwnData(Synthetic):
     pass
 
 
 def test_own_classes_by_an_explicit_option(config, tmp_path):
-    own = ["~model", f"+model={{_target_: {__name__}.OwnNetwork}}", f"data._target_={__name__}.OwnData"]
+    own = ["~model", "+model={_target_: conftest.OwnNetwork}", f"data._target_={__name__}.OwnData"]
     train(config(*own, without="model"))
-    network, data = f"{__name__}.OwnNetwork", f"{__name__}.OwnData"
+    network, data = "conftest.OwnNetwork", f"{__name__}.OwnData"
     with pytest.raises(UserError, match=rf"{data}, which is no class .*classes=\[module"):
         evaluate(tmp_path / "run", QUICK)
     with pytest.raises(UserError, match=rf"{data}, which is no class"):

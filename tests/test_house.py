@@ -37,18 +37,17 @@ CONSTANT = r"[A-Z_0-9]+|([A-Z][a-z]+)+|__\w+__"  # or a type's other name
 MODULES = {module(path): path for path in FILES}
 
 
-def imported(path: Path, at_start: bool = False) -> set[str]:
-    """The modules of this project that a file imports; with `at_start`, those that importing the file imports."""
+def imported(path: Path) -> set[str]:
+    """The modules of this project that a file imports."""
     found = set()
     tree = ast.parse(path.read_text("utf-8"))
-    nodes = tree.body if at_start else list(ast.walk(tree))
     typing_only = {
         id(node)
         for branch in ast.walk(tree)
         if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
         for node in ast.walk(branch)
     }
-    for node in nodes:
+    for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
         names = []

@@ -2,10 +2,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cifarnet.cli import CONFIGS
+from cifarnet.cli import compose
 from cifarnet.errors import UserError
 from cifarnet.settings import check, check_type, deciding, flat
 
@@ -52,8 +51,7 @@ def test_check_reads_no_more_than_it_must(config):
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", list(overrides)))
+    return OmegaConf.to_container(compose("train", overrides))
 
 
 @pytest.mark.parametrize(

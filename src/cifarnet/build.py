@@ -75,9 +75,6 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
 
 def make_data(config: DictConfig) -> ImageDataModule:
     """The images that a config's section `data` names, which are read on first use."""
-    if "_target_" not in (config.get("data") or {}):
-        raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
-    settings.check_types(config)
     return instantiate(config.data)
 
 
@@ -141,13 +138,15 @@ def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
 
 def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        planned = OmegaConf.merge(
-            config, {"total_steps": total_steps}
-        )  # a copy: schedules ask for it as ${total_steps}
         with _refusals(f"scheduler of {total_steps} steps"):
-            return instantiate(planned.scheduler, _partial_=True)(optimizer)
+            return instantiate(planned(config, total_steps).scheduler, _partial_=True)(optimizer)
 
     return make
+
+
+def planned(config: DictConfig, total_steps: float) -> DictConfig:
+    """A copy of the config that knows the number of steps, for which schedules ask as `${total_steps}`."""
+    return OmegaConf.merge(config, {"total_steps": total_steps})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from cifarnet import __version__
 from cifarnet.errors import UserError
 from cifarnet.models import construct
-from cifarnet.permitted import permitted
+from cifarnet.permitted import class_path, permitted
 from cifarnet.upgrade import upgrade
 
 FOLDERS = {"dirpath", "save_dir", "root_dir", "default_root_dir"}  # in which callbacks and loggers write
@@ -108,7 +108,7 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
             found = permitted(node, section, classes)
             if found is None:
                 raise refused(node, path)
-            return f"{found.__module__}.{found.__qualname__}" if found in classes else node
+            return class_path(found) if found in classes else node
         text = re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))
         outside = (
             key in FOLDERS and node is not None and (not str(node).startswith("${output_dir}") or ".." in str(node))
@@ -162,7 +162,7 @@ def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[A
                 f"{path}: its setting data.{key}={value} is no plain value, and is not used. "
                 "Say what to test on: data=cifar10, or data=folder data.root=…"
             )
-    return data | {"_target_": f"{found.__module__}.{found.__qualname__}"}
+    return data | {"_target_": class_path(found)}
 
 
 def load(path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:

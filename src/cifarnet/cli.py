@@ -53,16 +53,14 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="runs, and settings: see below")
-    parser.add_argument(
-        "--against", nargs="+", default=[], metavar="PATH", help="compared with" if against else argparse.SUPPRESS
-    )
+    parser.set_defaults(against=[])
+    if against:
+        parser.add_argument("--against", nargs="+", metavar="PATH", help="compared with")
     given = parser.parse_intermixed_args(arguments)
     settings = [argument for argument in given.arguments + given.against if is_setting(argument)]
     paths, baseline = (
         [argument for argument in of if not is_setting(argument)] for of in (given.arguments, given.against)
     )
-    if baseline and not against:
-        parser.error("unrecognized arguments: --against")
     if not paths:
         parser.error("name a path: a run's folder")
     return Arguments(paths, settings, baseline)
@@ -99,11 +97,16 @@ def value_of(key: str, arguments: Sequence[str]) -> str | None:
     return values[-1].strip("'\"") if values else None
 
 
+def literal(text: str) -> str:
+    """Any text as an override's value, which Hydra reads as that text."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
 def quoted(key: str, value: str) -> str:
     """`key=value` as a shell and Hydra understand it, whatever characters the value has."""
     if re.fullmatch(r"[\w/.:-]+", value):
         return f"{key}={value}"
-    return shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+    return shlex.quote(f"{key}={literal(value)}")
 
 
 @contextlib.contextmanager

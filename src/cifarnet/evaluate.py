@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, settings
@@ -104,6 +103,9 @@ def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) 
     config = cli.compose("evaluate", [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
     for key, hint in TYPES.items():
         settings.check_type(key, config[key], hint)
+    if "_target_" not in (config.get("data") or {}):
+        raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
+    settings.check_types(config)
     return config
 
 
@@ -111,7 +113,7 @@ def plain(value: Any) -> str:
     """A value, or a list of them, as an override says it: Hydra sees but a value, whoever chose it."""
     if isinstance(value, list):
         return f"[{','.join(map(plain, value))}]"
-    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
+    return cli.literal(value) if isinstance(value, str) else json.dumps(value)
 
 
 def check_same_task(hparams: Mapping[str, Any], class_names: Sequence[str], image_size: int) -> None:

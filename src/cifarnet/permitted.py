@@ -75,6 +75,11 @@ def permitted(name: Any, room: str, classes: Sequence[Any] = ()) -> Any:
     return next(iter(exact or allowed), None)
 
 
+def class_path(found: Any) -> str:
+    """The full name of a class or function."""
+    return f"{found.__module__}.{found.__qualname__}"
+
+
 def _of_this_project(package: str, place: str, own: str) -> Any:
     """A class defined directly in a file of this package's folder, whether the file or the package offers it."""
     folder = PACKAGE.joinpath(*package.split(".")[1:])

@@ -10,11 +10,7 @@ from cifarnet.data import ImageFolder
 from cifarnet.data import folder as folder_module
 from cifarnet.errors import UserError
 from cifarnet.recipes.mixup import Mixup
-
-
-def picture(path, colour=(10, 20, 30), size=(32, 32), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path)
+from conftest import picture
 
 
 @pytest.fixture

@@ -104,13 +104,13 @@ class History(Callback):
         self.stretches = list(state.get("stretches", []))  # version 0.1 kept none
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin_stretch(trainer, module)
+        self._begin_stretch(trainer)
         if isinstance(trainer.logger, CSVLogger):  # it begins a new file: repeat what a resumed run had
             for row in self.epochs:
                 self._log(trainer, row)
         self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
 
-    def _begin_stretch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _begin_stretch(self, trainer: L.Trainer) -> None:
         now = stretch(trainer)
         if self.stretches:
             for what in ("precision", "hardware", "git_commit"):

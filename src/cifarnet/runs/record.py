@@ -6,17 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from cifarnet.build import Built, planned
 from cifarnet.compiling import Compile
 from cifarnet.runs.progress import History, stretch
-
-if TYPE_CHECKING:
-    from cifarnet.build import Built
 
 # HParams: the same columns in every run
 COLUMNS = {
@@ -35,7 +33,7 @@ COLUMNS = {
 }
 
 
-def heading(config: DictConfig, built: "Built") -> str:
+def heading(config: DictConfig, built: Built) -> str:
     """What is about to be trained, for the terminal."""
     source, network = built.data.source, built.classifier.network
     name = config.model._target_.rpartition(".")[2]
@@ -52,7 +50,7 @@ def parameters(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def collect(config: DictConfig, built: "Built", tested_epoch: int) -> dict[str, Any]:
+def collect(config: DictConfig, built: Built, tested_epoch: int) -> dict[str, Any]:
     """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
 
     `tested_epoch`, from 1, says which epoch's weights were tested; the validation accuracy is that epoch's.
@@ -85,14 +83,9 @@ def collect(config: DictConfig, built: "Built", tested_epoch: int) -> dict[str, 
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "overrides": overrides(Path(config.output_dir)),
         "config": OmegaConf.to_container(config, resolve=False),
-        "resolved": OmegaConf.to_container(_planned(config, built), resolve=True),
+        "resolved": OmegaConf.to_container(planned(config, trainer.estimated_stepping_batches), resolve=True),
         "history": history.epochs,
     }
-
-
-def _planned(config: DictConfig, built: "Built") -> DictConfig:
-    """A copy of the config that knows the number of steps, for which its schedule asks."""
-    return OmegaConf.merge(config, {"total_steps": built.trainer.estimated_stepping_batches})
 
 
 def overrides(folder: Path) -> list[str]:

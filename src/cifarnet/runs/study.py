@@ -22,6 +22,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from cifarnet import cli
 from cifarnet.errors import UserError
 from cifarnet.runs.summary import summarize
 from cifarnet.runs.tables import Run, read_run
@@ -80,7 +81,7 @@ class Search(Sweeper):
             while (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
-                result = self._launch(trial, [*fixed, *settings, f"sweep.resume='{folder}'"])
+                result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
                 run = read_run(folder / str(trial.number))
                 self._tell(study, trial, run)
                 if result.status == JobStatus.FAILED:

@@ -1,8 +1,7 @@
 """Sweeps: what a job of a multirun does beside training.
 
 A multirun has one folder. Each job's own folder in it, named by its number, holds Hydra's record of its overrides and,
-in the end, `metrics.json`, `pruned.txt` or `error.txt`. All that is below reads these files, so that it works just as
-well for a sweep that failed, was killed, or ran in several processes.
+in the end, `metrics.json`, `pruned.txt` or `error.txt`: whatever is told of a sweep is read from them (`runs.tables`).
 """
 
 import math
@@ -156,4 +155,5 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     saved = OmegaConf.load(record).hydra.overrides
     hydra = [line for line in saved.hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
     task = [line for line in saved.task if not line.startswith("sweep.resume=")]
-    return ["--multirun", *hydra, *task, f"hydra.sweep.dir='{folder}'", f"sweep.resume='{folder}'"]
+    place = cli.literal(str(folder))
+    return ["--multirun", *hydra, *task, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
