@@ -23,6 +23,7 @@ from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct
+from cifarnet.saving import WholeCheckpoints
 
 
 class Built(NamedTuple):
@@ -108,6 +109,7 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
         **{key: value for key, value in quiet.items() if key not in config.trainer},
         "precision": hardware.best_precision(accelerator) if precision == "auto" else precision,
         "callbacks": built,
+        "plugins": [WholeCheckpoints(), *instantiate(config.trainer.get("plugins") or [])],
         "logger": instantiate(config.logger) if config.get("logger") else False,
     }
     try:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def read(path: str | Path) -> dict[str, Any]:
             f"There is no checkpoint {path}. A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares the checksums that torch.save wrote
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = checkpoint["hyper_parameters"]
         written_by = Version(hparams["cifarnet"])
@@ -100,7 +105,7 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
     """
 
     def check(section: str, key: str, node: Any) -> Any:
-        if isinstance(node, dict):
+        if isinstance(node, dict) and "_args_" not in node:
             return {str(name): check(section, str(name), value) for name, value in node.items()}
         if isinstance(node, list):
             return [check(section, "", value) for value in node]
@@ -109,15 +114,29 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
             if found is None:
                 raise refused(node, path)
             return class_path(found) if found in classes else node
-        text = re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))
-        outside = (
-            key in FOLDERS and node is not None and (not str(node).startswith("${output_dir}") or ".." in str(node))
-        )
-        if "${" in text or outside:
-            raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.")
+        if (
+            "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))
+            or isinstance(node, dict)
+            or _outside(section, key, node)
+        ):
+            remedy = (
+                " There is no such folder here: say where the images lie, with data.root=…" if key == "root" else ""
+            )
+            raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.{remedy}")
         return node
 
     return {str(section): check(str(section), str(section), node) for section, node in config.items()}
+
+
+def _outside(section: str, key: str, node: Any) -> bool:
+    """Is it a place that is not in the run's own folder? Images are read from where they lie, if they do lie there."""
+    if key == "output_dir" or not isinstance(node, str):
+        return False
+    if key in FOLDERS:
+        return not re.fullmatch(r"\$\{output_dir\}(/[\w-]+)*", node)
+    if section == "data":
+        return key == "root" and not Path(node).expanduser().is_dir()
+    return node.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", node) or node[1:2] == ":"
 
 
 def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:

@@ -2,22 +2,31 @@
 
 import argparse
 import contextlib
+import difflib
+import errno
+import logging
 import os
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import Interrupted, UserError, printable
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"  # in a wheel
@@ -112,11 +121,13 @@ def quoted(key: str, value: str) -> str:
 @contextlib.contextmanager
 def _raising() -> Iterator[bool]:
     """Hydra is to raise what it would print. Yields whether the user wants to see tracebacks."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
+    before, logs_errors = os.environ.get("HYDRA_FULL_ERROR"), logging.raiseExceptions
+    logging.raiseExceptions = False  # of a log on a full disk, with a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield before == "1"
     finally:
+        logging.raiseExceptions = logs_errors
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
@@ -146,14 +157,20 @@ def run(task: Callable[[], Any]) -> None:
         message = explain(error)
         if show_traceback or message is None:
             raise
-        print(f"Error: {message}", file=sys.stderr)
+        print(printable(f"Error: {message}"), file=sys.stderr)
         sys.exit(1)
 
 
 def explain(error: BaseException) -> str | None:
     """What to tell the user, or None where the error is not known to be theirs."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException":  # the latter is Lightning's
         return str(error)
+    if (full := _unwritable(error)) is not None:
+        return (
+            f"{full.filename or 'A file'} cannot be written: {full.strerror}. What was there before is kept: make room."
+        )
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).strip().partition(chr(10))[0]})"
     if isinstance(error, InstantiationException):  # raised by a class that a config names
         cause = error.__cause__
         if cause is None or isinstance(cause, HydraException | OmegaConfBaseException):
@@ -162,8 +179,20 @@ def explain(error: BaseException) -> str | None:
         return explain(cause) or f"{section}: {cause}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {error}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        meant = did_you_mean(name, error.options)
+        return f"There is no {group}={name}.{meant} There are: {', '.join(error.options)}."
+    if isinstance(error, ConfigCompositionException) and isinstance(
+        error.__cause__, ConfigKeyError | ConfigAttributeError
+    ):
+        unknown = error.__cause__
+        root = OmegaConf.to_container(unknown.parent_node._get_root(), resolve=False)
+        meant = did_you_mean(unknown.full_key, _keys(root) | {path.name for path in CONFIGS.glob("*/")})
+        return f"{unknown.full_key} is no setting.{meant} (To add one, put a + before it.)"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"{error}\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else str(error)
+        told = f"{error}: {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else str(error)
+        return " ".join(told.split())
     if _raised_by_hydra(error):
         if not isinstance(error, OSError):
             return str(error)
@@ -172,6 +201,32 @@ def explain(error: BaseException) -> str | None:
             "Choose another, such as hydra.run.dir=runs/mine (in a sweep: hydra.sweep.dir)."
         )
     return None
+
+
+def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
+    """All settings of a nested config, in full."""
+    inner = (_keys(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, dict))
+    return {f"{prefix}{key}" for key in config}.union(*inner)
+
+
+def did_you_mean(key: str, options: Iterable[str]) -> str:
+    """The option that is most like a wrong one, as a question; empty if none is."""
+    known = {option.rpartition(".")[2]: option for option in sorted(options, reverse=True)}
+    known |= {option: option for option in options}
+    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    return f" Did you mean {known[near[0]]}?" if near else ""
+
+
+def _unwritable(error: BaseException | None) -> OSError | None:
+    """The full or failing disk behind an error."""
+    while error is not None and getattr(error, "errno", None) not in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+    ):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _raised_by_hydra(error: BaseException) -> bool:

@@ -1,5 +1,13 @@
 """What a user can put right is told in one message, without a traceback."""
 
+import re
+
+
+def printable(text: str) -> str:
+    """Text with the characters that command a terminal, or turn the direction of writing, as `\\x1b`."""
+    commands = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(commands, lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the value that is wrong and what to do about it."""

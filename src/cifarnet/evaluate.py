@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, settings
+from cifarnet import cli, files, settings
 from cifarnet.errors import UserError
 from cifarnet.permitted import located
 
@@ -46,7 +46,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet import build, hardware  # these take seconds more: a wrong path is told before
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.evaluation.predictor import Predictor
-    from cifarnet.runs.record import aligned, parameters, write, write_whole
+    from cifarnet.runs.record import aligned, parameters, write
 
     build.quieten_lightning()
     hardware.keep_freed_memory()
@@ -82,7 +82,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         figure.savefig(folder / f"{name}.png")
     write(record, folder / "metrics.json")
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
-    write_whole(folder / "report.html", report.render(record, pictures))
+    files.write(folder / "report.html", report.render(record, pictures))
     print(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")}))
     return record
 

@@ -3,15 +3,17 @@
 import inspect
 import json
 import pydoc
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from typeguard import CollectionCheckStrategy, TypeCheckError
 from typeguard import check_type as compare
 
+from cifarnet.cli import CONFIGS, did_you_mean
 from cifarnet.errors import UserError
 
 # on these no figure depends: where things lie, what they are called, what is shown meanwhile
@@ -21,6 +23,14 @@ SHOWN = {f"trainer.{name}" for name in ("enable_progress_bar", "enable_model_sum
 SPEED = {
     *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.devices", "trainer.deterministic"),
     *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
+}
+
+# whole numbers, from the least to the largest that works
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "threads": (1, 1024),
+    "trainer.accumulate_grad_batches": (1, 2**31),
+    "trainer.check_val_every_n_epoch": (1, 2**31),
 }
 
 
@@ -68,42 +78,76 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: the message names the setting, its value and what to do.
     """
+    _check_known(config)
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if "_target_" not in (config.get(section) or {}):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
+    for section in ("callbacks", "recipe"):
+        for name, part in (config.get(section) or {}).items():
+            if part is not None and "_target_" not in (part if isinstance(part, DictConfig) else {}):
+                raise UserError(f"{section}.{name}={part} names nothing to build (no _target_).")
     switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)
     for name, hint in {"name": str, "seed": int, "threads": int | None, **switches}.items():
         check_type(name, config[name], hint)
     check_types(config)
-    for name, least in [("seed", 0), ("threads", 1)]:
-        if config[name] is not None and config[name] < least:
-            raise UserError(f"{name}={config[name]}: give a whole number, {least} or more.")
+    for name, (least, most) in RANGES.items():
+        value = OmegaConf.select(config, name)
+        if isinstance(value, int) and not least <= value <= most:
+            raise UserError(f"{name}={value}: give a whole number from {least} to {most}.")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 
 
+def _check_known(config: DictConfig) -> None:
+    """Refuse what was added, and is neither a setting of a run's config nor asked for by `${…}` in it."""
+    files = [OmegaConf.load(CONFIGS / name) for name in ("train.yaml", "trainer/auto.yaml")]
+    known = {str(key) for file in files for key in file} | {path.stem for path in CONFIGS.glob("*") if path.is_dir()}
+    written = str(OmegaConf.to_container(config, resolve=False))
+    for name, options in {"": known, "sweep.": set(files[0].sweep)}.items():
+        for key in OmegaConf.select(config, name.rstrip("."), default={}) if name else config:
+            if key not in options and not re.search(rf"\$\{{{name}{re.escape(key)}[.}}]", written):
+                raise UserError(f"{name}{key} is no setting, and nothing asks for it.{did_you_mean(key, options)}")
+
+
 def check_types(config: DictConfig) -> None:
-    """Compare the settings with the types that the classes and functions to be called declare.
+    """Compare the settings with what the classes and functions to be called declare.
 
     Raises:
-        UserError: a setting of another type; a required setting that is missing.
+        UserError: a setting that is unknown or of another type, a number that is none, a required setting that is
+            missing, a class that does not exist.
     """
     for section in config:
-        if not OmegaConf.is_missing(config, section) and isinstance(node := config[section], DictConfig):
+        if OmegaConf.is_missing(config, section):
+            continue
+        if isinstance(node := config[section], DictConfig):
             _check_node(str(section), node)
+        else:
+            _check_finite(str(section), node)
 
 
 def _check_node(name: str, node: DictConfig) -> None:
-    hints = _hints(node["_target_"]) if "_target_" in node else {}
+    hints, names = ({}, None) if "_target_" not in node else _signature(f"{name}._target_", node["_target_"])
     for key in node:
         try:
             value = node[key]
         except MissingMandatoryValue as error:
             raise UserError(f"{name}.{key} is needed: add {name}.{key}=…") from error
+        if names is not None and key not in names and not str(key).startswith("_"):
+            target = node["_target_"]
+            whole = f"To replace all of {name}: '~{name}' '+{name}={{_target_: {target}}}'"
+            meant = did_you_mean(str(key), names) or f" Leave it out with ~{name}.{key}. {whole}"
+            raise UserError(f"{name}.{key}={value}: {target} has no such setting.{meant}")
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)
         elif key in hints and (name, key, value) != ("trainer", "precision", "auto"):  # which is not Lightning's word
             check_type(f"{name}.{key}", value, hints[key])
+        _check_finite(f"{name}.{key}", value)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    for number in value if isinstance(value, ListConfig) else [value]:
+        if isinstance(number, int | float) and not abs(number) < 2**63:  # NaN too
+            raise UserError(f"{name}={value}: give a number that is finite.")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -133,19 +177,28 @@ def _words(hint: Any) -> str:
     return " or ".join(dict.fromkeys(map(_words, typing.get_args(hint))))
 
 
-def _hints(target: str) -> dict[str, Any]:
-    """The declared types of a class's or function's arguments, those of base classes included."""
+def _signature(name: str, target: Any) -> tuple[dict[str, Any], set[str] | None]:
+    """The declared types of a class's or function's arguments, and the names of all; None where it takes any."""
     try:
-        called = pydoc.locate(target)
-    except pydoc.ErrorDuringImport:
-        return {}  # building it will say what is wrong
-    functions: list[Any] = [called]
-    if isinstance(called, type):
-        functions = [base.__init__ for base in reversed(called.__mro__)]
+        called = pydoc.locate(str(target))
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{name}={target} cannot be imported: {error.value}") from error
+    if not callable(called):
+        raise UserError(f"{name}={target}: there is no such class or function.")
+    functions = [base.__init__ for base in called.__mro__[:-1]] if isinstance(called, type) else [called]
     hints: dict[str, Any] = {}
-    for function in functions:
+    for function in reversed(functions):
         try:
             hints.update(typing.get_type_hints(function))
         except Exception:  # a name that exists for type checkers only: nothing to compare with
             continue
-    return hints
+    names: set[str] = set()
+    for function in functions:  # a class hands on what it does not know to the next one, if it takes any
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            return hints, None
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return hints, names
+    return hints, None

@@ -3,6 +3,8 @@
 python -m cifarnet.train +experiment=baseline
 """
 
+import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from cifarnet import cli
+from cifarnet import cli, files
 from cifarnet.errors import UserError
 from cifarnet.runs import sweep
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does w
     from optuna import Trial
 
     from cifarnet.build import Built
+
+LOG = "[%(asctime)s] %(message)s"  # as in configs/train.yaml
 
 
 def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "Sequence[Callback]" = ()) -> float:
@@ -36,39 +40,46 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
         UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
+    with files.alone_in(Path(config.output_dir)):
+        return _train(config, ckpt_path, callbacks)
+
+
+def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
     from cifarnet.build import build
     from cifarnet.runs import record
-    from cifarnet.runs.resume import Relocate
+    from cifarnet.runs.progress import tell
+    from cifarnet.runs.resume import Resume
 
-    built = build(config, callbacks if ckpt_path is None else [*callbacks, Relocate()])
+    going_on = [] if ckpt_path is None else [Resume(ckpt_path)]
+    built = build(config, [*callbacks, *going_on])
     trainer, classifier, data, _ = built
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    print(record.heading(config, built), flush=True)
-    trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    tested_epoch = load_best(built)
+    tell(record.heading(config, built))
+    with going_on[0].blamed_for_errors() if going_on else contextlib.nullcontext():
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    tested_step = load_best(built)
     trainer.test(classifier, datamodule=data, verbose=False)
 
-    metrics = record.collect(config, built, tested_epoch)
+    metrics = record.collect(config, built, tested_step)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
     record.log_hyperparameters(metrics, trainer.loggers)
-    print(record.table(metrics, config.output_dir))
+    tell(record.table(metrics, config.output_dir))
     return metrics["val_accuracy"]
 
 
 def load_best(built: "Built") -> int:
-    """Take over the weights with the best validation accuracy, where there are any; the epoch they are of, from 1."""
+    """Take over the weights with the best validation accuracy, where there are any; after how many steps they were."""
     from cifarnet import checkpoint
 
     trainer, classifier, *_ = built
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best:
-        return trainer.current_epoch
+        return trainer.global_step
     # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
     content = checkpoint.read(best)
     classifier.load_state_dict(content["state_dict"])
-    return content["epoch"] + 1
+    return content["global_step"]
 
 
 def check_same_images(ckpt_path: str | Path, built: "Built") -> None:
@@ -87,7 +98,13 @@ def check_same_images(ckpt_path: str | Path, built: "Built") -> None:
 def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
     if config.ckpt_path is not None:
         raise UserError("ckpt_path is no setting of a config: give it in the command, for one run.")
-    return sweep.run(config, train, trial) if sweep.is_job() else train(config)
+    if sweep.is_job():
+        return sweep.run(config, train, trial)
+    try:
+        return train(config)
+    except Exception:
+        files.remove_if_unused(Path(config.output_dir))
+        raise
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -95,7 +112,10 @@ def command(arguments: Sequence[str]) -> None:
     if (path := cli.value_of("ckpt_path", arguments)) not in (None, "null"):
         from cifarnet.runs.resume import resume
 
-        train(*resume(path, [argument for argument in arguments if cli.key_of(argument) != "ckpt_path"]))
+        config, last = resume(path, [argument for argument in arguments if cli.key_of(argument) != "ckpt_path"])
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        logging.basicConfig(filename=Path(config.output_dir, "train.log"), level="INFO", format=LOG)
+        train(config, last)
     elif cli.value_of("sweep.resume", arguments) is not None:
         cli.run_hydra(_task, sweep.resumed_sweep(arguments))
     else:

@@ -1,7 +1,7 @@
 """Figures of runs: accuracy against epoch, and what a sweep has found."""
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from cifarnet import files
 from cifarnet.runs.tables import Group, number, short
 
 TRAIN, VAL = "#0969da", "#d1570a"
@@ -17,18 +18,15 @@ PANELS = 3  # in a row
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Into an image file of the kind that its name says, under a temporary name first.
+    """Into an image file of the kind that its name says.
 
     Raises:
         OSError: it cannot be written.
         ValueError: matplotlib knows no such kind.
     """
-    temporary = Path(f"{path}.tmp")
-    try:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
+    files.write(path, content.getbuffer())
 
 
 def accuracy(history: Sequence[Mapping[str, float]]) -> Figure:

@@ -1,5 +1,6 @@
 """What is shown and kept of a run's epochs: a line each on the terminal, a row each in the history."""
 
+import logging
 import sys
 import time
 from datetime import datetime, timezone
@@ -13,7 +14,15 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger
 
 from cifarnet import hardware
+from cifarnet.errors import printable
 from cifarnet.runs import figures
+
+
+def tell(lines: str, on_terminal: bool = True) -> None:
+    """Show lines of a run, and keep them in its `train.log`."""
+    logging.getLogger("cifarnet").info(lines)
+    if on_terminal:
+        print(printable(lines), flush=True)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -58,9 +67,8 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, module)
-        if self.is_disabled:
-            metrics = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
-            print(_epoch(trainer), *metrics, sep="  ", flush=True)
+        metrics = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+        tell("  ".join([_epoch(trainer), *metrics]), on_terminal=self.is_disabled)
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         means = module.means("train")
@@ -92,16 +100,18 @@ class History(Callback):
         self.seconds = 0.0  # spent in training batches
         self.test_seconds = 0.0
         self.stretches: list[dict[str, Any]] = []
+        self.validations: list[dict[str, float]] = []  # all, those within an epoch too (trainer.val_check_interval)
         self._start = 0.0
         self._validation: dict[str, float] = {}  # of this epoch, if it was validated
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"epochs": self.epochs, "images": self.images, "seconds": self.seconds}
-        return kept | {"stretches": self.stretches}
+        return kept | {"stretches": self.stretches, "validations": self.validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.images, self.seconds = list(state["epochs"]), state["images"], state["seconds"]
         self.stretches = list(state.get("stretches", []))  # version 0.1 kept none
+        self.validations = list(state.get("validations", []))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin_stretch(trainer)
@@ -115,7 +125,7 @@ class History(Callback):
         if self.stretches:
             for what in ("precision", "hardware", "git_commit"):
                 if (before := self.stretches[-1][what]) != now[what]:
-                    print(f"{what.replace('_', ' ')} was {_short(before)}, now {_short(now[what])}", flush=True)
+                    tell(f"{what.replace('_', ' ')} was {_short(before)}, now {_short(now[what])}")
         self.stretches.append(now)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -132,8 +142,19 @@ class History(Callback):
         self._start = now
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._validation = module.means("val")
+        if not trainer.sanity_checking:
+            self._keep_validation(trainer, module.means("val"))
         self._start = time.perf_counter()
+
+    def _keep_validation(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        part = 1 if batches.is_last_batch else batches.current.ready / trainer.num_training_batches
+        self.validations.append({"epoch": trainer.current_epoch + part, "step": trainer.global_step, **metrics})
+        if part == 1:
+            self._validation = metrics
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{name}_within_epochs": value for name, value in metrics.items()}, trainer.global_step)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -159,7 +180,13 @@ class History(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.epochs:
-            figures.accuracy(self.epochs).savefig(Path(trainer.default_root_dir) / "accuracy.png")
+            rows = sorted([*self.epochs, *self.within_epochs], key=lambda row: row["epoch"])
+            figures.save(figures.accuracy(rows), Path(trainer.default_root_dir) / "accuracy.png")
+
+    @property
+    def within_epochs(self) -> list[dict[str, float]]:
+        """The validations that are in no row of an epoch's."""
+        return [row for row in self.validations if row["epoch"] % 1]
 
 
 def stretch(trainer: L.Trainer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from cifarnet import files
 from cifarnet.build import Built, planned
 from cifarnet.compiling import Compile
 from cifarnet.runs.progress import History, stretch
@@ -50,21 +51,21 @@ def parameters(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def collect(config: DictConfig, built: Built, tested_epoch: int) -> dict[str, Any]:
+def collect(config: DictConfig, built: Built, tested_step: int) -> dict[str, Any]:
     """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
 
-    `tested_epoch`, from 1, says which epoch's weights were tested; the validation accuracy is that epoch's.
+    `tested_step` says after how many steps the weights that were tested came about; the validation accuracy is theirs.
     """
     trainer, classifier, data, fit_seconds = built
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History())
-    last = {"epoch": trainer.current_epoch, **classifier.means("val")}
-    tested = next((row for row in [*history.epochs, last] if row["epoch"] == tested_epoch), {})
+    last = {"epoch": trainer.current_epoch, "step": trainer.global_step, **classifier.means("val")}
+    tested = next((row for row in [*history.validations, last] if row["step"] == tested_step), last)
     test = classifier.means("test")
     stretches = history.stretches or [stretch(trainer)]
     return {
         "name": config.name,
         "val_accuracy": tested.get("val/accuracy", math.nan),
-        "tested_epoch": tested_epoch,
+        "tested_epoch": tested["epoch"],
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
         "tta": classifier.tta,
@@ -85,6 +86,7 @@ def collect(config: DictConfig, built: Built, tested_epoch: int) -> dict[str, An
         "config": OmegaConf.to_container(config, resolve=False),
         "resolved": OmegaConf.to_container(planned(config, trainer.estimated_stepping_batches), resolve=True),
         "history": history.epochs,
+        "within_epochs": history.within_epochs,
     }
 
 
@@ -96,15 +98,7 @@ def overrides(folder: Path) -> list[str]:
 
 def write(metrics: dict[str, Any], path: Path) -> None:
     """As `metrics.json`. NaN and infinity become null."""
-    write_whole(path, json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed, so that there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    files.write(path, json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Going on with a run, with the settings that its checkpoint recorded."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,28 @@ def _check_plan(recorded: DictConfig, config: DictConfig) -> None:
         )
 
 
-class Relocate(Callback):
+class Resume(Callback):
     """A run's checkpoints are where its folder is now, wherever its checkpoint says that they were."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.started = path, False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = True
+
+    @contextlib.contextmanager
+    def blamed_for_errors(self) -> Iterator[None]:
+        """What goes wrong while a checkpoint is restored is its fault: Lightning raises whatever type comes."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if self.started or isinstance(error, UserError):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"{self.path} is damaged, or what it is to go on with has changed since ({reason}). Train anew, or try "
+                "another checkpoint of that run."
+            ) from error
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"

@@ -53,6 +53,8 @@ class StopOnSignal(Callback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
 
+    on_test_start = on_train_start
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         print("\nFinishing the batch. Once more stops at once, without saving.", file=sys.stderr, flush=True)
@@ -71,16 +73,30 @@ class StopOnSignal(Callback):
         if self._received and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             if (last := self._last_checkpoint(trainer)) is not None:
                 trainer.save_checkpoint(last)
-            self._stop(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
+            complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"
+            self._stop(trainer, f"batch {batch_idx + 1} of epoch {trainer.current_epoch + 1}: {complete}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # the last checkpoint is older where this epoch was not validated
+        if self._received and (last := self._last_checkpoint(trainer)) is not None:
+            trainer.save_checkpoint(last)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._received:
-            self._stop(trainer, f"epoch {trainer.current_epoch}, its last batch")
+            self._stop(trainer, f"epoch {trainer.current_epoch}, which is complete")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()
         if self._received:
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
+
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._received and self._last_checkpoint(trainer) is not None:  # else the test is finished first
+            self._restore()
+            self._stop(trainer, "training, in the test")
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._restore()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
