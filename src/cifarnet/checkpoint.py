@@ -114,14 +114,9 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
             if found is None:
                 raise refused(node, path)
             return class_path(found) if found in classes else node
-        if (
-            "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))
-            or isinstance(node, dict)
-            or _outside(section, key, node)
-        ):
-            remedy = (
-                " There is no such folder here: say where the images lie, with data.root=…" if key == "root" else ""
-            )
+        computed = "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))  # more than another setting
+        if computed or isinstance(node, dict) or _outside(section, key, node):
+            remedy = " There is no such folder here: say where the images lie, data.root=…" if key == "root" else ""
             raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.{remedy}")
         return node
 

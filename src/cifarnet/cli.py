@@ -166,9 +166,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException":  # the latter is Lightning's
         return str(error)
     if (full := _unwritable(error)) is not None:
-        return (
-            f"{full.filename or 'A file'} cannot be written: {full.strerror}. What was there before is kept: make room."
-        )
+        file = full.filename or "A file"
+        return f"{file} cannot be written: {full.strerror}. What was there before is kept: make room, and go on."
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).strip().partition(chr(10))[0]})"
     if isinstance(error, InstantiationException):  # raised by a class that a config names
@@ -178,15 +177,13 @@ def explain(error: BaseException) -> str | None:
         section = str(error).rpartition("full_key: ")[2]
         return explain(cause) or f"{section}: {cause}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {error}"
+        return " ".join(f"{error.override} cannot be read: {error}".split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         meant = did_you_mean(name, error.options)
         return f"There is no {group}={name}.{meant} There are: {', '.join(error.options)}."
-    if isinstance(error, ConfigCompositionException) and isinstance(
-        error.__cause__, ConfigKeyError | ConfigAttributeError
-    ):
-        unknown = error.__cause__
+    unknown = error.__cause__ if isinstance(error, ConfigCompositionException) else None
+    if isinstance(unknown, ConfigKeyError | ConfigAttributeError):
         root = OmegaConf.to_container(unknown.parent_node._get_root(), resolve=False)
         meant = did_you_mean(unknown.full_key, _keys(root) | {path.name for path in CONFIGS.glob("*/")})
         return f"{unknown.full_key} is no setting.{meant} (To add one, put a + before it.)"
@@ -219,12 +216,8 @@ def did_you_mean(key: str, options: Iterable[str]) -> str:
 
 def _unwritable(error: BaseException | None) -> OSError | None:
     """The full or failing disk behind an error."""
-    while error is not None and getattr(error, "errno", None) not in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EIO,
-    ):
+    reasons = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
+    while error is not None and not (isinstance(error, OSError) and error.errno in reasons):
         error = error.__cause__ or error.__context__
     return error
 

@@ -58,28 +58,28 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     tell(record.heading(config, built))
     with going_on[0].blamed_for_errors() if going_on else contextlib.nullcontext():
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    tested_step = load_best(built)
+    tested = load_best(built)
     trainer.test(classifier, datamodule=data, verbose=False)
 
-    metrics = record.collect(config, built, tested_step)
+    metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
     record.log_hyperparameters(metrics, trainer.loggers)
     tell(record.table(metrics, config.output_dir))
     return metrics["val_accuracy"]
 
 
-def load_best(built: "Built") -> int:
-    """Take over the weights with the best validation accuracy, where there are any; after how many steps they were."""
+def load_best(built: "Built") -> tuple[int, int]:
+    """Take over the weights with the best validation accuracy, where there are any; their epoch, from 1, and step."""
     from cifarnet import checkpoint
 
     trainer, classifier, *_ = built
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best:
-        return trainer.global_step
+        return trainer.current_epoch, trainer.global_step
     # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
     content = checkpoint.read(best)
     classifier.load_state_dict(content["state_dict"])
-    return content["global_step"]
+    return content["epoch"] + 1, content["global_step"]
 
 
 def check_same_images(ckpt_path: str | Path, built: "Built") -> None:

@@ -51,15 +51,16 @@ def parameters(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def collect(config: DictConfig, built: Built, tested_step: int) -> dict[str, Any]:
+def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str, Any]:
     """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
 
-    `tested_step` says after how many steps the weights that were tested came about; the validation accuracy is theirs.
+    `epoch`, from 1, and `step` say when the weights that were tested came about; the validation accuracy is theirs.
     """
     trainer, classifier, data, fit_seconds = built
     history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History())
-    last = {"epoch": trainer.current_epoch, "step": trainer.global_step, **classifier.means("val")}
-    tested = next((row for row in [*history.validations, last] if row["step"] == tested_step), last)
+    validations = {row["step"]: row for row in history.validations}
+    by_epoch = {row["epoch"]: row for row in history.epochs}  # enough where an older version kept no validations
+    tested = validations.get(step) or by_epoch.get(epoch) or {"epoch": epoch, **classifier.means("val")}
     test = classifier.means("test")
     stretches = history.stretches or [stretch(trainer)]
     return {

@@ -53,7 +53,8 @@ class StopOnSignal(Callback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
 
-    on_test_start = on_train_start
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_start(trainer, module)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
