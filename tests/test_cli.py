@@ -52,7 +52,12 @@ ROOT = Path(__file__).parents[1]
         (["+optimizer.lrr=1"], "optimizer.lrr=1", "Did you mean lr?"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing", "1 or more"),
         (["trainer.max_epochs=-1"], "needs an end", "trainer.max_epochs"),
-        (["trainer.max_epochs=1"], "scheduler of 5 steps", "division by zero"),  # too few for a warm-up of 20 %
+        (["+trainer.limit_train_batches=0"], "needs an end", "trainer.max_epochs"),
+        (["trainer.precision=bf16-true"], "trainer.precision=bf16-true", "bf16-mixed"),
+        (["scheduler=cosine", "scheduler.T_max=0"], "scheduler, in step", "by zero"),
+        (["callbacks.best.monitor=val/foo"], "val/foo", "val/accuracy"),
+        (["+trainer.limit_val_batches=0.1"], "limit_val_batches", "Try at least"),
+        (["trainer.max_epochs=1"], "scheduler of 5 steps", "Train for longer"),  # too few for a warm-up of 20 %
         (["name=1"], "name=1", "expected text"),
         (["seed=-1"], "seed=-1", "from 0"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
@@ -80,7 +85,9 @@ def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
     section = {"data=folder": "data", "~model": "model", "ckpt_path=nothing.ckpt": ""}.get(arguments[0], "-")
     status, _, error = command(*[setting for setting in SMALL if not setting.startswith(section)], *arguments)
     assert status == 1
-    [told] = [line for line in error.splitlines() if not line.startswith("Error executing job")]  # which echoes the command
+    [told] = [
+        line for line in error.splitlines() if not line.startswith("Error executing job")
+    ]  # which echoes the command
     assert told.startswith("Error: ")
     assert named in told
     assert remedy in told

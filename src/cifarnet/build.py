@@ -140,6 +140,8 @@ def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
 
 def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
+            raise UserError("This schedule needs an end: give trainer.max_epochs=20, for one, or scheduler=constant.")
         with _refusals(f"scheduler of {total_steps} steps"):
             return instantiate(planned(config, total_steps).scheduler, _partial_=True)(optimizer)
 
@@ -156,8 +158,10 @@ def _refusals(part: str) -> Iterator[None]:
     """Networks, torch's optimizers and schedules refuse settings by errors of several types."""
     try:
         yield
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{part}: {error}") from error
+    except ArithmeticError as error:  # a warm-up of one step or none
+        raise UserError(f"{part}: {error}. Train for longer, or choose scheduler=linear or constant.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{part}: {' '.join(str(error).split())}") from error
 
 
 def quieten_lightning() -> None:

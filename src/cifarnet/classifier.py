@@ -33,8 +33,8 @@ class Classifier(L.LightningModule):
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
         optimizer: makes the optimizer out of the parameters, such as `partial(torch.optim.SGD, lr=0.05)`.
-        scheduler: makes a schedule out of the optimizer and the number of its steps in the whole run; it is stepped
-            after every batch. None: a constant rate.
+        scheduler: makes a schedule out of the optimizer and the number of its steps in the whole run (0 if it has no
+            end); it is stepped after every batch. None: a constant rate.
         objective: logits [B, num_classes], labels int64 [B] -> each image's training loss [B]; None: cross-entropy.
         tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.predict`).
         tta_share: which part of the test images, the least confident of each batch, it is for.
@@ -138,10 +138,27 @@ class Classifier(L.LightningModule):
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("A schedule needs an end: give trainer.max_epochs or +trainer.max_steps.")
-        scheduler = self.make_scheduler(optimizer, int(steps))
+        scheduler = self.make_scheduler(optimizer, 0 if steps == float("inf") else int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        try:
+            super().lr_scheduler_step(scheduler, metric)
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(f"scheduler, in step {self.global_step}: {error}. Choose other settings of it.") from error
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning's, but a fused optimizer may be clipped where nothing scales its gradients (bfloat16)."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise UserError("trainer.gradient_clip_val in float16 needs optimizer.fused=false.")
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
+        elif gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
 
     def on_train_start(self) -> None:
         # counting the steps made the loader before the checkpoint's loops were read, where its place is

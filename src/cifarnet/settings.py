@@ -94,6 +94,11 @@ def check(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if isinstance(value, int) and not least <= value <= most:
             raise UserError(f"{name}={value}: give a whole number from {least} to {most}.")
+    if str(config.trainer.get("precision")) in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={config.trainer.precision}: weights are kept in float32 here. Choose "
+            f"{config.trainer.precision.replace('true', 'mixed')}, whose arithmetic is as fast."
+        )
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 
