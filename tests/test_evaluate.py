@@ -174,9 +174,9 @@ def test_other_data_is_split_as_the_runs_was(config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["ttta=mirror"], "Could not override 'ttta'"),
-        (["data.rot=x"], "Could not override 'data.rot'"),
-        (["data=cifra10"], "Could not find 'data/cifra10'"),
+        (["ttta=mirror"], "Did you mean tta?"),
+        (["data.rot=x"], "data.rot is no setting"),
+        (["data=cifra10"], "Did you mean cifar10?"),
         (["tta=rotate"], "tta=rotate: choose one of none, mirror"),
         (["tta_share=2"], "tta_share=2"),
         (["tta_share=x"], "tta_share=x has the wrong type: expected a number"),

@@ -115,9 +115,28 @@ def test_missing_and_damaged_checkpoints_are_told(run):
     with pytest.raises(UserError, match="There is no checkpoint"):
         resume(run / "nothing.ckpt")
     last = run / "checkpoints/last.ckpt"
-    last.write_bytes(last.read_bytes()[:5000])
+    content = last.read_bytes()
+    last.write_bytes(content[:5000])
     with pytest.raises(UserError, match="not a checkpoint of cifarnet, or is damaged"):
         resume(run)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1  # in the middle of the weights
+    last.write_bytes(flipped)
+    with pytest.raises(UserError, match="the checksum of .* is wrong"):
+        resume(run)
+
+
+@pytest.mark.parametrize("part", ["loops", "optimizer_states", "callbacks", "middle_of_epoch", "lr_schedulers"])
+@pytest.mark.parametrize("value", [None, [], "text"], ids=["missing", "empty", "text"])
+def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
+    last = run / "checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content[part] = value
+    if value is None:
+        del content[part]
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+        train(*resume(run))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +163,17 @@ def test_missing_and_damaged_checkpoints_are_told(run):
             "callbacks",
             {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}/.."}},
         ),
+        ("callbacks", {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "_args_": ["/tmp"]}}),
+        (
+            "callbacks",
+            {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}${name}"}},
+        ),
+        ("callbacks", {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": "../exploded"}}),
+        ("logger", {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "${output_dir}", "name": "/tmp"}),
+        ("name", "/tmp"),
+        ("callbacks", {"x": {"_target_": "joblib.load", "filename": "evil.pkl"}}),
+        ("callbacks", {"x": {"_target_": "urllib.request.urlretrieve", "url": "http://127.0.0.1", "filename": "x"}}),
+        ("data", {"_target_": "cifarnet.data.ImageFolder", "root": "/nowhere/at/all"}),
     ],
     ids=lambda value: str(value)[:60],
 )

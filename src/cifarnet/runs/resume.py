@@ -47,6 +47,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
 
     path = last_checkpoint(path)
     content = checkpoint.read(path)
+    _check_whole(content, path)
     given = _parsed(overrides)
     allowed = next((override.value() for override in given if override.key_or_group == "classes"), [])
     written = content["hyper_parameters"]["config"] | {"output_dir": str(_folder(path))}
@@ -56,6 +57,17 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     config = _changed(recorded, given)
     _check_plan(recorded, config)
     return config, path
+
+
+def _check_whole(content: dict[str, Any], path: Path) -> None:
+    """Lightning goes on without some parts, and so from another place."""
+    parts: dict[str, Any] = dict.fromkeys(("loops", "callbacks", "middle_of_epoch"), dict)
+    parts |= {"optimizer_states": list, "lr_schedulers": list}
+    scheduled = bool(content["hyper_parameters"]["config"].get("scheduler"))
+    for part, kind in parts.items():
+        value = content.get(part)
+        if not isinstance(value, kind) or not (value or (part == "lr_schedulers" and not scheduled)):
+            raise UserError(f"{path} is damaged: what it says of {part} cannot be used. Try best.ckpt, or train anew.")
 
 
 def _forget(config: dict[str, Any], key: str) -> None:

@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, hardware
 from cifarnet.errors import Pruned, UserError
+from cifarnet.permitted import located
+from cifarnet.runs import replay
 from cifarnet.runs.summary import clear_checkpoints
 from cifarnet.runs.tables import read_run
 
@@ -83,7 +85,8 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not say what to train."""
-    return {key: value for key, value in config.items() if key not in ("sweep", "output_dir")}
+    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes")}
+    return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
 
 
 def _share_machine(config: DictConfig) -> None:
@@ -150,10 +153,13 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if not record.is_file():
         raise UserError(f"sweep.resume={folder}: there is no multirun in that folder ({record} is missing).")
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
-    if others:
+    allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
+    if others != allowing:
         raise UserError(f"sweep.resume={folder} repeats that multirun's own arguments: leave out {' '.join(others)}")
     saved = OmegaConf.load(record).hydra.overrides
     hydra = [line for line in saved.hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
-    task = [line for line in saved.task if not line.startswith("sweep.resume=")]
+    task = [line for line in saved.task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
+    classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
+    replay.checked([*hydra, *task], record, classes)
     place = cli.literal(str(folder))
-    return ["--multirun", *hydra, *task, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    return ["--multirun", *hydra, *task, *allowing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
