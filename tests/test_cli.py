@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifarnet import cli
+from cifarnet import cli, files
 from cifarnet.train import main
 from conftest import OWN, SMALL, signal_at
 
@@ -147,6 +147,32 @@ def test_resuming_takes_a_runs_folder_and_its_choices(command, tmp_path):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["epochs"], metrics["config"]["threads"]) == (2, 1)
     assert metrics["config"]["callbacks"]["progress"] is None
+
+
+def test_two_runs_in_one_folder_are_refused(command, tmp_path):
+    with files.alone_in(tmp_path / "run"):
+        status, _, error = command(*SMALL, "hydra.run.dir=run")
+    assert status == 1
+    assert "Another process is at work in" in error
+    assert "hydra.run.dir=" in error
+
+
+def test_a_start_that_failed_leaves_no_folder(command, tmp_path):
+    assert command(*SMALL, "optimizer.lr=-1")[0] == 1
+    assert command(*SMALL, "data.flip=perhaps")[0] == 1
+    assert command(*SMALL, "trainer.max_epochs=1")[0] == 1  # too few steps for the schedule
+    assert list((tmp_path / "lightning_logs/train").iterdir()) == []
+
+
+def test_the_log_keeps_what_the_terminal_shows(command, tmp_path):
+    begin = ["trainer.max_epochs=2", "scheduler=constant", "hydra.run.dir=run"]
+    status, printed, _ = command(*SMALL, *begin)
+    assert status == 0
+    log = (tmp_path / "run/train.log").read_text()
+    shown = [line for line in printed.splitlines() if line.strip()]
+    assert [line for line in shown if line not in log] == []
+    assert "Epoch 2/2" in log
+    assert "[20" not in printed  # the log's dates are not
 
 
 def test_ctrl_c_ends_a_sweep(command, tmp_path):

@@ -1,6 +1,9 @@
+import errno
 import json
 import math
+import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cifarnet
+from cifarnet import cli
+from cifarnet.build import build
 from cifarnet.cli import CONFIGS
 from cifarnet.errors import Interrupted
 from cifarnet.runs.resume import resume
@@ -125,6 +130,72 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, e
     assert whole["test_accuracy"] == parts["test_accuracy"]
     assert [stretch["from_step"] for stretch in parts["stretches"]] == ([0, begun] if begun < 15 else [0])
     assert len(whole["stretches"]) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(config, tmp_path, monkeypatch):
+    train(config("trainer.max_epochs=1", "scheduler=constant"))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    before = last.read_bytes()
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # nothing goes through the temporary folder
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        train(*resume(last, ["trainer.max_epochs=2"]))
+    assert ".ckpt cannot be written: No space left on device" in cli.explain(error.value)
+    assert last.read_bytes() == before
+    assert sorted(os.listdir(last.parent)) == ["best.ckpt", "last.ckpt"]
+
+
+def test_averaged_weights_are_validated_tested_and_saved(config, tmp_path):
+    averaging = "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"
+    train(config(averaging, "optimizer.lr=0.02"))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert all(math.isfinite(row["val/cross_entropy"]) for row in metrics["history"])
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    learned = content["current_model_state"]
+    assert not torch.equal(learned["network.head.weight"], content["state_dict"]["network.head.weight"])
+    built = build(config())
+    network, _ = cifarnet.load(tmp_path / "run/checkpoints/last.ckpt")
+    accuracies = {}
+    for split in (built.data.source.val, built.data.source.test):
+        with torch.no_grad():
+            accuracies[len(split)] = (network(split.images).argmax(1) == split.labels).double().mean().item()
+    assert metrics["history"][-1]["val/accuracy"] == pytest.approx(accuracies[20])
+    if metrics["tested_epoch"] == 2:
+        assert metrics["test_accuracy"] == pytest.approx(accuracies[50])
+
+
+def test_validations_within_epochs_are_kept(config, tmp_path):
+    score = train(config("+trainer.val_check_interval=2", "optimizer.lr=0.02"))  # of five batches
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    kept = metrics["within_epochs"] + metrics["history"]
+    assert [row["epoch"] for row in metrics["within_epochs"]] == [0.4, 0.8, 1.4, 1.8]
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    monitored = next(state for key, state in best["callbacks"].items() if "best_model_score" in state and "val" in key)
+    assert score == metrics["val_accuracy"] == pytest.approx(monitored["best_model_score"].item())
+    assert metrics["val_accuracy"] == max(row.get("val/accuracy", 0) for row in kept)
+    assert metrics["tested_epoch"] == next(row["epoch"] for row in kept if row.get("val/accuracy") == score)
+    assert len(events(run)["scalars"]["val/accuracy_within_epochs"]) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(config, tmp_path, precision, algorithm):
+    """With a rate of 1 and nothing else, the first step is the clipped gradient."""
+    plain = ["optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.weight_decay=0", "optimizer.lr=1"]
+    clip = ["+trainer.gradient_clip_val=0.001", f"+trainer.gradient_clip_algorithm={algorithm}"]
+    one_step = ["scheduler=constant", "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "data.val_fraction=0"]
+    settings = config(*plain, *clip, *one_step, f"trainer.precision={precision}")
+    before = build(settings).classifier.network.state_dict()
+    train(settings)
+    after = weights(tmp_path / "run/checkpoints/last.ckpt")
+    steps = torch.cat([(after[f"network.{name}"] - value).flatten() for name, value in before.items()])
+    length = steps.norm() if algorithm == "norm" else steps.abs().max()
+    assert length.item() == pytest.approx(0.001, rel=0.01)
 
 
 def test_lean_run_has_the_weights_of_a_full_one(config, tmp_path):

@@ -60,5 +60,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a run's folder in which nothing was done but noting what was asked for."""
-    if folder.is_dir() and all(path.name in (".hydra", ".lock") or path.suffix == ".log" for path in folder.iterdir()):
+    noted = ("hparams.yaml", ".lock")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != ".hydra"]
+    header_only = [path for path in files if path.name.startswith("events.out.") and path.stat().st_size < 100]
+    if all(path.name in noted or path.suffix == ".log" or path in header_only for path in files):
         shutil.rmtree(folder, ignore_errors=True)

@@ -122,7 +122,7 @@ def test_missing_and_damaged_checkpoints_are_told(run):
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1  # in the middle of the weights
     last.write_bytes(flipped)
-    with pytest.raises(UserError, match="the checksum of .* is wrong"):
+    with pytest.raises(UserError, match=r"the checksum of .* is wrong"):
         resume(run)
 
 

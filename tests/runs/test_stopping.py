@@ -1,0 +1,63 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from cifarnet.errors import Interrupted
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
+from conftest import OWN, assert_same_weights, signal_at
+
+
+class SignalInTest(Callback):
+    """Sends this process a signal while the first of several batches is tested."""
+
+    def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+BATCHES = "data.eval_batch_size=10"
+
+
+def test_a_signal_in_the_test_names_the_command_that_tests(config, tmp_path):
+    train(config(BATCHES, folder="whole"))
+    with pytest.raises(Interrupted, match="in the test") as interrupted:
+        train(config(BATCHES, folder="parts"), callbacks=[SignalInTest()])
+    assert interrupted.value.status == 143
+    assert str(tmp_path / "parts/checkpoints/last.ckpt") in str(interrupted.value)
+    assert not (tmp_path / "parts/metrics.json").exists()
+    train(*resume(tmp_path / "parts"))
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    for key in ("test_accuracy", "test_cross_entropy", "val_accuracy", "tested_epoch", "history"):
+        assert whole[key] == parts[key]
+
+
+def test_a_run_without_checkpoints_finishes_its_test(config, tmp_path):
+    train(
+        config(BATCHES, "callbacks.best=null", "callbacks.last=null", "+trainer.enable_checkpointing=false"),
+        callbacks=[SignalInTest()],
+    )
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_signal_in_an_epoch_that_is_not_validated_saves_it(config, tmp_path, epoch):
+    recipe = ["trainer.max_epochs=4", "+trainer.check_val_every_n_epoch=2", "optimizer.lr=0.02"]
+    train(config(*recipe, folder="whole"))
+    with pytest.raises(Interrupted, match=f"epoch {epoch + 1}, which is complete"):
+        train(config(*recipe, signal_at(epoch, 4, signal.SIGTERM), folder="parts"))  # five batches an epoch
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 5 * (epoch + 1)
+    train(*resume(last, [OWN]))
+    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    assert whole["history"] == parts["history"]
+
+
+def test_how_many_epochs_are_complete_is_told(config):
+    with pytest.raises(Interrupted, match="after batch 4 of epoch 2: 1 of 2 epochs are complete"):
+        train(config(signal_at(1, 2, signal.SIGTERM)))
