@@ -33,6 +33,13 @@ ROOT = Path(__file__).parents[1]
         (["seed=4294967296"], "seed=4294967296", "from 0 to 4294967295"),
         (["optimizer._target_=torch.optim.RMSprop"], "torch.optim.RMSprop has no such setting", "'~optimizer' '+opt"),
         (["model._target_=math"], "model._target_=math", "no such class or function"),
+        (["~model", "+model={_target_: fractions.Fraction}"], "model: makes a Fraction", "Module is needed"),
+        (
+            ["~data", "+data={_target_: torch.nn.Linear, in_features: 1, out_features: 1}"],
+            "data makes a Linear",
+            "needed",
+        ),
+        (["+callbacks.mine={_target_: builtins.list}"], "builtins.list makes a list", "Callback is needed"),
         (["+callbacks.mine=3"], "callbacks.mine=3", "_target_"),
         (["+experiment=basline"], "no experiment=basline", "Did you mean baseline?"),
         (["model=resnet"], "no model=resnet", "There are: cnn"),
@@ -82,7 +89,9 @@ ROOT = Path(__file__).parents[1]
 )
 def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
     # settings that do not apply
-    section = {"data=folder": "data", "~model": "model", "ckpt_path=nothing.ckpt": ""}.get(arguments[0], "-")
+    section = {"data=folder": "data", "~data": "data", "~model": "model", "ckpt_path=nothing.ckpt": ""}.get(
+        arguments[0], "-"
+    )
     status, _, error = command(*[setting for setting in SMALL if not setting.startswith(section)], *arguments)
     assert status == 1
     [told] = [

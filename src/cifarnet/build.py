@@ -5,7 +5,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -24,6 +24,8 @@ from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct
 from cifarnet.saving import WholeCheckpoints
+
+Part = TypeVar("Part")
 
 
 class Built(NamedTuple):
@@ -76,7 +78,7 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
 
 def make_data(config: DictConfig) -> ImageDataModule:
     """The images that a config's section `data` names, which are read on first use."""
-    return instantiate(config.data)
+    return _expect(ImageDataModule, "data", instantiate(config.data))
 
 
 def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, float]:
@@ -99,7 +101,7 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
     if config.data.get("val_fraction") == 0:  # nothing to choose a checkpoint by
         chosen = [callback for callback in chosen if not callback.get("monitor")]
     chosen += [recipe for recipe in (config.get("recipe") or {}).values() if recipe]
-    built = [*(instantiate(callback) for callback in chosen), *callbacks]
+    built = [*(_expect(Callback, callback._target_, instantiate(callback)) for callback in chosen), *callbacks]
     if config.compile:
         built.insert(0, Compile())  # before the clocks of others start
     accelerator, precision = config.trainer.accelerator, config.trainer.precision
@@ -133,7 +135,7 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
     def make(parameters: Iterable[Tensor]) -> Optimizer:
         with _refusals("optimizer"):
-            return instantiate(config.optimizer, _partial_=True)(parameters)
+            return _expect(Optimizer, "optimizer", instantiate(config.optimizer, _partial_=True)(parameters))
 
     return make
 
@@ -143,7 +145,8 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
             raise UserError("This schedule needs an end: give trainer.max_epochs=20, for one, or scheduler=constant.")
         with _refusals(f"scheduler of {total_steps} steps"):
-            return instantiate(planned(config, total_steps).scheduler, _partial_=True)(optimizer)
+            made = instantiate(planned(config, total_steps).scheduler, _partial_=True)(optimizer)
+            return _expect(LRScheduler, "scheduler", made)
 
     return make
 
@@ -151,6 +154,15 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
 def planned(config: DictConfig, total_steps: float) -> DictConfig:
     """A copy of the config that knows the number of steps, for which schedules ask as `${total_steps}`."""
     return OmegaConf.merge(config, {"total_steps": total_steps})
+
+
+def _expect(kind: type[Part], name: str, made: Any) -> Part:
+    """What was built, if it is what its place in the config is for."""
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{name} makes a {type(made).__name__}: here a {kind.__name__} is needed. See the choices: --help"
+        )
+    return made
 
 
 @contextlib.contextmanager

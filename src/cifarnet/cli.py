@@ -144,7 +144,7 @@ def run(task: Callable[[], Any]) -> None:
         with _raising() as show_traceback:
             task()
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
+        print(printable(str(interrupted)), file=sys.stderr)
         sys.exit(interrupted.status)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

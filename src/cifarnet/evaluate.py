@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, files, settings
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 
 EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
@@ -74,7 +74,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "cifarnet.evaluate", str(path), *overrides]),
         "config": OmegaConf.to_container(config, resolve=True),
     }
-    print(report.heading(record), flush=True)
+    print(printable(report.heading(record)), flush=True)
     measured, figures = sections.measure(predictor, datamodule, public, config.seed if config.corruptions else None)
     record |= measured | {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -83,7 +83,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     write(record, folder / "metrics.json")
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
     files.write(folder / "report.html", report.render(record, pictures))
-    print(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")}))
+    print(printable(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")})))
     return record
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 from typeguard import CollectionCheckStrategy, TypeCheckError
 from typeguard import check_type as compare
 
-from cifarnet.cli import CONFIGS, did_you_mean
+from cifarnet import cli
 from cifarnet.errors import UserError
 
 # on these no figure depends: where things lie, what they are called, what is shown meanwhile
@@ -105,13 +105,15 @@ def check(config: DictConfig) -> None:
 
 def _check_known(config: DictConfig) -> None:
     """Refuse what was added, and is neither a setting of a run's config nor asked for by `${…}` in it."""
-    files = [OmegaConf.load(CONFIGS / name) for name in ("train.yaml", "trainer/auto.yaml")]
-    known = {str(key) for file in files for key in file} | {path.stem for path in CONFIGS.glob("*") if path.is_dir()}
+    files = [OmegaConf.load(cli.CONFIGS / name) for name in ("train.yaml", "trainer/auto.yaml")]
+    known = {str(key) for file in files for key in file} | {
+        path.stem for path in cli.CONFIGS.glob("*") if path.is_dir()
+    }
     written = str(OmegaConf.to_container(config, resolve=False))
     for name, options in {"": known, "sweep.": set(files[0].sweep)}.items():
         for key in OmegaConf.select(config, name.rstrip("."), default={}) if name else config:
             if key not in options and not re.search(rf"\$\{{{name}{re.escape(key)}[.}}]", written):
-                raise UserError(f"{name}{key} is no setting, and nothing asks for it.{did_you_mean(key, options)}")
+                raise UserError(f"{name}{key} is no setting, and nothing asks for it.{cli.did_you_mean(key, options)}")
 
 
 def check_types(config: DictConfig) -> None:
@@ -138,15 +140,21 @@ def _check_node(name: str, node: DictConfig) -> None:
         except MissingMandatoryValue as error:
             raise UserError(f"{name}.{key} is needed: add {name}.{key}=…") from error
         if names is not None and key not in names and not str(key).startswith("_"):
-            target = node["_target_"]
-            whole = f"To replace all of {name}: '~{name}' '+{name}={{_target_: {target}}}'"
-            meant = did_you_mean(str(key), names) or f" Leave it out with ~{name}.{key}. {whole}"
-            raise UserError(f"{name}.{key}={value}: {target} has no such setting.{meant}")
+            raise _unknown(name, str(key), node, names)
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)
         elif key in hints and (name, key, value) != ("trainer", "precision", "auto"):  # which is not Lightning's word
             check_type(f"{name}.{key}", value, hints[key])
         _check_finite(f"{name}.{key}", value)
+
+
+def _unknown(name: str, key: str, node: DictConfig, names: set[str]) -> UserError:
+    """That a class has no such setting: a wrong name, or one that another class's config left there."""
+    meant = cli.did_you_mean(key, names)
+    if not meant:
+        kept = ", ".join(f"{known}: {node[known]}" for known in node if known in {"_target_", *names})
+        meant = f" Leave it out, or replace all of {name}: '~{name}' '+{name}={{{kept}}}'"
+    return UserError(f"{name}.{key}={node[key]}: {node['_target_']} has no such setting.{meant}")
 
 
 def _check_finite(name: str, value: Any) -> None:

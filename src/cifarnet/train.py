@@ -48,7 +48,7 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     from cifarnet.build import build
     from cifarnet.runs import record
     from cifarnet.runs.progress import tell
-    from cifarnet.runs.resume import Resume
+    from cifarnet.runs.resume import Resume, check_same_images
 
     going_on = [] if ckpt_path is None else [Resume(ckpt_path)]
     built = build(config, [*callbacks, *going_on])
@@ -80,19 +80,6 @@ def load_best(built: "Built") -> tuple[int, int]:
     content = checkpoint.read(best)
     classifier.load_state_dict(content["state_dict"])
     return content["epoch"] + 1, content["global_step"]
-
-
-def check_same_images(ckpt_path: str | Path, built: "Built") -> None:
-    """Refuse to go on with other images than the run began with."""
-    from cifarnet import checkpoint
-
-    before, now = checkpoint.read(ckpt_path)["hyper_parameters"], built.classifier.hparams
-    for what in ("class_names", "image_size", "images"):
-        if what in before and before[what] != now[what]:  # version 0.1 did not say how many images there were
-            raise UserError(
-                f"{ckpt_path} was trained on other images: {what} was {before[what]}, now {now[what]}. "
-                "Give data.root=… where they lie, or train anew without ckpt_path."
-            )
 
 
 def _task(config: DictConfig, trial: "Trial | None" = None) -> float:

@@ -21,6 +21,8 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     task = {"num_classes": num_classes} if "num_classes" in declared or takes_any else {}
     task |= {"image_size": image_size} if "image_size" in declared else {}
     network = make(**(task | settings))
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"makes a {type(network).__name__}, where a Module is needed")
     if any(isinstance(layer, Normalize) for layer in network.modules()):
         return network
     return nn.Sequential(OrderedDict(normalize=Normalize(), network=network))

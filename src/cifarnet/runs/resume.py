@@ -13,7 +13,8 @@ from hydra.core.override_parser.types import Override
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli
+from cifarnet import checkpoint, cli
+from cifarnet.build import Built
 from cifarnet.errors import UserError
 from cifarnet.permitted import located
 from cifarnet.settings import PLACES, SHOWN, SPEED, within
@@ -43,8 +44,6 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     Raises:
         UserError: no such checkpoint, one that asks for classes that it may not, or another override.
     """
-    from cifarnet import checkpoint
-
     path = last_checkpoint(path)
     content = checkpoint.read(path)
     _check_whole(content, path)
@@ -131,6 +130,17 @@ def _check_plan(recorded: DictConfig, config: DictConfig) -> None:
             f"{PLAN}={asked}: the schedule {str(schedule['_target_']).rpartition('.')[2]} was planned for {planned} "
             f"epochs. Leave {PLAN} as it was, or train anew; a run with scheduler=constant may be given more."
         )
+
+
+def check_same_images(ckpt_path: str | Path, built: Built) -> None:
+    """Refuse to go on with other images than the run began with."""
+    before, now = checkpoint.read(ckpt_path)["hyper_parameters"], built.classifier.hparams
+    for what in ("class_names", "image_size", "images"):
+        if what in before and before[what] != now[what]:  # version 0.1 did not say how many images there were
+            raise UserError(
+                f"{ckpt_path} was trained on other images: {what} was {before[what]}, now {now[what]}. "
+                "Give data.root=… where they lie, or train anew without ckpt_path."
+            )
 
 
 class Resume(Callback):
