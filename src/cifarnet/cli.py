@@ -190,6 +190,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         told = f"{error}: {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else str(error)
         return " ".join(told.split())
+    if _refused_by_lightning(error):
+        return " ".join(f"trainer: {error}".split())
     if _raised_by_hydra(error):
         if not isinstance(error, OSError):
             return str(error)
@@ -220,6 +222,12 @@ def _unwritable(error: BaseException | None) -> OSError | None:
     while error is not None and not (isinstance(error, OSError) and error.errno in reasons):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _refused_by_lightning(error: BaseException) -> bool:
+    """A setting that Lightning looks at only when it starts."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError | TypeError) and "lightning" in Path(last.f_code.co_filename).parts
 
 
 def _raised_by_hydra(error: BaseException) -> bool:

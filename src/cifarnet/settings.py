@@ -33,6 +33,8 @@ RANGES = {
     "trainer.check_val_every_n_epoch": (1, 2**31),
 }
 
+HYDRAS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}  # which say how to build
+
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested config as `section.key: text`; what is null is left out, and 1.0 is 1."""
@@ -80,15 +82,21 @@ def check(config: DictConfig) -> None:
     """
     _check_known(config)
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
-        if "_target_" not in (config.get(section) or {}):
+        if not _names_something(config.get(section)):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
     for section in ("callbacks", "recipe"):
-        for name, part in (config.get(section) or {}).items():
-            if part is not None and "_target_" not in (part if isinstance(part, DictConfig) else {}):
+        parts = config.get(section) or {}
+        if not isinstance(parts, DictConfig | dict):
+            raise UserError(
+                f"{section}={parts}: give what is to be built by names, such as {section}.mine={{_target_: …}}"
+            )
+        for name, part in parts.items():
+            if part is not None and not _names_something(part):
                 raise UserError(f"{section}.{name}={part} names nothing to build (no _target_).")
     switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)
-    for name, hint in {"name": str, "seed": int, "threads": int | None, **switches}.items():
-        check_type(name, config[name], hint)
+    kept = {"sweep.keep_checkpoints": int | None, "sweep.resume": str | None}
+    for name, hint in {"name": str, "seed": int, "threads": int | None, **switches, **kept}.items():
+        check_type(name, OmegaConf.select(config, name), hint)
     check_types(config)
     for name, (least, most) in RANGES.items():
         value = OmegaConf.select(config, name)
@@ -101,6 +109,10 @@ def check(config: DictConfig) -> None:
         )
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
+
+
+def _names_something(part: Any) -> bool:
+    return isinstance(part, DictConfig) and "_target_" in part
 
 
 def _check_known(config: DictConfig) -> None:
@@ -139,11 +151,13 @@ def _check_node(name: str, node: DictConfig) -> None:
             value = node[key]
         except MissingMandatoryValue as error:
             raise UserError(f"{name}.{key} is needed: add {name}.{key}=…") from error
-        if names is not None and key not in names and not str(key).startswith("_"):
+        if names is not None and key not in names | HYDRAS:
             raise _unknown(name, str(key), node, names)
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)
-        elif key in hints and (name, key, value) != ("trainer", "precision", "auto"):  # which is not Lightning's word
+        if _names_something(value):
+            continue
+        if key in hints and (name, key, value) != ("trainer", "precision", "auto"):  # which is not Lightning's word
             check_type(f"{name}.{key}", value, hints[key])
         _check_finite(f"{name}.{key}", value)
 

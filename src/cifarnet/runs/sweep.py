@@ -156,7 +156,7 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
     if others != allowing:
         raise UserError(f"sweep.resume={folder} repeats that multirun's own arguments: leave out {' '.join(others)}")
-    saved = OmegaConf.load(record).hydra.overrides
+    saved = replay.read(record)
     hydra = [line for line in saved.hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
     task = [line for line in saved.task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
