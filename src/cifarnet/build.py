@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
@@ -12,7 +14,9 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from tensorboard.compat import tf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -112,7 +116,7 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
         "precision": hardware.best_precision(accelerator) if precision == "auto" else precision,
         "callbacks": built,
         "plugins": [WholeCheckpoints(), *instantiate(config.trainer.get("plugins") or [])],
-        "logger": instantiate(config.logger) if config.get("logger") else False,
+        "logger": _loggers(config),
     }
     try:
         trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(**(given | trainer_settings))
@@ -130,6 +134,22 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
             f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1."
         )
     return trainer
+
+
+def _loggers(config: DictConfig) -> list[Logger]:
+    """Those named in the section `logger`, or the one that it is."""
+    _without_tensorflow()
+    section = config.get("logger") or {}
+    chosen = [section] if "_target_" in section else [logger for logger in section.values() if logger]
+    return [instantiate(logger) for logger in chosen]
+
+
+def _without_tensorflow() -> None:
+    """TensorBoard would import it where it is installed: seconds and chatter, for files that it can write without."""
+    stub = "tensorboard.compat.notf"  # TensorBoard's own sign to do without
+    sys.modules[stub] = ModuleType(stub)
+    tf.io  # noqa: B018  it is decided on first use
+    del sys.modules[stub]
 
 
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
@@ -182,6 +202,10 @@ def quieten_lightning() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()  # under Hydra every line would appear twice
         logger.setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # that it makes what is not there yet
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # their reports are asked for
+    profilers.handlers[:] = [logging.StreamHandler(sys.stdout)]
+    profilers.setLevel(logging.INFO)
     for message in (
         ".*exists and is not empty.*",  # the run's folder is also the logger's
         ".*smaller than the logging interval.*",  # metrics are logged once an epoch

@@ -84,13 +84,13 @@ def check(config: DictConfig) -> None:
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not _names_something(config.get(section)):
             raise UserError(f"{section} names nothing to build (no _target_). See the choices: --help")
-    for section in ("callbacks", "recipe"):
+    for section in ("callbacks", "recipe", "logger"):
         parts = config.get(section) or {}
         if not isinstance(parts, DictConfig | dict):
             raise UserError(
                 f"{section}={parts}: give what is to be built by names, such as {section}.mine={{_target_: …}}"
             )
-        for name, part in parts.items():
+        for name, part in ({} if _names_something(parts) else parts).items():
             if part is not None and not _names_something(part):
                 raise UserError(f"{section}.{name}={part} names nothing to build (no _target_).")
     switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)

@@ -47,6 +47,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
     from cifarnet.build import build
     from cifarnet.runs import record
+    from cifarnet.runs.loggers import log_results
     from cifarnet.runs.progress import tell
     from cifarnet.runs.resume import Resume, check_same_images
 
@@ -63,7 +64,7 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
 
     metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
-    record.log_hyperparameters(metrics, trainer.loggers)
+    log_results(metrics, trainer.loggers)
     tell(record.table(metrics, config.output_dir))
     return metrics["val_accuracy"]
 

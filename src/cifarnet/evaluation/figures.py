@@ -129,7 +129,7 @@ def severities(images: Mapping[str, "Tensor"]) -> Figure:
 
 
 def as_image(figure: Figure) -> np.ndarray:
-    """The figure as pixels, uint8 [3, H, W]."""
+    """The figure as pixels, uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1)
+    return np.array(canvas.buffer_rgba())[..., :3]

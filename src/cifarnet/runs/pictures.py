@@ -1,24 +1,22 @@
-"""Pictures of a run, for TensorBoard and its folder."""
+"""Pictures of a run, for its folder and its loggers."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
 from cifarnet.evaluation import figures
+from cifarnet.runs.loggers import log_picture
 
 
 class Pictures(Callback):
     """What a table of numbers hides: the augmented batch, predictions with mistakes, the confusion matrix.
 
-    All go to TensorBoard (where it is the logger); the predictions also to `predictions.png`.
+    All are files in the run's folder, and go to its loggers.
 
     Args:
         count: how many test pictures are shown.
@@ -29,8 +27,9 @@ class Pictures(Callback):
         self._predicted: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 0 and (writer := _writer(trainer)) is not None:
-            writer.add_image("train/augmented_batch", make_grid(batch[0][:64].cpu(), nrow=8), 0)
+        if trainer.global_step == 0:
+            grid = make_grid(batch[0][:64].cpu(), nrow=8)
+            log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._predicted = []
@@ -47,13 +46,6 @@ class Pictures(Callback):
         shown = torch.randperm(tested, generator=torch.Generator().manual_seed(0))[: self.count]
         images = torch.stack([test.images[i] for i in shown.tolist()])
         figure = figures.predictions(images, test.labels[shown], predicted[shown], class_names)
-        figure.savefig(Path(trainer.default_root_dir) / "predictions.png")
-        writer = _writer(trainer)
-        if writer is not None:
-            matrix = multiclass_confusion_matrix(predicted, test.labels[:tested], num_classes=len(class_names))
-            for name, drawn in [("predictions", figure), ("confusion_matrix", figures.confusion(matrix, class_names))]:
-                writer.add_image(f"test/{name}", figures.as_image(drawn), trainer.current_epoch)
-
-
-def _writer(trainer: L.Trainer) -> SummaryWriter | None:
-    return trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
+        matrix = multiclass_confusion_matrix(predicted, test.labels[:tested], num_classes=len(class_names))
+        for name, drawn in [("predictions", figure), ("confusion_matrix", figures.confusion(matrix, class_names))]:
+            log_picture(trainer, f"whole_run/{name}", figures.as_image(drawn))

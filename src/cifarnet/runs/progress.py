@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from cifarnet import hardware
 from cifarnet.errors import printable
 from cifarnet.runs import figures
+from cifarnet.runs.loggers import log_settings
 
 
 def tell(lines: str, on_terminal: bool = True) -> None:
@@ -115,9 +116,11 @@ class History(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin_stretch(trainer)
-        if isinstance(trainer.logger, CSVLogger):  # it begins a new file: repeat what a resumed run had
-            for row in self.epochs:
-                self._log(trainer, row)
+        log_settings(trainer, module.hparams["config"])
+        # TensorBoard's goes on with a resumed run's curves; others begin anew
+        anew = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
+        for row in self.epochs:
+            self._log(anew, row)
         self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
 
     def _begin_stretch(self, trainer: L.Trainer) -> None:
@@ -171,11 +174,13 @@ class History(Callback):
         }
         self._validation = {}
         self.epochs.append(row)
-        self._log(trainer, row)
+        self._log(trainer.loggers, row)
 
-    def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=row["epoch"])
+    def _log(self, loggers: list[Logger], row: dict[str, float]) -> None:
+        names = {"learning_rate": "train/learning_rate"}
+        shown = {names.get(key, key): value for key, value in row.items() if key != "epoch"}
+        for logger in loggers:
+            logger.log_metrics(shown, step=row["epoch"])
             logger.save()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -1,37 +1,20 @@
-"""A run's record: `metrics.json`, with its figures and what they depend on, a row in HParams, the table at the end."""
+"""A run's record: `metrics.json`, with its figures and what they depend on, and the table at the end."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import files
 from cifarnet.build import Built, planned
 from cifarnet.compiling import Compile
 from cifarnet.runs.progress import History, stretch
-
-# HParams: the same columns in every run
-COLUMNS = {
-    "data": "data._target_",
-    "model": "model._target_",
-    "optimizer": "optimizer._target_",
-    "scheduler": "scheduler._target_",
-    "seed": "seed",
-    "batch_size": "data.batch_size",
-    "max_epochs": "trainer.max_epochs",
-    "lr": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "label_smoothing": "objective.label_smoothing",
-    "crop_padding": "data.crop_padding",
-    "precision": "trainer.precision",
-}
 
 
 def heading(config: DictConfig, built: Built) -> str:
@@ -109,29 +92,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def log_hyperparameters(metrics: dict[str, Any], loggers: Iterable[Logger]) -> None:
-    """One row in TensorBoard's HParams, with the run's results."""
-    resolved = OmegaConf.create(metrics["resolved"])
-    columns = {}
-    for name, key in COLUMNS.items():
-        value = OmegaConf.select(resolved, key)
-        columns[name] = value.rpartition(".")[2] if key.endswith("_target_") and value else value
-        if value is None:
-            columns[name] = "none"
-    shown = {*COLUMNS.values(), "experiment", "name"}
-    others = [override for override in metrics["overrides"] if override.partition("=")[0].lstrip("+") not in shown]
-    columns["other_overrides"] = " ".join(others)
-    scores = {
-        "hp/val_accuracy": metrics["val_accuracy"],
-        "hp/test_accuracy": metrics["test_accuracy"],
-        "hp/seconds": metrics["seconds"],
-    }
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(columns, scores)
-        logger.finalize("success")
 
 
 def table(metrics: dict[str, Any], folder: str) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import checkpoint, cli
 from cifarnet.build import Built
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.settings import PLACES, SHOWN, SPEED, within
 
@@ -52,7 +52,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     written = content["hyper_parameters"]["config"] | {"output_dir": str(_folder(path))}
     for key in ["data.url", *(override.key_or_group for override in given)]:  # a stranger's, or given anew
         _forget(written, key)
-    recorded = OmegaConf.create(checkpoint.checked(written, path, located(allowed)))
+    checked = checkpoint.checked(written, path, located(allowed))
+    recorded = OmegaConf.create(checked | {"logger": _own_loggers(checked.get("logger"))})
     config = _changed(recorded, given)
     _check_plan(recorded, config)
     return config, path
@@ -78,6 +79,26 @@ def _forget(config: dict[str, Any], key: str) -> None:
         config[name] = None
 
 
+def _own_loggers(recorded: Any) -> dict[str, Any] | None:
+    """This project's settings for the loggers that a checkpoint names: no address or account comes from there."""
+    if not recorded:
+        return None
+    own: dict[str, Any] = {}
+    for file in sorted(cli.CONFIGS.glob("logger/*.yaml")):
+        own |= OmegaConf.to_container(OmegaConf.load(file))
+    kept, left_out = {}, []
+    for name, logger in ({"": recorded} if "_target_" in recorded else recorded).items():
+        target = logger.get("_target_") if isinstance(logger, dict) else None
+        ours = {key: settings for key, settings in own.items() if settings["_target_"] == target}
+        kept |= ours
+        same = dict(*ours.values()) if ours else {}
+        changed = logger.items() if isinstance(logger, dict) else []
+        left_out += [f"logger.{name}.{key}" for key, value in changed if value is not None and same.get(key) != value]
+    if left_out:
+        print(printable(f"Not taken from the checkpoint: {', '.join(left_out)}. Give them in the command."), flush=True)
+    return kept
+
+
 def _folder(path: Path) -> Path:
     """The run's own, or a new one for a checkpoint that was moved out of it."""
     if path.parent.name == "checkpoints":
@@ -91,8 +112,8 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         raise UserError(f"ckpt_path=… goes on with one run, as it was recorded: leave out {' '.join(flags)}.")
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for override in parsed:
-        key, chooses = override.key_or_group, override.is_delete() or isinstance(override.value(), str)
-        if key in CHOICES and chooses:
+        key = override.key_or_group
+        if key in CHOICES and (override.is_delete() or _chooses(override)):
             continue
         if override.is_delete() or override.is_sweep_override() or not (key == PLAN or within(key, ALLOWED)):
             raise UserError(
@@ -103,6 +124,11 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def _chooses(override: Override) -> bool:
+    """Does it name files of configs/: one, or several?"""
+    return isinstance(override.value(), str | list)
+
+
 def _changed(recorded: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     """A copy of the recorded config with the overrides in it."""
     config = recorded.copy()
@@ -111,7 +137,7 @@ def _changed(recorded: DictConfig, overrides: Sequence[Override]) -> DictConfig:
         key, value = override.key_or_group, override.value()
         if key in CHOICES and override.is_delete():
             config[key] = None
-        elif key in CHOICES and isinstance(value, str):
+        elif key in CHOICES and _chooses(override):
             chosen = cli.compose("train", [str(override.input_line)])
             for part in CHOICES[key]:
                 OmegaConf.update(config, part, OmegaConf.select(chosen, part))
