@@ -55,7 +55,7 @@ def log_results(metrics: Mapping[str, Any], loggers: Iterable[Logger]) -> None:
     results = {f"whole_run/{key}": metrics[key] for key in RESULTS}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(Path(logger.log_dir, "hparams"), settings.deciding(metrics["resolved"], times=True), results)
+            _log_hparams(Path(logger.log_dir, "hparams"), settings.deciding(metrics["config"], times=True), results)
         else:
             logger.log_metrics(results, step=metrics["epochs"])
         logger.finalize("success")
