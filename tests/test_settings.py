@@ -112,7 +112,8 @@ compile
 data._target_ data.batch_size data.crop_padding data.cutout data.eval_batch_size data.flip data.hardest_share
 data.mix data.on_device data.root data.shuffle_seed data.split_seed data.train_sizes data.url data.val_fraction
 keep_freed_memory
-logger._target_ logger.default_hp_metric logger.name logger.save_dir logger.version
+logger.tensorboard._target_ logger.tensorboard.default_hp_metric logger.tensorboard.name
+logger.tensorboard.save_dir logger.tensorboard.version
 model._target_ model.drop_rate model.hidden model.widths
 module._target_ module.tta module.tta_share
 name

@@ -1,12 +1,8 @@
 """From a config to what it names: the trainer, the classifier, the data. Nothing else instantiates."""
 
 import contextlib
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
@@ -16,7 +12,6 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
-from tensorboard.compat import tf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,6 +22,7 @@ from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct
+from cifarnet.quiet import quieten_lightning, without_tensorflow
 from cifarnet.saving import WholeCheckpoints
 
 Part = TypeVar("Part")
@@ -138,18 +134,10 @@ def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **train
 
 def _loggers(config: DictConfig) -> list[Logger]:
     """Those named in the section `logger`, or the one that it is."""
-    _without_tensorflow()
+    without_tensorflow()
     section = config.get("logger") or {}
     chosen = [section] if "_target_" in section else [logger for logger in section.values() if logger]
     return [instantiate(logger) for logger in chosen]
-
-
-def _without_tensorflow() -> None:
-    """TensorBoard would import it where it is installed: seconds and chatter, for files that it can write without."""
-    stub = "tensorboard.compat.notf"  # TensorBoard's own sign to do without
-    sys.modules[stub] = ModuleType(stub)
-    tf.io  # noqa: B018  it is decided on first use
-    del sys.modules[stub]
 
 
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
@@ -194,23 +182,3 @@ def _refusals(part: str) -> Iterator[None]:
         raise UserError(f"{part}: {error}. Train for longer, or choose scheduler=linear or constant.") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{part}: {' '.join(str(error).split())}") from error
-
-
-def quieten_lightning() -> None:
-    """Warnings stay; notes about hardware found and advice that does not apply here go."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()  # under Hydra every line would appear twice
-        logger.setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # that it makes what is not there yet
-    profilers = logging.getLogger("lightning.pytorch.profilers")  # their reports are asked for
-    profilers.handlers[:] = [logging.StreamHandler(sys.stdout)]
-    profilers.setLevel(logging.INFO)
-    for message in (
-        ".*exists and is not empty.*",  # the run's folder is also the logger's
-        ".*smaller than the logging interval.*",  # metrics are logged once an epoch
-        ".*does not have many workers.*",
-        ".*treespec.*",
-        ".*Total length of `list`.*",  # training without validation
-    ):
-        warnings.filterwarnings("ignore", message)

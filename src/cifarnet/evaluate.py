@@ -46,9 +46,10 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet import build, hardware  # these take seconds more: a wrong path is told before
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.evaluation.predictor import Predictor
+    from cifarnet.quiet import quieten_lightning
     from cifarnet.runs.record import aligned, parameters, write
 
-    build.quieten_lightning()
+    quieten_lightning()
     hardware.keep_freed_memory()
     config = configure(content, path, overrides)
     network, class_names = checkpoint.network(content, path, located(config.classes))

@@ -46,7 +46,9 @@ def test_folder_and_file_give_the_recorded_config(run):
         ("threads=1", "threads", 1),
         ("trainer.precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
         ("trainer=gpu", "trainer.accelerator", "gpu"),
-        ("logger=csv", "logger._target_", "lightning.pytorch.loggers.CSVLogger"),
+        ("logger=csv", "logger.csv._target_", "lightning.pytorch.loggers.CSVLogger"),
+        ("logger=[csv,mlflow]", "logger.mlflow.tracking_uri", "sqlite:///{run}/mlflow.db"),
+        ("logger.tensorboard.version=mine", "logger.tensorboard.version", "mine"),
         ("~logger", "logger", None),
         ("+data.workers=2", "data.workers", 2),
         ("module.tta=mirror", "module.tta", "mirror"),
@@ -54,7 +56,7 @@ def test_folder_and_file_give_the_recorded_config(run):
 )
 def test_what_no_weight_depends_on_may_change(run, override, where, value):
     config, _ = resume(run, [override])
-    assert OmegaConf.select(config, where) == value
+    assert OmegaConf.select(config, where) == (value.format(run=run) if isinstance(value, str) else value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Libraries say what a user can act on, and no more."""
+
+import logging
+import sys
+import warnings
+from types import ModuleType
+
+from tensorboard.compat import tf
+
+
+def quieten_lightning() -> None:
+    """Warnings stay; notes about hardware found and advice that does not apply here go."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()  # under Hydra every line would appear twice
+        logger.setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # that it makes what is not there yet
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # their reports are asked for
+    profilers.handlers[:] = [logging.StreamHandler(sys.stdout)]
+    profilers.setLevel(logging.INFO)
+    for message in (
+        ".*exists and is not empty.*",  # the run's folder is also the logger's
+        ".*smaller than the logging interval.*",  # metrics are logged once an epoch
+        ".*does not have many workers.*",
+        ".*treespec.*",
+        ".*Total length of `list`.*",  # training without validation
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def without_tensorflow() -> None:
+    """TensorBoard would import it where it is installed: seconds and chatter, for files that it can write without."""
+    stub = "tensorboard.compat.notf"  # TensorBoard's own sign to do without
+    sys.modules[stub] = ModuleType(stub)
+    tf.io  # noqa: B018  it is decided on first use
+    del sys.modules[stub]
