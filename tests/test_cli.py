@@ -102,6 +102,14 @@ def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
     assert remedy in told
 
 
+@pytest.mark.parametrize("mode", [[]], ids=["run"])
+def test_hydra_does_not_echo_the_command_before_a_message(command, mode):
+    status, _, error = command(*mode, *SMALL, "optimizer.lr=-1")
+    assert status == 1
+    assert "Error: optimizer: Invalid learning rate: -1" in error.splitlines()
+    assert "data.train_size=200" not in error
+
+
 def test_output_folder_that_cannot_be_made(command, tmp_path):
     (tmp_path / "taken").write_text("a file")
     status, _, error = command(*SMALL, "hydra.run.dir=taken/run")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
     ConfigCompositionException,
@@ -23,6 +24,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -91,8 +93,19 @@ def run_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> No
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the version's behaviour
-    parser = get_args_parser()
-    _run_hydra(parser.parse_args(list(arguments)), parser, task, str(CONFIGS), "train")
+    parser, failures = get_args_parser(), []
+
+    def keep(config: DictConfig, **more: Any) -> Any:
+        try:
+            return task(config, **more)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failures.append(error)  # of a single run Hydra would print the overrides before it raises
+
+    _run_hydra(parser.parse_args(list(arguments)), parser, keep, str(CONFIGS), "train")
+    for failure in failures:
+        raise failure
 
 
 def key_of(override: str) -> str:
@@ -232,9 +245,9 @@ def _refused_by_lightning(error: BaseException) -> bool:
 
 def _raised_by_hydra(error: BaseException) -> bool:
     """Before any code of a job ran: Hydra makes the run's folder itself."""
-    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    entered = [Path(hydra.__file__).parent in file.parents for file in files]
-    if True not in entered:
-        return False
-    since = files[entered.index(True) :]
-    return not any(PACKAGE in file.parents and file.name != "cli.py" for file in since)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = [place for place, code in enumerate(frames) if code in (run_hydra.__code__, compose.__code__)]
+    if not calls:
+        return False  # raised in a job
+    files = [Path(code.co_filename) for code in frames[calls[0] :]]
+    return not any(PACKAGE in file.parents and file.name != "cli.py" for file in files)
