@@ -102,7 +102,7 @@ def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
     assert remedy in told
 
 
-@pytest.mark.parametrize("mode", [[]], ids=["run"])
+@pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
 def test_hydra_does_not_echo_the_command_before_a_message(command, mode):
     status, _, error = command(*mode, *SMALL, "optimizer.lr=-1")
     assert status == 1
@@ -197,7 +197,7 @@ def test_ctrl_c_ends_a_sweep(command, tmp_path):
     assert status == 130
     (sweep,) = (tmp_path / "lightning_logs/train").iterdir()
     assert not (sweep / "1").exists()
-    assert "0 of 1 jobs done" in printed
+    assert "0 of 2 jobs done" in printed
 
 
 def test_multirun_gives_each_job_a_folder(command, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from conftest import SMALL
 
 METRICS = {
     "name": "quickstart",
-    "val_accuracy": 0.9,
     "tested_epoch": 4,
     "test_cross_entropy": 0.02,
     "tta": "none",
@@ -50,7 +50,8 @@ def run(tmp_path):
 
     def write(folder: str, seed: int, accuracy: float, changes: dict | None = None) -> Path:
         place = tmp_path / folder
-        metrics = deepcopy(METRICS) | {"seed": seed, "test_accuracy": accuracy, "finished": f"2026-11-22T15:{seed:02}"}
+        metrics = deepcopy(METRICS) | {"seed": seed, "finished": f"2026-11-22T15:{seed!s:0>2}"}
+        metrics |= {"val_accuracy": accuracy, "test_accuracy": accuracy}
         metrics["config"] |= {"seed": seed, "name": "quickstart", "output_dir": str(place)}
         for key, value in (changes or {}).items():
             *sections, last = key.split(".")
@@ -87,7 +88,7 @@ def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
     status, printed, error = compared("sweep")
     assert status == 0, error
     lines = [line.split() for line in printed.splitlines() if line]
-    assert lines[0] == ["test", "accuracy", "n", "optimizer.lr"]  # max_lr follows
+    assert lines[0] == ["val", "accuracy", "n", "optimizer.lr"]  # max_lr follows
     assert lines[1] == ["a", "quickstart", "98.20", "±", "0.10", "%", "3", "0.01"]
     assert lines[2] == ["b", "quickstart", "96.20", "±", "0.10", "%", "3", "0.02"]
     # error √(0.001²/3 + 0.001²/3) = 0.000816; 4 degrees of freedom: t = 2.776; 2 ± 0.23 points
@@ -183,7 +184,7 @@ def test_unlike_circumstances_are_told(run, compared):
     for seed in range(2):
         run(f"a/{seed}", seed, 0.9 + seed / 100)
         run(f"b/{seed}", seed, 0.8 + seed / 100, other)
-    _, printed, _ = compared("a", "b")
+    _, printed, _ = compared("a", "b", "metric=test_accuracy")
     images = "9,000 / 1,000 / 2,000 images to train / validate / test, 10 classes, checksum"
     assert f"warning: the data differ: {images} d01fbde4 (a); {images} beefbeef (b)" in printed
     assert "warning: PyTorch differs: 2.15.0 (a); 2.14.1 (b)" in printed
@@ -227,14 +228,14 @@ def test_lower_is_better_for_losses_and_times(run, compared):
 )
 def test_which_settings_make_another_recipe(run, change, named):
     places = [str(run(f"{seed}", seed, 0.9, change if seed % 2 else {})) for seed in range(4)]
-    groups, _ = comparison.load(places, [], "test_accuracy")
+    groups, *_ = comparison.load(places, [], None)
     assert len(groups) == (2 if named else 1)
     assert "  ".join(key.removesuffix("._target_") for key in varied(groups)) == (named or "")
 
 
 def test_threads_are_no_other_recipe_but_for_times(run):
     places = [str(run(f"{seed}", seed, 0.9, {"config.threads": 1 + seed % 2})) for seed in range(4)]
-    assert len(comparison.load(places, [], "test_accuracy")[0]) == 1
+    assert len(comparison.load(places, [], None)[0]) == 1
     assert varied(comparison.load(places, [], "seconds")[0]) == ["threads"]
 
 
@@ -242,7 +243,7 @@ def test_a_fixed_order_is_another_recipe(run):
     fixed = {"config.data.shuffle_seed": 0}
     places = [str(run(f"fixed{seed}", seed, 0.9, fixed)) for seed in range(3)]
     places += [str(run(f"follows{seed}", seed, 0.8)) for seed in range(1, 4)]
-    groups, _ = comparison.load(places, [], "test_accuracy")
+    groups, *_ = comparison.load(places, [], None)
     assert [len(group.runs) for group in groups] == [3, 3]
     assert [group.settings["data.shuffle_seed"] for group in groups] == ["0", "${seed}"]
     assert " = seed\n" in comparison.table(groups, comparison.Metric("test_accuracy", groups)) + "\n"
@@ -251,7 +252,7 @@ def test_a_fixed_order_is_another_recipe(run):
 def test_many_differences_are_listed_below(run):
     change = {f"config.model.{letter}": 1 for letter in "pqrst"}
     places = [str(run(f"{seed}", seed, 0.9 - seed % 2 / 100, change if seed % 2 else {})) for seed in range(4)]
-    groups, _ = comparison.load(places, [], "test_accuracy")
+    groups, *_ = comparison.load(places, [], None)
     lines = comparison.table(groups, comparison.Metric("test_accuracy", groups)).splitlines()
     assert lines[0].split() == ["test", "accuracy", "n"]
     assert lines[4:6] == ["  different in a / b:", "    model.p: none / 1"]
@@ -278,7 +279,7 @@ def test_seeds_of_a_recipe_are_one_group_and_a_rate_is_told_alone(run, choice):
         record = json.loads((place / "metrics.json").read_text()) | metrics
         (place / "metrics.json").write_text(json.dumps(record))
         places.append(str(place))
-    groups, _ = comparison.load(places, [], "test_accuracy")
+    groups, *_ = comparison.load(places, [], None)
     assert [len(group.values) for group in groups] == [2, 2]
     assert varied(groups) == ["optimizer.lr"]
 
@@ -288,7 +289,7 @@ def test_the_precision_that_was_used_decides(run, stretches):
     """Not the one written, which may be `auto`; of each stretch, where a run was resumed elsewhere."""
     other = {"stretches": stretches} if stretches else {"precision": "bf16-mixed"}
     places = [str(run(f"{seed}", seed, 0.9, other if seed % 2 else {})) for seed in range(4)]
-    groups, _ = comparison.load(places, [], "test_accuracy")
+    groups, *_ = comparison.load(places, [], None)
     assert varied(groups) == ["trainer.precision"]
     assert groups[1].settings["trainer.precision"] == ("32-true / bf16-mixed" if stretches else "bf16-mixed")
 
@@ -316,7 +317,7 @@ def test_records_of_version_0_1_are_told_in_one_message(run, compared):
     for arguments in (["old"], ["new", "--against", "old"]):
         status, _, error = compared(*arguments)
         assert status == 1
-        assert "old/0 and 2 more: recorded by an older version of cifarnet, whose settings cannot be comp" in error
+        assert "old/0 and 2 more: left out, recorded by an older version of cifarnet, whose settings cannot" in error
     status, printed, _ = compared("old", "new")
     assert status == 0
     assert printed.count("warning: old/0 and 2 more: left out, recorded by an older version") == 1
@@ -329,14 +330,14 @@ def test_records_of_version_0_1_are_told_in_one_message(run, compared):
         (["nowhere"], "nowhere: no such file or folder", "folder above runs"),
         (["empty"], "empty holds no finished run", "Name a run's folder"),
         (["evaluated"], "evaluated holds no finished run", "Name a run's folder"),
-        (["broken"], "broken/metrics.json cannot be read: Expecting value", "Repeat that run"),
+        (["broken"], "broken/metrics.json cannot be read: Expecting value", "Name a run's folder"),
         (["a=1", "metric=accuracy"], "metric=accuracy: a=1/metrics.json has no such number", "test_accuracy"),
         (["a=1", "metric=tta"], "metric=tta: a=1/metrics.json has no such number", "test_accuracy"),
         (["a=1", "--against", "blind", "metric=val_accuracy"], "blind/metrics.json", "null"),
         (["a=1", "metric=3"], "metric=3 has the wrong type", "expected"),
-        (["a=1", "metrik=seconds"], "metrik", "Could not override"),
+        (["a=1", "metrik=seconds"], "metrik is no setting", "Did you mean metric?"),
         (["a=1", "output=picture.jpx"], "output=picture.jpx cannot be written", "png"),
-        (["a=1", "output=no/picture.png"], "output=no/picture.png cannot be written", "No such file"),
+        (["a=1", "output=a=1/metrics.json/x.png"], "metrics.json/x.png cannot be written", "a=1/metrics.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -370,7 +371,99 @@ def test_runs_without_the_metric_are_left_out_aloud(run, compared):
     run("a/0", 0, 0.9)
     run("a/1", 1, 0.9, {"val_accuracy": None})
     _, printed, _ = compared("a", "metric=val_accuracy")
-    assert "warning: a/1 is left out: its val_accuracy is null." in printed
+    assert "warning: a/1 is left out: its val_accuracy is no number." in printed
+
+
+def test_validation_ranks_where_all_runs_have_it(run, compared):
+    run("a", 0, 0.9, {"test_accuracy": 0.5})
+    run("b", 0, 0.8, {"test_accuracy": 0.6} | FASTER)
+    _, printed, _ = compared("a", "b")
+    assert re.search(r"val accuracy .*\n +a +quickstart +90.00 % +1 +0.01\b", printed)
+    run("c", 0, 0.7, {"val_accuracy": None, "config.optimizer.lr": 0.03})
+    _, printed, _ = compared("a", "b", "--against", "c")
+    assert re.search(r"test accuracy .*\n +a +quickstart +60.00 % +1 +0.02\b", printed)
+    assert "left out" not in printed
+
+
+DAMAGED = {
+    "empty": "",
+    "binary": "\udcff\udcfe",
+    "cut": '{"val_accuracy": 0.',
+    "deep": '{"config": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "digits": '{"val_accuracy": ' + "9" * 10_000 + "}",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({key: None} for key in ("versions", "hardware", "tta", "data", "config", "precision", "resolved")),
+        *({key: []} for key in ("versions", "hardware", "tta", "data.sha256", "data.train", "git_commit")),
+        {"stretches": [1]},
+        {"stretches": [{"versions": None}]},
+        {"config.callbacks": [1]},
+        *DAMAGED,
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_damaged_record_is_named_and_the_others_are_compared(run, compared, change, tmp_path):
+    run("a/0", 0, 0.9)
+    run("a/1", 1, 0.9)
+    bad = run("a/bad", 2, 0.9) / "metrics.json"
+    if isinstance(change, str):
+        bad.write_text(DAMAGED[change], "utf-8", "surrogateescape")
+    else:
+        metrics = json.loads(bad.read_text())
+        for key, value in change.items():
+            section, _, last = key.rpartition(".")
+            (metrics[section] if section else metrics)[last] = value
+        bad.write_text(json.dumps(metrics))
+    status, printed, error = compared("a")
+    assert status == 0, error
+    assert re.search(r"a +quickstart +90.00 ± 0.00 % +2\b", printed)
+    [line] = [line for line in printed.splitlines() if "left out" in line]
+    assert "a/bad/metrics.json" in line
+    status, _, error = compared("a/bad")
+    assert status == 1
+    assert "a/bad/metrics.json" in error
+    assert "Traceback" not in error
+
+
+def test_a_config_that_is_too_deep_is_damage():
+    deep: dict = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    record = deepcopy(METRICS) | {"resolved": METRICS["config"]}
+    assert comparison._damage(record) is None
+    assert comparison._damage(record | {"config": deep}) == "its config is nested too deeply"
+
+
+@pytest.mark.parametrize("value", [10**400, math.nan, math.inf, [0.9], "0.9", True], ids=lambda value: str(value)[:5])
+def test_what_is_no_number_is_left_out(run, compared, value):
+    run("a/0", 0, 0.9)
+    run("a/bad", [2], 0.9, {"val_accuracy": value, "finished": None, "name": 3, "config.callbacks": {"x": "y"}})
+    status, printed, error = compared("a", "metric=val_accuracy")
+    assert status == 0, error
+    assert "warning: a/bad is left out: its val_accuracy is no number." in printed
+    status, printed, _ = compared("a", "metric=test_accuracy")
+    assert status == 0
+
+
+def test_a_trial_run_is_left_out(command, run, compared, tmp_path):
+    tiny = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger"]
+    for name, settings in [
+        ("dev", ["+trainer.fast_dev_run=true"]),
+        ("few", ["+trainer.limit_train_batches=1"]),
+        ("all", []),
+    ]:
+        status, _, error = command(*tiny, *settings, f"hydra.run.dir=runs/{name}")
+        assert status == 0, error
+    status, printed, error = compared("runs")
+    assert status == 0, error
+    assert "warning: runs/dev: left out, a trial run (fast_dev_run=True)." in printed
+    assert "warning: runs/few: left out, a trial run (limit_train_batches=1)." in printed
+    assert re.search(r"a +train +[\d.]+ % +1\b", printed)
+    assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["shortened"] is None
 
 
 def test_letters():
@@ -379,7 +472,7 @@ def test_letters():
 
 @pytest.mark.parametrize(
     ("argument", "unneeded", "printed"),
-    [("--help", {"torch", "scipy", "matplotlib"}, "metric: test_accuracy"), ("sweep", {"torch"}, "a is better")],
+    [("--help", {"torch", "scipy", "matplotlib"}, "metric: null"), ("sweep", {"torch"}, "a is better")],
 )
 def test_needs_no_torch(sweep, tmp_path, argument, unneeded, printed):
     program = "import sys\nfrom cifarnet.compare import main\ntry: main()\n"
@@ -396,7 +489,7 @@ def test_real_runs_of_two_rates(command, compared, tmp_path):
     assert status == 0, error
     status, printed, error = compared("sweep", "metric=test_cross_entropy", "output=losses.svg")
     assert status == 0, error
-    groups, _ = comparison.load(["sweep"], [], "test_cross_entropy")
+    groups, *_ = comparison.load(["sweep"], [], "test_cross_entropy")
     assert [len(group.values) for group in groups] == [2, 2]
     assert varied(groups) == ["optimizer.lr"]
     assert "p = " in printed

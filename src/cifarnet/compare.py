@@ -19,13 +19,13 @@ EXAMPLES = """\
 def _compare() -> None:
     arguments = cli.parse("compare", __doc__, EXAMPLES, against=True)
     config = cli.compose("compare", arguments.settings)
-    for name in ("metric", "output"):
-        check_type(name, config[name], str)
+    check_type("metric", config.metric, str | None)
+    check_type("output", config.output, str)
     # only now: scipy and matplotlib take a second
     from cifarnet.runs import comparison, figures
 
-    groups, left_out = comparison.load(arguments.paths, arguments.against, config.metric)
-    metric, output = comparison.Metric(config.metric, groups), Path(config.output)
+    groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)
+    metric, output = comparison.Metric(name, groups), Path(config.output)
     print(f"\n{comparison.table(groups, metric)}\n")
     lines = comparison.verdicts(groups, metric)
     lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, metric.name)]

@@ -23,12 +23,14 @@ class Interrupted(BaseException):
     No Exception, as KeyboardInterrupt is none: it ends a whole sweep, not one job.
 
     Attributes:
+        what: stopped it, and when.
         status: the exit status by convention, 128 + the signal's number.
     """
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, what: str, status: int, command: str | None = None) -> None:
+        """`command` goes on with it."""
+        super().__init__(what if command is None else f"{what} Go on with:\n  {command}")
+        self.what, self.status, self.command = what, status, command
 
     def __reduce__(self) -> tuple:
-        return Interrupted, (str(self), self.status)  # from a sweep's process to the one that started it
+        return Interrupted, (self.what, self.status, self.command)  # from a sweep's process to the one that started it

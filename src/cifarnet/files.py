@@ -48,7 +48,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         pass  # a file system without locks
     except Timeout as error:
         raise UserError(
-            f"Another process is at work in {folder}. Wait until it ends, or choose another folder with hydra.run.dir=…"
+            f"Another process is at work in {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… "
+            "(of a sweep: hydra.sweep.dir=…)"
         ) from error
     try:
         for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote

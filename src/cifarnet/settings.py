@@ -56,7 +56,7 @@ def deciding(config: Mapping[str, Any], times: bool = False) -> dict[str, str]:
     watching = {
         f"callbacks.{name}"
         for name, callback in (config.get("callbacks") or {}).items()
-        if callback and _watches(callback)
+        if isinstance(callback, Mapping) and _watches(callback)
     }
     return {key: value for key, value in flat(config).items() if not within(key, without | watching)}
 

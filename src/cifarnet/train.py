@@ -84,15 +84,19 @@ def load_best(built: "Built") -> tuple[int, int]:
 
 
 def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
-    if config.ckpt_path is not None:
-        raise UserError("ckpt_path is no setting of a config: give it in the command, for one run.")
     if sweep.is_job():
-        return sweep.run(config, train, trial)
+        return sweep.run(config, _begin, trial)
     try:
-        return train(config)
+        return _begin(config)
     except Exception:
         files.remove_if_unused(Path(config.output_dir))
         raise
+
+
+def _begin(config: DictConfig, ckpt_path: Path | None = None, callbacks: "Sequence[Callback]" = ()) -> float:
+    if config.ckpt_path is not None:
+        raise UserError("ckpt_path is no setting of a config: give it in the command, for one run.")
+    return train(config, ckpt_path, callbacks)
 
 
 def command(arguments: Sequence[str]) -> None:

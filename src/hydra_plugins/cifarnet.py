@@ -1,22 +1,17 @@
 """Hydra takes sweepers from this package alone."""
 
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from cifarnet.runs import study
-from cifarnet.runs.summary import summarize
+from cifarnet.runs import combinations, study
 
 
 class Sweep(BasicSweeper):
-    """Hydra's own sweeper: all combinations. At the end, however it comes, the sweep is summed up."""
+    """Hydra's own sweeper: all combinations, and a table at the end, however it comes."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        try:
-            return super().sweep(arguments)
-        finally:
-            summarize(Path(self.config.hydra.sweep.dir))
+        return combinations.run(self, arguments)
 
 
 class Search(study.Search):

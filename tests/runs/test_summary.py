@@ -39,13 +39,13 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert second.mean == pytest.approx(0.65)
     assert (failed.values, failed.runs[0].status) == ([], "failed")
     lines = summary.table([first, second, failed]).splitlines()
-    assert lines[0].split() == ["val", "accuracy", "n", "optimizer.lr", "seconds", "job"]
-    assert lines[1].split() == ["85.00%", "±", "7.07", "2", "0.1", "2.0", "0,1"]
+    assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "n", "optimizer.lr", "seconds", "job"]
+    assert lines[1].split() == ["85.00%", "±", "7.07", "84.00%", "±", "7.07", "2", "0.1", "2.0", "0,1"]
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
 
 
 def test_summary_is_written_although_a_job_failed(folder, capsys):
-    summary.summarize(folder)
+    summary.summarize(folder, 5)
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert list(rows[0]) == [
         *("val_accuracy", "test_accuracy", "optimizer.lr", "seed", "seconds", "status", "folder", "note")
@@ -64,7 +64,7 @@ def test_summary_is_written_although_a_job_failed(folder, capsys):
 def test_pruned_jobs_are_not_missing(tmp_path, capsys):
     make_job(tmp_path, 0, ["optimizer.lr=0.1"], 0.8)
     (make_job(tmp_path, 1, ["optimizer.lr=0.2"]) / "pruned.txt").write_text("after epoch 1 of 2\n")
-    summary.summarize(tmp_path)
+    summary.summarize(tmp_path, 0)
     printed = capsys.readouterr().out
     assert "1 of 2 jobs done, 1 pruned" in printed
     assert "sweep.resume=" not in printed
@@ -72,7 +72,7 @@ def test_pruned_jobs_are_not_missing(tmp_path, capsys):
 
 
 def test_a_folder_without_jobs_has_no_summary(tmp_path, capsys):
-    summary.summarize(tmp_path)
+    summary.summarize(tmp_path, 0)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
 

@@ -40,7 +40,7 @@ def test_resuming_runs_only_what_is_missing(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["sweep.resume=nowhere"], "no multirun in that folder"),
+        (["sweep.resume=nowhere"], "no sweep in that folder"),
         (
             ["-m", *TINY, "data.val_fraction=0", "optimizer.lr=0.1,0.2"],
             "Sweeping optimizer.lr with data.val_fraction=0",
@@ -61,7 +61,7 @@ def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
 
 
 def test_jobs_end_with_the_process_that_started_them():
-    job = "from cifarnet.runs import sweep; sweep.end_with_parent(); print('ready', flush=True); "
+    job = "from cifarnet.runs import parallel; parallel.end_with_parent(); print('ready', flush=True); "
     job += "import time; time.sleep(60)"
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
     parent = subprocess.Popen([sys.executable, "-c", start + "p.wait()"], stdout=subprocess.PIPE, text=True)

@@ -43,10 +43,27 @@ def test_what_is_no_number_is_none():
     assert all(math.isnan(run.value(metric)) for metric in ("val_accuracy", "tta", "on_device", "other"))
 
 
-def test_a_broken_record_is_told(tmp_path):
-    (tmp_path / "metrics.json").write_text('{"val_accuracy": 0.')
-    with pytest.raises(UserError, match=r"metrics.json cannot be read: .* Repeat that run"):
-        tables.read_run(tmp_path)
+def test_damaged_files_of_a_job_are_named(tmp_path):
+    job = tmp_path / "0"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra/overrides.yaml").write_bytes(b"- a=1\n\xff\n")
+    for content in ('{"val_accuracy": 0.', "[" * 100_000, "9" * 10_000):
+        (job / "metrics.json").write_text(content)
+        with pytest.raises(UserError, match=r"metrics\.json cannot be read: "):
+            tables.read_metrics(job / "metrics.json")
+        run = tables.read_run(job)
+        assert (run.status, run.metrics, run.settings) == ("damaged", {}, {})
+        assert "metrics.json cannot be read" in run.note
+        assert "overrides.yaml cannot be read" in run.note
+    (job / "metrics.json").write_text('{"val_accuracy": 0.9, "overrides": ["a=1"]}')
+    run = tables.read_run(job)
+    assert (run.status, run.score, run.settings) == ("done", 0.9, {"a": "1"})
+    (job / "metrics.json").unlink()
+    for overrides in ("a: {", "a: 1", "3", "- [a]\n- 'x=${y}'"):
+        (job / ".hydra/overrides.yaml").write_text(overrides)
+        assert tables.read_run(job).status in ("cut off", "damaged")
+    (job / "error.txt").write_bytes(b"\xff")
+    assert tables.read_run(job).status == "failed"
 
 
 def test_groups_the_best_first_and_those_without_a_value_last():

@@ -14,57 +14,121 @@ from cifarnet.errors import UserError
 from cifarnet.runs.figures import TRAIN, VAL
 from cifarnet.runs.significance import LEVEL, MOST_SEEDS, POWER, holm, interval, seeds_needed, welch
 from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, is_time, read_metrics, varied
-from cifarnet.settings import deciding
+from cifarnet.settings import deciding, flat
 
 OLD = "recorded by an older version of cifarnet, whose settings cannot be compared"
 
 Record = dict[str, Any]  # the contents of a `metrics.json`
 
 
-def _find(paths: Iterable[str]) -> dict[Path, Record]:
-    """The records of all runs at or below these paths, by their place."""
+NEEDED = {  # of a record, and of each stretch of its training
+    **dict.fromkeys(("config", "resolved", "resolved.data", "versions", "hardware", "data"), dict),
+    **dict.fromkeys(("data.train", "data.val", "data.test", "data.classes"), int),
+    **dict.fromkeys(("tta", "precision", "versions.torch"), str),
+    **dict.fromkeys(("hardware.name", "hardware.threads", "hardware.system"), str | int),
+    **dict.fromkeys(("git_commit", "data.sha256"), str | None),
+    "config.callbacks": dict | None,
+}
+
+
+def _find(paths: Iterable[str]) -> tuple[dict[Path, Record], list[str]]:
+    """The records of all runs at or below these paths, by their place; and what cannot be read, in words."""
     found: dict[Path, Record] = {}
+    damaged = []
     for path in map(Path, paths):
-        files = [path] if path.is_file() else sorted(path.rglob("metrics.json"))
-        records = {file.resolve(): read_metrics(file) for file in files}
+        records = {}
+        for file in [path] if path.is_file() else sorted(path.rglob("metrics.json")):
+            try:
+                records[file.resolve()] = read_metrics(file)
+            except UserError as error:
+                damaged.append(str(error))
         # an evaluation's file of that name has no history
         runs = {file: record for file, record in records.items() if {"config", "history"} <= record.keys()}
         if not runs:
             none = " holds no finished run (a metrics.json as cifarnet.train writes at the end)"
             problem = none if path.exists() else ": no such file or folder"
-            raise UserError(f"{path}{problem}. Name a run's folder, its metrics.json, or a folder above runs.")
+            remedy = "Name a run's folder, its metrics.json, or a folder above runs."
+            raise UserError(" ".join([*damaged, f"{path}{problem}.", remedy]))
         found |= runs
-    return found
+    return found, [f"left out: {line}" for line in damaged]
 
 
-def load(places: Sequence[str], against: Sequence[str], metric: str) -> tuple[list[Group], list[str]]:
-    """The groups, labelled, those of `against` last; and what is left out, in words.
+def load(places: Sequence[str], against: Sequence[str], metric: str | None) -> tuple[list[Group], list[str], str]:
+    """The groups, labelled, those of `against` last; what is left out, in words; and the metric.
+
+    Args:
+        metric: None: val_accuracy, or test_accuracy where a run has none of the former.
 
     Raises:
-        UserError: there is nothing to compare, or a file cannot be read.
+        UserError: there is nothing to compare.
     """
-    baseline = _find(against)
-    found = {file: record for file, record in _find(places).items() if file not in baseline}
+    (baseline, damaged), (given, also_damaged) = _find(against), _find(places)
+    found = {file: record for file, record in given.items() if file not in baseline}
     if not found:
         raise UserError(f"{' '.join(places)} holds no run that --against {' '.join(against)} does not.")
-    groups, left_out = _side(found, metric)
-    baselines, also_left_out = _side(baseline, metric) if baseline else ([], [])
-    for number, group in enumerate(groups + baselines):
-        group.label, group.baseline = letter(number), group in baselines
-        group.name = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in group.counted))
-        group.name += " (baseline)" if group.baseline else ""
-    return groups + baselines, left_out + also_left_out
+    sides, left_out = [], damaged + also_damaged
+    for side in filter(None, (found, baseline)):
+        runs, lines = _usable(side)
+        sides.append(runs)
+        left_out += lines
+    everywhere = all(math.isfinite(run.score) for runs in sides for run in runs)
+    metric = metric or ("val_accuracy" if everywhere else "test_accuracy")
+    groups: list[Group] = []
+    for runs, is_baseline in zip(sides, (False, True), strict=False):
+        measured, lines = _measured(runs, metric)
+        left_out += lines
+        for group in grouped(measured, metric, alike=lambda run: _data(run.metrics)):
+            group.label, group.baseline = letter(len(groups)), is_baseline
+            group.name = " / ".join(dict.fromkeys(str(run.metrics.get("name")) for run in group.counted))
+            group.name += " (baseline)" if is_baseline else ""
+            groups.append(group)
+    return groups, left_out, metric
 
 
-def _side(found: dict[Path, Record], metric: str) -> tuple[list[Group], list[str]]:
-    """The groups of these runs; what is left out of them: records of version 0.1, and those without the metric."""
-    left_out = []
-    if old := [os.path.relpath(file.parent) for file, record in found.items() if "resolved" not in record]:
+def _usable(found: dict[Path, Record]) -> tuple[list[Run], list[str]]:
+    """These runs; what is left out of them: records of version 0.1, incomplete ones, and runs on a part of the images.
+
+    Raises:
+        UserError: none is left.
+    """
+    runs, left_out, old = [], [], []
+    for file, record in found.items():
+        if "resolved" not in record:
+            old.append(os.path.relpath(file.parent))
+        elif damage := _damage(record):
+            left_out.append(f"{os.path.relpath(file)}: left out, {damage}.")
+        elif record.get("shortened"):
+            left_out.append(f"{os.path.relpath(file.parent)}: left out, a trial run ({record['shortened']}).")
+        else:
+            runs.append(Run(file.parent, {}, record))
+    if old:
         names = old[0] + (f" and {len(old) - 1} more" if len(old) > 1 else "")
-        if len(old) == len(found):
-            raise UserError(f"{names}: {OLD}. Repeat what you want to compare.")
         left_out.append(f"{names}: left out, {OLD}.")
-    runs = [_run(file.parent, record, metric) for file, record in found.items() if "resolved" in record]
+    if not runs:
+        raise UserError(" ".join([*left_out, "Repeat what you want to compare."]))
+    return runs, left_out
+
+
+def _damage(record: Record) -> str | None:
+    """Why a record cannot be compared."""
+    stretches = record.get("stretches") or [{}]
+    if not isinstance(stretches, list) or not all(isinstance(stretch, dict) for stretch in stretches):
+        return "its stretches are no list of what each ran on"
+    for key, kind in NEEDED.items():
+        for value in (record | stretch for stretch in stretches):
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                return f"its {key} is missing or damaged"
+    try:
+        flat(record["config"])
+    except RecursionError:
+        return "its config is nested too deeply"
+    return None
+
+
+def _measured(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
+    """The runs that have the metric, with the settings that can decide it and the precision that was really used."""
     measured = [run for run in runs if math.isfinite(run.value(metric))]
     if not measured:
         first = runs[0]
@@ -73,17 +137,12 @@ def _side(found: dict[Path, Record], metric: str) -> tuple[list[Group], list[str
         has += ", ".join(key for key in first.metrics if math.isfinite(first.value(key)))
         file = os.path.relpath(first.folder / "metrics.json")
         raise UserError(f"metric={metric}: {file} has no such number{has}.")
+    for run in measured:
+        precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _stretches(run))
+        run.settings = deciding(run.metrics["config"], times=is_time(metric))
+        run.settings["trainer.precision"] = " / ".join(precisions)
     without = [os.path.relpath(run.folder) for run in runs if run not in measured]
-    left_out += [f"{folder} is left out: its {metric} is null." for folder in without]
-    return grouped(measured, metric, alike=lambda run: _data(run.metrics)), left_out
-
-
-def _run(folder: Path, record: Record, metric: str) -> Run:
-    """With the settings that can decide the metric, and the precision that was really used."""
-    run = Run(folder, deciding(record["config"], times=is_time(metric)), record)
-    precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _stretches(run))
-    run.settings["trainer.precision"] = " / ".join(precisions)
-    return run
+    return measured, [f"{folder} is left out: its {metric} is no number." for folder in without]
 
 
 def _stretches(run: Run) -> list[Record]:

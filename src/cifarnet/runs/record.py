@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,6 +53,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str
         "tested_epoch": tested["epoch"],
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
+        "shortened": shortened(trainer),
         "tta": classifier.tta,
         "test_accuracy_one_view": classifier.means("one_view")["one_view/accuracy"],
         "epochs": trainer.current_epoch,
@@ -72,6 +74,16 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str
         "history": history.epochs,
         "within_epochs": history.within_epochs,
     }
+
+
+def shortened(trainer: L.Trainer) -> str | None:
+    """Lightning's settings that let a run skip images, to try something out: its figures are not to be compared."""
+    for name in ("fast_dev_run", "overfit_batches"):
+        if value := getattr(trainer, name):
+            return f"{name}={value}"
+    limits = {f"limit_{of}_batches": getattr(trainer, f"limit_{of}_batches") for of in ("train", "val", "test")}
+    # 1.0 is all of an epoch's batches, 1 is one
+    return ", ".join(f"{name}={value}" for name, value in limits.items() if str(value) != "1.0") or None
 
 
 def overrides(folder: Path) -> list[str]:

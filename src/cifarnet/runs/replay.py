@@ -5,34 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from cifarnet import cli
 from cifarnet.errors import UserError
 
-PLAIN = r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(params\..+|max_batch_size))"
+PLAIN = (
+    r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
+)
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
-
-
-def read(record: Path) -> Any:
-    """The overrides that a `multirun.yaml` keeps: `hydra` and `task`.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        saved = OmegaConf.load(record).hydra.overrides
-        if all(isinstance(line, str) for line in [*saved.hydra, *saved.task]):
-            return saved
-        reason: Any = "its overrides are no lines of text"
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-    raise UserError(f"{record} cannot be read: {reason}. Start the sweep anew, in another folder.")
 
 
 def checked(lines: Sequence[str], record: Path, classes: Sequence[Any] = ()) -> list[str]:

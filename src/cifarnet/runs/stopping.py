@@ -110,7 +110,7 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: L.Trainer, where: str) -> None:
         assert self._received is not None
-        message = f"Stopped by {signal.Signals(self._received).name} after {where}."
+        what, command = f"Stopped by {signal.Signals(self._received).name} after {where}.", None
         if (last := self._last_checkpoint(trainer)) is not None:
-            message += f" Go on with:\n  python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
-        raise Interrupted(message, status=128 + self._received)
+            command = f"python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
+        raise Interrupted(what, 128 + self._received, command)

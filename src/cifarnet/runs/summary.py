@@ -1,17 +1,22 @@
 """What a sweep has found: its table, `sweep.csv`, `sweep.png`, and which checkpoints it keeps."""
 
 import csv
+import math
 import os
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from cifarnet import cli
 from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, read_run, read_sweep, short, varied
 
 
-def summarize(sweep_folder: Path) -> None:
-    """Write `sweep.csv` and `sweep.png` into the sweep's folder and print the table."""
+def summarize(sweep_folder: Path, jobs: int, search: bool = False) -> None:
+    """Write `sweep.csv`, and but for a search `sweep.png`, into the sweep's folder and print the table.
+
+    Args:
+        jobs: how many the sweep is to have.
+    """
     runs = read_sweep(sweep_folder)
     if not runs:
         return
@@ -19,33 +24,42 @@ def summarize(sweep_folder: Path) -> None:
     write_csv(runs, sweep_folder / "sweep.csv")
     print(f"\n{table(groups)}\n")
     for run in runs:
-        if run.status == "failed":
-            print(f"  job {run.folder.name} failed: {run.note}")
-    if keys := varied(groups):
+        if run.note and run.status != "pruned":
+            print(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}")
+    if (keys := varied(groups)) and not search:
         from cifarnet.runs import figures
 
         figures.save(figures.sweep(groups, keys), sweep_folder / "sweep.png")
-    done, pruned = (sum(run.status == status for run in runs) for status in ("done", "pruned"))
-    stopped = f", {pruned} pruned" if pruned else ""
-    print(f"  {done} of {len(runs)} jobs done{stopped}: {os.path.relpath(sweep_folder)}/sweep.csv")
-    if done + pruned < len(runs):
-        print(f"  Run what is missing: python -m cifarnet.train sweep.resume={os.path.relpath(sweep_folder)}")
+    done, pruned, failed = (sum(run.status == status for run in runs) for status in ("done", "pruned", "failed"))
+    counts = "".join(f", {count} {what}" for what, count in [("pruned", pruned), ("failed", failed)] if count)
+    jobs = max(jobs, len(runs))
+    print(f"  {done} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
+    if done + pruned + (failed if search else 0) < jobs:  # a search tries other settings instead
+        print(f"  Run what is missing: {resuming(sweep_folder)}")
+
+
+def resuming(sweep_folder: Path) -> str:
+    """The command that goes on with a sweep or a search."""
+    return f"python -m cifarnet.train {cli.quoted('sweep.resume', os.path.relpath(sweep_folder))}"
 
 
 def table(groups: Sequence[Group]) -> str:
     """The groups as lines of text, the best first."""
-    columns = {"val accuracy": [_score(group) for group in groups]}
+    tests = [Group(group.settings, group.runs, "test_accuracy") for group in groups]
+    columns = {"val accuracy": [_mean(group) or group.runs[0].status for group in groups]}
+    columns["test accuracy"] = [_mean(group) for group in tests]
     if any(len(group.runs) > 1 for group in groups):
         columns["n"] = [str(len(group.values)) for group in groups]
     columns |= {key: [short(group.settings.get(key, "")) for group in groups] for key in varied(groups)}
-    seconds = [[run.metrics["seconds"] for run in group.runs if run.metrics] for group in groups]
-    columns["seconds"] = [f"{statistics.mean(of):.1f}" if of else "" for of in seconds]
+    seconds = [Group(group.settings, group.runs, "seconds") for group in groups]
+    columns["seconds"] = [f"{group.mean:.1f}" if group.values else "" for group in seconds]
     columns["job"] = [",".join(run.folder.name for run in group.runs) for group in groups]
     return aligned(columns)
 
 
-def _score(group: Group) -> str:
-    mean = f"{group.mean:.2%}" if group.values else group.runs[0].status
+def _mean(group: Group) -> str:
+    """Of accuracies; empty where there are none."""
+    mean = f"{group.mean:.2%}" if group.values else ""
     return mean + (f" ± {100 * group.deviation:.2f}" if len(group.values) > 1 else "")
 
 
@@ -53,11 +67,12 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     """One row a job, the best first."""
     keys, temporary = varied(runs) or ["seed"], path.with_suffix(".tmp")
     columns = ["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"]
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         for run in sorted(runs, key=lambda run: best_first(run.score)):
-            measured = {key: run.metrics.get(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
+            values = {key: run.value(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
+            measured = {key: value if math.isfinite(value) else "" for key, value in values.items()}
             told = {"status": run.status, "folder": run.folder.name, "note": run.note}
             writer.writerow(run.settings | measured | told)
     os.replace(temporary, path)

@@ -4,27 +4,30 @@ A multirun has one folder. Each job's own folder in it, named by its number, hol
 in the end, `metrics.json`, `pruned.txt` or `error.txt`: whatever is told of a sweep is read from them (`runs.tables`).
 """
 
+import contextlib
 import math
 import os
 import shutil
 import sys
-import threading
-import time
+import traceback
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, hardware
-from cifarnet.errors import Pruned, UserError
+from cifarnet import cli, files
+from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.permitted import located
-from cifarnet.runs import replay
-from cifarnet.runs.summary import clear_checkpoints
-from cifarnet.runs.tables import read_run
+from cifarnet.runs import parallel, replay
+from cifarnet.runs.summary import clear_checkpoints, resuming
+from cifarnet.runs.tables import read, read_run
+from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -40,46 +43,81 @@ def is_job() -> bool:
 def run(config: DictConfig, train: Train, trial: "Trial | None" = None) -> float:
     """Train as a job of a multirun: refuse what cannot be compared, keep errors, clear away checkpoints.
 
-    With `sweep.resume`, a job that is done returns its score, and one that was cut off goes on.
+    With `sweep.resume`, a job that is done returns its score, and one that was cut off goes on. NaN where there is no
+    score: the job was pruned, or the sweep was stopped.
     """
     folder = Path(config.output_dir)
+    with parallel.side_by_side(config, folder.name) as beside:
+        if stop_file(folder.parent).exists():
+            files.remove_if_unused(folder)
+            return math.nan
+        try:
+            return _run(config, train, trial)
+        except Pruned as pruned:
+            files.write(folder / "pruned.txt", f"{pruned}\n")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            return math.nan
+        except Interrupted as stopped:
+            if beside:  # the process that started this one tells it, when the others have saved too
+                return math.nan
+            raise Interrupted(stopped.what, stopped.status, resuming(folder.parent)) from None
+        except Exception as error:
+            message = fail(folder, error)
+            if config.sweep.stop_at_failure:
+                stop_file(folder.parent).touch()
+            if not beside:
+                raise
+            if cli.explain(error) is None:
+                traceback.print_exc()
+            raise UserError(message) from None  # not every error finds its way to another process
+
+
+def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
+    folder = Path(config.output_dir)
+    (folder / "error.txt").unlink(missing_ok=True)
     if config.data.get("val_fraction") == 0:
         refuse_blind_sweep(swept(folder.parent))
-    (folder / "error.txt").unlink(missing_ok=True)
     if config.sweep.resume is not None:
-        done = read_run(folder)
-        if done.metrics and _asked(done.metrics["config"]) == _asked(OmegaConf.to_container(config)):
-            print(f"Job {folder.name} is done: {done.score:.2%}", flush=True)
-            return done.score
-    _share_machine(config)
-    try:
-        score = _train(config, train, trial)
-    except Pruned as pruned:
-        (folder / "pruned.txt").write_text(f"{pruned}\n", encoding="utf-8")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return math.nan
-    except Exception as error:
-        message = cli.explain(error) or f"{type(error).__name__}: {error}"
-        (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
-        print(f"Job {folder.name} failed: {message}", file=sys.stderr, flush=True)
-        raise
+        before = read_run(folder)
+        if "config" in before.metrics and _asked(before.metrics["config"]) == _asked(OmegaConf.to_container(config)):
+            print(f"Job {folder.name} is done: {before.score:.2%}", flush=True)
+            return before.score
+        if before.status == "damaged":
+            print(f"Job {folder.name}: {before.note}", flush=True)
+    score = _train(config, train, trial)
     clear_checkpoints(folder.parent, config.sweep.keep_checkpoints)
     return score
+
+
+def fail(folder: Path, error: Exception) -> str:
+    """Keep and tell why a job came to nothing."""
+    message = cli.explain(error) or f"{type(error).__name__}: {error}"
+    print(printable(f"Job {folder.name} failed: {message}"), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # such as a full disk: that is told already
+        files.write(folder / "error.txt", message + "\n")
+    return message
 
 
 def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
     from cifarnet.runs.stopping import Prune
 
-    callbacks = [] if trial is None else [Prune(trial)]
-    last = Path(config.output_dir) / "checkpoints" / "last.ckpt"
+    callbacks, folder = [] if trial is None else [Prune(trial)], Path(config.output_dir)
+    last = folder / "checkpoints" / "last.ckpt"
     if config.sweep.resume is None or not last.is_file():
-        return train(config, callbacks=callbacks)
+        return train(config, None, callbacks)
     from cifarnet import checkpoint
 
-    recorded = checkpoint.read(last)["hyper_parameters"]["config"]
+    try:
+        if (best := last.with_name("best.ckpt")).exists():  # needed in the end
+            checkpoint.read(best)
+        recorded = checkpoint.read(last)["hyper_parameters"]["config"]
+    except UserError as error:
+        os.replace(last.parent, folder / f"damaged_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
+        print(f"Job {folder.name} is trained anew: {error}", flush=True)
+        return train(config, None, callbacks)
     if _asked(recorded) != _asked(OmegaConf.to_container(config)):
         raise UserError(f"{last} belongs to a run with other settings. Remove it to train this job anew.")
-    print(f"Job {last.parent.parent.name} goes on from {os.path.relpath(last)}", flush=True)
+    print(f"Job {folder.name} goes on from {os.path.relpath(last)}", flush=True)
     return train(config, last, callbacks)
 
 
@@ -89,40 +127,24 @@ def _asked(config: dict[str, Any]) -> dict[str, Any]:
     return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
 
 
-def _share_machine(config: DictConfig) -> None:
-    """A job's share of the cores, or a GPU of its own, where several run side by side."""
-    jobs = HydraConfig.get().launcher.get("n_jobs", 1)
-    jobs = jobs if jobs > 0 else hardware.cores()  # joblib's -1 is one a core
-    if jobs == 1:
-        return
-    end_with_parent()
-    if config.trainer.accelerator != "cpu":
-        hardware.claim_gpu()
-    if config.threads is None:
-        import torch
-
-        torch.set_num_threads(max(1, hardware.cores() // jobs))
+def check(config: DictConfig) -> None:
+    """Refuse settings of a sweep that mean nothing."""
+    check_type("sweep.stop_at_failure", config.sweep.stop_at_failure, bool)
+    check_type("sweep.keep_checkpoints", config.sweep.keep_checkpoints, int | None)
+    if (config.sweep.keep_checkpoints or 0) < 0:
+        raise UserError(f"sweep.keep_checkpoints={config.sweep.keep_checkpoints}: give 0 or more, or null for all.")
+    parallel.jobs_at_a_time(config.hydra.launcher)
 
 
-def end_with_parent() -> None:
-    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
-    import psutil
-
-    name = "end with parent"
-    if any(thread.name == name for thread in threading.enumerate()):
-        return  # an earlier job of this process saw to it
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name=name, daemon=True).start()
+def begin(config: DictConfig, folder: Path) -> None:
+    """Write down what the sweep is, so that it can be gone on with."""
+    stop_file(folder).unlink(missing_ok=True)
+    files.write(folder / "multirun.yaml", OmegaConf.to_yaml(config))
 
 
-# how many jobs hydra/launcher=parallel runs at a time: one a GPU; two where there is none
-OmegaConf.register_new_resolver("default_jobs", lambda: len(hardware.gpus()) or 2, replace=True)
+def stop_file(folder: Path) -> Path:
+    """Where a sweep has it, no other of its jobs begins."""
+    return folder / "stop"
 
 
 def refuse_blind_sweep(keys: Sequence[str]) -> None:
@@ -134,12 +156,25 @@ def refuse_blind_sweep(keys: Sequence[str]) -> None:
         )
 
 
-def swept(sweep_folder: Path) -> list[str]:
+def swept(folder: Path) -> list[str]:
     """The keys that a multirun varies, read from its own record."""
-    record = OmegaConf.load(sweep_folder / "multirun.yaml")
-    arguments = OverridesParser.create().parse_overrides(list(record.hydra.overrides.task))
-    keys = [argument.key_or_group for argument in arguments if argument.is_sweep_override()]
-    return [*keys, *(record.hydra.sweeper.get("params") or {})]
+    _, task, params = _recorded(folder)
+    keys = [
+        override.key_or_group
+        for override in OverridesParser.create().parse_overrides(task)
+        if override.is_sweep_override()
+    ]
+    return [*keys, *params]
+
+
+def _recorded(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """A multirun's own arguments: Hydra's, the others, and the keys that its sweeper's config varies."""
+    record = read(folder / "multirun.yaml", yaml.safe_load)
+    try:
+        overrides, params = record["hydra"]["overrides"], record["hydra"]["sweeper"].get("params")
+        return list(map(str, overrides["hydra"])), list(map(str, overrides["task"])), list(params or ())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'multirun.yaml'} is no record of a sweep, or is damaged: {error}") from error
 
 
 def resumed_sweep(arguments: Sequence[str]) -> list[str]:
@@ -149,17 +184,16 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
         UserError: there is no multirun in that folder, or other arguments are given too.
     """
     folder = Path(cli.value_of("sweep.resume", arguments) or ".")
-    record = folder / "multirun.yaml"
-    if not record.is_file():
-        raise UserError(f"sweep.resume={folder}: there is no multirun in that folder ({record} is missing).")
+    if not (folder / "multirun.yaml").is_file():
+        raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
     allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
     if others != allowing:
-        raise UserError(f"sweep.resume={folder} repeats that multirun's own arguments: leave out {' '.join(others)}")
-    saved = replay.read(record)
-    hydra = [line for line in saved.hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
-    task = [line for line in saved.task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
+        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
+    hydra, task, _ = _recorded(folder)
+    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
+    task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
-    replay.checked([*hydra, *task], record, classes)
+    replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
     return ["--multirun", *hydra, *task, *allowing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]

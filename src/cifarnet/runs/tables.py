@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from cifarnet.errors import UserError
 
@@ -21,7 +21,7 @@ from cifarnet.errors import UserError
 class Run:
     """`settings` is what tells it from others: a job's overrides, or the part of a config that decides its figures.
 
-    `metrics` is its `metrics.json`; `status` is done, failed, pruned or cut off, and `note` says more of it.
+    `metrics` is its `metrics.json`; `status` is done, failed, pruned, damaged or cut off, and `note` says more of it.
     """
 
     folder: Path
@@ -33,7 +33,12 @@ class Run:
     def value(self, metric: str) -> float:
         """A number in `metrics.json`; NaN where there is none."""
         value = self.metrics.get(metric)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return math.nan
+        try:
+            return float(value)
+        except OverflowError:  # JSON's whole numbers have no end
+            return math.nan
 
     @property
     def score(self) -> float:
@@ -52,8 +57,8 @@ class Group:
         self.settings, self.runs = settings, runs
         self.label, self.name, self.baseline = "", "", False  # until it is compared
         measured = [run for run in runs if math.isfinite(run.value(metric))]
-        by_time = sorted(measured, key=lambda run: run.metrics.get("finished", ""))
-        last = {run.metrics.get("seed", run.settings.get("seed")): run for run in by_time}
+        by_time = sorted(measured, key=lambda run: str(run.metrics.get("finished", "")))
+        last = {str(run.metrics.get("seed", run.settings.get("seed"))): run for run in by_time}
         self.counted = measured if is_time(metric) else list(last.values())
         self.repeats = [run for run in measured if run not in self.counted]
         self.values = [run.value(metric) for run in self.counted]
@@ -78,26 +83,43 @@ def read_metrics(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        remedy = "Repeat that run, or name the folders of the others."
-        raise UserError(f"{path} cannot be read: {error}. {remedy}") from error
+    content = read(path, json.loads)
     return content if isinstance(content, dict) else {}
+
+
+def read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """What a text file holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
 
 
 def read_run(folder: Path) -> Run:
     """What there is to know about a job of a sweep; its settings are its overrides, but for `sweep.…`."""
-    overrides, record = folder / ".hydra" / "overrides.yaml", folder / "metrics.json"
-    lines = OmegaConf.load(overrides) if overrides.is_file() else []
-    pairs = (str(line).partition("=") for line in lines)
+    damage = []
+
+    def part(name: str, parse: Callable[[str], Any], kind: type) -> Any:
+        try:
+            content = read(folder / name, parse) if (folder / name).exists() else None
+        except UserError as error:
+            damage.append(str(error))
+            content = None
+        return content if isinstance(content, kind) else kind()
+
+    metrics, note = part("metrics.json", json.loads, dict), ""
+    status = "done" if metrics else "damaged" if damage else "cut off"
+    lines = part(".hydra/overrides.yaml", yaml.safe_load, list) or metrics.get("overrides")
+    pairs = (str(line).partition("=") for line in lines) if isinstance(lines, list) else ()
     settings = {key: value for key, _, value in pairs if not key.startswith("sweep.")}
-    metrics = read_metrics(record) if record.is_file() else {}
-    status, note = "cut off", ""
     for name, meaning in [("pruned", "pruned"), ("error", "failed")]:
-        if (file := folder / f"{name}.txt").is_file():
-            status, note = meaning, file.read_text(encoding="utf-8").strip()
-    return Run(folder, settings, metrics, "done" if metrics else status, note)
+        if status == "cut off" and (folder / f"{name}.txt").exists():
+            status, note = meaning, part(f"{name}.txt", str.strip, str)
+    return Run(folder, settings, metrics, status, " ".join([note, *damage]).strip())
 
 
 def read_sweep(folder: Path) -> list[Run]:

@@ -1,0 +1,75 @@
+"""A sweep over all combinations of the values given."""
+
+import contextlib
+import io
+import math
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
+
+from cifarnet import files
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.runs import parallel, space, sweep
+from cifarnet.runs.summary import resuming, summarize
+
+
+def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
+    """What Hydra's sweeper does; one process at a time, a signal lets parallel jobs save, and in the end a table.
+
+    Raises:
+        UserError: there is nothing to run, or another process runs it.
+        Exception: what the first job that failed raised, after the others.
+    """
+    assert sweeper.hydra_context is not None
+    sweep.check(sweeper.config)
+    lines = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *arguments]
+    parsed = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader).parse_overrides(lines)
+    check_number(parsed)
+    batches = sweeper.split_arguments(parsed, sweeper.max_batch_size)
+    for batch in batches:
+        sweeper.validate_batch_is_legal(batch)
+    folder = Path(sweeper.config.hydra.sweep.dir)
+    with files.alone_in(folder):
+        sweep.begin(sweeper.config, folder)
+        try:
+            results = launch(sweeper, batches, folder)
+        finally:
+            summarize(folder, sum(map(len, batches)))
+    for result in results:
+        raise_failure(result)
+    return results
+
+
+def check_number(parsed: Sequence[Override]) -> None:
+    """Refuse a sweep without jobs, or with more than anyone means."""
+    jobs = math.prod(len(space.values(override)) for override in parsed if override.is_sweep_override())
+    if jobs > space.MOST:
+        raise UserError(f"These are {jobs:,} combinations. Give {space.MOST:,} or less, or use cifarnet.search.")
+
+
+def launch(sweeper: BasicSweeper, batches: Sequence[Sequence[Sequence[str]]], folder: Path) -> list[JobReturn]:
+    """Run the jobs."""
+    beside = parallel.jobs_at_a_time(sweeper.config.hydra.launcher) > 1
+    results: list[JobReturn] = []
+    with parallel.passing_signals(sweep.stop_file(folder)) if beside else contextlib.nullcontext([]) as received:
+        try:
+            for batch in batches:
+                results += sweeper.launcher.launch(batch, initial_job_idx=len(results))
+        except BaseException:
+            if not received:
+                raise
+    if received:
+        what = f"Stopped by {signal.Signals(received[0]).name}."
+        raise Interrupted(what, 128 + received[0], resuming(folder))
+    return results
+
+
+def raise_failure(result: JobReturn) -> None:
+    """Raise what a job raised."""
+    with contextlib.redirect_stderr(io.StringIO()):  # Hydra would print the job's overrides before
+        result.return_value  # noqa: B018

@@ -1,0 +1,139 @@
+"""Jobs of a sweep side by side: each has its share of the machine, names itself, and stops when the sweep does."""
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from cifarnet import hardware
+from cifarnet.errors import Interrupted, UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+# how many jobs hydra/launcher=parallel runs at a time: one a GPU; two where there is none
+OmegaConf.register_new_resolver("default_jobs", lambda: len(hardware.gpus()) or 2, replace=True)
+
+
+def jobs_at_a_time(launcher: DictConfig) -> int:
+    """How many the launcher of a sweep runs; joblib's -1 is one a core."""
+    jobs = launcher.get("n_jobs", 1)
+    if type(jobs) is not int or jobs == 0:
+        raise UserError(f"hydra.launcher.n_jobs={jobs}: give a whole number, 1 or more; -1 is one a core.")
+    return jobs if jobs > 0 else hardware.cores()
+
+
+@contextlib.contextmanager
+def side_by_side(config: DictConfig, name: str) -> Iterator[bool]:
+    """What a job's process does where others run beside it. Yields whether they do."""
+    jobs = jobs_at_a_time(HydraConfig.get().launcher)
+    if jobs == 1:
+        yield False
+        return
+    end_with_parent()
+    if config.trainer.accelerator != "cpu":
+        hardware.claim_gpu()
+    if config.threads is None:
+        import torch
+
+        torch.set_num_threads(max(1, hardware.cores() // jobs))
+    out, err = Named(sys.stdout, name), Named(sys.stderr, name)
+    with _own_signals(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield True
+
+
+class Named(io.TextIOBase):
+    """Passes whole lines on, each after the name of its job."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.stream, self.name, self.begun = stream, name, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            self.stream.write(f"[{self.name}] {line}\n" if line else "\n")
+        self.stream.flush()
+        return len(text)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals come from the process that started this one (`passing_signals`): they stop a job, and nothing between."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("Stopped.", status=128 + number)
+
+    if sys.platform == "win32":
+        yield
+        return
+    os.setpgid(0, 0)  # a terminal's Ctrl-C goes to its whole group
+    try:
+        for number in SIGNALS:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def passing_signals(stop_file: Path) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are passed on to the jobs, and this process waits until they have saved.
+
+    Args:
+        stop_file: made then, so that no other job begins.
+
+    Yields:
+        The signal received.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+        stop_file.touch()
+        print("\nFinishing the batches. Once more stops at once, without saving.", file=sys.stderr, flush=True)
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGINT)
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous: dict[int, Any] = {}
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def end_with_parent() -> None:
+    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
+    name = "end with parent"
+    if any(thread.name == name for thread in threading.enumerate()):
+        return  # an earlier job of this process saw to it
+    parent = os.getppid()
+    if sys.platform == "linux":  # at once; what follows is for other systems, and for a parent that is gone already
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name=name, daemon=True).start()
