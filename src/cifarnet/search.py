@@ -3,13 +3,20 @@
 python -m cifarnet.search +experiment=quickstart +search=rates
 """
 
+import hashlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 from cifarnet import cli, train
 from cifarnet.errors import UserError
 
-DEFAULTS = ("hydra.mode=MULTIRUN", "hydra/sweeper=search", "hydra.sweep.dir=lightning_logs/${name}/search")
+DEFAULTS = (
+    "hydra.mode=MULTIRUN",
+    "hydra/sweeper=search",
+    "hydra.sweep.dir=lightning_logs/${name}/${hydra.sweeper.study_name}",
+    "hydra/help=search",
+)
 
 
 def search() -> None:
@@ -18,7 +25,14 @@ def search() -> None:
         raise UserError(
             "cifarnet.search needs Optuna: pip install 'cifarnet[search]' (in a checkout: pip install -e '.[search]')"
         )
-    train.command([*DEFAULTS, *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    train.command([*DEFAULTS, f"hydra.sweeper.study_name={study_name(arguments)}", *arguments])
+
+
+def study_name(arguments: Sequence[str]) -> str:
+    """The same for the same search, however it is asked for: so it goes on where it was, and others lie elsewhere."""
+    of = sorted(argument for argument in arguments if not argument.startswith(("hydra.", "hydra/", "-")))
+    return f"search_{hashlib.sha256(' '.join(of).encode()).hexdigest()[:8]}"
 
 
 def main() -> None:

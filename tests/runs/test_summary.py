@@ -45,7 +45,7 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
 
 
 def test_summary_is_written_although_a_job_failed(folder, capsys):
-    summary.summarize(folder, 5)
+    summary.summarize(folder, 5, "sweep.resume=x")
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert list(rows[0]) == [
         *("val_accuracy", "test_accuracy", "optimizer.lr", "seed", "seconds", "status", "folder", "note")
@@ -64,7 +64,7 @@ def test_summary_is_written_although_a_job_failed(folder, capsys):
 def test_pruned_jobs_are_not_missing(tmp_path, capsys):
     make_job(tmp_path, 0, ["optimizer.lr=0.1"], 0.8)
     (make_job(tmp_path, 1, ["optimizer.lr=0.2"]) / "pruned.txt").write_text("after epoch 1 of 2\n")
-    summary.summarize(tmp_path, 0)
+    summary.summarize(tmp_path, 0, "sweep.resume=x")
     printed = capsys.readouterr().out
     assert "1 of 2 jobs done, 1 pruned" in printed
     assert "sweep.resume=" not in printed
@@ -72,7 +72,7 @@ def test_pruned_jobs_are_not_missing(tmp_path, capsys):
 
 
 def test_a_folder_without_jobs_has_no_summary(tmp_path, capsys):
-    summary.summarize(tmp_path, 0)
+    summary.summarize(tmp_path, 0, "sweep.resume=x")
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
 

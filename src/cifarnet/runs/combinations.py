@@ -1,7 +1,6 @@
 """A sweep over all combinations of the values given."""
 
 import contextlib
-import io
 import math
 import signal
 from collections.abc import Sequence
@@ -39,9 +38,9 @@ def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
         try:
             results = launch(sweeper, batches, folder)
         finally:
-            summarize(folder, sum(map(len, batches)))
+            summarize(folder, sum(map(len, batches)), resuming(folder))
     for result in results:
-        raise_failure(result)
+        sweep.raise_failure(result)
     return results
 
 
@@ -67,9 +66,3 @@ def launch(sweeper: BasicSweeper, batches: Sequence[Sequence[Sequence[str]]], fo
         what = f"Stopped by {signal.Signals(received[0]).name}."
         raise Interrupted(what, 128 + received[0], resuming(folder))
     return results
-
-
-def raise_failure(result: JobReturn) -> None:
-    """Raise what a job raised."""
-    with contextlib.redirect_stderr(io.StringIO()):  # Hydra would print the job's overrides before
-        result.return_value  # noqa: B018

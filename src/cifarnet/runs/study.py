@@ -8,6 +8,9 @@ killed goes on when it is started again.
 
 import contextlib
 import math
+import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from cifarnet import cli
-from cifarnet.errors import UserError
-from cifarnet.runs.summary import summarize
+from cifarnet import cli, hardware
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.runs import search_figures, sweep
+from cifarnet.runs.space import distribution
+from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run
+from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -43,6 +48,7 @@ class Search(Sweeper):
 
     Args:
         trials: how many the study is to have, all processes' and earlier ones included.
+        study_name: of its folder, in the experiment's.
         params: what is searched, beside the command's own sweeps: {"optimizer.lr": "tag(log, interval(0.001, 0.1))"}.
         sampler: chooses the settings of the next trial; None: Optuna's default.
         pruner: stops a trial that is not worth going on with; None: all run to their end.
@@ -51,11 +57,16 @@ class Search(Sweeper):
     def __init__(
         self,
         trials: int,
+        study_name: str = "search",
         params: Mapping[str, str] | None = None,
         sampler: "BaseSampler | None" = None,
         pruner: "BasePruner | None" = None,
     ) -> None:
+        check_type("hydra.sweeper.trials", trials, int)
+        if trials < 1:
+            raise UserError(f"hydra.sweeper.trials={trials}: give 1 or more.")
         self.trials = trials
+        self.study_name = study_name
         self.params = dict(params or {})
         self.sampler, self.pruner = sampler, pruner
 
@@ -65,47 +76,68 @@ class Search(Sweeper):
                 "A search runs one trial at a time. For several, start the same command in several terminals "
                 "(with threads=… for each its share of the cores), without hydra/launcher."
             )
-        self.config, self.context, self.task = config, hydra_context, task_function
+        self.config, self.hydra_context, self.task = config, hydra_context, task_function
         self.lock = FileLock("")  # of the trial that this process runs
+        self.began = False  # this process has drawn a trial
 
     def sweep(self, arguments: list[str]) -> None:
+        sweep.check(self.config)
         fixed, space = self._space(arguments)
+        self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         own = [override for override in fixed if not override.startswith("sweep.")]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        sweep.begin(self.config, folder)
+        if self.config.trainer.accelerator != "cpu":
+            hardware.claim_gpu()
         failures = []
         try:
             while (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
-                result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
+                result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"], folder)
                 run = read_run(folder / str(trial.number))
                 self._tell(study, trial, run)
-                if result.status == JobStatus.FAILED:
-                    failures.append(result)
                 outcome = f"{run.score:.2%}" if run.status == "done" else run.status
                 print(f"Trial {trial.number + 1} of {self.trials}: {outcome}  {' '.join(settings)}", flush=True)
+                if result.status == JobStatus.FAILED:
+                    failures.append(result)
+                    if self.config.sweep.stop_at_failure:
+                        break
+        except Interrupted as stopped:
+            raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
             self.lock.release()
-            summarize(folder)
+            summarize(folder, self.trials, self._command(folder), search=True)
+            search_figures.draw(study, folder)
         for failure in failures:
-            failure.return_value  # noqa: B018 - raises what the job raised
+            sweep.raise_failure(failure)
 
-    def _launch(self, trial: "Trial", overrides: list[str]) -> JobReturn:
+    def _command(self, folder: Path) -> str:
+        """What goes on with this search: what began it, or went on with it."""
+        if self.config.sweep.resume is not None:
+            return resuming(folder)
+        return shlex.join(["python", "-m", "cifarnet.search", *sys.argv[1:]])
+
+    def _launch(self, trial: "Trial", overrides: list[str], folder: Path) -> JobReturn:
         """Train it, in this process, which tells the trial how it goes."""
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self.context, task_function=partial(self.task, trial=trial), config=self.config
+            hydra_context=self.hydra_context, task_function=partial(self.task, trial=trial), config=self.config
         )
-        [result] = launcher.launch([overrides], initial_job_idx=trial.number)
+        try:
+            [result] = launcher.launch([overrides], initial_job_idx=trial.number)
+        except Exception as error:  # these settings cannot be composed: others may
+            sweep.fail(folder / str(trial.number), error)
+            result = JobReturn(status=JobStatus.FAILED, overrides=overrides)
+            result.return_value = error
         return result
 
     def _space(self, arguments: Sequence[str]) -> tuple[list[str], "dict[str, BaseDistribution]"]:
         """The overrides that all trials share, and what each takes its values from."""
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        parsed = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(lines)
+        parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(lines)
         overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
         fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
         space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
@@ -116,6 +148,15 @@ class Search(Sweeper):
             )
         return fixed, space
 
+    def _compose_all(self, fixed: Sequence[str], space: "Mapping[str, BaseDistribution]") -> None:
+        """Each choice, and one end of each range, so that a wrong key is told before anything runs."""
+        ends = {key: getattr(of, "choices", None) or (of.low,) for key, of in space.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        for key, values in ends.items():
+            for value in values:
+                settings = [f"{name}={of}" for name, of in (first | {key: value}).items()]
+                self.validate_batch_is_legal([[*fixed, *settings]])
+
     def _open(self, folder: Path, common: dict[str, Any]) -> "Study":
         """The folder's study; a new one, if there is none.
 
@@ -124,29 +165,35 @@ class Search(Sweeper):
         """
         import optuna
         from optuna.pruners import NopPruner
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        file = str(folder / "study.journal")
-        with FileLock(folder / "study.lock"):
-            study = optuna.create_study(
-                study_name=folder.name,
-                storage=JournalStorage(JournalFileBackend(file, JournalFileOpenLock(file))),
-                sampler=self.sampler,
-                pruner=self.pruner or NopPruner(),
-                direction="maximize",
-                load_if_exists=True,
-            )
-            saved = study.user_attrs.get(COMMON)
-            if saved is None:
-                study.set_user_attr(COMMON, common)
+        file, self.journal = folder / "study.journal", FileLock(folder / "study.lock")
+        with self.journal:
+            try:
+                storage = JournalStorage(JournalFileBackend(str(file), JournalLock(self.journal, file)))
+                names = optuna.get_all_study_names(storage)
+                study = optuna.create_study(
+                    study_name=names[0] if names else folder.name,  # the folder may have been renamed
+                    storage=storage,
+                    sampler=self.sampler,
+                    pruner=self.pruner or NopPruner(),
+                    direction="maximize",
+                    load_if_exists=True,
+                )
+                saved = study.user_attrs.get(COMMON)
+                if saved is None:
+                    study.set_user_attr(COMMON, common)
+            except Exception as error:  # a journal may hold anything
+                raise UserError(
+                    f"{file} cannot be read as a study ({type(error).__name__}: {error}). Remove it, or choose "
+                    "another folder with hydra.sweep.dir=…"
+                ) from error
         if saved is not None and saved != common:
             raise UserError(
                 f"The study in {folder} is about other settings: {_differences(saved, common)}. Give the command as it "
-                "was, or another folder with hydra.sweep.dir=…"
+                "was, or another hydra.sweeper.study_name."
             )
-        if study.trials:
-            study.sampler.reseed_rng()  # else this process would suggest what the first one did
         return study
 
     def _next(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
@@ -154,7 +201,7 @@ class Search(Sweeper):
         from optuna.trial import Trial, TrialState
 
         self.lock.release()
-        with FileLock(folder / "study.lock"):
+        with self.journal:
             for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
                 if not self._claim(folder, left.number):
                     continue
@@ -163,8 +210,12 @@ class Search(Sweeper):
                     return Trial(study, left._trial_id)
                 study.tell(left.number, state=TrialState.FAIL)  # killed before it had settings
                 self.lock.release()
-            if len(study.get_trials(deepcopy=False)) >= self.trials:
+            others = len(study.get_trials(deepcopy=False))
+            if others >= self.trials:
                 return None
+            if others and not self.began:
+                study.sampler.reseed_rng()  # else this process would draw what the first one did
+            self.began = True
             trial = study.ask(space)
             self._claim(folder, trial.number)
         return trial
@@ -188,24 +239,33 @@ class Search(Sweeper):
             study.tell(trial, state=TrialState.FAIL)
 
 
-def distribution(override: Override) -> "BaseDistribution":
-    """Optuna's distribution for one of Hydra's sweeps: a choice, a range, or an interval with both ends included."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+class JournalLock:
+    """Optuna's lock around an append, which ends with the process, however it does; before each the journal is mended.
 
-    sweep_of = override.value()
-    if isinstance(sweep_of, IntervalSweep):
-        low, high, log = sweep_of.start, sweep_of.end, "log" in sweep_of.tags
-        whole = isinstance(low, int) and isinstance(high, int)
-        return IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
-    if isinstance(sweep_of, RangeSweep):
-        values = [float(value) if "." in value else int(value) for value in _values(override)]
-        kind = FloatDistribution if isinstance(values[0], float) else IntDistribution
-        return kind(min(values), max(values), step=abs(sweep_of.step))
-    return CategoricalDistribution(_values(override))
+    Optuna's own leave a file behind where a process is killed, and the next one waits for half a minute.
+    """
 
+    def __init__(self, lock: FileLock, journal: Path) -> None:
+        self.lock, self.journal = lock, journal
+        with lock:
+            self._mend()
 
-def _values(override: Override) -> list[str]:
-    return list(override.sweep_string_iterator())
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        self._mend()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def _mend(self) -> None:
+        """Cut off a last line that a killed process has not finished: nobody has read it."""
+        with contextlib.suppress(FileNotFoundError), self.journal.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0 or (file.seek(size - 1), file.read(1))[1] == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:

@@ -11,11 +11,12 @@ from cifarnet import cli
 from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, read_run, read_sweep, short, varied
 
 
-def summarize(sweep_folder: Path, jobs: int, search: bool = False) -> None:
+def summarize(sweep_folder: Path, jobs: int, command: str, search: bool = False) -> None:
     """Write `sweep.csv`, and but for a search `sweep.png`, into the sweep's folder and print the table.
 
     Args:
         jobs: how many the sweep is to have.
+        command: goes on with it.
     """
     runs = read_sweep(sweep_folder)
     if not runs:
@@ -35,11 +36,11 @@ def summarize(sweep_folder: Path, jobs: int, search: bool = False) -> None:
     jobs = max(jobs, len(runs))
     print(f"  {done} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
     if done + pruned + (failed if search else 0) < jobs:  # a search tries other settings instead
-        print(f"  Run what is missing: {resuming(sweep_folder)}")
+        print(f"  Run what is missing: {command}")
 
 
 def resuming(sweep_folder: Path) -> str:
-    """The command that goes on with a sweep or a search."""
+    """The command that goes on with a sweep."""
     return f"python -m cifarnet.train {cli.quoted('sweep.resume', os.path.relpath(sweep_folder))}"
 
 

@@ -5,6 +5,7 @@ in the end, `metrics.json`, `pruned.txt` or `error.txt`: whatever is told of a s
 """
 
 import contextlib
+import io
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -96,6 +98,12 @@ def fail(folder: Path, error: Exception) -> str:
     with contextlib.suppress(OSError):  # such as a full disk: that is told already
         files.write(folder / "error.txt", message + "\n")
     return message
+
+
+def raise_failure(result: JobReturn) -> None:
+    """Raise what a job raised."""
+    with contextlib.redirect_stderr(io.StringIO()):  # Hydra would print the job's overrides before
+        result.return_value  # noqa: B018
 
 
 def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
@@ -191,7 +199,7 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if others != allowing:
         raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
     hydra, task, _ = _recorded(folder)
-    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir"))]
+    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
     task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
