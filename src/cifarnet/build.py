@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet import __version__, hardware, settings
+from cifarnet import __version__, hardware, ranges, settings
 from cifarnet.classifier import Classifier
 from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
-from cifarnet.models import Normalize, construct
+from cifarnet.models import Normalize, construct, try_on
 from cifarnet.quiet import quieten_lightning, without_tensorflow
 from cifarnet.saving import WholeCheckpoints
 
@@ -54,14 +54,14 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, verbose=False)
 
-    trainer = make_trainer(config, callbacks, **trainer_settings)
     data = make_data(config)
+    trainer = make_trainer(config, callbacks, data.validates, **trainer_settings)
     network, fit_seconds = make_network(config, data)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
         optimizer=_optimizer(config),
         scheduler=_scheduler(config) if config.get("scheduler") else None,
-        objective=instantiate(config.objective),
+        objective=_objective(config, len(data.class_names)),
         channels_last=config.channels_last,
         seed=config.seed,
         hparams={
@@ -86,6 +86,7 @@ def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, 
     make = instantiate(config.model, _partial_=True)
     with _refusals("model"):
         network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
+    try_on(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(*data.channel_statistics)
@@ -95,11 +96,29 @@ def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, 
     return network, time.perf_counter() - start
 
 
-def make_trainer(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_settings: Any) -> L.Trainer:
-    """Lightning's Trainer with callbacks and logger."""
+def _objective(config: DictConfig, classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits and labels -> each image's loss, of two images for a try."""
+    objective = instantiate(config.objective)
+    smoothing = getattr(objective, "label_smoothing", 0)  # torch takes a negative one for none
+    ranges.check("objective.label_smoothing", smoothing, Annotated[float, ranges.Range(0, 1)])
+    try:
+        losses = objective(torch.zeros(2, classes), torch.arange(2) % classes)
+    except Exception as error:  # torch's objectives check their settings when they are called
+        raise UserError(f"objective: {' '.join(str(error).split())}") from error
+    if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
+        raise UserError(
+            f"objective: of two images it makes {losses}; expected two losses (of torch's: objective.reduction=none)."
+        )
+    return objective
+
+
+def make_trainer(
+    config: DictConfig, callbacks: Sequence[Callback] = (), validates: bool = True, **trainer_settings: Any
+) -> L.Trainer:
+    """Lightning's Trainer with callbacks and logger; `validates` says whether there are validation images."""
     chosen = [callback for callback in (config.get("callbacks") or {}).values() if callback]
-    if config.data.get("val_fraction") == 0:  # nothing to choose a checkpoint by
-        chosen = [callback for callback in chosen if not callback.get("monitor")]
+    if not validates:  # nothing to choose a checkpoint by
+        chosen = [callback for callback in chosen if not str(callback.get("monitor")).startswith("val/")]
     chosen += [recipe for recipe in (config.get("recipe") or {}).values() if recipe]
     built = [*(_expect(Callback, callback._target_, instantiate(callback)) for callback in chosen), *callbacks]
     if config.compile:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -12,17 +13,23 @@ from cifarnet.errors import UserError
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
-    """Beside its place, flushed to the disk, then renamed: there is the whole file, or what was there before.
+    """As `whole` does."""
+    with whole(Path(path)) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Write beside its place, flush to the disk, then rename: there is the whole file, or what was there before.
 
     Raises:
         OSError: it could not be written, on a full disk for one; it names the file.
     """
-    path, data = Path(path), content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -35,10 +42,26 @@ def write(path: str | Path, content: str | bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Work in this folder as its only process; the lock ends with the process, however it ends.
+    """Work in this folder as its only process.
 
     Raises:
         UserError: another one is at work there.
+    """
+    with locked(folder):
+        for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the lock of a folder, which is made; it ends with the process, however it ends.
+
+    Args:
+        waiting: what to print before waiting for a process that holds it; None: it is refused.
+
+    Raises:
+        UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -47,13 +70,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     except NotImplementedError:
         pass  # a file system without locks
     except Timeout as error:
-        raise UserError(
-            f"Another process is at work in {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… "
-            "(of a sweep: hydra.sweep.dir=…)"
-        ) from error
+        if waiting is None:
+            raise UserError(
+                f"Another process is at work in {folder}. Wait until it ends, or choose another folder: "
+                "hydra.run.dir=… (of a sweep: hydra.sweep.dir=…)"
+            ) from error
+        print(waiting, flush=True)
+        lock.acquire()
     try:
-        for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
         yield
     finally:
         lock.release()

@@ -1,5 +1,8 @@
+import errno
 import http.server
+import os
 import threading
+import time
 
 import pytest
 
@@ -49,7 +52,7 @@ def test_download_once_then_never_again(tmp_path, server):
     module = data(tmp_path, url("whole"))
     assert len(module.source.train) + len(module.source.val) == 5 * IMAGES_A_FILE
     assert len(requests) == asked
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"cifar-10-batches-py", "cifar-10-python.tar.gz"}
+    assert sorted(os.listdir(tmp_path / "data")) == [".lock", "cifar-10-batches-py", "cifar-10-python.tar.gz"]
     assert len(module.source.test) == IMAGES_A_FILE
     assert module.source.test.images.shape[1:] == (3, 32, 32)
     assert module.class_names[3] == "cat"
@@ -64,7 +67,7 @@ def test_failed_download_explains_and_leaves_nothing(tmp_path, server, archive, 
     by_hand = (str(tmp_path / "data"), "cifar-10-python.tar.gz", archive["md5"])
     for needed in (url(path), *by_hand, "data.url=", "data=synthetic"):
         assert needed in message
-    assert list((tmp_path / "data").iterdir()) == []
+    assert os.listdir(tmp_path / "data") == [".lock"]
     assert data(tmp_path, url("whole")).source  # the next start is not harmed
 
 
@@ -87,7 +90,7 @@ def test_wrong_archive_put_there_by_hand_is_kept(tmp_path, server, archive):
     with pytest.raises(UserError, match="not the published archive"):
         assert data(tmp_path, server[0]("whole")).source
     assert by_hand.read_bytes() == archive["bytes"][:1000]
-    assert list((tmp_path / "data").iterdir()) == [by_hand]
+    assert sorted(os.listdir(tmp_path / "data")) == [".lock", by_hand.name]
 
 
 def test_changed_or_missing_member_is_named(tmp_path, server):
@@ -99,3 +102,47 @@ def test_changed_or_missing_member_is_named(tmp_path, server):
     member.unlink()
     with pytest.raises(UserError, match="data_batch_3 is missing"):
         assert data(tmp_path).source
+
+
+def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, capsys):
+    """Each holds the lock by a descriptor of its own, as processes do."""
+    url, requests = server
+    fetch, working = CIFAR10._fetch, []
+
+    def slowly(self, archive):
+        working.append(self)
+        time.sleep(0.5)
+        fetch(self, archive)
+
+    monkeypatch.setattr(CIFAR10, "_fetch", slowly)
+    first, second = data(tmp_path, url("whole")), data(tmp_path, url("whole"))
+    thread = threading.Thread(target=lambda: first.source)
+    thread.start()
+    while not working:
+        time.sleep(0.01)
+    assert len(second.source.test) == IMAGES_A_FILE
+    thread.join()
+    assert working == [first]
+    assert "Another process prepares CIFAR-10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["download_url", "extract_archive"])
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, server, monkeypatch, archive, function):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "data" / ".unfinished-1").mkdir(parents=True)  # of a process that was killed
+    with monkeypatch.context() as patch:
+        patch.setattr(f"cifarnet.data.cifar10.{function}", fail)
+        with pytest.raises(UserError, match=r"data: CIFAR-10 cannot be put there \(No space left on device\)"):
+            assert data(tmp_path, server[0]("whole")).source
+    left = [".lock", "cifar-10-python.tar.gz"] if function == "extract_archive" else [".lock"]
+    assert sorted(os.listdir(tmp_path / "data")) == left
+    assert data(tmp_path, server[0]("whole")).source
+
+
+@pytest.mark.parametrize("root", ["file", "file/below"])
+def test_a_file_in_place_of_the_folder(tmp_path, root):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="CIFAR-10 cannot be put there"):
+        assert CIFAR10(root=str(tmp_path / root)).source

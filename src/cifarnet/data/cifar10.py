@@ -1,5 +1,7 @@
 """CIFAR-10 as its authors publish it, by torchvision."""
 
+import errno
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.errors import UserError
+from cifarnet.files import locked
+
+SCRATCH = ".unfinished-"
 
 
 class CIFAR10(ImageDataModule):
@@ -32,35 +37,40 @@ class CIFAR10(ImageDataModule):
         folder, archive = self.root / Published.base_folder, self.root / Published.filename
         if folder.exists():
             self._check(folder)
-        elif not archive.exists():
-            self._download(archive)
-        elif check_integrity(archive, Published.tgz_md5):
-            self._unpack(archive)
         else:
-            raise UserError(f"{archive} is not the published archive (cut short?). Delete it.\n{self._by_hand()}")
+            try:
+                with locked(self.root, f"Another process prepares CIFAR-10 in {self.root}: waiting for it."):
+                    if not folder.exists():
+                        self._fetch(archive)
+            except OSError as error:
+                raise UserError(f"data.root={self.root}: CIFAR-10 cannot be put there ({error.strerror}).") from error
         parts = [Published(self.root, train=train) for train in (True, False)]
         train, test = (Split(torch.from_numpy(of.data).permute(0, 3, 1, 2), torch.tensor(of.targets)) for of in parts)
         return Source(parts[0].classes, train, test)
 
-    def _download(self, archive: Path) -> None:
-        """Download into a folder beside the archive's place, move it there and unpack it, or leave nothing."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as scratch:
-                download_url(self.url, scratch, archive.name, Published.tgz_md5)
+    def _fetch(self, archive: Path) -> None:
+        """All or nothing: download and unpack beside the final place, then rename."""
+        for left in self.root.glob(f"{SCRATCH}*"):  # by a process that was killed meanwhile
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=SCRATCH) as scratch:
+            if not archive.exists():
+                self._download(Path(scratch, archive.name))
                 Path(scratch, archive.name).rename(archive)
-            self._unpack(archive)
-        except Exception as error:  # torchvision lets through whatever urllib, http and tarfile raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"CIFAR-10 could not be downloaded from {self.url}: {reason}\n{self._by_hand()}") from error
-
-    def _unpack(self, archive: Path) -> None:
-        """All or nothing: unpack beside the final place, then rename."""
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".unpack-") as scratch:
+            elif not check_integrity(archive, Published.tgz_md5):
+                raise UserError(f"{archive} is not the published archive (cut short?). Delete it.\n{self._by_hand()}")
             extract_archive(archive, scratch)
             folder = Path(scratch, Published.base_folder)
             self._check(folder)
             folder.rename(self.root / folder.name)
+
+    def _download(self, archive: Path) -> None:
+        try:
+            download_url(self.url, archive.parent, archive.name, Published.tgz_md5)
+        except Exception as error:  # torchvision lets through whatever urllib and http raise
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"CIFAR-10 could not be downloaded from {self.url}: {reason}\n{self._by_hand()}") from error
 
     def _check(self, folder: Path) -> None:
         """Compare the unpacked files with torchvision's checksums."""

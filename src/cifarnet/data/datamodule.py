@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, Mix, StreamingLoader
 from cifarnet.errors import UserError
+from cifarnet.ranges import Pixels, Range, Seed, checked
 from cifarnet.seeding import generator
 
 
@@ -66,39 +68,28 @@ class ImageDataModule(L.LightningDataModule):
             copied while the GPU computes.
     """
 
+    @checked("data")
     def __init__(
         self,
-        batch_size: int = 128,
-        eval_batch_size: int = 1000,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        crop_padding: int = 2,
+        batch_size: Annotated[int, Range(1, 10**6)] = 128,
+        eval_batch_size: Annotated[int, Range(1, 10**6)] = 1000,
+        val_fraction: Annotated[float, Range(0, below=1)] = 0.1,
+        split_seed: Seed = 0,
+        crop_padding: Annotated[int, Range(0, 4095)] = 2,
         flip: str = "random",
-        cutout: int = 0,
-        train_sizes: Sequence[int] | None = None,
-        hardest_share: float = 1.0,
+        cutout: Annotated[int, Range(0, 4096)] = 0,
+        train_sizes: Sequence[Pixels] | None = None,
+        hardest_share: Annotated[float, Range(above=0, most=1)] = 1.0,
         mix: Mix | None = None,
-        shuffle_seed: int = 0,
+        shuffle_seed: Seed = 0,
         on_device: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"data.{val_fraction=}: give a share between 0 and 1, such as 0.1, or 0 for no validation")
-        if not 0 < hardest_share <= 1:
-            raise UserError(f"data.{hardest_share=}: give a share of the images above 0, such as 0.5, up to 1 for all")
-        train_sizes = None if train_sizes is None else list(train_sizes)
-        if train_sizes is not None and min(train_sizes, default=0) < 1:
-            raise UserError(f"data.{train_sizes=}: give a size in pixels for each epoch, such as [24,32]")
-        at_least = [("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)]
-        at_least += [("crop_padding", crop_padding, 0), ("cutout", cutout, 0)]
-        at_least += [("split_seed", split_seed, 0), ("shuffle_seed", shuffle_seed, 0)]
-        for name, value, least in at_least:
-            if value < least:
-                raise UserError(f"data.{name}={value}: the least possible is {least}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
-        self.train_sizes, self.hardest_share = train_sizes, hardest_share
+        self.train_sizes = None if train_sizes is None else list(train_sizes)
+        self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device, self.workers = shuffle_seed, on_device, 0
 
     def read(self) -> Source:
@@ -115,17 +106,23 @@ class ImageDataModule(L.LightningDataModule):
         source = self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
-        if self.batch_size > (count := round(self.hardest_share * len(source.train))):
-            raise UserError(
-                f"data.batch_size={self.batch_size} is larger than an epoch of {count} training images "
-                f"({len(source.val)} more are for validation). Choose data.batch_size={count} or less."
-            )
-        if self.augment.crop_padding >= source.train.images.shape[-1]:
-            raise UserError(
-                f"data.crop_padding={self.augment.crop_padding} reflects more pixels than an image of "
-                f"{source.train.images.shape[-1]} has. Choose a smaller one, such as 4."
-            )
+        if self.batch_size > (count := max(1, round(self.hardest_share * len(source.train)))):
+            print(f"data.batch_size={self.batch_size}: an epoch's {count} images are one batch.", flush=True)
+        size = source.train.images.shape[-1]
+        for name, value, most in [
+            ("crop_padding", self.augment.crop_padding, size - 1),
+            ("cutout", self.augment.cutout, size),
+        ]:
+            if value > most:
+                raise UserError(
+                    f"data.{name}={value} is too much for images of {size} pixels. Choose data.{name}={most} or less."
+                )
         return source
+
+    @property
+    def validates(self) -> bool:
+        """Are there validation images? They are read where nothing else can tell."""
+        return self.val_fraction > 0 or len(self.source.val) > 0
 
     def _set_aside(self, train: Split) -> tuple[Split, Split]:
         """A stratified split of the training images: the rest, and `val_fraction` of each class."""
@@ -134,10 +131,11 @@ class ImageDataModule(L.LightningDataModule):
         for label in train.labels.unique():
             members = shuffled[train.labels[shuffled] == label]
             is_val[members[: round(len(members) * self.val_fraction)]] = True
-        if self.val_fraction and not is_val.any():
+        if self.val_fraction and (is_val.all() or not is_val.any()):
             raise UserError(
-                f"data.val_fraction={self.val_fraction} of {len(train)} training images leaves none for validation. "
-                "Choose a larger share, or add images."
+                f"data.val_fraction={self.val_fraction} of each class leaves none of {len(train)} images to "
+                f"{'train on' if is_val.all() else 'validate on'}. Choose another share, add images, or validate "
+                "nothing, with data.val_fraction=0."
             )
         return train[~is_val], train[is_val]
 

@@ -4,25 +4,33 @@ import hashlib
 import itertools
 import os
 import sys
-import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.loader import LazyImages
 from cifarnet.errors import UserError
+from cifarnet.files import whole
 from cifarnet.hardware import cores
+from cifarnet.ranges import Pixels, Range, checked
 
-CACHE_FORMAT = 1  # count up when what is cached changes
+CACHE_FORMAT = 2  # count up when what is cached changes
+# what Pillow reads as an image of a registered kind (no PostScript, for which it starts another program): .png -> PNG
+KINDS = {
+    ending: kind
+    for ending, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
+}
 
 
 class ImageFiles(LazyImages):
@@ -51,7 +59,8 @@ class ImageFiles(LazyImages):
 class ImageFolder(ImageDataModule):
     """Images in folders named after their class, decoded once and cached for the next start.
 
-    Images of another size are scaled and cropped at the centre to a square; all become RGB. The cache lies
+    Images of another size are scaled and cropped at the centre to a square; all become RGB with 8 bits a channel; of
+    an animation, the first frame is taken. Hidden files, whose names begin with a dot, are left out. The cache lies
     outside the tree (`~/.cache/cifarnet`, or `$CIFARNET_CACHE`) and is made anew when a file of the tree was
     added, removed or changed (by name, size or time of modification).
 
@@ -67,17 +76,31 @@ class ImageFolder(ImageDataModule):
             read. The message names the file or folder.
     """
 
+    @checked("data")
     def __init__(
-        self, root: str, image_size: int = 32, in_memory: bool = True, workers: int | None = None, **settings
+        self,
+        root: str,
+        image_size: Pixels = 32,
+        in_memory: bool = True,
+        workers: Annotated[int, Range(0, 512)] | None = None,
+        **settings,
     ) -> None:
         super().__init__(**settings)
-        if image_size < 1:
-            raise UserError(f"data.{image_size=}: give the height and width in pixels, such as 32")
         self.root = Path(root).expanduser().resolve()
         self.size, self.in_memory = image_size, in_memory
         self.workers = cores() if workers is None else workers
 
+    @property
+    def validates(self) -> bool:
+        return self.val_fraction > 0 or (self.root / "val").is_dir()
+
     def read(self) -> Source:
+        try:
+            return self._read()
+        except OSError as error:
+            raise UserError(f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}).") from error
+
+    def _read(self) -> Source:
         for name in ("train", "test"):
             if not (self.root / name).is_dir():
                 raise UserError(
@@ -109,9 +132,9 @@ class ImageFolder(ImageDataModule):
                     f"{folder}: the class {name!r} is in {split}/ but not in train/. "
                     f"Add {self.root / 'train' / name}, or remove this folder."
                 )
-            found = sorted(_image_files(folder))
+            found = sorted(_image_files(str(folder)))
             if not found:
-                raise UserError(f"{folder} holds no images. Add some ({', '.join(IMG_EXTENSIONS)}) or remove it.")
+                raise UserError(f"{folder} holds no images. Add some (.png, .jpg, .gif, .tif, .webp, …) or remove it.")
             files += [(path, class_names.index(name)) for path in found]
         if not files:
             raise UserError(f"{self.root / split} has no class folders. Add {split}/<class>/… or remove it.")
@@ -131,7 +154,7 @@ class ImageFolder(ImageDataModule):
         stats = ((path, os.stat(path)) for path in files.paths)
         stamps = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
         fingerprint = _sha256("\n".join([header, *stamps]))
-        images = _load(cache, fingerprint)
+        images = _load(cache, fingerprint, files.shape)
         if images is None:
             images = files.read(bar=True)
             _save(cache, {"fingerprint": fingerprint, "images": images})
@@ -140,23 +163,52 @@ class ImageFolder(ImageDataModule):
 
 def _decode(path: str, size: int) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(path, formats=sorted(set(KINDS.values()))) as image:
+            image = _eight_bits(ImageOps.exif_transpose(image))
             return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
     except Exception as error:  # whatever a broken file makes the decoder raise
-        raise UserError(f"{path} cannot be read as an image ({error}). Repair or remove it.") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}). Repair or remove it.") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """In RGB. Grey values of more bits are scaled, where Pillow would cut them off at 255."""
+    if image.mode.startswith(("I", "F")):  # 16 bits, also where they are kept in 32; shares of white
+        white = 1 if image.mode == "F" else 2**16 - 1
+        values = np.asarray(image, np.float64)
+        if not 0 <= values.min() <= values.max() <= white:
+            raise ValueError(f"its values are from {values.min():g} to {values.max():g}, and not from 0 to {white}")
+        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if "transparency" in image.info:  # else Pillow warns of a palette that has it
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """Their names; one that cannot be shown or written down is refused."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(f"{entry.path} is a link to nothing. Mend or remove it.")
+        if entry.is_dir() and not entry.name.isprintable():
+            raise UserError(
+                f"{folder}: the class folder {entry.name!a} has characters that cannot be shown. Rename it."
+            )
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def _image_files(folder: str | Path) -> Iterator[str]:
-    """Every image below the folder."""
+def _image_files(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every image below the folder, but for what is hidden. A link to a folder around it is not followed."""
+    above = (*above, os.path.realpath(folder))
     for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
-            yield from _image_files(entry.path)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
+            if os.path.realpath(entry.path) not in above:
+                yield from _image_files(entry.path, above)
+        elif os.path.splitext(entry.name)[1].lower() in KINDS:
+            if not entry.is_file():  # reading a pipe would wait for ever
+                raise UserError(f"{entry.path} is no file (a link to nothing, a pipe, a device). Remove it.")
             yield entry.path
 
 
@@ -169,21 +221,27 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("CIFARNET_CACHE", Path(os.environ.get(name, usual), "cifarnet"))).expanduser()
 
 
-def _load(cache: Path, fingerprint: str) -> torch.Tensor | None:
+def _load(cache: Path, fingerprint: str, shape: tuple[int, ...]) -> torch.Tensor | None:
     """The cached images, or None where there are none, or others, or the file is damaged."""
     try:
+        with zipfile.ZipFile(cache) as archive:
+            if archive.testzip() is not None:  # compares the checksums that torch.save wrote
+                return None
         cached = torch.load(cache, weights_only=True)
-        return cached["images"] if cached["fingerprint"] == fingerprint else None
+        images = cached["images"]
+        fits = cached["fingerprint"] == fingerprint and images.dtype == torch.uint8 and images.shape == shape
+        return images if fits else None
     except Exception:
         return None
 
 
 def _save(cache: Path, content: dict) -> None:
-    """Write under a temporary name, then rename. A cache that cannot be written is only a slower next start."""
+    """A cache that cannot be written is only a slower next start."""
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".tmp", delete=False) as file:
+        for left in cache.parent.glob(f".{cache.name}.*.tmp"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        with whole(cache) as file:
             torch.save(content, file)
-        os.replace(file.name, cache)
-    except OSError as error:
-        tqdm.write(f"The decoded images could not be cached in {cache.parent}: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # torch raises its own where writing failed
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        tqdm.write(f"The decoded images could not be cached in {cache.parent}: {reason}", file=sys.stderr)

@@ -44,7 +44,8 @@ class BatchLoader:
 
     Args:
         labels: int64 [N], of images that are `image_size` pixels high and wide.
-        train: shuffle, augment, and drop the last batch if it is not full; else go through all in order.
+        train: shuffle, augment, and drop the last batch if it is not full (but the only one); else go through all in
+            order.
         augment, mix, sizes, share: as `ImageDataModule` has them (`train_sizes`, `hardest_share`); only when training.
         device: where images and labels are kept and augmented.
         pin: yield pinned memory, which a GPU fetches while it computes.
@@ -71,10 +72,11 @@ class BatchLoader:
         pin: bool = False,
     ) -> None:
         self.labels = labels.to(device)
-        self.image_size, self.batch_size = image_size, batch_size
+        self.image_size = image_size
         self.train, self.seed, self.pin = train, seed, pin
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
-        self.length = round(share * len(labels)) if train else len(labels)  # images an epoch
+        self.length = max(1, round(share * len(labels))) if train else len(labels)  # images an epoch
+        self.batch_size = min(batch_size, self.length) if train else batch_size
         self.chooses = self.length < len(labels)  # an epoch leaves images out, by their losses
         self.epoch = 0
         self.batch_sampler = None  # Lightning looks for it and for `sampler`, as DataLoader has them

@@ -1,14 +1,17 @@
 """Procedural pictures of ten shapes and textures: no files, no network."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.errors import UserError
+from cifarnet.ranges import Range, Seed, checked
 
 SIZE = 32
 TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on
 CLASS_NAMES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "stripes", "checkers", "dots"]
+Count = Annotated[int, Range(len(CLASS_NAMES), TEST_OFFSET)]
 
 
 class Synthetic(ImageDataModule):
@@ -23,11 +26,9 @@ class Synthetic(ImageDataModule):
         settings: those of `ImageDataModule`.
     """
 
-    def __init__(self, seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, **settings) -> None:
+    @checked("data")
+    def __init__(self, seed: Seed = 0, train_size: Count = 10_000, test_size: Count = 2_000, **settings) -> None:
         super().__init__(**settings)
-        for name, size in [("train_size", train_size), ("test_size", test_size)]:
-            if not len(CLASS_NAMES) <= size <= TEST_OFFSET:
-                raise UserError(f"data.{name}={size}: choose a number from {len(CLASS_NAMES)} to {TEST_OFFSET:,}")
         self.seed, self.train_size, self.test_size = seed, train_size, test_size
 
     def read(self) -> Source:

@@ -1,11 +1,15 @@
 """The baseline: conv-conv-pool blocks, a hidden layer, softmax regression on top."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifarnet.models.normalize import Normalize
+from cifarnet.ranges import Range, checked
+
+Width = Annotated[int, Range(1, 65536)]
 
 
 class CNN(nn.Module):
@@ -20,16 +24,18 @@ class CNN(nn.Module):
 
     Raises:
         ValueError: an odd number of widths, or an image too small to be pooled once a block.
+        UserError: a number out of its range.
     """
 
+    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
         image_size: int = 32,
         in_chans: int = 3,
-        widths: Sequence[int] = (32, 32, 64, 64),  # output channels of each convolution, two a block
-        hidden: int = 512,
-        drop_rate: float = 0.0,  # dropout after each pool and after the hidden layer
+        widths: Sequence[Width] = (32, 32, 64, 64),  # output channels of each convolution, two a block
+        hidden: Width = 512,
+        drop_rate: Annotated[float, Range(0, below=1)] = 0.0,  # dropout after each pool and after the hidden layer
     ) -> None:
         super().__init__()
         if len(widths) % 2:

@@ -1,12 +1,15 @@
 """From a class and its settings to a network that takes pixels."""
 
+import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from cifarnet.errors import UserError
 from cifarnet.models.normalize import Normalize
 
 
@@ -26,3 +29,22 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     if any(isinstance(layer, Normalize) for layer in network.modules()):
         return network
     return nn.Sequential(OrderedDict(normalize=Normalize(), network=network))
+
+
+@torch.no_grad()
+def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int) -> None:
+    """Show it a blank image of each size, in pixels, that it is to be trained or tested on.
+
+    Raises:
+        UserError: it fails, or gives something else than logits [1, num_classes].
+    """
+    network = copy.deepcopy(network).eval()  # the network itself stays as it was made
+    for size in sorted(sizes):
+        what = f"model: of an image of {size}x{size} pixels (as the data has them, or data.train_sizes)"
+        try:
+            logits = network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except Exception as error:  # whatever its layers raise
+            raise UserError(f"{what} it can make nothing: {' '.join(str(error).split())}") from error
+        if getattr(logits, "shape", None) != (1, num_classes):
+            made = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"{what} it makes {made}; expected logits [1, {num_classes}], one a class.")

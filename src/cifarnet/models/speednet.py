@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.normalize import Normalize
+from cifarnet.ranges import Range, checked
 
 
 class Whiten(nn.Module):
@@ -72,13 +74,14 @@ class SpeedNet(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """
 
+    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
         image_size: int = 32,
         in_chans: int = 3,
-        widths: Sequence[int] = (64, 256, 256),  # channels of each block
-        whiten_kernel_size: int = 2,
+        widths: Sequence[Annotated[int, Range(1, 65536)]] = (64, 256, 256),  # channels of each block
+        whiten_kernel_size: Annotated[int, Range(1, 15)] = 2,
         side_by_side: bool = True,  # how gradients are computed on a processor (see Conv3x3)
     ) -> None:
         super().__init__()

@@ -1,10 +1,12 @@
 """Mixup: every image is shown together with another one, and so are their labels."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.errors import UserError
+from cifarnet.ranges import Range, checked
 from cifarnet.seeding import derive, generator
 
 
@@ -21,9 +23,8 @@ class Mixup:
         UserError: an alpha that is not above 0.
     """
 
-    def __init__(self, alpha: float = 0.2) -> None:
-        if not alpha > 0:
-            raise UserError(f"data.mix.alpha={alpha}: give a number above 0, such as 0.2")
+    @checked("data.mix")
+    def __init__(self, alpha: Annotated[float, Range(above=0, most=1000)] = 0.2) -> None:
         self.alpha = alpha
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:

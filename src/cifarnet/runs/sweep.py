@@ -78,7 +78,7 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
     folder = Path(config.output_dir)
     (folder / "error.txt").unlink(missing_ok=True)
     if config.data.get("val_fraction") == 0:
-        refuse_blind_sweep(swept(folder.parent))
+        refuse_blind_sweep(swept(folder.parent), config)
     if config.sweep.resume is not None:
         before = read_run(folder)
         if "config" in before.metrics and _asked(before.metrics["config"]) == _asked(OmegaConf.to_container(config)):
@@ -155,9 +155,11 @@ def stop_file(folder: Path) -> Path:
     return folder / "stop"
 
 
-def refuse_blind_sweep(keys: Sequence[str]) -> None:
+def refuse_blind_sweep(keys: Sequence[str], config: DictConfig) -> None:
     """Without validation images there is nothing to choose by: only seeds may be swept."""
-    if chosen := [key for key in keys if key != "seed"]:
+    from cifarnet.build import make_data
+
+    if (chosen := [key for key in keys if key != "seed"]) and not make_data(config).validates:
         raise UserError(
             f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would leave only the test set to choose by. "
             "Set validation images aside, with data.val_fraction=0.1. (Sweeping seed alone is fine.)"
