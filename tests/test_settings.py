@@ -123,7 +123,7 @@ output_dir
 recipe
 scheduler._target_ scheduler.cycle_momentum scheduler.max_lr scheduler.pct_start scheduler.total_steps
 seed
-sweep.keep_checkpoints sweep.resume
+sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
 threads
 total_steps
 trainer._target_ trainer.accelerator trainer.deterministic trainer.devices trainer.max_epochs trainer.precision

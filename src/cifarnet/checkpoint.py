@@ -57,7 +57,12 @@ def read(path: str | Path) -> dict[str, Any]:
         upgrade(checkpoint)
         checkpoint["resolved"] = resolved = _resolved(hparams["config"])
         checkpoint["state_dict"].items(), *(resolved[section].items() for section in ("data", "model", "module"))
-        checkpoint["epoch"] + checkpoint["global_step"], hparams["class_names"], hparams["precision"], int(hparams["image_size"])
+        (
+            checkpoint["epoch"] + checkpoint["global_step"],
+            hparams["class_names"],
+            hparams["precision"],
+            int(hparams["image_size"]),
+        )
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a checkpoint of cifarnet, or is damaged: it holds other things than plain data. Such "

@@ -106,7 +106,7 @@ def test_changed_or_missing_member_is_named(tmp_path, server):
 
 def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, capsys):
     """Each holds the lock by a descriptor of its own, as processes do."""
-    url, requests = server
+    url, _ = server
     fetch, working = CIFAR10._fetch, []
 
     def slowly(self, archive):
