@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -135,12 +136,19 @@ def quoted(key: str, value: str) -> str:
 def _raising() -> Iterator[bool]:
     """Hydra is to raise what it would print. Yields whether the user wants to see tracebacks."""
     before, logs_errors = os.environ.get("HYDRA_FULL_ERROR"), logging.raiseExceptions
+    in_threads = threading.excepthook
     logging.raiseExceptions = False  # of a log on a full disk, with a traceback
+
+    def told_here_too(arguments: threading.ExceptHookArgs) -> None:  # TensorBoard's writer passes it on
+        if before == "1" or _unwritable(arguments.exc_value) is None:
+            in_threads(arguments)
+
+    threading.excepthook = told_here_too
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield before == "1"
     finally:
-        logging.raiseExceptions = logs_errors
+        logging.raiseExceptions, threading.excepthook = logs_errors, in_threads
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
