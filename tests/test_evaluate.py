@@ -390,7 +390,7 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
     few_photographs.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="few has no folder train/"):
+    with pytest.raises(UserError, match=r"few, which is no folder here. Say where: data\.root="):
         evaluate(tmp_path / "run", QUICK)
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]

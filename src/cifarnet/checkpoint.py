@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,10 @@ def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any]
     return built.eval(), names
 
 
-def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> dict[str, Any]:
-    """The settings of the run's data, as names and values.
+def check_data(
+    content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = (), given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The settings of the run's data, as names and values, but for those that are given anew.
 
     Raises:
         UserError: they ask for a class that a checkpoint may not name, or for more than values.
@@ -176,7 +178,11 @@ def check_data(content: Mapping[str, Any], path: str | Path, classes: Sequence[A
         members = value if isinstance(value, list) else [value]
         plain = all(member is None or isinstance(member, bool | int | float | str) for member in members)
         known = key == "_target_" or (key.isidentifier() and not key.startswith("_") and key != "defaults")
-        if not (plain and known) or "${" in str(value):
+        if key in given:
+            data[key] = None
+        elif _outside("data", key, value):
+            raise UserError(f"{path}: its images lay in {value}, which is no folder here. Say where: data.{key}=…")
+        elif not (plain and known) or "${" in str(value):
             raise UserError(
                 f"{path}: its setting data.{key}={value} is no plain value, and is not used. "
                 "Say what to test on: data=cifar10, or data=folder data.root=…"

@@ -97,7 +97,8 @@ def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) 
         saved = {key: recorded[key] for key in SPLITTING if isinstance(recorded.get(key), int | float)}
     else:
         named = [override for override in overrides if cli.key_of(override) == "classes"]
-        saved = checkpoint.check_data(content, path, located(cli.compose("evaluate", named).classes))
+        given = {cli.key_of(override).removeprefix("data.") for override in overrides}
+        saved = checkpoint.check_data(content, path, located(cli.compose("evaluate", named).classes), given)
         if "url" in recorded:
             saved["url"] = None  # no address of a stranger's; the user may give one
     saved["batch_size"] = 1  # nothing is trained: a small data set will do

@@ -179,7 +179,7 @@ def _check_finite(name: str, value: Any) -> None:
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Refuse a setting whose value is not what a type hint says."""
-    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
         raise UserError(f"{name}={value} has the wrong type: expected {_words(hint)}.")
 
