@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import logging
 import os
 import re
@@ -96,6 +97,7 @@ def run_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> No
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the version's behaviour
     parser, failures = get_args_parser(), []
 
+    @functools.wraps(task)  # Hydra names the run's log after its file
     def keep(config: DictConfig, **more: Any) -> Any:
         try:
             return task(config, **more)

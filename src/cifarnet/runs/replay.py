@@ -16,6 +16,7 @@ PLAIN = (
     r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
 )
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
+NO_PLACES = {"sweep.keep_checkpoints", "sweep.stop_at_failure"}
 
 
 def checked(lines: Sequence[str], record: Path, classes: Sequence[Any] = ()) -> list[str]:
@@ -32,7 +33,8 @@ def checked(lines: Sequence[str], record: Path, classes: Sequence[Any] = ()) -> 
             raise _refused(line, record) from error
         key = override.key_or_group
         hydras = f"{key}.".startswith(("hydra.", "hydra/")) and not re.fullmatch(PLAIN, key)
-        if hydras or str(line).startswith("-") or override.package is not None or key.partition(".")[0] in PLACES:
+        place = key.partition(".")[0] in PLACES and key not in NO_PLACES
+        if hydras or str(line).startswith("-") or override.package is not None or place:
             raise _refused(line, record)
         for value in _values(override):
             _check(key, value, line, record, classes)
