@@ -23,6 +23,8 @@ from conftest import OwnNetwork
         "hydra/launcher=parallel",
         "hydra.launcher.n_jobs=2",
         "data.root=.",
+        "hydra.sweeper.trials=3",
+        "sweep.keep_checkpoints=null",
         "+data.mix={_target_: cifarnet.recipes.mixup.Mixup, alpha: 0.2}",
     ],
 )

@@ -1,18 +1,18 @@
 import csv
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import Study, load_study
 
 from cifarnet import search
-from cifarnet.runs import space
 from cifarnet.runs import study as study_module
 from conftest import SMALL, signal_at
 
@@ -32,22 +32,6 @@ def study(folder: Path) -> Study:
 
 def states(folder: Path) -> list[str]:
     return [trial.state.name for trial in study(folder).trials]
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("a=1,2", CategoricalDistribution(["1", "2"])),
-        ("optimizer=sgd,adamw", CategoricalDistribution(["sgd", "adamw"])),
-        ("a=range(16,65,16)", IntDistribution(16, 64, step=16)),
-        ("a=range(0.0,0.5,0.1)", FloatDistribution(0.0, 0.4, step=0.1)),
-        ("a=interval(0,1)", FloatDistribution(0, 1)),
-        ("a=tag(log,interval(0.001,0.1))", FloatDistribution(0.001, 0.1, log=True)),
-        ("a=int(interval(2,8))", IntDistribution(2, 8)),
-    ],
-)
-def test_sweeps_in_the_words_of_hydra(override, expected):
-    assert space.distribution(OverridesParser.create().parse_override(override)) == expected
 
 
 def test_search_and_its_continuation(run, command, tmp_path):
@@ -129,13 +113,23 @@ def test_a_failed_trial_stops_no_other_and_is_told(run, tmp_path):
         ([], "Nothing to search"),
         ([RATE, "hydra/launcher=parallel"], "one trial at a time"),
         ([RATE, "data.val_fraction=0", "hydra.sweeper.trials=1"], "Sweeping optimizer.lr with data.val_fraction=0"),
+        ([RATE, "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0: give 1 or more"),
+        ([RATE, "hydra.sweeper.trials=-1"], "hydra.sweeper.trials=-1: give 1 or more"),
+        ([RATE, "hydra.sweeper.trials=1.5"], "hydra.sweeper.trials=1.5 has the wrong type: expected a whole number"),
+        ([RATE, "hydra.sweeper.trials=true"], "hydra.sweeper.trials=True has the wrong type"),
+        (["optimizer.lrr=interval(0,1)"], "optimizer.lrr is no setting. Did you mean optimizer.lr?"),
+        (["optimizer=sgd,adamw", "optimizer.momentum=0,0.9"], "optimizer.momentum is no setting"),
+        (["optimizer=sgd,none"], "There is no optimizer=none"),
+        (["optimizer.lr=choice()"], "empty choice"),
     ],
-    ids=["nothing", "parallel", "blind"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_work_is_refused(run, arguments, named):
     status, _, error = run(*arguments)
     assert status == 1
     assert named in error
+    assert error.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in error
 
 
 def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
@@ -162,3 +156,95 @@ def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
     assert status == 0, error
     assert "Trial 1 was cut off: goes on" in printed
     assert states(tmp_path / "search") == ["COMPLETE", "COMPLETE"]
+
+
+def test_the_printed_command_goes_on_with_the_search(command, tmp_path):
+    arguments = [*TINY[:-1], RATE, "hydra.sweeper.trials=1", signal_at(1, 2, signal.SIGINT)]
+    status, printed, error = command(*arguments, main=search.main)
+    assert status == 130
+    assert "0 of 1 jobs done" in printed
+    again = shlex.split(error.rpartition("python -m cifarnet.search ")[2])
+    assert again == arguments
+    status, printed, error = command(*again, main=search.main)
+    assert status == 0, error
+    assert "Trial 1 was cut off: goes on" in printed
+    assert "1 of 1 jobs done" in printed
+
+
+def test_each_search_has_a_folder_of_its_own(command, tmp_path):
+    lean = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger", "hydra.sweeper.trials=1"]
+    for more in ([], ["seed=1"], ["hydra.sweeper.study_name=mine"]):
+        status, printed, error = command(*lean, RATE, *more, main=search.main)
+        assert status == 0, error
+        assert "1 of 1 jobs done" in printed
+    names = sorted(path.name for path in (tmp_path / "lightning_logs/train").iterdir())
+    assert (len(names), names[0]) == (3, "mine")
+    status, printed, error = command(RATE, *lean, main=search.main)  # the same search
+    assert (status, "Trial" in printed) == (0, False)
+    status, printed, error = command(*lean, RATE, "seed=2", "hydra.sweeper.study_name=mine", main=search.main)
+    assert (status, printed) == (1, "")  # no table of the other study
+    assert "is about other settings: without seed=2" in error
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])
+def test_a_journal_whose_last_line_was_cut_off_is_mended(run, tmp_path, torn):
+    lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
+    assert run(*lean, "hydra.sweeper.trials=1")[0] == 0
+    with (tmp_path / "search/study.journal").open("ab") as file:
+        file.write(torn)
+    (tmp_path / "search/study.journal.lock").touch()  # as Optuna's own lock leaves it
+    start = time.monotonic()
+    status, _, error = run(*lean, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert time.monotonic() - start < 25
+    assert states(tmp_path / "search") == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"[1]\n", b"{}\n", b'{"op_code": 99, "worker_id": "x"}\n', b"\xff\xfe\n"]
+)
+def test_a_journal_that_is_none_is_told_in_one_message(run, tmp_path, content):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/study.journal").write_bytes(content)
+    status, printed, error = run(RATE)
+    assert (status, printed) == (1, "")
+    assert error.startswith("Error: search/study.journal cannot be read as a study")
+
+
+def test_a_folder_that_was_renamed_keeps_its_study(run, tmp_path):
+    lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
+    assert run(*lean, "hydra.sweeper.trials=1")[0] == 0
+    (tmp_path / "search").rename(tmp_path / "renamed")
+    status, printed, error = run(*lean, "hydra.sweeper.trials=2", "hydra.sweep.dir=renamed")
+    assert status == 0, error
+    assert "Trial 2 of 2" in printed
+    assert "Trial 1 of 2" not in printed
+
+
+def test_processes_of_one_search_draw_other_trials_and_each_has_a_gpu(tmp_path):
+    """Started together; each says which GPU it sees."""
+    program = (
+        "import os, sys; from cifarnet.runs import study\n"
+        "def launch(self, trial, overrides):\n"
+        "    print('GPU', os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input(); sys.exit(0)\n"
+        "study.Search._launch = launch\n"
+        "from cifarnet.search import main; main()"
+    )
+    arguments = [setting for setting in TINY if setting != "trainer=cpu"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments, RATE],
+            cwd=tmp_path,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    gpus = {next(line for line in process.stdout if line.startswith("GPU")) for process in processes}
+    for process in processes:
+        process.communicate("\n")
+    assert gpus == {"GPU 3\n", "GPU 5\n"}
+    rates = [trial.params["optimizer.lr"] for trial in study(tmp_path / "search").trials]
+    assert len(set(rates)) == 2

@@ -97,7 +97,7 @@ class Search(Sweeper):
             while (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
-                result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"], folder)
+                result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
                 run = read_run(folder / str(trial.number))
                 self._tell(study, trial, run)
                 outcome = f"{run.score:.2%}" if run.status == "done" else run.status
@@ -121,17 +121,12 @@ class Search(Sweeper):
             return resuming(folder)
         return shlex.join(["python", "-m", "cifarnet.search", *sys.argv[1:]])
 
-    def _launch(self, trial: "Trial", overrides: list[str], folder: Path) -> JobReturn:
+    def _launch(self, trial: "Trial", overrides: list[str]) -> JobReturn:
         """Train it, in this process, which tells the trial how it goes."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=partial(self.task, trial=trial), config=self.config
         )
-        try:
-            [result] = launcher.launch([overrides], initial_job_idx=trial.number)
-        except Exception as error:  # these settings cannot be composed: others may
-            sweep.fail(folder / str(trial.number), error)
-            result = JobReturn(status=JobStatus.FAILED, overrides=overrides)
-            result.return_value = error
+        [result] = launcher.launch([overrides], initial_job_idx=trial.number)
         return result
 
     def _space(self, arguments: Sequence[str]) -> tuple[list[str], "dict[str, BaseDistribution]"]:
