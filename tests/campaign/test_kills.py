@@ -124,5 +124,6 @@ def test_a_search_survives_kills(whole, tmp_path):
     trials = sorted(path for path in (tmp_path / "search").iterdir() if path.name.isdigit())
     assert len(trials) == 4
     for trial in trials:
+        assert not (trial / "error.txt").exists(), (trial / "error.txt").read_text()
         seed = json.loads((trial / "metrics.json").read_text())["seed"]
         same_run(whole / str(seed), trial)

@@ -78,10 +78,12 @@ def _own_signals() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    os.setpgid(0, 0)  # a terminal's Ctrl-C goes to its whole group
     try:
         for number in SIGNALS:
             signal.signal(number, stop)
+        os.setpgid(
+            0, 0
+        )  # a terminal's Ctrl-C goes to its whole group; and who started this one sees that it may stop it
         yield
     finally:
         for number in SIGNALS:
@@ -105,9 +107,10 @@ def passing_signals(stop_file: Path) -> Iterator[list[int]]:
         restore()
         stop_file.touch()
         print("\nFinishing the batches. Once more stops at once, without saving.", file=sys.stderr, flush=True)
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGINT)
+        for child in psutil.Process().children():  # one that still starts will find the file
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getpgid(child.pid) == child.pid:
+                    child.send_signal(signal.SIGINT)
 
     def restore() -> None:
         for number, handler in previous.items():

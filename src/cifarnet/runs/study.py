@@ -200,7 +200,7 @@ class Search(Sweeper):
             for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
                 if not self._claim(folder, left.number):
                     continue
-                if left.params.keys() == space.keys():
+                if left.distributions == space:
                     print(f"Trial {left.number + 1} was cut off: goes on", flush=True)
                     return Trial(study, left._trial_id)
                 study.tell(left.number, state=TrialState.FAIL)  # killed before it had settings
