@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     content = checkpoint.read(path)
 
     from cifarnet import build, hardware  # these take seconds more: a wrong path is told before
-    from cifarnet.evaluation import public_sets, report, sections
+    from cifarnet.evaluation import public_sets, report, sections, training
+    from cifarnet.evaluation.figures import light_and_dark
     from cifarnet.evaluation.predictor import Predictor
     from cifarnet.quiet import quieten_lightning
+    from cifarnet.runs.figures import accuracy
     from cifarnet.runs.record import aligned, parameters, write
 
     quieten_lightning()
@@ -69,6 +72,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "class_names": class_names,
         **asked,
         "data": datamodule.describe(),
+        "training_settings": training.settings(content),
         "hardware": hardware.describe(predictor.device),
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(),
@@ -76,13 +80,15 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "config": OmegaConf.to_container(config, resolve=True),
     }
     print(printable(report.heading(record)), flush=True)
-    measured, figures = sections.measure(predictor, datamodule, public, config.seed if config.corruptions else None)
+    measured, drawn = sections.measure(predictor, datamodule, public, config.seed if config.corruptions else None)
     record |= measured | {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
+    if epochs := training.history(content, path):
+        drawn["accuracy"] = partial(accuracy, epochs)
+    pictures = {name: light_and_dark(draw) for name, draw in drawn.items()}
+    for name, (light, _) in pictures.items():
+        files.write(folder / f"{name}.png", light)
     write(record, folder / "metrics.json")
-    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
     files.write(folder / "report.html", report.render(record, pictures))
     print(printable(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")})))
     return record

@@ -1,10 +1,13 @@
 """Figures for people: predictions, mistakes, the confusion matrix, reliability, robustness."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -12,7 +15,30 @@ if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+WRONG_ON_DARK = "#f85149"
 BARS, GAP = "#0969da", "#d1570a"
+PAGE, INK, LINE = "#0d1117", "#e6edf3", "#8b949e"  # of the page in dark mode
+DARK = dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAGE) | dict.fromkeys(
+    ("text.color", "axes.labelcolor"), INK
+)
+DARK |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), LINE)
+
+
+def light_and_dark(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """A figure as PNG files, for a page in light and in dark mode."""
+
+    def png() -> bytes:
+        content = io.BytesIO()
+        draw().savefig(content)  # ticks take their colours only now
+        return content.getvalue()
+
+    with rc_context(DARK):
+        dark = png()
+    return png(), dark
+
+
+def _is_dark() -> bool:
+    return sum(to_rgb(rcParams["figure.facecolor"])) < 1.5
 
 
 def predictions(
@@ -32,7 +58,8 @@ def predictions(
 
 def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Wrongly classified images, uint8 [N, 3, H, W]; the record's `mistakes` say as what, how surely, and the truth."""
-    captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
+    red = WRONG_ON_DARK if _is_dark() else WRONG
+    captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", red) for row in rows]
     return _grid(images, captions, "The most confident mistakes", columns=5)
 
 
@@ -56,7 +83,8 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     share = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
     size = 2.5 + 0.5 * len(class_names)
     axis = Figure(figsize=(size + 0.5, size), dpi=120, layout="constrained").subplots()
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    dark = _is_dark()
+    axis.imshow(share, cmap="Blues_r" if dark else "Blues", vmin=0, vmax=1)
     ticks = range(len(class_names))
     axis.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, class_names)
@@ -64,7 +92,8 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     if len(class_names) <= 20:  # more would be unreadable
         for (row, column), percent in np.ndenumerate((100 * share).round().astype(int)):
             if percent > 0:
-                axis.text(column, row, percent, ha="center", va="center", color="white" if percent > 50 else "black")
+                colour = "white" if (percent > 50) != dark else "black"
+                axis.text(column, row, percent, ha="center", va="center", color=colour)
     return axis.figure
 
 
@@ -102,7 +131,7 @@ def robustness(table: Mapping[str, Sequence[float]], title: str) -> Figure:
     severities = grid.shape[1] - 1
     axis = Figure(figsize=(7.5, 1.6 + 0.36 * len(table)), dpi=120, layout="constrained").subplots()
     axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axis.axvline(severities - 0.5, color="white", linewidth=4)
+    axis.axvline(severities - 0.5, color=axis.get_facecolor(), linewidth=4)
     for (row, column), value in np.ndenumerate(grid):
         axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="black" if value > 0.55 else "white")
     axis.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
@@ -119,7 +148,8 @@ def severities(images: Mapping[str, "Tensor"]) -> Figure:
     rows = list(images.values())
     count, _, height, width = rows[0].shape
     axis = Figure(figsize=(6, 0.3 + 0.95 * len(rows)), dpi=120, layout="constrained").subplots()
-    axis.imshow(make_grid(torch.cat(rows), nrow=count, pad_value=255).permute(1, 2, 0), interpolation="nearest")
+    grid = make_grid(torch.cat(rows), nrow=count, pad_value=17 if _is_dark() else 255)
+    axis.imshow(grid.permute(1, 2, 0), interpolation="nearest")
     axis.set_xticks([(width + 2) * (column + 0.5) for column in range(count)], range(1, count + 1))
     axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(rows))], list(images))
     axis.tick_params(length=0)

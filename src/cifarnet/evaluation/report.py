@@ -54,11 +54,11 @@ def _share(part: Mapping[str, Any]) -> str:
     return f"{part['accuracy']:.2%}  (95% interval {low:.2%} to {high:.2%}, {part['images']:,} images)"
 
 
-def render(record: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
-    """The page: HTML with everything in it. `figures`, by name, are PNG files."""
+def render(record: Mapping[str, Any], figures: Mapping[str, tuple[bytes, bytes]]) -> str:
+    """The page: HTML with everything in it. `figures`, by name, are PNG files, for light and for dark mode."""
     text = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
     spacing = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     # escaped, because names in a checkpoint may come from a stranger
     template = Template(text, autoescape=True, undefined=StrictUndefined, **spacing)
-    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    inlined = {name: [base64.b64encode(png).decode() for png in pngs] for name, pngs in figures.items()}
     return template.render(record=record, rows=rows(record), figures=inlined, left_out=CIFAR10_C_EXTRA)

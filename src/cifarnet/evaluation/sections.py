@@ -1,6 +1,7 @@
 """The sections of an evaluation: each asks the network, and gives its part of the record and its figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from cifarnet.evaluation.predictor import Predictions, Predictor
 
 MISTAKES = 20  # are shown
 
-Section = tuple[dict[str, Any], dict[str, Figure]]  # plain data for the record, and figures by name
+# plain data for the record, and what draws the figures, by name
+Section = tuple[dict[str, Any], dict[str, Callable[[], Figure]]]
 
 
 def measure(
@@ -34,15 +36,15 @@ def measure(
         levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
         record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
         title = f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
-        drawn["corruptions"] = figures.robustness(table, title)
+        drawn["corruptions"] = partial(figures.robustness, table, title)
         examples = robustness.examples(datamodule.source.test.images[0], noise_seed)
-        drawn["corruption_examples"] = figures.severities(examples)
+        drawn["corruption_examples"] = partial(figures.severities, examples)
     if public.cifar10_c is not None:
         table = _table(predictor, public.cifar10_c)
         averaged = {name: row for name, row in table.items() if name not in public_sets.CIFAR10_C_EXTRA} or table
         mean = _mean(averaged.values())
         record["cifar10_c"] = {"mean": mean, "averaged": list(averaged), "accuracy": table}
-        drawn["cifar10_c"] = figures.robustness(table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
+        drawn["cifar10_c"] = partial(figures.robustness, table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
     if public.cifar10_1 is not None:
         answers = {version: predictor.over(batches, version) for version, batches in public.cifar10_1.items()}
         record["cifar10_1"] = {version: metrics.summary(of.logits, of.labels) for version, of in answers.items()}
@@ -78,10 +80,13 @@ def _on_test_images(predictor: Predictor, datamodule: ImageDataModule, people: T
         "mistakes": mistakes,
         "cifar10h": None if people is None else metrics.against_people(test.logits, people[test.index], temperature),
     }
-    drawn = {"confusion": figures.confusion(confusion, names), "reliability": figures.reliability(panels)}
+    drawn = {
+        "confusion": partial(figures.confusion, confusion, names),
+        "reliability": partial(figures.reliability, panels),
+    }
     if mistakes:
         images = torch.stack([datamodule.source.test.images[row["index"]] for row in mistakes])
-        drawn["mistakes"] = figures.mistakes(images, mistakes)
+        drawn["mistakes"] = partial(figures.mistakes, images, mistakes)
     return record, drawn
 
 
