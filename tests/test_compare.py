@@ -466,6 +466,20 @@ def test_a_trial_run_is_left_out(command, run, compared, tmp_path):
     assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["shortened"] is None
 
 
+def test_axis_of_accuracies_ends_at_100_percent(run):
+    for seed, (sure, unsure) in enumerate([(0.99, 0.1), (1.0, 0.6)]):
+        run(f"runs/a{seed}", seed, sure)
+        folder = run(f"runs/b{seed}", seed, unsure, {"config.optimizer.lr": 0.02}).parent
+    groups, _ = comparison.load([str(folder)], [], "test_accuracy")
+    [axis] = comparison.draw(groups, "test_accuracy").axes
+    low, high = axis.get_xlim()
+    assert low >= 0
+    assert high == 1
+    ends = [x for bars in axis.collections for segment in bars.get_segments() for x, _ in segment]
+    assert len(ends) == 4
+    assert all(0 <= x <= 1 for x in ends)
+
+
 def test_letters():
     assert [comparison.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
 

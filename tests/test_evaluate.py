@@ -77,7 +77,7 @@ def test_results_are_those_of_training(config, tmp_path, precision, tta):
 
 def test_folder_holds_what_it_should(run, evaluated, command):
     folder = run / "evaluation"
-    pictures = ["confusion", "corruption_examples", "corruptions", "mistakes", "reliability"]
+    pictures = ["accuracy", "confusion", "corruption_examples", "corruptions", "mistakes", "reliability"]
     files = sorted([*(f"{name}.png" for name in pictures), "metrics.json", "report.html"])
     assert sorted(path.name for path in folder.iterdir()) == files
     kept = json.loads((folder / "metrics.json").read_text())
@@ -87,7 +87,7 @@ def test_folder_holds_what_it_should(run, evaluated, command):
 
     html = (folder / "report.html").read_text()
     assert f"<h1>{evaluated['test']['accuracy']:.2%}</h1>" in html
-    inlined = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", html)]
+    inlined = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)', html)]
     assert sorted(inlined) == sorted((folder / f"{name}.png").read_bytes() for name in pictures)
     assert all(picture.startswith(b"\x89PNG") for picture in inlined)
     assert not re.search(r"https?://|<script|<link|@import|url\(", html)  # it opens offline

@@ -1,9 +1,13 @@
+import io
 import subprocess
 import sys
+from functools import partial
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from cifarnet.evaluation import figures
 
@@ -67,10 +71,23 @@ def test_severities_are_columns():
 def test_a_figure_becomes_pixels():
     pixels = figures.as_image(figures.predictions(IMAGES, torch.zeros(5).long(), torch.zeros(5).long(), NAMES))
     assert pixels.dtype == np.uint8
-    assert len(pixels) == 3
+    assert pixels.shape[2] == 3
     assert pixels.std() > 0
 
 
 def test_drawing_needs_no_torch():
     program = "import sys; import cifarnet.evaluation.figures; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_dark_figures_are_dark_and_leave_no_trace():
+    matrix = torch.tensor([[9, 1, 0], [0, 10, 0], [5, 0, 5]])
+    before = {key: matplotlib.rcParams[key] for key in figures.DARK}
+    pngs = figures.light_and_dark(partial(figures.confusion, matrix, NAMES))
+    light, dark = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs)
+    assert light.shape == dark.shape
+    assert (tuple(light[0, 0]), to_hex(dark[0, 0] / 255)) == ((255, 255, 255), figures.PAGE)
+    assert light.mean() > 200
+    assert dark.mean() < 90
+    assert (dark.min(2) > 200).any()  # its text is light
+    assert {key: matplotlib.rcParams[key] for key in figures.DARK} == before

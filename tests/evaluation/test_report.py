@@ -20,6 +20,7 @@ RECORD = {
     "data": {"source": "Synthetic", "classes": 3, "train": 9000, "val": 1000, "test": 2000, "sha256": "abc"},
     "hardware": {"device": "cpu", "name": "Some CPU", "threads": 2, "system": "Linux"},
     "versions": {"python": "3.11", "torch": "2.15.0"},
+    "training_settings": {"optimizer.lr": "0.05", "model.widths": "[4, 4]"},
     "command": "python -m cifarnet.evaluate runs/a",
     "finished": "2026-11-24T12:00:00+00:00",
     "test": TEST,
@@ -38,7 +39,8 @@ RECORD = {
     "cifar10_1": None,
     "cifar10h": None,
 }
-FIGURES = {"confusion": b"\x89PNG confusion", "reliability": b"\x89PNG reliability"}
+FIGURES = {name: (b"\x89PNG light " + name, b"\x89PNG dark " + name) for name in (b"confusion", b"reliability")}
+FIGURES = {name.decode(): pngs for name, pngs in FIGURES.items()}
 
 
 def words(html: str) -> str:
@@ -61,6 +63,7 @@ def test_page_says_what_was_found():
         "disc 1,500 90.0% 88.0% to 92.0%",
         "Synthetic: 9,000 / 1,000 / 2,000 images to train / validate / test; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
+        "Training settings optimizer.lr 0.05 model.widths [4, 4]",
         "cpu: Some CPU, 2 threads, Linux",
         "python 3.11, torch 2.15.0",
         "date 2026-11-24T12:00:00+00:00",
@@ -73,15 +76,18 @@ def test_page_says_what_was_found():
 
 def test_figures_are_in_the_page():
     html = report.render(RECORD, FIGURES)
-    inlined = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
-    assert inlined == list(FIGURES.values())
+    for number, place in enumerate(["src", r'media="\(prefers-color-scheme: dark\)" srcset']):
+        codes = re.findall(rf'{place}="data:image/png;base64,([^"]+)"', html)
+        assert [base64.b64decode(code) for code in codes] == [pngs[number] for pngs in FIGURES.values()]
     assert not re.search(r"https?://|<script|<link|@import|url\(", html)  # it opens offline
 
 
 def test_sections_are_there_when_they_were_measured():
     measured = {"corruptions": {"mean": 0.7}, "cifar10_c": {"mean": 0.6, "averaged": ["fog", "snow"]}}
     measured |= {"cifar10_1": {"v6": TEST}, "cifar10h": {"entropy": 0.2, "cross_entropy": 0.4}}
-    page = words(report.render({**RECORD, **measured}, FIGURES | dict.fromkeys(["corruptions", "cifar10_c"], b"")))
+    page = words(
+        report.render({**RECORD, **measured}, FIGURES | dict.fromkeys(["corruptions", "cifar10_c"], (b"", b"")))
+    )
     for part in (
         "under corruption 70.00% (mean; not to be compared with CIFAR-10-C)",
         "the figures are not to be compared with those on CIFAR-10-C.",
@@ -105,8 +111,8 @@ def test_names_from_strangers_do_nothing_on_the_page():
     hardware, data = ({**RECORD[key], name: harmful} for key, name in [("hardware", "name"), ("data", "source")])
     named = {key: harmful for key in ("network", "checkpoint", "command", "precision", "tta", "finished")}
     classes = [{**row, "name": harmful} for row in RECORD["classes"]]
-    versions = {harmful: harmful}
-    more = {"classes": classes, "hardware": hardware, "data": data, "versions": versions}
+    versions = settings = {harmful: harmful}
+    more = {"training_settings": settings, "classes": classes, "hardware": hardware, "data": data, "versions": versions}
     html = report.render({**RECORD, **named, **more}, {})
     for tag in ("<script", "<img", "49"):
         assert tag not in html

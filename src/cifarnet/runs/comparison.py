@@ -310,18 +310,30 @@ def draw(groups: Sequence[Group], metric: str) -> Figure:
     differing = list(_differing(groups).items())[:3]
     height = 1.2 + 0.22 * len(groups) * (2 + len(differing))
     axis = Figure(figsize=(8, height), dpi=150, layout="constrained").subplots()
-    titles = []
+    titles, share = [], "accuracy" in metric
     for row, group in enumerate(groups):
         settings = [f"{key}={values[row]}" for key, values in differing]
         titles.append("\n".join([f"{group.label}  {group.name}, n = {len(group.values)}", *settings]))
-        axis.plot(group.values, [row] * len(group.values), "o", color=TRAIN, alpha=0.5, label="" if row else "runs")
-        mean = {"xerr": interval(group.values), "label": "" if row else "mean, 95 % interval"}
-        axis.errorbar(group.mean, row + 0.2, fmt="D", color=VAL, markersize=5, capsize=4, **mean)
+        axis.plot(
+            group.values,
+            [row] * len(group.values),
+            "o",
+            color=TRAIN,
+            alpha=0.5,
+            clip_on=False,
+            label="" if row else "runs",
+        )
+        half = interval(group.values)
+        room = [group.mean, 1 - group.mean] if share else [half, half]  # no accuracy is below 0 or above 100 %
+        bars = [[half if math.isnan(half) else min(half, side)] for side in room]
+        mean = {"xerr": bars, "label": "" if row else "mean, 95 % interval"}
+        axis.errorbar(group.mean, row + 0.2, fmt="D", color=VAL, markersize=5, capsize=4, clip_on=False, **mean)
     axis.set_yticks(range(len(groups)), titles)
     name = metric.replace("_", " ")
     axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel=name, title=f"{name.capitalize()} by group")
-    if "accuracy" in metric:
+    if share:
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_xlim(max(0, axis.get_xlim()[0]), min(1, axis.get_xlim()[1]))
     axis.grid(axis="x", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
