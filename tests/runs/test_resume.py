@@ -191,6 +191,44 @@ def test_a_strangers_checkpoint_runs_nothing(run, tmp_path, monkeypatch, section
     assert sorted(os.listdir(tmp_path)) == before
 
 
+ADDRESSES = {
+    "mlflow": {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://evil"},
+    "wandb": {
+        "_target_": "lightning.pytorch.loggers.WandbLogger",
+        "offline": False,
+        "settings": {"base_url": "http://evil"},
+    },
+    "comet": {"_target_": "lightning.pytorch.loggers.CometLogger", "workspace": "evil"},
+}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept"),
+    [
+        (ADDRESSES, ["mlflow", "wandb"]),
+        ({"csv": ADDRESSES["mlflow"]}, ["mlflow"]),
+        (ADDRESSES["wandb"], ["wandb"]),
+        ({"mlflow": None}, []),
+        ("evil", None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_no_address_of_a_strangers_is_logged_to(run, capsys, recorded, kept):
+    path = run / "checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["config"]["logger"] = recorded
+    torch.save(content, path)
+    config, _ = resume(run)
+    ours = small(f"logger=[{','.join(kept or [])}]").get("logger", {} if kept == [] else None)
+    assert OmegaConf.create({"logger": config.logger}) == OmegaConf.create({"logger": ours})
+    assert "evil" not in str(OmegaConf.to_container(config)["logger"])
+    printed = capsys.readouterr().out
+    assert ("Not taken from the checkpoint: logger." in printed) == ("evil" in str(recorded) and kept is not None)
+    if "mlflow" in (kept or []):
+        config, _ = resume(run, ["logger.mlflow.tracking_uri=http://mine"])
+        assert config.logger.mlflow.tracking_uri == "http://mine"
+
+
 def test_a_class_that_is_allowed_does_not_allow_others_of_its_name(config, tmp_path):
     """`conftest.SignalAt` is the user's; another module's `SignalAt` is not what is built."""
     with pytest.raises(Interrupted):

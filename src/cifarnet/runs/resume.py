@@ -81,7 +81,7 @@ def _forget(config: dict[str, Any], key: str) -> None:
 
 def _own_loggers(recorded: Any) -> dict[str, Any] | None:
     """This project's settings for the loggers that a checkpoint names: no address or account comes from there."""
-    if not recorded:
+    if not recorded or not isinstance(recorded, dict):
         return None
     own: dict[str, Any] = {}
     for file in sorted(cli.CONFIGS.glob("logger/*.yaml")):
