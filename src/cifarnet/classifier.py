@@ -36,8 +36,8 @@ class Classifier(L.LightningModule):
         scheduler: makes a schedule out of the optimizer and the number of its steps in the whole run (0 if it has no
             end); it is stepped after every batch. None: a constant rate.
         objective: logits [B, num_classes], labels int64 [B] -> each image's training loss [B]; None: cross-entropy.
-        tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.predict`).
-        tta_share: which part of the test images, the least confident of each batch, it is for.
+        tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.Answers`).
+        tta_share: which part of the test images, the least confident, it is for.
         channels_last: memory format of network and images: faster on most CPUs and GPUs.
         seed: what torch draws during an epoch (dropout) is a function of (seed, epoch).
         hparams: plain data (dicts, lists, scalars) to be kept in the checkpoint beside the weights.
@@ -67,6 +67,7 @@ class Classifier(L.LightningModule):
         self.seed = seed
         # sums of (loss, correct, 1) over the epoch's images: no buffers, which averaging and DDP would change
         self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
+        self.tested: Tensor | None = None  # the test's logits [N, num_classes], when it is over
         self._restored_rng: dict[str, Any] | None = None
         self._observe: Callable[[Tensor, Tensor], None] | None = None  # told each training image's loss
 
@@ -99,12 +100,11 @@ class Classifier(L.LightningModule):
         self._count("val", F.cross_entropy(logits, labels), logits, labels)
         return logits
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels, *_ = batch
-        one_view, logits = test_time.predict(self, images, self.tta, self.tta_share)
+        one_view = self._answers.add(images)
         self._count("one_view", F.cross_entropy(one_view, labels), one_view, labels)
-        self._count("test", F.cross_entropy(logits, labels), logits, labels)
-        return logits
+        self._labels.append(labels)
 
     @torch.no_grad()
     def _count(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -184,6 +184,8 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self._begin("test", "one_view")
+        self._labels, batches = [], int(sum(self.trainer.num_test_batches))
+        self._answers = test_time.Answers(self, batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.training_metrics(), logger=False)  # for callbacks; History writes to the logger
@@ -192,6 +194,11 @@ class Classifier(L.LightningModule):
         self.log_dict(self.means("val"), logger=False)
 
     def on_test_epoch_end(self) -> None:
+        with self.trainer.precision_plugin.test_step_context():
+            answers = self._answers.final()
+        for logits, labels in zip(answers, self._labels, strict=True):
+            self._count("test", F.cross_entropy(logits, labels), logits, labels)
+        self.tested = torch.cat(answers)
         self.log_dict(self.means("test"), logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

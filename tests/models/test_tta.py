@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cifarnet.errors import UserError
-from cifarnet.models.tta import predict
+from cifarnet.models.tta import Answers
 
 
 class Linear(torch.nn.Module):
@@ -15,6 +15,13 @@ class Linear(torch.nn.Module):
 
     def forward(self, images):
         return images.float().flatten(1) @ self.weight / 1000
+
+
+def predict(network, images, tta="mirror_translate", share=1.0, batch_size=20):
+    """Logits of one view, and the last word."""
+    batches = images.split(batch_size)
+    answers = Answers(network, len(batches), tta, share)
+    return torch.cat([answers.add(batch) for batch in batches]), torch.cat(answers.final())
 
 
 @pytest.fixture
@@ -50,6 +57,25 @@ def test_only_the_least_confident_are_looked_at_again(images):
     assert confidence[changed].max() <= confidence[~changed].min()
     _, everything = predict(network, images, "mirror_translate")
     torch.testing.assert_close(averaged[changed], everything[changed])
+
+
+@pytest.mark.parametrize("share", [0.04, 0.3, 0.5, 0.95])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 50])
+def test_who_is_looked_at_again_does_not_depend_on_the_batch_size(images, batch_size, share):
+    images = torch.cat([images, images.flip(2), images[:7]])  # some are equally confident
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(2))]
+    one_view, expected = predict(Linear(), images, share=share, batch_size=len(images))
+    assert (one_view != expected).any(1).sum() == -(-share * len(images) // 1)
+    both = predict(Linear(), images, share=share, batch_size=batch_size)
+    torch.testing.assert_close(both, (one_view, expected))
+
+
+def test_few_images_are_kept(images):
+    answers = Answers(Linear(), 100, share=0.05)
+    for _ in range(100):
+        answers.add(images)
+        assert sum(len(kept) for *_, kept in answers._unsure) <= 2 * 0.05 * 100 * 20 + 20
+    assert len(torch.cat(answers.final())) == 2000
 
 
 @pytest.mark.parametrize("settings", [{"tta": "rotate"}, {"share": 1.5}])

@@ -1,6 +1,6 @@
 """A trained network at work: the arithmetic of training's test, without a Trainer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,11 +61,15 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of images [B, C, H, W] from one view, and with test-time augmentation: twice [B, num_classes]."""
-        return test_time.predict(self._forward, images.to(self.device), self.tta, self.tta_share)
+        answers = test_time.Answers(self._forward, 1, self.tta, self.tta_share)
+        return answers.add(images.to(self.device)), answers.final()[0]
 
-    def over(self, batches: Iterable[Sequence[Tensor]], title: str) -> Predictions:
+    @torch.inference_mode()
+    def over(self, batches: Collection[Sequence[Tensor]], title: str) -> Predictions:
         """The answers, on the CPU, to all batches of (images, labels, index, …). A bar shows the way on a terminal."""
-        parts = []
+        answers, rest = test_time.Answers(self._forward, len(batches), self.tta, self.tta_share), []
         for images, labels, index, *_ in tqdm(batches, title, leave=False, disable=None):
-            parts.append([part.cpu() for part in (*self(images), labels, index)])
-        return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            answers.add(images.to(self.device))
+            rest.append((labels.cpu(), index.cpu()))
+        logits = [torch.cat(batch).cpu() for batch in (answers.first, answers.final())]
+        return Predictions(*logits, *(torch.cat(part) for part in zip(*rest, strict=True)))

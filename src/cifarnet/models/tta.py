@@ -9,33 +9,76 @@ from torch import Tensor
 from cifarnet.errors import UserError
 
 
-def predict(
-    network: Callable[[Tensor], Tensor], images: Tensor, tta: str = "mirror_translate", share: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The logits of images [B, C, H, W] as they are, and averaged over their views: twice [B, num_classes].
+class Answers:
+    """A network's answers to a test set, batch by batch, the least confident `share` of it with another look.
 
-    - "none": both are the same
+    `tta` says what the answer to an image that is looked at again is the mean of:
+
+    - "none": nothing is looked at again
     - "mirror": the image and its mirror image
     - "mirror_translate": half of the weight on these two, half on the four that are also shifted by a pixel, up and
       left or down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
 
-    Only the least confident `share` of a batch, from 0 to 1, is looked at again; the others keep the first answer.
+    Which images are the least confident is known at the end: no more of them are kept until then than may be chosen.
+
+    Args:
+        network: images [B, C, H, W] -> logits [B, num_classes].
+        batches: how many there are at most, of the size of the first one.
 
     Raises:
         UserError: another `tta`, or a share out of range.
     """
-    check(tta, share)
-    logits = network(images)
-    count = math.ceil(share * len(images))
-    if tta == "none" or count == 0:
-        return logits, logits
-    unsure = logits.softmax(1).amax(1).topk(count, largest=False).indices
-    again = images[unsure]
-    averaged = logits[unsure] + network(again.flip(3))
-    if tta == "mirror_translate":
-        shifted = sum(network(view) + network(view.flip(3)) for view in _shifted(again))
-        averaged = (averaged + shifted / 2) / 2
-    return logits, logits.index_copy(0, unsure, averaged / 2)
+
+    def __init__(
+        self, network: Callable[[Tensor], Tensor], batches: int, tta: str = "mirror_translate", share: float = 1.0
+    ) -> None:
+        check(tta, share)
+        self.network, self.batches = network, batches
+        self.tta, self.share = tta, share
+        self.first: list[Tensor] = []  # logits of one view [B, num_classes], batch by batch
+        self._final: list[Tensor] = []  # the last word already, where all or none are looked at again
+        self._unsure: list[tuple[Tensor, Tensor, Tensor]] = []  # confidence, place in the test set, image: candidates
+
+    def add(self, images: Tensor) -> Tensor:
+        """Logits of one view."""
+        logits = self.network(images)
+        start = sum(map(len, self.first))
+        self.first.append(logits)
+        if self.tta == "none" or self.share == 0:
+            self._final.append(logits)
+        elif self.share == 1:
+            self._final.append(self._look_again(images, logits))
+        else:
+            place = torch.arange(start, start + len(images), device=images.device)
+            self._unsure.append((logits.softmax(1).amax(1), place, images))
+            most = math.ceil(self.share * self.batches * len(self.first[0]))
+            if sum(len(place) for _, place, _ in self._unsure) > 2 * most:
+                self._unsure = [self._least(most)]
+        return logits
+
+    def final(self) -> list[Tensor]:
+        """After all batches, the logits [B, num_classes] of each."""
+        if self._final:
+            return self._final
+        logits, size = torch.cat(self.first), len(self.first[0])
+        _, places, images = self._least(math.ceil(self.share * len(logits)))
+        for place, again in zip(places.split(size), images.split(size), strict=True):
+            logits = logits.index_copy(0, place, self._look_again(again, logits[place]))
+        return list(logits.split(size))
+
+    def _least(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all candidates, so many."""
+        confidence, place, images = (torch.cat(parts) for parts in zip(*self._unsure, strict=True))
+        chosen = confidence.argsort(stable=True)[:count]
+        return confidence[chosen], place[chosen], images[chosen]
+
+    def _look_again(self, images: Tensor, logits: Tensor) -> Tensor:
+        """The mean over the views of images, of which one has given these logits."""
+        averaged = logits + self.network(images.flip(3))
+        if self.tta == "mirror_translate":
+            shifted = sum(self.network(view) + self.network(view.flip(3)) for view in _shifted(images))
+            averaged = (averaged + shifted / 2) / 2
+        return averaged / 2
 
 
 def check(tta: str, share: float) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
@@ -24,24 +23,15 @@ class Pictures(Callback):
 
     def __init__(self, count: int = 40) -> None:
         self.count = count
-        self._predicted: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 0:
             grid = make_grid(batch[0][:64].cpu(), nrow=8)
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._predicted = []
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
-    ) -> None:
-        self._predicted.append(outputs.argmax(1))
-
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         test, class_names = trainer.datamodule.source.test, trainer.datamodule.class_names
-        predicted = torch.cat(self._predicted).cpu()
+        predicted = module.tested.argmax(1).cpu()
         tested = len(predicted)  # fewer than all under trainer.limit_test_batches
         shown = torch.randperm(tested, generator=torch.Generator().manual_seed(0))[: self.count]
         images = torch.stack([test.images[i] for i in shown.tolist()])
