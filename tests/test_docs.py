@@ -124,6 +124,9 @@ def test_parts_of_ones_own_need_no_other_line_changed(tmp_path, monkeypatch):
     program = [sys.executable, "-c", DRIVER, json.dumps(lines), json.dumps(classes)]
     result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+    for name, chance in {"mine": 0.1, "brightness": 0.5}.items():
+        tested = [json.loads(file.read_text()) for file in Path(f"lightning_logs/{name}").glob("*/metrics.json")]
+        assert max(metrics["test_accuracy"] for metrics in tested) > chance + 0.1, name
     assert result.stdout.count("torch.Size([1, ") == 3
 
 

@@ -1,4 +1,5 @@
 import base64
+import errno
 import json
 import os
 import re
@@ -72,6 +73,8 @@ def test_results_are_those_of_training(config, tmp_path, precision, tta):
     assert measured["val"]["accuracy"] == trained["val_accuracy"]
     assert measured["test"]["cross_entropy"] == pytest.approx(trained["test_cross_entropy"], rel=1e-5)
     assert measured["data"] == trained["data"]
+    other = evaluate(tmp_path / "run", [*QUICK, "data.eval_batch_size=33"])["test"]
+    assert other["accuracy"] == measured["test"]["accuracy"]
     assert (measured["precision"], measured["tta"], measured["tta_share"]) == (precision, tta, 0.3)
 
 
@@ -189,6 +192,13 @@ def test_other_data_is_split_as_the_runs_was(config, tmp_path):
         (["cifar10_c=nowhere"], "its labels are CIFAR-10's"),
         (["cifar10h=nowhere"], "which Synthetic does not have"),
         (["classes=[no.such]"], "there is no class no.such"),
+        (["classes=3"], "classes=3 has the wrong type: expected a list"),
+        (["classes=no.such"], "classes=no.such has the wrong type: expected a list"),
+        (["tta_share=nan"], "tta_share=nan: give a number from 0 to 1"),
+        (["seed=-1"], "seed=-1: give a number from 0 to 4,294,967,295"),
+        (["seed=4294967296"], "seed=4294967296: give a number from 0 to 4,294,967,295"),
+        (["data.eval_batch_size=0"], "data.eval_batch_size=0: give a number from 1 to 1,000,000"),
+        (["data.val_fraction=nan"], "data.val_fraction=nan: give a number that is finite"),
         (["output_dir=/dev/null/x"], "output_dir=/dev/null/x cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -356,6 +366,19 @@ def test_diverged_network_is_told(changed):
 
     with pytest.raises(UserError, match="training diverged"):
         evaluate(changed(alter), QUICK)
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(run, evaluated, command, monkeypatch, tmp_path):
+    before = {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()}
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    status, _, error = command(run, *QUICK)
+    assert status == 1
+    assert re.fullmatch(r"Error: \S+ cannot be written: No space left on device\..*\n", error)
+    assert {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()} == before
 
 
 def test_names_from_strangers_do_nothing_on_the_page(evaluated):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
 import cifarnet
 from cifarnet import cli
@@ -20,7 +21,7 @@ from cifarnet.cli import CONFIGS
 from cifarnet.errors import Interrupted
 from cifarnet.runs.resume import resume
 from cifarnet.train import train
-from conftest import OWN, assert_same_weights, signal_at, weights
+from conftest import OWN, assert_same_weights, picture, signal_at, weights
 
 
 def events(folder: Path) -> dict[str, dict[str, list]]:
@@ -193,6 +194,51 @@ def test_gradients_are_clipped(config, tmp_path, precision, algorithm):
     assert length.item() == pytest.approx(0.001, rel=0.01)
 
 
+def test_without_validation_what_watches_training_stays(config, tmp_path):
+    """Only what monitors val/… has nothing to go by."""
+    stop = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/objective, patience: 1, min_delta: 9}"
+    train(config("data.val_fraction=0", f"+callbacks.early={stop}", "trainer.max_epochs=5"))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["epochs"] == 2  # no epoch is better by 9
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["last.ckpt"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """120: of cats, which are dark, and dogs; 40 to train on and 20 to test of each."""
+    for split, count in [("train", 40), ("test", 20)]:
+        for name, shade in [("cat", 0), ("dog", 120)]:
+            for i in range(count):
+                picture(tmp_path / f"pictures/{split}/{name}/{i}.png", (shade + i, 50, 100 + i))
+    return tmp_path / "pictures"
+
+
+def test_a_data_set_smaller_than_a_batch_trains(command, pictures, tmp_path):
+    """As the README says it, but for the device."""
+    status, printed, error = command(
+        "data=folder", "data.root=pictures", "trainer=cpu", "threads=1", "hydra.run.dir=run"
+    )
+    assert status == 0, error
+    assert "data.batch_size=128: an epoch's 72 images are one batch." in printed
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["data"] | {"sha256": None} == {
+        **{"source": "ImageFolder", "classes": 2, "train": 72, "val": 8, "test": 40},
+        "sha256": None,
+    }
+    assert len(metrics["history"]) == 20
+    assert metrics["test_accuracy"] > 0.9
+
+
+def test_own_validation_images_choose_the_checkpoint(config, pictures, tmp_path):
+    picture(pictures / "val/dog/0.png", (150, 50, 110))
+    picture(pictures / "val/cat/0.png", (10, 50, 110))
+    own = ["data=folder", f"data.root={pictures}", "data.val_fraction=0", "data.batch_size=20"]
+    score = train(config(*own, without="data"))
+    assert (tmp_path / "run/checkpoints/best.ckpt").exists()
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert score == metrics["val_accuracy"] == max(row["val/accuracy"] for row in metrics["history"])
+
+
 def test_lean_run_has_the_weights_of_a_full_one(config, tmp_path):
     train(config("trainer.max_epochs=3", "model.drop_rate=0.1"))
 
@@ -222,6 +268,22 @@ def test_compiled_run_is_one_with_the_same_checkpoint_names(config, tmp_path):
     network, _ = cifarnet.load(tmp_path / "run")
     assert not any("_orig_mod" in name for name in network.state_dict())
     assert json.loads((tmp_path / "run/metrics.json").read_text())["compile_seconds"] > 0
+
+
+class CountGraphs(Callback):
+    """How many were compiled before training, and after its last batch."""
+
+    def on_train_start(self, trainer, module):
+        self.before = counters["stats"]["unique_graphs"]
+
+    def on_train_batch_end(self, *_):
+        self.after = counters["stats"]["unique_graphs"]
+
+
+def test_every_size_is_compiled_before_training(config):
+    count, sizes = CountGraphs(), "data.train_sizes=[8,12,16]"
+    train(config("compile=true", "callbacks=lean", sizes, "trainer.max_epochs=4"), callbacks=[count])
+    assert count.after == count.before > 1
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,27 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Compile(Callback):
-    """Compile the network, in place, and take a step on blank images before training, to time it apart.
+    """Compile the network, in place, and take a step on blank images of each size before training, to time it apart.
 
     Weights, statistics and random numbers are as before; so are the names in the checkpoint.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # the compilation and that step
+        self.seconds = 0.0  # the compilation and these steps
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         start = time.perf_counter()
-        data = trainer.datamodule
-        shape = (data.batch_size, *data.source.train.images.shape[1:])
-        images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
+        loader = trainer.train_dataloader
+        channels = trainer.datamodule.source.train.images.shape[1]
         state = {name: value.clone() for name, value in module.network.state_dict().items()}
         module.network.compile()
         with torch.random.fork_rng():
-            with trainer.precision_plugin.forward_context():
-                logits = module(images.contiguous(memory_format=module.memory_format))
-            logits.sum().backward()
+            for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
+                shape = loader.batch_size, channels, size, size
+                images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
+                with trainer.precision_plugin.forward_context():
+                    logits = module(images.contiguous(memory_format=module.memory_format))
+                logits.sum().backward()
         module.zero_grad()
         module.network.load_state_dict(state)
         if module.device.type == "cuda":

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, files, settings
+from cifarnet import cli, files, ranges, settings
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
+from cifarnet.ranges import Range, Seed
 
 EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
@@ -24,6 +25,7 @@ SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data se
 TYPES = dict.fromkeys(("tta", "cifar10_c", "cifar10_1", "cifar10h", "output_dir"), str | None)
 TYPES |= {"tta_share": float | None, "precision": str | int | None, "accelerator": str}
 TYPES |= {"corruptions": bool, "seed": int, "classes": list[str]}
+RANGES = {"tta_share": Annotated[float, Range(0, 1)], "seed": Seed}
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -104,13 +106,16 @@ def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) 
     else:
         named = [override for override in overrides if cli.key_of(override) == "classes"]
         given = {cli.key_of(override).removeprefix("data.") for override in overrides}
-        saved = checkpoint.check_data(content, path, located(cli.compose("evaluate", named).classes), given)
+        classes = cli.compose("evaluate", named).classes
+        settings.check_type("classes", classes, TYPES["classes"])
+        saved = checkpoint.check_data(content, path, located(classes), given)
         if "url" in recorded:
             saved["url"] = None  # no address of a stranger's; the user may give one
     saved["batch_size"] = 1  # nothing is trained: a small data set will do
     config = cli.compose("evaluate", [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
     for key, hint in TYPES.items():
         settings.check_type(key, config[key], hint)
+        ranges.check(key, config[key], RANGES.get(key))
     if "_target_" not in (config.get("data") or {}):
         raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
     settings.check_types(config)

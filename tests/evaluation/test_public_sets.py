@@ -143,6 +143,10 @@ def test_other_unreadable_sets_are_told(tmp_path):
         public_sets.read(Pictured(["disc", "ring"]), str(folder), None, None)
     with pytest.raises(UserError, match=r"has no cifar10\.1_v6_data.npy"):
         public_sets.read(Pictured(), None, str(folder), None)
+    for content in (b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00v\x00{" + b"(" * 117):
+        (folder / "fog.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
+            public_sets.read(Pictured(), str(folder), None, None)
     (folder / "fog.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
         public_sets.read(Pictured(), str(folder), None, None)
@@ -150,6 +154,13 @@ def test_other_unreadable_sets_are_told(tmp_path):
     with pytest.raises(UserError, match=r"fog\.npy is no array of numbers"):
         public_sets.read(Pictured(), str(folder), None, None)
     assert not (tmp_path / "exploded").exists()
+    for place in (tmp_path, tmp_path / "pipe", tmp_path / "nowhere", "\0"):
+        if str(place).endswith("pipe"):
+            os.mkfifo(place)
+        with pytest.raises(UserError, match="there is no file"):
+            public_sets.read(Pictured(), None, None, str(place))
+    swapped = save(tmp_path / "H", probs=np.full((20, 10), 0.1, ">f8")) / "probs.npy"
+    assert public_sets.read(Pictured(), None, None, str(swapped)).cifar10h.sum() == pytest.approx(20)
     people = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
     with pytest.raises(UserError, match="sum to 1"):
         public_sets.read(Pictured(), None, None, str(people))

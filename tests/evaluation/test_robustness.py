@@ -8,6 +8,12 @@ from cifarnet.evaluation import robustness
 IMAGES = synthesize(np.arange(40)).images
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 5)])
+def test_small_images_can_be_corrupted_too(size):
+    for name, images in robustness.examples(torch.zeros(3, *size, dtype=torch.uint8), seed=0).items():
+        assert images.shape == (5, 3, *size), name
+
+
 def batches(size):
     """With more behind the images: labels, index, …"""
     places = torch.arange(len(IMAGES))

@@ -1,8 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from cifarnet.models import CNN, Normalize, SpeedNet
+from cifarnet.errors import UserError
+from cifarnet.models import CNN, Normalize, SpeedNet, try_on
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
@@ -92,3 +95,39 @@ def test_convolution_computes_in_the_precision_of_autocast():
     output.float().sum().backward()
     assert output.dtype == torch.bfloat16
     assert convolution.weight.grad.dtype == torch.float32
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(CNN, drop_rate=rate) for rate in (NAN, -0.1, 1, float("inf"))),
+        *(partial(CNN, hidden=width) for width in (0, -1, 10**9)),
+        *(partial(network, widths=widths) for network in (CNN, SpeedNet) for widths in ([], [0, 1, 1, 1], [4, -4])),
+        partial(SpeedNet, whiten_kernel_size=0),
+    ],
+    ids=str,
+)
+def test_impossible_numbers_are_refused(make):
+    ((name, value),) = make.keywords.items()
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value).startswith(f"model.{name}={value}: give ")
+
+
+def test_a_network_is_tried_and_stays_as_it_was():
+    torch.manual_seed(0)
+    network = CNN(drop_rate=0.5)
+    network.features.eval()
+    state, modes = torch.get_rng_state(), [layer.training for layer in network.modules()]
+    try_on(network, {8, 32}, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [layer.training for layer in network.modules()] == modes
+    with pytest.raises(UserError, match=r"an image of 2x2 pixels \(as the data has them, or data.train_sizes\)"):
+        try_on(network, {2, 32}, 10)
+    with pytest.raises(UserError, match=r"it makes \[1, 10\]; expected logits \[1, 3\]"):
+        try_on(network, {32}, 3)
+    with pytest.raises(UserError, match="it makes dict; expected logits"):
+        try_on(type("Own", (nn.Module,), {"forward": lambda self, images: {}})(), {32}, 3)

@@ -85,7 +85,7 @@ def _cifar10h(path: Path, count: int) -> Tensor:
     people = _array("cifar10h", path, expected, lambda array: array.dtype.kind == "f" and array.shape == shape)
     if not (np.allclose(people.sum(1), 1, atol=1e-3) and people.min() >= 0):
         raise UserError(f"{path} holds no probabilities: every row must be from 0 to 1 and sum to 1.")
-    return torch.from_numpy(people).double()
+    return torch.from_numpy(people.astype(np.float64))
 
 
 def _images(setting: str, path: Path, count: int, size: int) -> Tensor:
@@ -107,12 +107,13 @@ def _labels(setting: str, path: Path) -> Tensor:
 
 def _array(setting: str, path: Path, expected: str, fits: Callable[[np.ndarray], Any]) -> np.ndarray:
     """Mapped into memory, not read; a file that holds objects, or what does not fit, is refused."""
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise UserError(f"{setting}: there is no file {path}.")
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{setting}: there is no file {path}.") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no array of numbers in numpy's format ({error}).") from error
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no array of numbers in numpy's format ({reason}).") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds several arrays: expected one, as np.save writes it.")
     if not fits(array):

@@ -13,15 +13,21 @@ from cifarnet.seeding import derive
 
 def _pixelate(images: Tensor, share: float) -> Tensor:
     height, width = images.shape[-2:]
-    small = F.resize(images, [max(1, round(share * height)), max(1, round(share * width))])
+    # at least two pixels: torch fails at a single one
+    small = F.resize(images, [max(2, round(share * height)), max(2, round(share * width))])
     return F.resize(small, [height, width], InterpolationMode.NEAREST)
+
+
+def _blur(images: Tensor, sigma: float) -> Tensor:
+    width = min(9, 2 * min(images.shape[-2:]) - 1)  # more would be reflected than a small image has
+    return F.gaussian_blur(images, [width, width], [sigma])
 
 
 SEVERITIES = 5
 # a function of images uint8 [B, 3, H, W] and a level, which gives such images, and its levels, for 32×32 pixels
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, float, float, float, float]]] = {
     "noise": (lambda images, sigma: F.gaussian_noise(images, sigma=sigma), (0.02, 0.04, 0.07, 0.1, 0.15)),  # of 1
-    "blur": (lambda images, sigma: F.gaussian_blur(images, [9, 9], [sigma]), (0.5, 0.7, 0.9, 1.2, 1.6)),  # in pixels
+    "blur": (_blur, (0.5, 0.7, 0.9, 1.2, 1.6)),  # in pixels
     "JPEG": (lambda images, quality: F.jpeg(images, int(quality)), (70, 50, 30, 20, 10)),
     "pixelate": (_pixelate, (0.75, 0.5, 0.4, 0.25, 0.2)),  # share of the resolution
     "posterize": (lambda images, bits: F.posterize(images, int(bits)), (5, 4, 3, 2, 1)),  # bits a channel
