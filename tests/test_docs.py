@@ -34,12 +34,14 @@ def made_small(command: list[str]) -> list[str]:
     if module in ("cifarnet.evaluate", "cifarnet.compare") or any("ckpt_path" in a or "resume" in a for a in arguments):
         return arguments
     given = {cli.key_of(argument) for argument in arguments}
-    small = [*QUICK, "trainer.max_epochs=1", "data.batch_size=8", "hydra.sweeper.trials=2"]
+    learns = "name=mine" in arguments  # whose accuracy is looked at
+    plan = ["trainer.max_epochs=2", "data.batch_size=16"] if learns else ["trainer.max_epochs=1", "data.batch_size=8"]
+    small = [*QUICK, *plan, "hydra.sweeper.trials=2"]
     small = [setting for setting in small if cli.key_of(setting) not in given]
     if module != "cifarnet.search":
         small.remove("hydra.sweeper.trials=2")
     if "+experiment=quickstart" in arguments or "data=synthetic" in arguments:
-        small += FEW
+        small += ["data.train_size=2000", "data.test_size=300"] if learns else FEW
     return [*arguments, *small]
 
 
@@ -126,7 +128,7 @@ def test_parts_of_ones_own_need_no_other_line_changed(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stdout + result.stderr
     for name, chance in {"mine": 0.1, "brightness": 0.5}.items():
         tested = [json.loads(file.read_text()) for file in Path(f"lightning_logs/{name}").glob("*/metrics.json")]
-        assert max(metrics["test_accuracy"] for metrics in tested) > chance + 0.1, name
+        assert max(metrics["test_accuracy"] for metrics in tested) > chance + 0.2, name
     assert result.stdout.count("torch.Size([1, ") == 3
 
 
