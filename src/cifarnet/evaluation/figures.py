@@ -158,13 +158,6 @@ def severities(images: Mapping[str, "Tensor"]) -> Figure:
     return axis.figure
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
-
-
 def as_image(figure: Figure) -> np.ndarray:
     """The figure as pixels, uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
