@@ -116,11 +116,11 @@ def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, caps
 
     monkeypatch.setattr(CIFAR10, "_fetch", slowly)
     first, second = data(tmp_path, url("whole")), data(tmp_path, url("whole"))
-    thread = threading.Thread(target=lambda: first.source)
+    thread = threading.Thread(target=first.read)
     thread.start()
     while not working:
         time.sleep(0.01)
-    assert len(second.source.test) == IMAGES_A_FILE
+    assert len(second.read().test) == IMAGES_A_FILE
     thread.join()
     assert working == [first]
     assert "Another process prepares CIFAR-10" in capsys.readouterr().out
