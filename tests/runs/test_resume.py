@@ -156,7 +156,7 @@ def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
         ("trainer", {"_target_": "os.system", "command": "touch exploded", "max_epochs": 1, "precision": "32-true"}),
         ("module", {"_target_": "subprocess.run", "args": ["touch", "exploded"]}),
         ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.os.mkdir", "name": "exploded"}}),
-        ("callbacks", {"x": {"_target_": "cifarnet.runs.sweep.end_with_parent"}}),
+        ("callbacks", {"x": {"_target_": "cifarnet.runs.parallel.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
         ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),

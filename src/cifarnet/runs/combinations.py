@@ -55,7 +55,10 @@ def launch(sweeper: BasicSweeper, batches: Sequence[Sequence[Sequence[str]]], fo
     """Run the jobs."""
     beside = parallel.jobs_at_a_time(sweeper.config.hydra.launcher) > 1
     results: list[JobReturn] = []
-    with parallel.passing_signals(sweep.stop_file(folder)) if beside else contextlib.nullcontext([]) as received:
+    with contextlib.ExitStack() as stack:
+        received = stack.enter_context(parallel.passing_signals(sweep.stop_file(folder))) if beside else []
+        if beside:
+            stack.enter_context(parallel.joblib_of_ones_own())
         try:
             for batch in batches:
                 results += sweeper.launcher.launch(batch, initial_job_idx=len(results))

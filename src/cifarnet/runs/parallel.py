@@ -42,7 +42,6 @@ def side_by_side(config: DictConfig, name: str) -> Iterator[bool]:
     if jobs == 1:
         yield False
         return
-    end_with_parent()
     if config.trainer.accelerator != "cpu":
         hardware.claim_gpu()
     if config.threads is None:
@@ -125,12 +124,26 @@ def passing_signals(stop_file: Path) -> Iterator[list[int]]:
         restore()
 
 
-def end_with_parent() -> None:
+@contextlib.contextmanager
+def joblib_of_ones_own() -> Iterator[None]:
+    """joblib's processes end with this one from their first moment on: its own would start a job that is left in line."""
+    from joblib import parallel
+    from joblib._parallel_backends import LokyBackend
+
+    class Ending(LokyBackend):
+        def configure(self, *args: Any, **settings: Any) -> int:
+            return super().configure(*args, **settings, initializer=end_with_parent, initargs=(os.getpid(),))
+
+    before = parallel.BACKENDS["loky"]
+    parallel.register_parallel_backend("loky", Ending)
+    try:
+        yield
+    finally:
+        parallel.register_parallel_backend("loky", before)
+
+
+def end_with_parent(parent: int) -> None:
     """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
-    name = "end with parent"
-    if any(thread.name == name for thread in threading.enumerate()):
-        return  # an earlier job of this process saw to it
-    parent = os.getppid()
     if sys.platform == "linux":  # at once; what follows is for other systems, and for a parent that is gone already
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -139,4 +152,4 @@ def end_with_parent() -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, name=name, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
