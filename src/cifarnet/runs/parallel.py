@@ -126,7 +126,7 @@ def passing_signals(stop_file: Path) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def joblib_of_ones_own() -> Iterator[None]:
-    """joblib's processes end with this one from their first moment on: its own would start a job that is left in line."""
+    """joblib's processes end with this one from their first moment on, before any job of theirs begins."""
     from joblib import parallel
     from joblib._parallel_backends import LokyBackend
 
