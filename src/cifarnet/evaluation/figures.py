@@ -14,8 +14,7 @@ from matplotlib.ticker import PercentFormatter
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
-RIGHT, WRONG = "#1a7f37", "#cf222e"
-WRONG_ON_DARK = "#f85149"
+RIGHT, WRONG, WRONG_ON_DARK = "#1a7f37", "#cf222e", "#f85149"
 BARS, GAP = "#0969da", "#d1570a"
 PAGE, INK, LINE = "#0d1117", "#e6edf3", "#8b949e"  # of the page in dark mode
 DARK = dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAGE) | dict.fromkeys(

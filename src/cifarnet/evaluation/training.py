@@ -29,16 +29,13 @@ def history(content: Mapping[str, Any], path: Path) -> list[dict[str, float]]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if path.parent.name == "checkpoints":
             found = json.loads(path.parent.with_name("metrics.json").read_text("utf-8"))
-    for place, rows, more in [(found, "history", "within_epochs"), (_kept(content), "epochs", "validations")]:
+    callbacks = content.get("callbacks")
+    kept = callbacks.get("History") if isinstance(callbacks, Mapping) else None
+    for place, rows, more in [(found, "history", "within_epochs"), (kept, "epochs", "validations")]:
         if isinstance(place, Mapping) and (epochs := list(_rows(place.get(rows)))):
             within = [row for row in _rows(place.get(more)) if row["epoch"] % 1]
             return sorted([*epochs, *within], key=lambda row: row["epoch"])
     return []
-
-
-def _kept(content: Mapping[str, Any]) -> Any:
-    callbacks = content.get("callbacks")
-    return callbacks.get("History") if isinstance(callbacks, Mapping) else None
 
 
 def _rows(rows: Any) -> Iterator[dict[str, float]]:

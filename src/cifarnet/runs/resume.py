@@ -83,17 +83,15 @@ def _own_loggers(recorded: Any) -> dict[str, Any] | None:
     """This project's settings for the loggers that a checkpoint names: no address or account comes from there."""
     if not recorded or not isinstance(recorded, dict):
         return None
-    own: dict[str, Any] = {}
-    for file in sorted(cli.CONFIGS.glob("logger/*.yaml")):
-        own |= OmegaConf.to_container(OmegaConf.load(file))
+    own = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, cli.CONFIGS.glob("logger/*.yaml"))))
     kept, left_out = {}, []
-    for name, logger in ({"": recorded} if "_target_" in recorded else recorded).items():
-        target = logger.get("_target_") if isinstance(logger, dict) else None
-        ours = {key: settings for key, settings in own.items() if settings["_target_"] == target}
+    parts = recorded.items() if "_target_" not in recorded else [(recorded["_target_"], recorded)]
+    for name, logger in parts:
+        asked = logger if isinstance(logger, dict) else {}
+        ours = {key: settings for key, settings in own.items() if settings["_target_"] == asked.get("_target_")}
         kept |= ours
-        same = dict(*ours.values()) if ours else {}
-        changed = logger.items() if isinstance(logger, dict) else []
-        left_out += [f"logger.{name}.{key}" for key, value in changed if value is not None and same.get(key) != value]
+        same = dict(*ours.values())
+        left_out += [f"logger.{name}.{key}" for key, value in asked.items() if value not in (None, same.get(key))]
     if left_out:
         print(printable(f"Not taken from the checkpoint: {', '.join(left_out)}. Give them in the command."), flush=True)
     return kept
