@@ -1,5 +1,6 @@
 import copy
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from cifarnet.classifier import Classifier
 from cifarnet.models import CNN
+from cifarnet.seeding import generator
 
 DECAY = 0.03
 
@@ -107,3 +109,15 @@ def test_no_sum_is_a_buffer():
     """Averaging weights would change it, and so would DDP."""
     module = small_classifier(0.0)
     assert {name for name, _ in module.named_buffers()} == {"network.normalize.mean", "network.normalize.std"}
+
+
+def test_what_torch_draws_in_an_epoch_is_a_function_of_seed_and_epoch():
+    def drawn(seed: int, epoch: int) -> float:
+        module = Classifier(nn.Linear(1, 1), partial(torch.optim.SGD, lr=0.1), seed=seed)
+        module._trainer = SimpleNamespace(current_epoch=epoch)
+        module.on_train_epoch_start()
+        return torch.rand(()).item()
+
+    expected = {place: torch.rand((), generator=generator(*place, "torch")).item() for place in product((0, 1), (0, 1))}
+    assert {place: drawn(*place) for place in expected} == expected
+    assert len(set(expected.values())) == 4

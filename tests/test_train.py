@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch._dynamo.utils import counters
 
 import cifarnet
@@ -69,9 +70,17 @@ def test_run_leaves_what_it_should(config, tmp_path, capsys):
     assert set(logged["images"]) == {"train/augmented_batch", "whole_run/predictions", "whole_run/confusion_matrix"}
 
 
-def test_test_accuracy_is_that_of_the_best_checkpoint(config, tmp_path):
+class ForgetAll(Callback):
+    """After training, the weights in memory are worth nothing."""
+
+    def on_fit_end(self, trainer, module):
+        for parameter in module.network.parameters():
+            nn.init.zeros_(parameter)
+
+
+def test_what_is_tested_is_the_best_checkpoint(config, tmp_path):
     settings = config("trainer.max_epochs=4", "optimizer.lr=0.1")
-    train(settings)
+    train(settings, callbacks=[ForgetAll()])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     network, class_names = cifarnet.load(tmp_path / "run")
     assert not network.training
@@ -79,8 +88,10 @@ def test_test_accuracy_is_that_of_the_best_checkpoint(config, tmp_path):
 
     test = instantiate(settings.data).source.test
     with torch.no_grad():
-        correct = (network(test.images).argmax(1) == test.labels).float().mean().item()
-    assert correct == pytest.approx(metrics["test_accuracy"], abs=1e-6)
+        logits = network(test.images)
+    accuracy = (logits.argmax(1) == test.labels).float().mean().item()
+    assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["test_cross_entropy"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-5)
 
 
 def test_csv_logger(config, tmp_path):
@@ -98,6 +109,7 @@ def test_seed_decides_everything(config, tmp_path):
     assert_same_weights(tmp_path / "one/checkpoints/last.ckpt", tmp_path / "same/checkpoints/last.ckpt")
     one, other = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "other"))
     assert not torch.equal(one["network.features.0.weight"], other["network.features.0.weight"])
+    assert [build(config(f"seed={seed}")).classifier.seed for seed in (0, 1)] == [0, 1]  # of dropout, too
     # the split does not depend on the seed
     assert torch.equal(one["network.normalize.mean"], other["network.normalize.mean"])
 

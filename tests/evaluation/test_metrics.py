@@ -65,6 +65,19 @@ def test_bins_of_the_diagram_give_the_error():
     assert error == pytest.approx(metrics.calibration(logits, labels, 2.0)["calibration_error"], abs=1e-6)
 
 
+def test_the_error_has_15_bins_as_usual():
+    random = torch.Generator().manual_seed(1)
+    logits, labels = 2 * torch.randn(300, 4, generator=random), torch.randint(0, 4, (300,), generator=random)
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right, error = (predicted == labels).double(), 0.0
+    for i in range(15):
+        inside = (i / 15 < confidence) & (confidence <= (i + 1) / 15)
+        error += (right[inside] - confidence[inside]).sum().abs().item() / 300
+    assert metrics.calibration(logits, labels)["calibration_error"] == pytest.approx(error, abs=1e-6)
+    edges = [(row["from"], row["to"]) for row in metrics.bins(logits, labels)]
+    assert edges == [(i / 15, (i + 1) / 15) for i in range(15)]
+
+
 def test_temperature_is_found():
     torch.manual_seed(0)
     calibrated = torch.randn(10_000, 5, dtype=torch.float64)

@@ -44,6 +44,15 @@ def test_noise_depends_on_the_seed_and_the_image():
     assert not torch.equal(*noise)
 
 
+def test_every_severity_has_noise_of_its_own():
+    grey = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    noise = torch.stack(
+        [next(iter(robustness.Corrupted([(grey,)], "noise", severity, 0)))[0].flatten() for severity in range(1, 6)]
+    ).double()
+    likeness = noise.corrcoef() - torch.eye(5)
+    assert likeness.abs().max() < 0.1  # 12,288 values: their own deviation is 0.009
+
+
 def test_what_belongs_to_the_images_stays_with_them():
     clean, corrupted = batches(16), robustness.Corrupted(batches(16), "blur", 2, seed=0)
     assert len(corrupted) == len(clean) == 3

@@ -16,16 +16,18 @@ def published(matrix, steps):
     return x.T if len(matrix) > len(matrix.T) else x
 
 
-@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 4, 3, 3), (6, 6, 1, 1)])
-def test_steps_equal_those_of_the_published_formula_in_float64(shape):
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((8, 3, 3, 3), 3), ((40, 4, 3, 3), 3), ((6, 6, 1, 1), 3), ((8, 3, 3, 3), 1), ((8, 3, 3, 3), 5)]
+)
+def test_steps_equal_those_of_the_published_formula_in_float64(shape, steps):
     random = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64))
     expected, buffer = weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
-    optimizer = Muon([weight], lr=0.1, momentum=0.6, steps=3)
+    optimizer = Muon([weight], lr=0.1, momentum=0.6, steps=steps)
     for _ in range(4):
         weight.grad = torch.randn(shape, generator=random, dtype=torch.float64)
         buffer = 0.6 * buffer + weight.grad
-        update = published((weight.grad + 0.6 * buffer).flatten(1), 3).view(shape)
+        update = published((weight.grad + 0.6 * buffer).flatten(1), steps).view(shape)
         expected = expected * (shape[0] ** 0.5 / expected.norm()) - 0.1 * update
         optimizer.step()
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
@@ -77,6 +79,32 @@ def test_biases_and_matrices_take_the_steps_of_sgd():
         sgd.step()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_usual_settings():
+    convolution, bias, matrix = Muon(
+        nn.Parameter(torch.zeros(shape)) for shape in [(2, 2, 1, 1), (2,), (2, 2)]
+    ).param_groups
+    usual = {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.0, "steps": 3}
+    assert {name: convolution[name] for name in usual} == usual
+    sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
+    assert [{name: group[name] for name in sgd} for group in (bias, matrix)] == [sgd, sgd]
+    assert Muon([nn.Parameter(torch.zeros(2))], bias={"lr": 0.5}).param_groups[0]["momentum"] == 0.85
+    matrices = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(orthogonalize(matrices), orthogonalize(matrices, 3))
+
+
+def test_float32_goes_through_bfloat16_and_comes_back():
+    random = torch.Generator().manual_seed(5)
+    weight = nn.Parameter(torch.randn(8, 4, 3, 3, generator=random))
+    weight.grad = torch.randn(8, 4, 3, 3, generator=random)
+    matrix = (1.6 * weight.grad).permute(0, 2, 3, 1).flatten(1)
+    halves = orthogonalize(matrix[None])[0]
+    assert halves.dtype == torch.bfloat16
+    update = halves.float().view(8, 3, 3, 4).permute(0, 3, 1, 2)
+    expected = weight.detach() * (8**0.5 / weight.detach().norm()) - 0.24 * update
+    Muon([weight]).step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_meant_is_refused():

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -6,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cifarnet.errors import Interrupted
+from cifarnet.errors import Interrupted, Pruned
 from cifarnet.runs.resume import resume
+from cifarnet.runs.stopping import Prune
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 
@@ -61,3 +63,33 @@ def test_a_signal_in_an_epoch_that_is_not_validated_saves_it(config, tmp_path, e
 def test_how_many_epochs_are_complete_is_told(config):
     with pytest.raises(Interrupted, match="after batch 4 of epoch 2: 1 of 2 epochs are complete"):
         train(config(signal_at(1, 2, signal.SIGTERM)))
+
+
+class Trial:
+    """Stands for Optuna's; it gives up where it is told so."""
+
+    def __init__(self, gives_up: bool) -> None:
+        self.told, self.gives_up = {}, gives_up
+
+    def report(self, value: float, step: int) -> None:
+        self.told[step] = value
+
+    def should_prune(self) -> bool:
+        return self.gives_up
+
+
+def test_a_trial_is_told_each_epochs_validation_accuracy(config, tmp_path):
+    trial = Trial(gives_up=False)
+    train(config("optimizer.lr=0.02", "trainer.max_epochs=3"), callbacks=[Prune(trial)])
+    history = json.loads((tmp_path / "run/metrics.json").read_text())["history"]
+    assert trial.told == {row["epoch"]: row["val/accuracy"] for row in history}
+    assert len(trial.told) == 3
+
+
+@pytest.mark.parametrize(("epochs", "pruned"), [(2, True), (1, False)])
+def test_a_trial_is_given_up_before_its_last_epoch(config, tmp_path, epochs, pruned):
+    settings, trial = config(f"trainer.max_epochs={epochs}", "scheduler=constant"), Trial(gives_up=True)
+    with pytest.raises(Pruned, match="after epoch 1 of 2") if pruned else contextlib.nullcontext():
+        train(settings, callbacks=[Prune(trial)])
+    assert list(trial.told) == [1]
+    assert (tmp_path / "run/metrics.json").exists() == (not pruned)
