@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from cifarnet.data import InMemoryLoader
 from cifarnet.data.augmentation import Augment
+from cifarnet.errors import UserError
+from cifarnet.seeding import generator
 
 
 @pytest.fixture
@@ -54,6 +56,22 @@ def test_draws_cover_every_offset_and_about_half_the_flips():
     assert hole.unique().tolist() == list(range(32))
     _, _, never, _ = Augment(2, "none").draw(100, size=32, seed=0, epoch=0)
     assert not never.any()
+
+
+def test_draws_are_those_of_recorded_runs():
+    """From these generators, in this order: other draws would be other results with the same seed."""
+    top, left, flip, hole = Augment(2, "random").draw(20, size=32, seed=3, epoch=2)
+    random = generator(3, 2, "augment")
+    assert torch.equal(torch.stack([top, left]), torch.randint(5, (2, 20), generator=random))
+    assert torch.equal(hole, torch.randint(32, (20, 2), generator=random))
+    assert torch.equal(flip, torch.rand(20, generator=random) < 0.5)
+    _, _, alternating, _ = Augment(0, "alternating").draw(20, size=32, seed=3, epoch=2)
+    assert torch.equal(alternating, torch.rand(20, generator=generator(3, 0, "flip")) < 0.5)
+
+
+def test_a_flip_of_no_kind_is_refused():
+    with pytest.raises(UserError, match=r"data.flip=left: choose one of none, random, alternating"):
+        Augment(0, "left")
 
 
 def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():

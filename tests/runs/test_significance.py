@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cifarnet.runs import significance
 from cifarnet.runs.significance import holm, interval, power, seeds_needed, welch
 
 
@@ -53,16 +54,34 @@ def test_seeds_needed_as_in_cohens_tables(effect, seeds):
     assert seeds_needed(-effect / 100, (0.01, 0.01)) == seeds
 
 
+def found(seeds, difference, deviations, equal_var=False):
+    """How often 20,000 simulated comparisons find it; the share's own deviation is at most √(0.25 / 20,000) = 0.004."""
+    rng = np.random.default_rng(0)
+    groups = (rng.normal(mean, by, (20_000, seeds)) for mean, by in zip((difference, 0), deviations, strict=True))
+    return (stats.ttest_ind(*groups, axis=1, equal_var=equal_var).pvalue < 0.05).mean()
+
+
 def test_seeds_needed_for_unlike_deviations_by_simulation():
     seeds = seeds_needed(1.0, (0.5, 1.5))
     assert seeds is not None
     assert power(seeds - 1, 1.0, (0.5, 1.5)) < 0.8
-    rng = np.random.default_rng(0)
-    trials = 20_000  # the share's own deviation: √(0.8 × 0.2 / 20,000) = 0.003
-    p = stats.ttest_ind(
-        rng.normal(1, 0.5, (trials, seeds)), rng.normal(0, 1.5, (trials, seeds)), axis=1, equal_var=False
-    ).pvalue
-    assert (p < 0.05).mean() == pytest.approx(power(seeds, 1.0, (0.5, 1.5)), abs=0.01)
+    assert found(seeds, 1.0, (0.5, 1.5)) == pytest.approx(power(seeds, 1.0, (0.5, 1.5)), abs=0.01)
+
+
+def test_power_of_few_seeds_by_simulation():
+    """Where deviations are alike the formula's degrees of freedom are those of Student's test."""
+    assert found(4, 2.0, (1, 1), equal_var=True) == pytest.approx(power(4, 2.0, (1, 1)), abs=0.012)
+
+
+def test_seeds_needed_at_another_level():
+    """As in Cohen's tables: a medium effect, 80 % power, 1 %, two-sided."""
+    assert seeds_needed(0.5, (1, 1), level=0.01) == 96
+
+
+@pytest.mark.parametrize(("most", "seeds"), [(64, 64), (63, None)])
+def test_the_most_seeds_are_still_a_number(monkeypatch, most, seeds):
+    monkeypatch.setattr(significance, "MOST_SEEDS", most)
+    assert seeds_needed(0.5, (1, 1)) == seeds
 
 
 def test_seeds_needed_at_the_ends():
@@ -73,5 +92,6 @@ def test_seeds_needed_at_the_ends():
 def test_interval_of_a_mean():
     # deviation √2, t of one degree of freedom at 97.5 %: tan(0.475 π) = 12.7062; × √2/√2
     assert interval([1, 3]) == pytest.approx(math.tan(0.475 * math.pi))
+    assert interval([1, 5]) == pytest.approx(2 * math.tan(0.475 * math.pi))
     assert math.isnan(interval([1]))
     assert math.isnan(interval([1, 1]))  # nothing is known about luck
