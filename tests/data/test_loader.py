@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from cifarnet.data import InMemoryLoader
 from cifarnet.data.augmentation import Augment
+from cifarnet.data.loader import LazyImages, StreamingLoader
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 
@@ -112,6 +113,7 @@ def test_training_images_are_scaled_to_the_size_of_the_epoch(images):
     halves, index = epoch(sized, 0)
     expected = F.interpolate(images[index].float(), (6, 6), mode="bilinear", antialias=True)
     assert (halves.float() - expected).abs().max() <= 1  # rounded
+    assert torch.equal(halves, F.interpolate(images[index], (6, 6), mode="bilinear", antialias=True))  # in uint8
     assert epoch(loader(images, sizes=[6], train=False))[0].shape[-1] == 12
 
 
@@ -181,3 +183,75 @@ def test_hardest_images_are_restored_in_the_middle_of_an_epoch(images):
     resumed.load_state_dict(parts.state_dict())
     seen += [expected[1][:2] + observed_epoch(resumed, 1, losses[1]), observed_epoch(resumed, 2, losses[2])]
     assert seen == expected
+
+
+class Unread(LazyImages):
+    def __init__(self, images):
+        self.images, self.shape = images, images.shape
+
+    def __getitem__(self, place):
+        return self.images[place]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_batches_equal_those_in_memory(images, workers):
+    settings = {"train": True, "augment": Augment(3, "random"), "sizes": [12, 9], "seed": 5}
+    streaming = StreamingLoader(Unread(images), torch.arange(50), 8, workers=workers, **settings)
+    assert streaming.image_size == 12
+    state = torch.get_rng_state()
+    for number in (0, 1):
+        for one, other in zip(epoch(streaming, number), epoch(loader(images, **settings), number), strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)  # dropout's
+
+
+class Blend:
+    """Another share of every image, and what else it drew."""
+
+    def draw(self, count, size, seed, epoch):
+        random = generator(seed, epoch, "blend")
+        drawn = torch.rand(2, count, generator=random)
+        return torch.randperm(count, generator=random), *drawn
+
+    def __call__(self, images, partners, weight, more):
+        share = weight[:, None, None, None]
+        return (share * images + (1 - share) * partners).to(torch.uint8), weight + more
+
+
+def test_images_are_mixed_as_they_are_shown(images):
+    plain, index = epoch(loader(images, batch_size=10), 2)
+    shown = torch.empty_like(images).index_copy(0, index, plain)
+    partners, weight, more = Blend().draw(50, 12, 5, 2)
+    mixing = loader(images, batch_size=10, mix=Blend())
+    mixing.sampler.set_epoch(2)
+    assert len(mixing) == 5
+    for mixed, labels, index, partners_labels, own in mixing:
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, index)
+        assert torch.equal(partners_labels, partners[index])
+        assert torch.equal(own, weight[index] + more[index])
+        expected, _ = Blend()(shown[index], shown[partners[index]], weight[index], more[index])
+        assert torch.equal(mixed, expected)
+    assert all(len(batch) == 3 for batch in loader(images, mix=Blend(), train=False))
+
+
+def test_order_is_that_of_recorded_runs(images):
+    _, index = epoch(loader(images, batch_size=10), 3)
+    assert torch.equal(index, torch.randperm(50, generator=generator(5, 3, "order")))
+
+
+def test_fewer_images_than_a_batch_are_one(images):
+    few = loader(images[:3])
+    assert len(few) == 1
+    assert len(epoch(few)[1]) == 3
+    hardest = loader(images, share=0.001)
+    assert (len(hardest), len(epoch(hardest)[1])) == (1, 1)
+
+
+def test_usual_settings(images):
+    labels = torch.arange(50)
+    assert torch.equal(epoch(InMemoryLoader(images, labels, 8))[1], labels)  # no training
+    shuffled = InMemoryLoader(images, labels, 8, train=True)
+    assert shuffled.batch_sampler is None  # Lightning looks for it
+    assert shuffled.state_dict() == {"epoch": 0, "served": 0}
+    assert torch.equal(epoch(shuffled)[1], epoch(InMemoryLoader(images, labels, 8, train=True, seed=0))[1])
