@@ -59,7 +59,6 @@ def test_only_the_least_confident_are_looked_at_again(images):
     torch.testing.assert_close(averaged[changed], everything[changed])
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("share", [0.04, 0.3, 0.5, 0.95])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 50])
 def test_who_is_looked_at_again_does_not_depend_on_the_batch_size(images, batch_size, share):
@@ -80,17 +79,6 @@ def test_few_images_are_kept(images):
 
 
 @pytest.mark.parametrize("settings", [{"tta": "rotate"}, {"share": 1.5}])
-=======
-def test_one_image_all_and_none(images):
-    network = Linear()
-    plain, averaged = predict(network, images[:1])
-    assert not torch.equal(plain, averaged)
-    torch.testing.assert_close(averaged, sum(weight * network(view) for weight, view in views(images[:1])))
-    assert torch.equal(*predict(network, images, share=0))
-
-
-@pytest.mark.parametrize("settings", [{"tta": "rotate"}, {"share": 1.5}, {"share": -0.1}])
->>>>>>> e0e4031 (Tests for the loader: streaming, mixing, few images, the order of recorded runs; test-time augmentation of one image)
 def test_what_cannot_be_meant_is_refused(images, settings):
     with pytest.raises(UserError, match=r"choose one of|from 0 to 1"):
         predict(Linear(), images, **settings)
