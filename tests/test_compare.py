@@ -470,7 +470,7 @@ def test_axis_of_accuracies_ends_at_100_percent(run):
     for seed, (sure, unsure) in enumerate([(0.99, 0.1), (1.0, 0.6)]):
         run(f"runs/a{seed}", seed, sure)
         folder = run(f"runs/b{seed}", seed, unsure, {"config.optimizer.lr": 0.02}).parent
-    groups, _ = comparison.load([str(folder)], [], "test_accuracy")
+    groups, *_ = comparison.load([str(folder)], [], "test_accuracy")
     [axis] = comparison.draw(groups, "test_accuracy").axes
     low, high = axis.get_xlim()
     assert low >= 0
