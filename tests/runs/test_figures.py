@@ -88,7 +88,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path):
     with pytest.raises(ValueError, match="jpx"):
         figures.save(Figure(), tmp_path / "picture.jpx")
     figures.save(Figure(), tmp_path / "picture.svg")
-    with pytest.raises(OSError, match="picture.svg"):
+    with pytest.raises(OSError, match=r"picture\.svg"):
         figures.save(Figure(), tmp_path / "picture.svg/picture.png")
     assert [file.name for file in tmp_path.iterdir()] == ["picture.svg"]
 
