@@ -119,7 +119,8 @@ def test_a_sweep_survives_kills(whole, tmp_path, launcher):
 
 
 def test_a_search_survives_kills(whole, tmp_path):
-    search = ["cifarnet.search", *RECIPE, "seed=0,1,2", "hydra.sweeper.trials=4", "hydra.sweep.dir=search"]
+    search = ["cifarnet.search", *RECIPE, "seed=0,1,2", "hydra.sweeper.trials=4"]
+    search += ["hydra.sweeper.pruner=null", "hydra.sweep.dir=search"]
     survive(tmp_path, lambda: search, 10, seed=int(os.environ.get("CAMPAIGN_SEED", "0")) + 2)
     trials = sorted(path for path in (tmp_path / "search").iterdir() if path.name.isdigit())
     assert len(trials) == 4
