@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cifarnet import cli, files
 from cifarnet.train import main
@@ -225,6 +226,16 @@ def test_signals_stop_a_process_after_saving(tmp_path, number, status):
     assert f"ckpt_path={last}" in error
     assert torch.load(last, weights_only=True)["global_step"] >= 10
     assert "Traceback" not in error
+
+
+def test_a_signal_before_training_is_no_success(monkeypatch, capsys):
+    def stopped():
+        raise SIGTERMException
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(stopped)
+    assert end.value.code == 143
+    assert "Stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_hydras_variable_is_as_it_was_before(command, monkeypatch):

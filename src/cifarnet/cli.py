@@ -172,6 +172,9 @@ def run(task: Callable[[], Any]) -> None:
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, SystemExit) as end:
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, of a signal while training was being prepared
+            print("\nStopped by SIGTERM, before training began: nothing is saved.", file=sys.stderr)
+            sys.exit(143)
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise  # not Lightning's way of passing on a Ctrl-C
         print("\nInterrupted.", file=sys.stderr)
