@@ -105,7 +105,7 @@ def check(config: DictConfig) -> None:
     if str(config.trainer.get("precision")) in ("16-true", "bf16-true"):
         raise UserError(
             f"trainer.precision={config.trainer.precision}: weights are kept in float32 here. Choose "
-            f"{config.trainer.precision.replace('true', 'mixed')}, whose arithmetic is as fast."
+            f"{config.trainer.precision.replace('true', 'mixed')}."
         )
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
