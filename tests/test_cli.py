@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
             "needed",
         ),
         (["+callbacks.mine={_target_: builtins.list}"], "builtins.list makes a list", "Callback is needed"),
+        (["++callbacks._target_=builtins.list"], "callbacks._target_=builtins.list", "_target_"),
         (["+callbacks.mine=3"], "callbacks.mine=3", "_target_"),
         (["+experiment=basline"], "no experiment=basline", "Did you mean baseline?"),
         (["model=resnet"], "no model=resnet", "There are: cnn"),

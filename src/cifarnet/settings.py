@@ -90,7 +90,7 @@ def check(config: DictConfig) -> None:
             raise UserError(
                 f"{section}={parts}: give what is to be built by names, such as {section}.mine={{_target_: …}}"
             )
-        for name, part in ({} if _names_something(parts) else parts).items():
+        for name, part in ({} if section == "logger" and _names_something(parts) else parts).items():
             if part is not None and not _names_something(part):
                 raise UserError(f"{section}.{name}={part} names nothing to build (no _target_).")
     switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)
