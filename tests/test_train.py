@@ -292,6 +292,7 @@ class CountGraphs(Callback):
         self.after = counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_every_size_is_compiled_before_training(config):
     count, sizes = CountGraphs(), "data.train_sizes=[8,12,16]"
     train(config("compile=true", "callbacks=lean", sizes, "trainer.max_epochs=4"), callbacks=[count])
