@@ -50,8 +50,8 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
     settings.check(config)
     if config.keep_freed_memory:
         hardware.keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if (threads := config.threads or hardware.slurm_cores()) is not None:
+        torch.set_num_threads(threads)
     L.seed_everything(config.seed, verbose=False)
 
     data = make_data(config)

@@ -54,7 +54,17 @@ def best_precision(accelerator: str) -> str:
 
 def cores() -> int:
     """How many this process may use, which a cluster or a container may have fewer of than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(may_use, slurm_cores() or may_use)
+
+
+def slurm_cores() -> int | None:
+    """How many SLURM gave to this process, which it need not bind to them; None where SLURM did not start it."""
+    env = os.environ
+    if (given := env.get("SLURM_CPUS_PER_TASK")) is not None:
+        return int(given)
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1)) // int(env.get("SLURM_STEP_NUM_NODES", 1))
+    return max(1, int(env["SLURM_CPUS_ON_NODE"]) // tasks) if "SLURM_CPUS_ON_NODE" in env else None
 
 
 def gpus() -> list[str]:

@@ -1,5 +1,6 @@
-"""Hydra takes sweepers from this package alone."""
+"""Hydra takes sweepers and launchers from this package alone."""
 
+import contextlib
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,3 +17,10 @@ class Sweep(BasicSweeper):
 
 class Search(study.Search):
     __doc__ = study.Search.__doc__
+
+
+with contextlib.suppress(ModuleNotFoundError):  # the extra [slurm]
+    from cifarnet.runs import slurm
+
+    class Slurm(slurm.Slurm):
+        __doc__ = slurm.Slurm.__doc__

@@ -1,5 +1,6 @@
 """What ends a run before its last epoch: a signal, or a search that gives it up."""
 
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,8 @@ from cifarnet.errors import Interrupted, Pruned
 
 if TYPE_CHECKING:
     from optuna import Trial
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 
 
 class Prune(Callback):
@@ -35,12 +38,12 @@ class Prune(Callback):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM finish the batch and save `last.ckpt`, from which training goes on bit by bit the same.
+    """Ctrl-C, SIGTERM and SIGUSR2 finish the batch and save `last.ckpt`, from which training goes on bit by bit the same.
 
-    A second signal stops at once.
+    A second signal stops at once; in a SLURM job only a second Ctrl-C.
 
     Raises:
-        Interrupted: after saving; its status is 130 (Ctrl-C) or 143 (SIGTERM).
+        Interrupted: after saving; its status is 130 (Ctrl-C), 143 (SIGTERM) or 140 (SIGUSR2).
     """
 
     def __init__(self) -> None:
@@ -50,7 +53,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._received = None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -58,6 +61,9 @@ class StopOnSignal(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        if number != signal.SIGINT and "SLURM_JOB_ID" in os.environ:
+            print("\nFinishing the batch.", file=sys.stderr, flush=True)
+            return  # SLURM signals twice, and kills by itself in the end
         print("\nFinishing the batch. Once more stops at once, without saving.", file=sys.stderr, flush=True)
         self._restore()
 

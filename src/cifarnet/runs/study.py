@@ -71,11 +71,13 @@ class Search(Sweeper):
         self.sampler, self.pruner = sampler, pruner
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        if not config.hydra.launcher["_target_"].endswith(".BasicLauncher"):
+        launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
+        if launcher not in ("BasicLauncher", "Slurm"):
             raise UserError(
                 "A search runs one trial at a time. For several, start the same command in several terminals "
-                "(with threads=… for each its share of the cores), without hydra/launcher."
+                "(with threads=… for each its share of the cores), without hydra/launcher; or hydra/launcher=slurm."
             )
+        self.shared = launcher == "Slurm"  # processes elsewhere draw the trials
         self.config, self.hydra_context, self.task = config, hydra_context, task_function
         self.lock = FileLock("")  # of the trial that this process runs
         self.began = False  # this process has drawn a trial
@@ -90,11 +92,13 @@ class Search(Sweeper):
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         sweep.begin(self.config, folder)
-        if self.config.trainer.accelerator != "cpu":
+        if self.config.trainer.accelerator != "cpu" and not self.shared:
             hardware.claim_gpu()
         failures = []
         try:
-            while (trial := self._next(study, space, folder)) is not None:
+            if self.shared:
+                self._launcher(self.task).share(arguments, self.trials)
+            while not self.shared and (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
                 result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
@@ -123,11 +127,13 @@ class Search(Sweeper):
 
     def _launch(self, trial: "Trial", overrides: list[str]) -> JobReturn:
         """Train it, in this process, which tells the trial how it goes."""
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self.hydra_context, task_function=partial(self.task, trial=trial), config=self.config
-        )
-        [result] = launcher.launch([overrides], initial_job_idx=trial.number)
+        [result] = self._launcher(partial(self.task, trial=trial)).launch([overrides], initial_job_idx=trial.number)
         return result
+
+    def _launcher(self, task: TaskFunction) -> Any:
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=task, config=self.config
+        )
 
     def _space(self, arguments: Sequence[str]) -> tuple[list[str], "dict[str, BaseDistribution]"]:
         """The overrides that all trials share, and what each takes its values from."""

@@ -28,7 +28,7 @@ from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.permitted import located
 from cifarnet.runs import parallel, replay
 from cifarnet.runs.summary import clear_checkpoints, resuming
-from cifarnet.runs.tables import read, read_run
+from cifarnet.runs.tables import Run, read, read_run
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
         refuse_blind_sweep(swept(folder.parent), config)
     if config.sweep.resume is not None:
         before = read_run(folder)
-        if "config" in before.metrics and _asked(before.metrics["config"]) == _asked(OmegaConf.to_container(config)):
+        if is_done(before, OmegaConf.to_container(config)):
             print(f"Job {folder.name} is done: {before.score:.2%}", flush=True)
             return before.score
         if before.status == "damaged":
@@ -89,6 +89,11 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
     score = _train(config, train, trial)
     clear_checkpoints(folder.parent, config.sweep.keep_checkpoints)
     return score
+
+
+def is_done(job: Run, config: dict[str, Any]) -> bool:
+    """Has it come to its end, with these settings?"""
+    return "config" in job.metrics and _asked(job.metrics["config"]) == _asked(config)
 
 
 def fail(folder: Path, error: Exception) -> str:
@@ -131,7 +136,7 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not say what to train."""
-    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes")}
+    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes", "hydra")}
     return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
 
 

@@ -1,0 +1,252 @@
+"""Jobs of a sweep, or the processes of a search, in SLURM's queue, by submitit.
+
+What came of a job is read from its folder, and whether it is still to come from the queue: what SLURM kills says nothing.
+SLURM asks a job to stop by a signal: before its time is over (USR2, by `--signal`), or when it is preempted (TERM). One
+handler answers: `runs.stopping` finishes the batch and saves. Then the job is queued again, by SLURM or by itself, and
+goes on in its folder.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from omegaconf import OmegaConf
+
+from cifarnet import cli, files
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.runs import sweep
+from cifarnet.runs.summary import resuming
+from cifarnet.runs.tables import Run, read, read_run
+
+RECORD = "slurm.json"  # in the sweep's folder: each job's number and SLURM's name for it
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+LONGEST = 30  # seconds between two looks at the queue
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM)
+Tasks = Mapping[int, Callable[[], None]]
+
+
+class Slurm(SlurmLauncher):
+    """Hydra's launcher by submitit, which waits for all jobs, whatever becomes of one, and lets them go on.
+
+    Args:
+        params: submitit's, as in configs/hydra/launcher/slurm.yaml.
+    """
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        folder, state, tasks = self._folder(), Singleton.get_state(), {}
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        for number, overrides in zip(numbers, job_overrides, strict=True):
+            if not self._is_done(overrides, folder / str(number)):
+                tasks[number] = partial(self.train, list(overrides), number, state)
+        self._run(tasks, lambda number: read_run(folder / str(number)), resumed=self.config.sweep.resume is not None)
+        return [_result(folder / str(number)) for number in numbers]
+
+    def share(self, arguments: list[str], most: int) -> None:
+        """Let processes share a search: as many as may run at a time, and no more than `most`."""
+        config, state = self.config.copy(), Singleton.get_state()
+        OmegaConf.update(config, "hydra.launcher", {"_target_": BASIC}, merge=False, force_add=True)
+        config.sweep.resume = config.hydra.sweep.dir
+        task = partial(_search, self.hydra_context, self.task_function, config, arguments, state)
+        self._run(dict.fromkeys(range(min(most, self.params["array_parallelism"])), task), None, resumed=True)
+
+    def train(self, overrides: list[str], number: int, state: Any) -> None:
+        """What a job of a sweep does."""
+        if restarts():
+            overrides = [*overrides, f"sweep.resume={cli.literal(str(self._folder()))}"]
+        sweep.raise_failure(self(overrides, "hydra.sweep.dir", number, f"job_id_for_{number}", state))
+
+    def _folder(self) -> Path:
+        return Path(self.config.hydra.sweep.dir)
+
+    def _is_done(self, overrides: Sequence[str], folder: Path) -> bool:
+        """A job of a sweep that is resumed, which needs no place in the queue."""
+        if self.config.sweep.resume is None or not (run := read_run(folder)).metrics:
+            return False
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        if done := sweep.is_done(run, OmegaConf.to_container(config)):
+            print(f"Job {folder.name} is done: {run.score:.2%}", flush=True)
+        return done
+
+    def _run(self, tasks: Tasks, read_job: Callable[[int], Run] | None, resumed: bool) -> None:
+        """Submit what is not in the queue yet, and wait until nothing is.
+
+        Args:
+            read_job: what came of a job, to be told.
+
+        Raises:
+            UserError: jobs of another sweep in this folder are in the queue.
+            Interrupted: by Ctrl-C or SIGTERM; the jobs stay in the queue.
+        """
+        if not tasks:
+            return
+        record, queue = self._folder() / RECORD, queued()
+        before = _recorded(record)
+        names = {number: before[str(number)] for number in tasks if before.get(str(number)) in queue}
+        if names:
+            print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
+            if not resumed:
+                raise UserError(f"{self._folder()} is a sweep with jobs in SLURM's queue: give sweep.resume=…, or scancel.")
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)  # until it is known what is in the queue
+        try:
+            names |= self._submit({number: task for number, task in tasks.items() if number not in names})
+            files.write(record, json.dumps(before | names))
+            with stopped_by(*INTERRUPTING):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
+                self._wait(names, read_job)
+        except Interrupted as stopped:
+            arrays = sorted({name.partition("_")[0] for name in names.values()})
+            what = f"{stopped.what} The jobs go on in SLURM's queue; what lets them save and ends them: scancel"
+            raise Interrupted(f"{what} {' '.join(arrays)}\n", stopped.status, resuming(self._folder())) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
+
+    def _submit(self, tasks: Tasks) -> dict[int, str]:
+        """Give them to SLURM, as an array. Its names for them."""
+        if not tasks:
+            return {}
+        import submitit
+
+        params = {key: value for key, value in self.params.items() if key not in ("submitit_folder", "max_num_timeout")}
+        if params["cpus_per_task"]:  # srun does not take it from sbatch
+            params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(params["setup"] or [])]
+        common = set(OmegaConf.structured(BaseQueueConf))
+        try:
+            executor = submitit.AutoExecutor(self.params["submitit_folder"], cluster="slurm")
+            executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
+            jobs = executor.submit_array([Task(task, self.params["max_num_timeout"]) for task in tasks.values()])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
+        names = [job.job_id for job in jobs]
+        print(f"In SLURM's queue: {', '.join(names)}. What they print is in {jobs[0].paths.folder.parent}", flush=True)
+        return dict(zip(tasks, names, strict=True))
+
+    def _wait(self, names: Mapping[int, str], read_job: Callable[[int], Run] | None) -> None:
+        """Until none is in the queue. What came of each is told."""
+        left, missed, pause = dict(names), set(), 1.0
+        while left:
+            time.sleep(pause)
+            pause, queue = min(LONGEST, 1.3 * pause), queued()
+            for number in [number for number, name in left.items() if name not in queue]:
+                run = read_job and read_job(number)
+                if run and run.status == "cut off" and number not in missed:  # a shared disk may show its files late
+                    missed.add(number)
+                    continue
+                name = left.pop(number)
+                if run and run.status == "cut off":
+                    state = squeue("--states=all", f"--jobs={name}", "--format=%T") or ["nothing"]
+                    printed = self.params["submitit_folder"].replace("%j", name)
+                    print(f"Job {number} was ended: SLURM says {state[0]}. See {os.path.relpath(printed)}", flush=True)
+                elif run:
+                    outcome = f"{run.score:.2%}" if run.status == "done" else f"{run.status}: {run.note}"
+                    print(f"Job {number}: {outcome}", flush=True)
+
+
+class Task:
+    """What submitit calls in a SLURM job: the work, and what comes after a signal.
+
+    Args:
+        most: restarts, after which time that is over ends the job.
+    """
+
+    def __init__(self, work: Callable[[], None], most: int) -> None:
+        self.work, self.most = work, most
+
+    def __call__(self) -> None:
+        cli.run(self._run)
+
+    def _run(self) -> None:
+        try:
+            with stopped_by(signal.SIGTERM, signal.SIGUSR2):  # submitit's handler would leave in the middle of a step
+                self.work()
+        except Interrupted as stopped:
+            raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None
+
+    def _queue_again(self) -> str:
+        """If SLURM only warned this job: one that it ends is not running any more, and is queued again by it, or not."""
+        import submitit
+
+        name = submitit.JobEnvironment().job_id
+        if os.environ["SLURM_PROCID"] != "0":
+            return ""
+        if squeue("--states=all", f"--jobs={name}", "--format=%T") != ["RUNNING"]:
+            return "SLURM ends this job, and queues it again if it was requeued."
+        if restarts() >= self.most:
+            return f"It was restarted {restarts()} times: not again (hydra.launcher.max_num_timeout)."
+        asked = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+        if asked.returncode > 0:  # below 0: SLURM ends all of this job's processes, this one too
+            return f"SLURM does not queue it again: {asked.stderr.strip()}"
+        return "It is in SLURM's queue again."
+
+
+def restarts() -> int:
+    """How often this job was queued again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def squeue(*options: str) -> list[str] | None:
+    """Lines about jobs; None if SLURM does not answer."""
+    command = ["squeue", "--me", "--array", "--noheader", *options]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"hydra/launcher=slurm: {error}. Is this a machine that gives SLURM its jobs?") from error
+    return told.stdout.split("\n")[:-1] if told.returncode == 0 else None
+
+
+def queued() -> set[str]:
+    """SLURM's names for the jobs that wait, run, or come to an end."""
+    while (lines := squeue("--format=%i")) is None:
+        time.sleep(LONGEST)
+    return set(lines)
+
+
+@contextlib.contextmanager
+def stopped_by(*numbers: int) -> Iterator[None]:
+    """Meanwhile, these signals raise `Interrupted`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _search(context: Any, task: Any, config: Any, arguments: list[str], state: Any) -> None:
+    """What a process of a search does."""
+    Singleton.set_state(state)
+    setup_globals()
+    sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+    sweeper.sweep(arguments)
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    content = read(path, json.loads) if path.exists() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _result(folder: Path) -> JobReturn:
+    """What Hydra is to be told of a job."""
+    run, result = read_run(folder), JobReturn()
+    ended = run.status == "cut off" and not sweep.stop_file(folder.parent).exists()
+    result.status = JobStatus.FAILED if ended or run.status in ("failed", "damaged") else JobStatus.COMPLETED
+    error = UserError(run.note or f"Job {folder.name} was ended before it was done.")
+    result.return_value = run.score if result.status == JobStatus.COMPLETED else error
+    return result
