@@ -206,6 +206,8 @@ def explain(error: BaseException) -> str | None:
         return " ".join(f"{error.override} cannot be read: {error}".split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if (extra := {"joblib": "sweep", "submitit_slurm": "slurm"}.get(name)) is not None:
+            return f"This launcher needs {name.partition('_')[0]}: pip install 'cifarnet[{extra}]'"
         meant = did_you_mean(name, error.options)
         return f"There is no {group}={name}.{meant} There are: {', '.join(error.options)}."
     unknown = error.__cause__ if isinstance(error, ConfigCompositionException) else None

@@ -87,6 +87,7 @@ def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
     if sweep.is_job():
         return sweep.run(config, _begin, trial)
     try:
+        sweep.refuse_launcher()
         return _begin(config)
     except Exception:
         files.remove_if_unused(Path(config.output_dir))

@@ -12,9 +12,8 @@ from hydra.errors import HydraException
 from cifarnet import cli
 from cifarnet.errors import UserError
 
-PLAIN = (
-    r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
-)
+PLAIN = r"(hydra/(launcher|sweeper)|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
+LAUNCHER, WORD = r"hydra\.launcher\.[a-z]\w*", r"[\w.:,@%+-]*"  # such as a partition; neither a place nor a command
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
 NO_PLACES = {"sweep.keep_checkpoints", "sweep.stop_at_failure"}
 
@@ -32,7 +31,8 @@ def checked(lines: Sequence[str], record: Path, classes: Sequence[Any] = ()) -> 
         except HydraException as error:
             raise _refused(line, record) from error
         key = override.key_or_group
-        hydras = f"{key}.".startswith(("hydra.", "hydra/")) and not re.fullmatch(PLAIN, key)
+        launcher = re.fullmatch(LAUNCHER, key) and re.fullmatch(WORD, str(_plain(override.value())))
+        hydras = f"{key}.".startswith(("hydra.", "hydra/")) and not (re.fullmatch(PLAIN, key) or launcher)
         place = key.partition(".")[0] in PLACES and key not in NO_PLACES
         if hydras or str(line).startswith("-") or override.package is not None or place:
             raise _refused(line, record)

@@ -1,9 +1,9 @@
 """Jobs of a sweep, or the processes of a search, in SLURM's queue, by submitit.
 
-What came of a job is read from its folder, and whether it is still to come from the queue: what SLURM kills says nothing.
-SLURM asks a job to stop by a signal: before its time is over (USR2, by `--signal`), or when it is preempted (TERM). One
-handler answers: `runs.stopping` finishes the batch and saves. Then the job is queued again, by SLURM or by itself, and
-goes on in its folder.
+What came of a job is read from its folder, and that it is over from the queue: what SLURM kills tells nobody. SLURM asks
+a job to stop by a signal: before its time is over (USR2, by `--signal`), or when it is preempted (TERM). One handler
+answers: `runs.stopping` finishes the batch and saves. Then the job is queued again, by SLURM or by itself, and goes on in
+its folder.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -99,7 +98,7 @@ class Slurm(SlurmLauncher):
         if names:
             print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
             if not resumed:
-                raise UserError(f"{self._folder()} is a sweep with jobs in SLURM's queue: give sweep.resume=…, or scancel.")
+                raise UserError(f"{self._folder()} has a sweep whose jobs are in SLURM's queue. Give sweep.resume=…")
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)  # until it is known what is in the queue
         try:
             names |= self._submit({number: task for number, task in tasks.items() if number not in names})
@@ -176,7 +175,7 @@ class Task:
             raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None
 
     def _queue_again(self) -> str:
-        """If SLURM only warned this job: one that it ends is not running any more, and is queued again by it, or not."""
+        """If SLURM only warned this job: one that it ends does not run any more, whether it is to be queued again or not."""
         import submitit
 
         name = submitit.JobEnvironment().job_id

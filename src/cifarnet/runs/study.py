@@ -29,7 +29,7 @@ from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs import search_figures, sweep
 from cifarnet.runs.space import distribution
 from cifarnet.runs.summary import resuming, summarize
-from cifarnet.runs.tables import Run, read_run
+from cifarnet.runs.tables import Run, read_run, read_sweep
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Search(Sweeper):
         failures = []
         try:
             if self.shared:
-                self._launcher(self.task).share(arguments, self.trials)
+                self._share(arguments, folder)
             while not self.shared and (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
@@ -118,6 +118,17 @@ class Search(Sweeper):
             search_figures.draw(study, folder)
         for failure in failures:
             sweep.raise_failure(failure)
+
+    def _share(self, arguments: list[str], folder: Path) -> None:
+        """Let the launcher's processes draw and run the trials."""
+        self._launcher(self.task).share(arguments, self.trials)
+        runs = read_sweep(folder)
+        ended = [run for run in runs if run.status in ("done", "pruned", "failed")]
+        if (missing := self.trials - len(ended)) > 0:
+            raise UserError(f"{missing} of {self.trials} trials are missing: their jobs were ended, or failed.")
+        for run in ended:
+            if run.status == "failed":
+                raise UserError(f"Trial {run.folder.name} failed: {run.note}")
 
     def _command(self, folder: Path) -> str:
         """What goes on with this search: what began it, or went on with it."""

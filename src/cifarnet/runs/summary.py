@@ -35,8 +35,19 @@ def summarize(sweep_folder: Path, jobs: int, command: str, search: bool = False)
     counts = "".join(f", {count} {what}" for what, count in [("pruned", pruned), ("failed", failed)] if count)
     jobs = max(jobs, len(runs))
     print(f"  {done} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
+    ended = {run.folder.name for run in runs if run.status in ("done", "pruned", "failed")}
+    if not search and (missing := [number for number in range(jobs) if str(number) not in ended]):
+        print(f"  Cut off, or not begun: {_ranges(missing)}")
     if done + pruned + (failed if search else 0) < jobs:  # a search tries other settings instead
         print(f"  Run what is missing: {command}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """As people write them: 1, 3-5."""
+    together: dict[int, list[int]] = {}
+    for place, number in enumerate(numbers):
+        together.setdefault(number - place, []).append(number)
+    return ", ".join(f"{of[0]}-{of[-1]}" if len(of) > 1 else f"{of[0]}" for of in together.values())
 
 
 def resuming(sweep_folder: Path) -> str:

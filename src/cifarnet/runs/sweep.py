@@ -42,6 +42,12 @@ def is_job() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def refuse_launcher() -> None:
+    """Hydra would run a single run here, wherever its launcher runs jobs."""
+    if (name := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
+        raise UserError(f"hydra/launcher={name} launches jobs of a sweep: add -m. (One run makes a sweep too.)")
+
+
 def run(config: DictConfig, train: Train, trial: "Trial | None" = None) -> float:
     """Train as a job of a multirun: refuse what cannot be compared, keep errors, clear away checkpoints.
 
@@ -203,12 +209,22 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
     allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
-    if others != allowing:
-        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
+    launching = [argument for argument in others if _launches(argument)]  # where jobs run is no part of them
+    if wrong := [argument for argument in others if argument not in (*allowing, *launching)]:
+        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(wrong)}")
     hydra, task, _ = _recorded(folder)
+    given = [cli.key_of(argument) for argument in launching]
+    again = "hydra/launcher" in given
+    hydra = [line for line in hydra if not (cli.key_of(line) in given or (again and _launches(line)))]
     hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
     task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
-    return ["--multirun", *hydra, *task, *allowing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    where = [f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    return ["--multirun", *hydra, *launching, *task, *allowing, *where]
+
+
+def _launches(argument: str) -> bool:
+    """Does it say where jobs run?"""
+    return cli.key_of(argument).replace("/", ".").startswith("hydra.launcher")
