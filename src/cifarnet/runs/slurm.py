@@ -1,9 +1,9 @@
 """Jobs of a sweep, or the processes of a search, in SLURM's queue, by submitit.
 
-What came of a job is read from its folder, and that it is over from the queue: what SLURM kills tells nobody. SLURM asks
-a job to stop by a signal: before its time is over (USR2, by `--signal`), or when it is preempted (TERM). One handler
-answers: `runs.stopping` finishes the batch and saves. Then the job is queued again, by SLURM or by itself, and goes on in
-its folder.
+That a job is over is seen in the queue, and what came of it in its folder: what SLURM kills tells nobody. SLURM asks a
+job to stop by a signal, before its time is over (USR2, by `--signal`) or when it is preempted (TERM). One handler
+answers: `runs.stopping` finishes the batch and saves. Then the job is queued again, by itself or by SLURM, and goes on
+in its folder.
 """
 
 import contextlib
@@ -108,8 +108,10 @@ class Slurm(SlurmLauncher):
                 self._wait(names, read_job)
         except Interrupted as stopped:
             arrays = sorted({name.partition("_")[0] for name in names.values()})
-            what = f"{stopped.what} The jobs go on in SLURM's queue; what lets them save and ends them: scancel"
-            raise Interrupted(f"{what} {' '.join(arrays)}\n", stopped.status, resuming(self._folder())) from None
+            what = (
+                f"{stopped.what} The jobs go on in SLURM's queue (scancel {' '.join(arrays)} lets them save and end)."
+            )
+            raise Interrupted(what, stopped.status, resuming(self._folder())) from None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
 
@@ -127,7 +129,7 @@ class Slurm(SlurmLauncher):
             executor = submitit.AutoExecutor(self.params["submitit_folder"], cluster="slurm")
             executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
             jobs = executor.submit_array([Task(task, self.params["max_num_timeout"]) for task in tasks.values()])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, NameError) as error:
             raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
         names = [job.job_id for job in jobs]
         print(f"In SLURM's queue: {', '.join(names)}. What they print is in {jobs[0].paths.folder.parent}", flush=True)
@@ -175,7 +177,7 @@ class Task:
             raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None
 
     def _queue_again(self) -> str:
-        """If SLURM only warned this job: one that it ends does not run any more, whether it is to be queued again or not."""
+        """If SLURM only warned this job: one that it ends, or queues again itself, is not running any more."""
         import submitit
 
         name = submitit.JobEnvironment().job_id

@@ -38,7 +38,8 @@ class Prune(Callback):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR2 finish the batch and save `last.ckpt`, from which training goes on as if never stopped.
+    """Ctrl-C, SIGTERM and SIGUSR2 finish the batch and save `last.ckpt`, from which training goes on bit by bit the
+    same.
 
     A second signal stops at once; in a SLURM job only a second Ctrl-C.
 

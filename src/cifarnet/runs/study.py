@@ -97,7 +97,7 @@ class Search(Sweeper):
         failures = []
         try:
             if self.shared:
-                self._share(arguments, folder)
+                self._share(study, arguments, folder)
             while not self.shared and (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
@@ -119,14 +119,21 @@ class Search(Sweeper):
         for failure in failures:
             sweep.raise_failure(failure)
 
-    def _share(self, arguments: list[str], folder: Path) -> None:
-        """Let the launcher's processes draw and run the trials."""
-        self._launcher(self.task).share(arguments, self.trials)
-        runs = read_sweep(folder)
-        ended = [run for run in runs if run.status in ("done", "pruned", "failed")]
-        if (missing := self.trials - len(ended)) > 0:
-            raise UserError(f"{missing} of {self.trials} trials are missing: their jobs were ended, or failed.")
-        for run in ended:
+    def _share(self, study: "Study", arguments: list[str], folder: Path) -> None:
+        """Let the launcher's processes draw and run the trials.
+
+        Raises:
+            UserError: some are missing, or failed.
+        """
+
+        def missing() -> int:
+            return self.trials - sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+        if (most := missing()) > 0:
+            self._launcher(self.task).share(arguments, most)
+        if (left := missing()) > 0:
+            raise UserError(f"{left} of {self.trials} trials are missing: the processes that ran them have ended.")
+        for run in read_sweep(folder):
             if run.status == "failed":
                 raise UserError(f"Trial {run.folder.name} failed: {run.note}")
 
