@@ -95,22 +95,22 @@ class Slurm(SlurmLauncher):
         record, queue = self._folder() / RECORD, queued()
         before = _recorded(record)
         names = {number: before[str(number)] for number in tasks if before.get(str(number)) in queue}
+        if names and not resumed:
+            raise UserError(
+                f"Jobs of a sweep in {self._folder()} are in SLURM's queue: go on with it by sweep.resume=…"
+            )
         if names:
             print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
-            if not resumed:
-                raise UserError(f"{self._folder()} has a sweep whose jobs are in SLURM's queue. Give sweep.resume=…")
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)  # until it is known what is in the queue
         try:
             names |= self._submit({number: task for number, task in tasks.items() if number not in names})
-            files.write(record, json.dumps(before | names))
+            files.write(record, json.dumps(before | {str(number): name for number, name in names.items()}))
             with stopped_by(*INTERRUPTING):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
                 self._wait(names, read_job)
         except Interrupted as stopped:
-            arrays = sorted({name.partition("_")[0] for name in names.values()})
-            what = (
-                f"{stopped.what} The jobs go on in SLURM's queue (scancel {' '.join(arrays)} lets them save and end)."
-            )
+            cancel = f"scancel {' '.join(sorted({name.partition('_')[0] for name in names.values()}))}"
+            what = f"{stopped.what} The jobs go on in SLURM's queue; they save and end with {cancel}."
             raise Interrupted(what, stopped.status, resuming(self._folder())) from None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
@@ -132,7 +132,8 @@ class Slurm(SlurmLauncher):
         except (RuntimeError, ValueError, NameError) as error:
             raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
         names = [job.job_id for job in jobs]
-        print(f"In SLURM's queue: {', '.join(names)}. What they print is in {jobs[0].paths.folder.parent}", flush=True)
+        several = f" to {names[-1]}" if len(names) > 1 else ""
+        print(f"In SLURM's queue: {names[0]}{several}. What they print: {jobs[0].paths.folder.parent}", flush=True)
         return dict(zip(tasks, names, strict=True))
 
     def _wait(self, names: Mapping[int, str], read_job: Callable[[int], Run] | None) -> None:
