@@ -96,9 +96,7 @@ class Slurm(SlurmLauncher):
         before = _recorded(record)
         names = {number: before[str(number)] for number in tasks if before.get(str(number)) in queue}
         if names and not resumed:
-            raise UserError(
-                f"Jobs of a sweep in {self._folder()} are in SLURM's queue: go on with it by sweep.resume=…"
-            )
+            raise UserError(f"Jobs of the sweep in {self._folder()} are in SLURM's queue. Give sweep.resume=…")
         if names:
             print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)  # until it is known what is in the queue

@@ -1,0 +1,192 @@
+"""Sweeps and searches on a real SLURM, as root: python -m pytest -m slurm tests/slurm -s"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import cifarnet
+from campaign.test_kills import same_run
+from conftest import SMALL
+from slurm import daemons
+
+pytestmark = pytest.mark.slurm
+PLACES = [str(Path(__file__).parents[1]), str(Path(cifarnet.__file__).parents[1])]
+LEAN = ["callbacks.pictures=null", "~logger"]
+SLOW = "+callbacks.slow={_target_: slurm.slow.Slow, seconds: %s}"
+LONG = [*SMALL, *LEAN, "trainer.max_epochs=40", "model.drop_rate=0.2", "optimizer.lr=0.02", SLOW % 0.1]
+SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """SLURM's folder, with its logs."""
+    if (why := daemons.obstacle()) is not None:
+        pytest.skip(f"no SLURM here: {why}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with daemons.running(folder):
+            yield folder
+    except TimeoutError as error:
+        pytest.skip(str(error))
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The jobs of LONG with four seeds that nobody stops, here."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, told = finish(start(folder, "cifarnet.train", "-m", *LONG, SLOW % 0, "seed=range(4)", "hydra.sweep.dir=a"))
+    assert status == 0, told
+    return folder / "a"
+
+
+def start(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(PLACES), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", module, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, cwd=folder, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    told, _ = process.communicate(timeout=600)
+    print(told)
+    return process.returncode, told
+
+
+def until(what: Callable[[], object], seconds: int = 300) -> None:
+    for _ in range(2 * seconds):
+        if what():
+            return
+        time.sleep(0.5)
+    raise TimeoutError
+
+
+def name(folder: Path, job: int) -> str:
+    """SLURM's for a job."""
+    return json.loads((folder / "slurm.json").read_text())[str(job)]
+
+
+def squeue(job: str, what: str) -> str:
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", f"--format={what}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def kill(job: str) -> None:
+    """SIGKILL for the process that trains."""
+    number = squeue(job, "%A")
+    for process in psutil.process_iter(["environ", "cmdline"]):
+        environment = process.info["environ"] or {}
+        if environment.get("SLURM_JOB_ID") == number and "submitit.core._submit" in process.info["cmdline"]:
+            print(f"kill -9 {process.pid}: {job}")
+            process.kill()
+
+
+def release(job: str) -> bool:
+    """What waits after a requeue starts now."""
+    if squeue(job, "%T") == "PENDING":
+        subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False)
+        return True
+    return False
+
+
+def logged(cluster: Path, pattern: str) -> list[str]:
+    """Lines of SLURM's own logs."""
+    files = [cluster / f"{daemon}.log" for daemon in ("slurmctld", "slurmd")]
+    lines = [line for file in files for line in file.read_text().splitlines() if re.search(pattern, line)]
+    print("\n".join(lines))
+    return lines
+
+
+def stretches(run: Path) -> int:
+    return len(json.loads((run / "metrics.json").read_text())["stretches"])
+
+
+def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_path):
+    sweep = tmp_path / "sweep"
+    process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, "seed=range(4)", "hydra.sweep.dir=sweep")
+    until(lambda: all((sweep / job / "checkpoints/last.ckpt").exists() for job in "02"))
+    preempted = name(sweep, 0)
+    subprocess.run(["scontrol", "requeue", preempted], check=True)
+    kill(name(sweep, 2))
+    until(lambda: release(preempted))
+    status, told = finish(process)
+    assert status == 1
+    assert "Job 2 was ended: SLURM says FAILED. See sweep/.submitit/" in told
+    assert "3 of 4 jobs done" in told
+    assert "Cut off, or not begun: 2\n" in told
+    assert "Error: Job 2 was ended before it was done." in told
+    assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
+    for job in "013":
+        same_run(whole / job, sweep / job)
+    assert [stretches(sweep / job) for job in "013"] == [2, 1, 1]
+
+    allowed = "classes=[slurm.slow.Slow]"
+    status, told = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep", allowed, "hydra.launcher.timeout_min=30"))
+    assert status == 0
+    assert told.count("is done") == 3
+    assert "4 of 4 jobs done" in told
+    same_run(whole / "2", sweep / "2")
+    assert stretches(sweep / "2") == 2
+
+
+def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
+    times = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30", SLOW % 0.7]
+    process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, *times, "hydra.sweep.dir=sweep")
+    until(lambda: (tmp_path / "sweep/slurm.json").exists())
+    job = name(tmp_path / "sweep", 0)
+    until(lambda: squeue(job, "%T") == "RUNNING")
+    until(lambda: squeue(job, "%T") == "PENDING")
+    while process.poll() is None:
+        release(job)
+        time.sleep(1)
+    status, told = finish(process)
+    assert status == 0
+    assert "1 of 1 jobs done" in told
+    assert "Stopped by SIGUSR2 after batch" in "".join(
+        file.read_text() for file in (tmp_path / "sweep/.submitit").glob("*/*.err")
+    )
+    assert logged(cluster, rf"warning signal 12 to JobId={job}|JobId={job}.*requeue|requeue.*JobId={job}")
+    same_run(whole / "0", tmp_path / "sweep/0")
+    assert stretches(tmp_path / "sweep/0") >= 2
+
+
+def test_jobs_outlive_who_waits_and_have_the_cores_they_were_given(cluster, tmp_path):
+    few = [*SMALL, *LEAN, "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "hydra.sweep.dir=sweep"]
+    process = start(tmp_path, "cifarnet.train", "-m", *few, "seed=0,1")
+    until(lambda: (tmp_path / "sweep/slurm.json").exists())
+    process.send_signal(signal.SIGINT)
+    status, told = finish(process)
+    assert status == 130
+    array = name(tmp_path / "sweep", 0).partition("_")[0]
+    assert f"The jobs go on in SLURM's queue; they save and end with scancel {array}. Go on with:" in told
+    status, told = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep"))
+    assert status == 0
+    assert f"In SLURM's queue already: {array}_0, {array}_1" in told
+    assert "2 of 2 jobs done" in told
+    for job in "01":
+        assert json.loads((tmp_path / "sweep" / job / "metrics.json").read_text())["hardware"]["threads"] == 2
+
+
+def test_processes_of_a_search_are_jobs_and_one_takes_over_from_another(cluster, tmp_path):
+    search = [*LONG, "trainer.max_epochs=20", "seed=0,1,2,3", "hydra.sweeper.trials=4", "hydra.sweeper.pruner=null"]
+    search += [*SLURM, "hydra.launcher.array_parallelism=2", "hydra.sweep.dir=search"]
+    process = start(tmp_path, "cifarnet.search", *search)
+    until(lambda: len(list((tmp_path / "search").glob("*/checkpoints/last.ckpt"))) == 2)
+    kill(name(tmp_path / "search", 1))
+    status, told = finish(process)
+    assert status == 0
+    assert "4 of 4 jobs done" in told
+    printed = "".join(file.read_text() for file in (tmp_path / "search/.submitit").glob("*/*.out"))
+    assert "was cut off: goes on" in printed
