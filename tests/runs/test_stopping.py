@@ -60,6 +60,22 @@ def test_a_signal_in_an_epoch_that_is_not_validated_saves_it(config, tmp_path, e
     assert whole["history"] == parts["history"]
 
 
+class Twice(Callback):
+    """Sends this process two signals."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+
+def test_in_a_slurm_job_a_second_signal_changes_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM after batch 2 of epoch 1") as interrupted:
+        train(config(), callbacks=[Twice()])
+    assert interrupted.value.status == 143
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
 def test_how_many_epochs_are_complete_is_told(config):
     with pytest.raises(Interrupted, match="after batch 4 of epoch 2: 1 of 2 epochs are complete"):
         train(config(signal_at(1, 2, signal.SIGTERM)))

@@ -58,7 +58,15 @@ def test_summary_is_written_although_a_job_failed(folder, capsys):
     printed = capsys.readouterr().out
     assert "job 4 failed: it exploded" in printed
     assert "4 of 5 jobs done" in printed
+    assert "Cut off" not in printed
     assert "sweep.resume=" in printed
+
+
+def test_jobs_that_never_ended_are_named(folder, capsys):
+    for number in (1, 3):
+        (folder / str(number) / "metrics.json").unlink()
+    summary.summarize(folder, 9, "sweep.resume=x")
+    assert "Cut off, or not begun: 1, 3, 5-8\n" in capsys.readouterr().out
 
 
 def test_pruned_jobs_are_not_missing(tmp_path, capsys):

@@ -133,7 +133,9 @@ def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_pat
     assert [stretches(sweep / job) for job in "013"] == [2, 1, 1]
 
     allowed = "classes=[slurm.slow.Slow]"
-    status, told = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep", allowed, "hydra.launcher.timeout_min=30"))
+    status, told = finish(
+        start(tmp_path, "cifarnet.train", "sweep.resume=sweep", allowed, "hydra.launcher.timeout_min=30")
+    )
     assert status == 0
     assert told.count("is done") == 3
     assert "4 of 4 jobs done" in told
