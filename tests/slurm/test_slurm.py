@@ -88,7 +88,7 @@ def kill(job: str) -> None:
     number = squeue(job, "%A")
     for process in psutil.process_iter(["environ", "cmdline"]):
         environment = process.info["environ"] or {}
-        if environment.get("SLURM_JOB_ID") == number and "submitit.core._submit" in process.info["cmdline"]:
+        if environment.get("SLURM_JOB_ID") == number and "submitit.core._submit" in (words := process.info["cmdline"]) and "srun" not in words[0]:
             print(f"kill -9 {process.pid}: {job}")
             process.kill()
 
