@@ -127,4 +127,5 @@ sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
 threads
 total_steps
 trainer._target_ trainer.accelerator trainer.deterministic trainer.devices trainer.max_epochs trainer.precision
+trainer.strategy
 """

@@ -29,6 +29,9 @@ SPEED = {
 RANGES = {
     "seed": (0, 2**32 - 1),
     "threads": (1, 1024),
+    "trainer.devices": (-1, 2**12),
+    "trainer.num_nodes": (1, 2**16),
+    "trainer.val_check_interval": (1, 2**31),
     "trainer.accumulate_grad_batches": (1, 2**31),
     "trainer.check_val_every_n_epoch": (1, 2**31),
 }
@@ -107,6 +110,9 @@ def check(config: DictConfig) -> None:
             f"trainer.precision={config.trainer.precision}: weights are kept in float32 here. Choose "
             f"{config.trainer.precision.replace('true', 'mixed')}."
         )
+    limits = [config.trainer.get(name) for name in ("max_epochs", "max_steps", "max_time")]
+    if limits[0] is None and limits[1] in (None, -1) and limits[2] is None:
+        raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop it.")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 

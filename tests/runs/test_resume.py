@@ -128,6 +128,15 @@ def test_missing_and_damaged_checkpoints_are_told(run):
         resume(run)
 
 
+def test_a_checkpoint_whose_config_has_no_trainer_is_told_as_damaged(run):
+    last = run / "checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["hyper_parameters"]["config"]["trainer"] = "text"
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged: its config has no trainer"):
+        resume(run)
+
+
 @pytest.mark.parametrize("part", ["loops", "optimizer_states", "callbacks", "middle_of_epoch", "lr_schedulers"])
 @pytest.mark.parametrize("value", [None, [], "text"], ids=["missing", "empty", "text"])
 def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
@@ -156,7 +165,7 @@ def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
         ("trainer", {"_target_": "os.system", "command": "touch exploded", "max_epochs": 1, "precision": "32-true"}),
         ("module", {"_target_": "subprocess.run", "args": ["touch", "exploded"]}),
         ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.os.mkdir", "name": "exploded"}}),
-        ("callbacks", {"x": {"_target_": "cifarnet.runs.parallel.end_with_parent"}}),
+        ("callbacks", {"x": {"_target_": "cifarnet.hardware.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
         ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),

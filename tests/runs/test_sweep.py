@@ -225,7 +225,7 @@ def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes half a second")
 def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
-    job = "import os; from cifarnet.runs import parallel; parallel.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import re; re.match('(a+)+b', 'a' * 100)"  # lets no other thread run
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
@@ -241,7 +241,7 @@ def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
 
 
 def test_jobs_end_with_the_process_that_started_them():
-    job = "import os; from cifarnet.runs import parallel; parallel.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import time; time.sleep(60)"
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "

@@ -63,7 +63,10 @@ def _check_whole(content: dict[str, Any], path: Path) -> None:
     """Lightning goes on without some parts, and so from another place."""
     parts: dict[str, Any] = dict.fromkeys(("loops", "callbacks", "middle_of_epoch"), dict)
     parts |= {"optimizer_states": list, "lr_schedulers": list}
-    scheduled = bool(content["hyper_parameters"]["config"].get("scheduler"))
+    config = content["hyper_parameters"]["config"]
+    scheduled = bool(config.get("scheduler"))
+    if not isinstance(config.get("trainer"), dict):
+        raise UserError(f"{path} is damaged: its config has no trainer. Try best.ckpt, or train anew.")
     for part, kind in parts.items():
         value = content.get(part)
         if not isinstance(value, kind) or not (value or (part == "lr_schedulers" and not scheduled)):
