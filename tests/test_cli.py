@@ -76,7 +76,7 @@ ROOT = Path(__file__).parents[1]
         (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "last.ckpt"),
         (["~model"], "model names nothing to build", "--help"),
         (["model._target_=nets.Mine"], "model._target_=nets.Mine", "no such class"),
-        (["trainer.num_nodes=2"], "trainer.num_nodes=2", "start it with torchrun or srun"),
+        (["+trainer.num_nodes=2"], "trainer.num_nodes=2", "start it with torchrun or srun"),
         (["trainer.strategy=ddp_spawn", "trainer.devices=2"], "trainer.strategy=ddp_spawn", "Choose trainer=ddp"),
         (["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"], "sync_batchnorm", "needs GPUs"),
         (["trainer.devices=3000000000"], "trainer.devices=3000000000", "from -1 to 4096"),

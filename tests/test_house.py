@@ -14,7 +14,7 @@ FLOORS = [
     {"train", "search", "evaluate", "compare"},
     {"runs", "evaluation"},
     {"build", "checkpoint", "classifier", "cli", "settings"},
-    {"data", "models", "optim", "recipes", "compiling", "saving", "quiet", "permitted", "upgrade", "hardware"},
+    {"data", "models", "optim", "recipes", "compiling", "saving", "quiet", "permitted", "upgrade", "hardware", "ranks"},
     {"errors", "files", "ranges", "seeding", ""},  # "": cifarnet itself, its version and `load`
 ]
 WAY_OF_A_BATCH = ["train.py", "build.py", "data/loader.py", "data/augmentation.py", "models/cnn.py", "classifier.py"]

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
-from cifarnet.ranks import gathered
+from cifarnet.ranks import count, gathered, own_rank
 from cifarnet.seeding import derive
 from cifarnet.upgrade import upgrade
 
@@ -90,7 +90,7 @@ class Classifier(L.LightningModule):
             self._observe(index, losses)
         loss = losses.mean()
         self._count("train", loss, logits, labels)
-        if (ranks := self.trainer.world_size) == 1:
+        if (ranks := count()) == 1:
             return loss
         if self.trainer.is_last_batch:
             self._totals["train"] = self._total("train")
@@ -124,8 +124,10 @@ class Classifier(L.LightningModule):
         self._sums[stage] += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
 
     def means(self, stage: str) -> dict[str, float]:
-        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began; of all ranks once it is
-        over, before of this one."""
+        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began.
+
+        Of all ranks when the epoch is over, and until then of this one.
+        """
         loss, correct, count = self._totals.get(stage, self._sums[stage]).tolist()
         count = count or float("nan")
         return {f"{stage}/cross_entropy": loss / count, f"{stage}/accuracy": correct / count}
@@ -182,8 +184,8 @@ class Classifier(L.LightningModule):
         self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None
-        if self.global_rank < len(self._restored_rng):
-            rng = self._restored_rng[self.global_rank]
+        if own_rank() < len(self._restored_rng):
+            rng = self._restored_rng[own_rank()]
             torch.set_rng_state(rng["cpu"].cpu())
             if self.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
@@ -196,7 +198,7 @@ class Classifier(L.LightningModule):
         self._totals = {stage: total for stage, total in self._totals.items() if stage not in stages}
 
     def _seed(self) -> None:
-        torch.manual_seed(derive(self.seed, self.current_epoch, f"torch{self.global_rank or ''}"))
+        torch.manual_seed(derive(self.seed, self.current_epoch, f"torch{own_rank() or ''}"))
 
     def on_train_epoch_start(self) -> None:
         self._seed()
@@ -204,13 +206,13 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._begin("val")
-        if self.trainer.world_size > 1:  # all validate one network: a step leaves each rank its own statistics
+        if count() > 1:  # all validate one network: a step leaves each rank its own statistics
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def on_test_epoch_start(self) -> None:
         self._begin("test", "one_view")
-        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * self.trainer.world_size
+        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * count()
         self._answers = test_time.Answers(self, batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:
@@ -239,5 +241,5 @@ class Classifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
         saved = checkpoint["middle_of_epoch"]
-        self._sums["train"] = saved["train_sums"] * (self.global_rank == 0)
+        self._sums["train"] = saved["train_sums"] * (own_rank() == 0)
         self._restored_rng = [saved["rng"], *saved.get("other_ranks", [])]

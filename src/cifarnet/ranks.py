@@ -127,16 +127,18 @@ def leading(trainer: "L.Trainer", job: Job) -> Iterator[None]:
 def _job(job: Job, size: int) -> Iterator[None]:
     store = _store()
     number = _tell(job)
+    connected = True
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, _dist_error()) or "gloo" in str(error):
-            raise UserError("Another rank has ended, and the connection to it with it.") from error
-        raise
+        if connected := not (isinstance(error, _dist_error()) or "gloo" in str(error)):
+            raise
+        raise UserError("Another rank has ended, and the connection to it with it.") from error
     finally:
-        with contextlib.suppress(_dist_error()):
-            store.set(f"over{number}", "")
-            store.wait([f"ended{number}/{rank}" for rank in range(1, size)], GRACE)
+        if connected:  # let the others come to the same end, which may be a failure
+            with contextlib.suppress(_dist_error()):
+                store.set(f"over{number}", "")
+                store.wait([f"ended{number}/{rank}" for rank in range(1, size)], GRACE)
 
 
 def _tell(job: Job | None) -> int:
@@ -266,6 +268,13 @@ def _dist_error() -> type[Exception]:
     from torch.distributed import DistError
 
     return DistError
+
+
+def count() -> int:
+    """How many train together at this moment."""
+    import torch
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def own_rank() -> int:
