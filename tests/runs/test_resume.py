@@ -159,6 +159,9 @@ def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
         ("callbacks", {"x": {"_target_": "cifarnet.runs.parallel.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.ModelSummary", "y": ({"_target_": "os.mkdir"},)}}),
+        ("objective", {"_target_": "torch.nn.ParameterDict", "parameters": ({"_target_": "os.mkdir"},)}),
+        ("name", b"/tmp"),
         ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),
         ("callbacks", {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "~"}}),
         (
