@@ -24,6 +24,7 @@ from conftest import OwnNetwork
         "hydra.launcher.n_jobs=2",
         "data.root=.",
         "hydra.sweeper.trials=3",
+        "+hydra.sweeper.params.seed='1,2'",
         "sweep.keep_checkpoints=null",
         "+data.mix={_target_: cifarnet.recipes.mixup.Mixup, alpha: 0.2}",
     ],
@@ -67,6 +68,13 @@ def test_a_sweep_of_ones_own_is_repeated(line, tmp_path):
         "name=${oc.env:HOME}",
         "data.root=/nowhere/at/all",
         "optimizer.lr=[",
+        "+hydra.sweeper.params.output_dir=elsewhere",
+        "+hydra.sweeper.params.module='{tta: {_target_: os.mkdir, path: exploded}}'",
+        "+hydra.sweeper.params.data.url=http://127.0.0.1",
+        "+hydra.sweeper.params.classes='[os.mkdir]'",
+        "logger.mlflow.tracking_uri=http://127.0.0.1",
+        "+logger.x={_target_: lightning.pytorch.loggers.WandbLogger, entity: evil}",
+        "data.url=http://127.0.0.1",
     ],
 )
 def test_a_strangers_sweep_brings_nothing_along(line, tmp_path, monkeypatch):

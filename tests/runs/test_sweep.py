@@ -146,6 +146,19 @@ def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
     assert again["history"] == json.loads(whole)["history"]
 
 
+def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
+    own = [line for line in TINY if line != "~logger"]
+    begin = ["-m", *own, "logger=csv", "logger.csv.name=theirs", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert command(*begin)[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, printed, error = command("sweep.resume=sweep", "logger.csv.name=mine")
+    assert status == 0, error
+    assert "Not taken from the sweep: logger.csv.name=theirs. Give them in the command." in printed
+    assert "Job 0 is done" in printed
+    assert [path.name for path in (tmp_path / "sweep/1").glob("*/")].count("mine") == 1
+    assert not (tmp_path / "sweep/1/theirs").exists()
+
+
 @pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
 def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, content):
     (tmp_path / "multirun.yaml").write_text(content)

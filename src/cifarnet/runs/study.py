@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from cifarnet import cli, hardware
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.runs import search_figures, sweep
+from cifarnet.runs import replay, search_figures, sweep
 from cifarnet.runs.space import distribution
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run
@@ -86,7 +86,7 @@ class Search(Sweeper):
         self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        own = [override for override in fixed if not override.startswith("sweep.")]
+        own = [line for line in fixed if not (line.startswith("sweep.") or replay.addresses(line))]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         sweep.begin(self.config, folder)

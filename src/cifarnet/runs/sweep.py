@@ -131,7 +131,7 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not say what to train."""
-    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes")}
+    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes", "logger")}
     return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
 
 
@@ -198,12 +198,15 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
     allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
-    if others != allowing:
-        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
+    own = allowing + [argument for argument in others if replay.addresses(argument)]
+    if unknown := [argument for argument in others if argument not in own]:
+        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(unknown)}")
     hydra, task, _ = _recorded(folder)
     hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
-    task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
+    if left_out := [line for line in task if replay.addresses(line)]:
+        print(printable(f"Not taken from the sweep: {', '.join(left_out)}. Give them in the command."), flush=True)
+    task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes") and line not in left_out]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
-    return ["--multirun", *hydra, *task, *allowing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    return ["--multirun", *hydra, *task, *own, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
