@@ -128,6 +128,13 @@ def test_missing_and_damaged_checkpoints_are_told(run):
         resume(run)
 
 
+def test_a_link_in_a_strangers_run_leads_nowhere(run, tmp_path):
+    (run / "train.log").unlink(missing_ok=True)
+    (run / "train.log").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        resume(run)
+
+
 @pytest.mark.parametrize("part", ["loops", "optimizer_states", "callbacks", "middle_of_epoch", "lr_schedulers"])
 @pytest.mark.parametrize("value", [None, [], "text"], ids=["missing", "empty", "text"])
 def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
@@ -159,7 +166,7 @@ def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
         ("callbacks", {"x": {"_target_": "cifarnet.runs.parallel.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
-        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.ModelSummary", "y": ({"_target_": "os.mkdir"},)}}),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.ModelSummary", "y": ({"_target_": "os.fork"},)}}),
         ("objective", {"_target_": "torch.nn.ParameterDict", "parameters": ({"_target_": "os.mkdir"},)}),
         ("name", b"/tmp"),
         ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),

@@ -44,6 +44,19 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
 
 
+def test_what_a_job_left_does_not_command_the_terminal_nor_lead_elsewhere(folder, tmp_path, capsys):
+    (folder / "4/error.txt").write_text("a\x1b[2Jb")
+    make_job(folder, 5, ['"optimizer.lr=\\e]0;x"'], 0.5)
+    for name in ("sweep.tmp", "sweep.csv"):
+        (folder / name).symlink_to(tmp_path / "mine")
+    summary.summarize(folder, 5, "sweep.resume=x")
+    printed = capsys.readouterr().out
+    assert "a\\x1b[2Jb" in printed
+    assert "\\x1b]0;x" in printed
+    assert "\x1b" not in printed
+    assert not (tmp_path / "mine").exists()
+
+
 def test_summary_is_written_although_a_job_failed(folder, capsys):
     summary.summarize(folder, 5, "sweep.resume=x")
     rows = list(csv.DictReader((folder / "sweep.csv").open()))

@@ -159,6 +159,15 @@ def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
     assert not (tmp_path / "sweep/1/theirs").exists()
 
 
+def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/multirun.yaml").touch()
+    (tmp_path / "sweep/0/.hydra").symlink_to(tmp_path)
+    status, _, error = command("sweep.resume=sweep")
+    assert status == 1
+    assert "sweep/0/.hydra is a link that leads out of sweep" in error
+
+
 @pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
 def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, content):
     (tmp_path / "multirun.yaml").write_text(content)

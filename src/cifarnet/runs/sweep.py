@@ -85,7 +85,7 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
             print(f"Job {folder.name} is done: {before.score:.2%}", flush=True)
             return before.score
         if before.status == "damaged":
-            print(f"Job {folder.name}: {before.note}", flush=True)
+            print(printable(f"Job {folder.name}: {before.note}"), flush=True)
     score = _train(config, train, trial)
     clear_checkpoints(folder.parent, config.sweep.keep_checkpoints)
     return score
@@ -121,7 +121,7 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
         recorded = checkpoint.read(last)["hyper_parameters"]["config"]
     except UserError as error:
         os.replace(last.parent, folder / f"damaged_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
-        print(f"Job {folder.name} is trained anew: {error}", flush=True)
+        print(printable(f"Job {folder.name} is trained anew: {error}"), flush=True)
         return train(config, None, callbacks)
     if _asked(recorded) != _asked(OmegaConf.to_container(config)):
         raise UserError(f"{last} belongs to a run with other settings. Remove it to train this job anew.")
@@ -196,6 +196,7 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     folder = Path(cli.value_of("sweep.resume", arguments) or ".")
     if not (folder / "multirun.yaml").is_file():
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
+    files.refuse_links(folder)
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
     allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
     own = allowing + [argument for argument in others if replay.addresses(argument)]
