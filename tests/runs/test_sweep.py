@@ -151,12 +151,28 @@ def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
     begin = ["-m", *own, "logger=csv", "logger.csv.name=theirs", "seed=0,1", "hydra.sweep.dir=sweep"]
     assert command(*begin)[0] == 0
     shutil.rmtree(tmp_path / "sweep/1")
-    status, printed, error = command("sweep.resume=sweep", "logger.csv.name=mine")
+    status, printed, error = command("sweep.resume=sweep", "logger.csv.version=mine")
     assert status == 0, error
     assert "Not taken from the sweep: logger.csv.name=theirs. Give them in the command." in printed
     assert "Job 0 is done" in printed
     assert [path.name for path in (tmp_path / "sweep/1").glob("*/")].count("mine") == 1
     assert not (tmp_path / "sweep/1/theirs").exists()
+
+
+def test_what_a_record_may_not_bring_along_is_given_anew(command, tmp_path):
+    (tmp_path / "conf/optimizer").mkdir(parents=True)
+    (tmp_path / "conf/optimizer/mine.yaml").write_text("{_target_: torch.optim.RMSprop, lr: 0.001}")
+    own, named = ["--config-dir", "conf"], ["hydra.job.name=mine"]
+    assert command("-m", *own, *LEAN, *named, "optimizer=mine", "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, _, error = command("sweep.resume=sweep", *own)
+    assert (status, "asks for hydra.job.name=mine" in error) == (1, True)
+    status, printed, error = command("sweep.resume=sweep", *own, *named)
+    assert status == 0, error
+    assert "Job 0 is done" in printed
+    assert "2 of 2 jobs done" in printed
+    status, _, error = command("sweep.resume=sweep", "hydra.sweep.dir=other", "seed=3")
+    assert (status, "leave out hydra.sweep.dir=other seed=3" in error) == (1, True)
 
 
 def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):

@@ -13,7 +13,10 @@ from cifarnet import cli
 from cifarnet.errors import UserError
 
 PARAMS = "hydra.sweeper.params."  # before the key of an override that the sweeper makes of it
-PLAIN = r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(max_batch_size|trials|study_name))"
+PLAIN = (
+    r"hydra/(launcher|sweeper|job_logging|hydra_logging)|hydra\.verbose|hydra\.launcher\.n_jobs"
+    r"|hydra\.sweeper\.(max_batch_size|trials|study_name|pruner|(pruner|sampler)\..+)"
+)
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
 NO_PLACES = {"sweep.keep_checkpoints", "sweep.stop_at_failure"}
 

@@ -4,6 +4,7 @@ A multirun has one folder. Each job's own folder in it, named by its number, hol
 in the end, `metrics.json`, `pruned.txt` or `error.txt`: whatever is told of a sweep is read from them (`runs.tables`).
 """
 
+import argparse
 import contextlib
 import io
 import math
@@ -132,7 +133,7 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not say what to train."""
     asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes", "logger")}
-    return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
+    return asked | {"data": {key: value for key, value in asked["data"].items() if key not in ("url", "root")}}
 
 
 def check(config: DictConfig) -> None:
@@ -187,6 +188,13 @@ def _recorded(folder: Path) -> tuple[list[str], list[str], list[str]]:
         raise UserError(f"{folder / 'multirun.yaml'} is no record of a sweep, or is damaged: {error}") from error
 
 
+def _may_be_given(argument: str) -> bool:
+    """Is it what a sweep's record may not bring along, or what lies elsewhere now?"""
+    key = cli.key_of(argument)
+    hydras = key.startswith(("hydra.", "hydra/")) and key not in ("hydra.sweep.dir", "hydra.mode")
+    return hydras or key in ("classes", "data.root") or replay.addresses(argument)
+
+
 def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     """The arguments of the multirun that `sweep.resume=<folder>` among these names, and its folder.
 
@@ -197,17 +205,23 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if not (folder / "multirun.yaml").is_file():
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
     files.refuse_links(folder)
-    others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
-    allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
-    own = allowing + [argument for argument in others if replay.addresses(argument)]
-    if unknown := [argument for argument in others if argument not in own]:
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--multirun", "-m", action="store_true")
+    flags.add_argument("--config-dir", "-cd")
+    given, others = flags.parse_known_args(list(arguments))
+    own = [argument for argument in others if _may_be_given(argument)]
+    if unknown := [argument for argument in others if argument not in own and cli.key_of(argument) != "sweep.resume"]:
         raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(unknown)}")
     hydra, task, _ = _recorded(folder)
-    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
+    anew = {"hydra.mode", "hydra.sweep.dir", "hydra/help", "sweep.resume", "classes", *map(cli.key_of, own)}
+    hydra = [line for line in hydra if cli.key_of(line) not in anew]
+    task = [line for line in task if cli.key_of(line) not in anew]
     if left_out := [line for line in task if replay.addresses(line)]:
         print(printable(f"Not taken from the sweep: {', '.join(left_out)}. Give them in the command."), flush=True)
-    task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes") and line not in left_out]
+    task = [line for line in task if line not in left_out]
+    allowing = [argument for argument in own if cli.key_of(argument) == "classes"]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
-    return ["--multirun", *hydra, *task, *own, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    configs = [] if given.config_dir is None else ["--config-dir", given.config_dir]
+    return ["--multirun", *configs, *hydra, *task, *own, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
