@@ -28,6 +28,8 @@ class Prune(Callback):
         self.trial = trial
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # within an epoch: a study keeps the first figure that it is told of each
         epoch, accuracy = trainer.current_epoch + 1, module.means("val")["val/accuracy"]
         self.trial.report(accuracy, epoch)
         if epoch < trainer.max_epochs and self.trial.should_prune():
@@ -92,7 +94,8 @@ class StopOnSignal(Callback):
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._received and self._last_checkpoint(trainer) is not None:  # else the test is finished first
+        last = self._last_checkpoint(trainer)
+        if self._received and last is not None and last.is_file():  # else the test is finished first
             self._restore()
             self._stop(trainer, "training, in the test")
 

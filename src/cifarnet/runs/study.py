@@ -94,7 +94,7 @@ class Search(Sweeper):
             hardware.claim_gpu()
         failures = []
         try:
-            while (trial := self._next(study, space, folder)) is not None:
+            while not sweep.stop_file(folder).exists() and (trial := self._next(study, space, folder)) is not None:
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
                 result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
@@ -104,8 +104,6 @@ class Search(Sweeper):
                 print(f"Trial {trial.number + 1} of {self.trials}: {outcome}  {' '.join(settings)}", flush=True)
                 if result.status == JobStatus.FAILED:
                     failures.append(result)
-                    if self.config.sweep.stop_at_failure:
-                        break
         except Interrupted as stopped:
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
