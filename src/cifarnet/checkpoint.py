@@ -111,7 +111,10 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
 
     def check(section: str, key: str, node: Any) -> Any:
         if isinstance(node, dict) and "_args_" not in node:
-            return {str(name): check(section, str(name), value) for name, value in node.items()}
+            return {
+                name if isinstance(name, int) else str(name): check(section, str(name), value)
+                for name, value in node.items()
+            }
         if isinstance(node, list | tuple):  # OmegaConf takes both for lists
             return [check(section, "", value) for value in node]
         if key == "_target_":

@@ -95,6 +95,13 @@ def test_epochs_may_be_added_where_the_schedule_allows_it(run, config, tmp_path)
     assert [stretch["from_step"] for stretch in metrics["stretches"]] == [0, 5]
 
 
+def test_numbers_may_be_keys(config, tmp_path):
+    twice = "{_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 1, 1: 2}}"
+    train(config(f"+callbacks.twice={twice}", "trainer.max_epochs=1", "scheduler=constant"))
+    train(*resume(tmp_path / "run", ["trainer.max_epochs=2"]))
+    assert checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 5 + 3
+
+
 def test_other_images_are_refused(run):
     config, path = resume(run)
     config.data.train_size = 200
