@@ -70,7 +70,8 @@ class Trial:
         self.told, self.gives_up = {}, gives_up
 
     def report(self, value: float, step: int) -> None:
-        self.told.setdefault(step, value)  # so does a study
+        assert step not in self.told  # a study would keep the first one
+        self.told[step] = value
 
     def should_prune(self) -> bool:
         return self.gives_up

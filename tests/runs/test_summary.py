@@ -8,8 +8,8 @@ import pytest
 from cifarnet.runs import summary, tables
 
 
-def make_job(folder: Path, number: int, overrides: list[str], score: float | None = None, error: str = "") -> Path:
-    job = folder / str(number)
+def make_job(folder: Path, name: str | int, overrides: list[str], score: float | None = None, error: str = "") -> Path:
+    job = folder / str(name)
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra/overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
     (job / "checkpoints").mkdir()
@@ -55,6 +55,14 @@ def test_what_a_job_left_does_not_command_the_terminal_nor_lead_elsewhere(folder
     assert "\\x1b]0;x" in printed
     assert "\x1b" not in printed
     assert not (tmp_path / "mine").exists()
+
+
+def test_jobs_may_have_names(tmp_path, capsys):
+    for seed in (9, 10, 2):
+        make_job(tmp_path, f"seed_{seed}", [f"seed={seed}", "name=x"], seed / 100)
+    assert [run.folder.name for run in tables.read_sweep(tmp_path)] == ["seed_2", "seed_9", "seed_10"]
+    summary.summarize(tmp_path, 3, "sweep.resume=x")
+    assert "3 of 3 jobs done" in capsys.readouterr().out
 
 
 def test_summary_is_written_although_a_job_failed(folder, capsys):
