@@ -46,10 +46,10 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             settings |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, str):
-            settings[prefix + key] = value
+            settings[f"{prefix}{key}"] = value
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer()
-            settings[prefix + key] = json.dumps(int(value) if whole else value)
+            settings[f"{prefix}{key}"] = json.dumps(int(value) if whole else value)
     return settings
 
 
@@ -113,6 +113,8 @@ def check(config: DictConfig) -> None:
     limits = [config.trainer.get(name) for name in ("max_epochs", "max_steps", "max_time")]
     if limits[0] is None and limits[1] in (None, -1) and limits[2] is None:
         raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop it.")
+    if (folder := config.trainer.get("default_root_dir")) is not None:
+        raise UserError(f"trainer.default_root_dir={folder}: a run has one folder. Say where with hydra.run.dir=…")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 
@@ -130,7 +132,7 @@ def _check_known(config: DictConfig) -> None:
     written = str(OmegaConf.to_container(config, resolve=False))
     for name, options in {"": known, "sweep.": set(files[0].sweep)}.items():
         for key in OmegaConf.select(config, name.rstrip("."), default={}) if name else config:
-            if key not in options and not re.search(rf"\$\{{{name}{re.escape(key)}[.}}]", written):
+            if key not in options and not re.search(rf"\$\{{[^}}]*(?<![\w.]){name}{re.escape(key)}\b", written):
                 raise UserError(f"{name}{key} is no setting, and nothing asks for it.{cli.did_you_mean(key, options)}")
 
 

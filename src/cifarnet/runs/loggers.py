@@ -29,7 +29,10 @@ def log_settings(trainer: L.Trainer, config: Mapping[str, Any], total_steps: flo
     resolved = OmegaConf.to_container(known, resolve=True)
     resolved.pop("logger", None)
     for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # it keeps the file that it wrote when it knew none
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(resolved)
+        logger.save()
 
 
 def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import checkpoint, cli
+from cifarnet import checkpoint, cli, files
 from cifarnet.build import Built
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
@@ -103,6 +103,7 @@ def _own_loggers(recorded: Any) -> dict[str, Any] | None:
 def _folder(path: Path) -> Path:
     """The run's own, or a new one for a checkpoint that was moved out of it."""
     if path.parent.name == "checkpoints":
+        files.refuse_links(path.parent.parent)
         return path.resolve().parent.parent
     return Path("lightning_logs", "resumed", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").resolve()
 

@@ -33,6 +33,8 @@ class Prune(Callback):
         self.trial = trial
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # within an epoch: a study keeps the first figure that it is told of each
         epoch, accuracy = trainer.current_epoch + 1, module.means("val")["val/accuracy"]
         prune = False
         if self.trial is not None:
@@ -127,8 +129,8 @@ class StopOnSignal(Callback):
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        alone = trainer.world_size == 1
-        if self._received and alone and self._last_checkpoint(trainer) is not None:  # else the test is finished first
+        last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
+        if self._received and alone and last is not None and last.is_file():  # else the test is finished first
             self._restore()
             self._agreed = self._received
             self._stop(trainer, "training, in the test")
