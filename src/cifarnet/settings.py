@@ -21,7 +21,8 @@ PLACES = {"name", "output_dir", "ckpt_path", "classes", "sweep", "logger", "data
 SHOWN = {f"trainer.{name}" for name in ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler")}
 # on these only times depend, and accuracies but by rounding
 SPEED = {
-    *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.devices", "trainer.deterministic"),
+    *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.deterministic"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
 }
 

@@ -23,7 +23,10 @@ from cifarnet.settings import PLACES, SHOWN, SPEED, within
 ROUNDING = {"trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"}
 ALLOWED = (PLACES - {"output_dir", "sweep", "ckpt_path", "name"}) | SHOWN | SPEED | ROUNDING
 # where a file of configs/ may be chosen anew, and what of it is taken
-CHOICES = {"logger": ["logger"], "trainer": ["trainer.accelerator", "channels_last"]}
+CHOICES = {
+    "logger": ["logger"],
+    "trainer": ["trainer.accelerator", "trainer.devices", "trainer.strategy", "channels_last"],
+}
 PLAN = "trainer.max_epochs"
 
 
