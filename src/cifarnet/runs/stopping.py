@@ -77,7 +77,8 @@ class StopOnSignal(Callback):
         kills = number != signal.SIGINT and "SLURM_JOB_ID" in os.environ  # SLURM does, some time after it signals twice
         if self._received is None:
             self._received, self._at = number, time.monotonic()
-            print("\nFinishing the batch. Once more stops at once, without saving.", file=sys.stderr, flush=True)
+            more = "" if kills else " Once more stops at once, without saving."
+            print(f"\nFinishing the batch.{more}", file=sys.stderr, flush=True)
             if ranks.place().size == 1 and not kills:
                 self._restore()
         elif not kills and time.monotonic() - self._at > 1:  # else a terminal's, passed on by torchrun
