@@ -98,6 +98,15 @@ def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_names_in_a_record_do_not_command_the_terminal(run, compared):
+    run("a/0", 0, 0.9, {"config.name": "a\x1b[2J", "config.optimizer.lr": "\x1b]0;x"})
+    run("b/0", 0, 0.8)
+    status, printed, error = compared("a", "b")
+    assert status == 0, error
+    assert "\\x1b]0;x" in printed
+    assert "\x1b" not in printed
+
+
 def test_a_difference_within_luck(run, compared):
     for seed, accuracy in enumerate([0.90, 0.91, 0.92, 0.93]):
         run(f"a/{seed}", seed, accuracy)

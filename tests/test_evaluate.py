@@ -15,7 +15,7 @@ import cifarnet
 from cifarnet import cli
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
-from cifarnet.evaluate import evaluate, main, plain
+from cifarnet.evaluate import evaluate, main, make_folder, plain
 from cifarnet.evaluation import report
 from cifarnet.train import train
 
@@ -418,3 +418,12 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]
     assert measured["data"] == trained["data"]
+
+
+def test_a_link_in_a_strangers_run_leads_nowhere(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run/evaluation").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="evaluation is a link that leads out of"):
+        make_folder(None, tmp_path / "run/checkpoints/best.ckpt")
+    assert make_folder(str(tmp_path / "run/evaluation"), tmp_path / "best.ckpt").is_dir()

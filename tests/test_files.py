@@ -48,9 +48,14 @@ def test_one_process_works_in_a_folder(tmp_path):
         pass
     other.kill()  # the lock ends with it
     other.join()
-    (tmp_path / ".last.ckpt.7.tmp").touch()
+    gone = tmp_path / f".last.ckpt.{other.pid}.tmp"
+    kept = [tmp_path / f"below/.metrics.json.{os.getppid()}.tmp", tmp_path / ".mine.tmp", tmp_path / ".folder.1.tmp/x"]
+    for path in (gone, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     with files.alone_in(tmp_path):
-        assert not (tmp_path / ".last.ckpt.7.tmp").exists()
+        assert not gone.exists()
+        assert all(path.exists() for path in kept)  # of a process at work, and of another program
 
 
 def test_only_an_unused_folder_is_removed(tmp_path):
@@ -61,6 +66,25 @@ def test_only_an_unused_folder_is_removed(tmp_path):
             (tmp_path / name / "metrics.json").touch()
         files.remove_if_unused(tmp_path / name)
         assert (tmp_path / name).exists() == used
+
+
+@pytest.mark.parametrize("mine", ["notes.log", "below/train.log", "old/.hydra/config.yaml", ".hydra/mine.yaml"])
+def test_what_another_made_is_not_removed(tmp_path, mine):
+    for name in (".hydra/config.yaml", "train.log", mine):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files.remove_if_unused(tmp_path)
+    assert (tmp_path / mine).exists()
+
+
+def test_links_that_lead_out_of_a_folder_are_refused(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").symlink_to("best.ckpt")
+    (tmp_path / "latest").symlink_to("run")
+    files.refuse_links(tmp_path / "latest")
+    (tmp_path / "run/train.log").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=r"train\.log is a link that leads out of .*latest\. Remove it"):
+        files.refuse_links(tmp_path / "latest")
 
 
 def test_names_do_not_command_the_terminal():

@@ -43,6 +43,13 @@ def test_values_that_do_not(value, hint, words):
     assert str(error.value) == f"a.b={value} has the wrong type: expected {words}."
 
 
+@pytest.mark.parametrize("asks", ["${mine}", "${mine[0]}", "${oc.select:mine,3}"])
+def test_what_is_asked_for_may_be_added(config, asks):
+    check(config("+mine=[4]", f"+recipe.x={{_target_: builtins.dict, a: '{asks}'}}"))
+    with pytest.raises(UserError, match="mine is no setting"):
+        check(config("+mine=[4]", "+mines=1", "+recipe.x={_target_: builtins.dict, a: '${mines}'}"))
+
+
 def test_check_reads_no_more_than_it_must(config):
     check(config())
     check(config("trainer.precision=auto"))
@@ -127,4 +134,5 @@ sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
 threads
 total_steps
 trainer._target_ trainer.accelerator trainer.deterministic trainer.devices trainer.max_epochs trainer.precision
+trainer.strategy
 """

@@ -11,12 +11,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet import __version__, hardware, ranges, settings
+from cifarnet import __version__, hardware, ranges, ranks, settings
 from cifarnet.classifier import Classifier
 from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
@@ -56,6 +57,8 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
 
     data = make_data(config)
     trainer = make_trainer(config, callbacks, data.validates, **trainer_settings)
+    if config.threads is None and trainer.num_devices > 1:
+        torch.set_num_threads(max(1, hardware.cores() // trainer.num_devices))
     network, fit_seconds = make_network(config, data)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
@@ -126,12 +129,14 @@ def make_trainer(
     accelerator, precision = config.trainer.accelerator, config.trainer.precision
     quiet = {"default_root_dir": config.output_dir, "enable_model_summary": False, "num_sanity_val_steps": 0}
     quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by runs.progress.History
+    quiet |= {"use_distributed_sampler": False}  # the loader takes each rank's share
     given = {
         **{key: value for key, value in quiet.items() if key not in config.trainer},
         "precision": hardware.best_precision(accelerator) if precision == "auto" else precision,
         "callbacks": built,
-        "plugins": [WholeCheckpoints(), *instantiate(config.trainer.get("plugins") or [])],
+        "plugins": [WholeCheckpoints(), ranks.environment(), *instantiate(config.trainer.get("plugins") or [])],
         "logger": _loggers(config),
+        **ranks.trainer_settings(config.trainer),
     }
     try:
         trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(**(given | trainer_settings))
@@ -144,10 +149,12 @@ def make_trainer(
                 f"Choose trainer=auto or trainer=cpu, or install a PyTorch that supports it. ({error})"
             ) from error
         raise UserError(f"trainer: {error}") from error
-    if trainer.world_size > 1:
-        raise UserError(
-            f"trainer.devices={config.trainer.devices}: training on several devices is not supported. Use 1."
-        )
+    if getattr(trainer.strategy, "_start_method", "popen") != "popen" or not isinstance(
+        trainer.strategy, SingleDeviceStrategy | DDPStrategy
+    ):
+        raise UserError(f"trainer.strategy={config.trainer.strategy} is not supported. Choose trainer=ddp.")
+    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UserError("trainer.sync_batchnorm=true needs GPUs. Leave it out: each rank normalises its own share.")
     return trainer
 
 

@@ -86,7 +86,7 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     def escaped(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: escaped(value) for key, value in node.items()}
-        if isinstance(node, list):
+        if isinstance(node, list | tuple):
             return [escaped(value) for value in node]
         asks = isinstance(node, str) and re.search(r"\$\{[^}]*[:$]", node)
         return node.replace("$", "\\$") if asks else node
@@ -111,8 +111,11 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
 
     def check(section: str, key: str, node: Any) -> Any:
         if isinstance(node, dict) and "_args_" not in node:
-            return {str(name): check(section, str(name), value) for name, value in node.items()}
-        if isinstance(node, list):
+            return {
+                name if isinstance(name, int) else str(name): check(section, str(name), value)
+                for name, value in node.items()
+            }
+        if isinstance(node, list | tuple):  # OmegaConf takes both for lists
             return [check(section, "", value) for value in node]
         if key == "_target_":
             found = permitted(node, section, classes)
@@ -120,7 +123,8 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
                 raise refused(node, path)
             return class_path(found) if found in classes else node
         computed = "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))  # more than another setting
-        if computed or isinstance(node, dict) or _outside(section, key, node):
+        plain = node is None or isinstance(node, bool | int | float | str)
+        if computed or not plain or _outside(section, key, node):
             remedy = " There is no such folder here: say where the images lie, data.root=…" if key == "root" else ""
             raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.{remedy}")
         return node

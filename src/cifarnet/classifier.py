@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
+from cifarnet.ranks import count, gathered, own_rank
 from cifarnet.seeding import derive
 from cifarnet.upgrade import upgrade
 
@@ -29,6 +30,10 @@ class Classifier(L.LightningModule):
     train/cross_entropy, train/weight_decay, train/objective, train/accuracy, val/cross_entropy, val/accuracy,
     test/cross_entropy, test/accuracy; one_view/… are those of the test without its test-time augmentation. Where the
     loader chooses the hardest images for an epoch (`data.hardest_share`), train/… are means over those.
+
+    Of several ranks each computes its share of every batch, and all have the same metrics, over all shares. The
+    gradient is that of the whole batch; what differs from one process, beyond rounding, are a batch norm's statistics
+    (a share's; those kept are rank 0's) and dropout's draws.
 
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
@@ -66,9 +71,11 @@ class Classifier(L.LightningModule):
         self.tta, self.tta_share = tta, tta_share
         self.seed = seed
         # sums of (loss, correct, 1) over the epoch's images: no buffers, which averaging and DDP would change
-        self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
+        self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}  # of this rank
+        self._totals: dict[str, Tensor] = {}  # of all ranks, when an epoch is over
+        self.planned_steps = 0.0  # of the whole run, once it has begun; infinite where it has no end
         self.tested: Tensor | None = None  # the test's logits [N, num_classes], when it is over
-        self._restored_rng: dict[str, Any] | None = None
+        self._restored_rng: list[dict[str, Any]] = []  # of each rank
         self._observe: Callable[[Tensor, Tensor], None] | None = None  # told each training image's loss
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,7 +90,11 @@ class Classifier(L.LightningModule):
             self._observe(index, losses)
         loss = losses.mean()
         self._count("train", loss, logits, labels)
-        return loss
+        if (ranks := count()) == 1:
+            return loss
+        if self.trainer.is_last_batch:
+            self._totals["train"] = self._total("train")
+        return loss * (ranks * len(labels) / self.trainer.train_dataloader.batch_size)  # gradients are averaged evenly
 
     def losses(
         self, logits: Tensor, labels: Tensor, partners: Tensor | None = None, own: Tensor | None = None
@@ -113,10 +124,17 @@ class Classifier(L.LightningModule):
         self._sums[stage] += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
 
     def means(self, stage: str) -> dict[str, float]:
-        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began."""
-        loss, correct, count = self._sums[stage].tolist()
+        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began.
+
+        Of all ranks when the epoch is over, and until then of this one.
+        """
+        loss, correct, count = self._totals.get(stage, self._sums[stage]).tolist()
         count = count or float("nan")
         return {f"{stage}/cross_entropy": loss / count, f"{stage}/accuracy": correct / count}
+
+    def _total(self, stage: str) -> Tensor:
+        """The sums of all ranks."""
+        return self._totals[stage] if stage in self._totals else torch.stack(gathered(self._sums[stage])).sum(0)
 
     @torch.no_grad()
     def weight_decay(self) -> Tensor:
@@ -135,9 +153,9 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(self.network.parameters())
+        self.planned_steps = steps = self.trainer.estimated_stepping_batches
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
-        steps = self.trainer.estimated_stepping_batches
         scheduler = self.make_scheduler(optimizer, 0 if steps == float("inf") else int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -166,31 +184,42 @@ class Classifier(L.LightningModule):
         self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None
-        if self._restored_rng is not None:
-            torch.set_rng_state(self._restored_rng["cpu"].cpu())
-            if self.device.type == "cuda" and "cuda" in self._restored_rng:
-                torch.cuda.set_rng_state(self._restored_rng["cuda"].cpu(), self.device)
-            self._restored_rng = None
+        if own_rank() < len(self._restored_rng):
+            rng = self._restored_rng[own_rank()]
+            torch.set_rng_state(rng["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        elif self._restored_rng:  # it was trained by fewer ranks
+            self._seed()
+        self._restored_rng = []
 
     def _begin(self, *stages: str) -> None:
         self._sums |= {stage: torch.zeros(3, device=self.device) for stage in stages}
+        self._totals = {stage: total for stage, total in self._totals.items() if stage not in stages}
+
+    def _seed(self) -> None:
+        torch.manual_seed(derive(self.seed, self.current_epoch, f"torch{own_rank() or ''}"))
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(derive(self.seed, self.current_epoch, "torch"))
+        self._seed()
         self._begin("train")
 
     def on_validation_epoch_start(self) -> None:
         self._begin("val")
+        if count() > 1:  # all validate one network: a step leaves each rank its own statistics
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_test_epoch_start(self) -> None:
         self._begin("test", "one_view")
-        self._labels, batches = [], int(sum(self.trainer.num_test_batches))
+        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * count()
         self._answers = test_time.Answers(self, batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.training_metrics(), logger=False)  # for callbacks; History writes to the logger
 
     def on_validation_epoch_end(self) -> None:
+        self._totals["val"] = self._total("val")
         self.log_dict(self.means("val"), logger=False)
 
     def on_test_epoch_end(self) -> None:
@@ -198,17 +227,19 @@ class Classifier(L.LightningModule):
             answers = self._answers.final()
         for logits, labels in zip(answers, self._labels, strict=True):
             self._count("test", F.cross_entropy(logits, labels), logits, labels)
-        self.tested = torch.cat(answers)
+        self._totals |= {stage: self._total(stage) for stage in ("test", "one_view")}
+        self.tested = torch.cat(gathered(torch.cat(answers)))
         self.log_dict(self.means("test"), logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": gathered(torch.get_rng_state())}
         if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["middle_of_epoch"] = {"rng": rng, "train_sums": self._sums["train"]}
+            rng["cuda"] = gathered(torch.cuda.get_rng_state(self.device))
+        first, *others = [dict(zip(rng, states, strict=True)) for states in zip(*rng.values(), strict=True)]
+        checkpoint["middle_of_epoch"] = {"rng": first, "other_ranks": others, "train_sums": self._total("train")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
         saved = checkpoint["middle_of_epoch"]
-        self._sums["train"] = saved["train_sums"]
-        self._restored_rng = saved["rng"]
+        self._sums["train"] = saved["train_sums"] * (own_rank() == 0)
+        self._restored_rng = [saved["rng"], *saved.get("other_ranks", [])]

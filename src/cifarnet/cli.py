@@ -199,7 +199,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InstantiationException):  # raised by a class that a config names
         cause = error.__cause__
         if cause is None or isinstance(cause, HydraException | OmegaConfBaseException):
-            return str(error)
+            return " ".join(str(error).split())
         section = str(error).rpartition("full_key: ")[2]
         return explain(cause) or f"{section}: {cause}"
     if isinstance(error, OverrideParseException):

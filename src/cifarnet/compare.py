@@ -7,7 +7,7 @@ runs' `metrics.json`.
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, printable
 from cifarnet.settings import check_type
 
 EXAMPLES = """\
@@ -26,10 +26,10 @@ def _compare() -> None:
 
     groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)
     metric, output = comparison.Metric(name, groups), Path(config.output)
-    print(f"\n{comparison.table(groups, metric)}\n")
+    print(printable(f"\n{comparison.table(groups, metric)}\n"))
     lines = comparison.verdicts(groups, metric)
     lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, metric.name)]
-    print("\n".join(f"  {line}" for line in lines))
+    print(printable("\n".join(f"  {line}" for line in lines)))
     try:
         figures.save(comparison.draw(groups, metric.name), output)
     except (OSError, ValueError) as error:

@@ -156,6 +156,8 @@ def make_folder(output_dir: str | None, path: Path) -> Path:
     in_run = path.parent.name == "checkpoints"
     beside = path.parent.with_name("evaluation") if in_run else path.with_name(f"{path.stem}_evaluation")
     folder = beside if output_dir is None else Path(output_dir)
+    if output_dir is None:
+        files.refuse_links(folder.parent, [folder])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,11 +2,12 @@
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 from filelock import FileLock, Timeout
 
 from cifarnet.errors import UserError
@@ -48,8 +49,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         UserError: another one is at work there.
     """
     with locked(folder):
-        for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
+        for path in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+            if left and not psutil.pid_exists(int(left[1])) and path.is_file():
+                path.unlink(missing_ok=True)
         yield
 
 
@@ -84,9 +87,32 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove a run's folder in which nothing was done but noting what was asked for."""
-    noted = ("hparams.yaml", ".lock")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != ".hydra"]
-    header_only = [path for path in files if path.name.startswith("events.out.") and path.stat().st_size < 100]
-    if all(path.name in noted or path.suffix == ".log" or path in header_only for path in files):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove a run's folder in which nothing was done but noting what was asked for, and no file that another made."""
+    names = {"train.log", ".lock", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
+
+    def noted(path: Path) -> bool:
+        header_only = path.name.startswith("events.out.") and path.lstat().st_size < 100
+        return header_only or path.name == "hparams.yaml" or path.relative_to(folder).as_posix() in names
+
+    found = sorted(folder.rglob("*"), reverse=True)
+    files = [path for path in found if path.is_symlink() or not path.is_dir()]
+    if all(map(noted, files)):
+        for path in files:
+            path.unlink(missing_ok=True)
+        for place in [*(path for path in found if path not in files), folder]:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
+    """Refuse a folder, of a stranger's maybe, in which writing would write elsewhere.
+
+    Args:
+        among: the paths to look at; None: all in it.
+
+    Raises:
+        UserError: one is a link that leads out of the folder.
+    """
+    for path in folder.rglob("*") if among is None else among:
+        if path.is_symlink() and folder.resolve() not in path.resolve().parents:
+            raise UserError(f"{path} is a link that leads out of {folder}. Remove it, or put there what it leads to.")

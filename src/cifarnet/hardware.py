@@ -7,19 +7,24 @@ import getpass
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:  # a sweep that starts its jobs elsewhere does without
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def keep_freed_memory() -> bool:
@@ -98,12 +103,13 @@ def claim_gpu() -> FileLock | None:
     return None
 
 
-def describe(device: "torch.device") -> dict[str, Any]:
-    """What figures were measured on."""
+def describe(device: "torch.device", ranks: int = 1) -> dict[str, Any]:
+    """What figures were measured on: one device, of so many ranks alike."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+    share = {"threads": torch.get_num_threads(), **({"ranks": ranks} if ranks > 1 else {})}
+    return {"device": device.type, "name": name, **share, "system": platform.platform()}
 
 
 def _cpu_name() -> str:
@@ -130,3 +136,16 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def end_with_parent(parent: int) -> None:
+    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
+    if sys.platform == "linux":  # at once; what follows is for other systems, and for a parent that is gone already
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -23,6 +23,8 @@ def quieten_lightning() -> None:
         ".*smaller than the logging interval.*",  # metrics are logged once an epoch
         ".*does not have many workers.*",
         ".*treespec.*",
+        ".*`srun` command is available.*",  # one process needs none
+        ".*sync_dist=True.*",  # metrics are of all ranks already
         ".*Total length of `list`.*",  # training without validation
     ):
         warnings.filterwarnings("ignore", message)

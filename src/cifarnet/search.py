@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cifarnet import cli, train
+from cifarnet import cli, ranks, train
 from cifarnet.errors import UserError
 
 DEFAULTS = (
@@ -37,7 +37,7 @@ def study_name(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """The command `python -m cifarnet.search`."""
-    cli.run(search)
+    cli.run(lambda: ranks.run(search, train.follow))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ PLACES = {"name", "output_dir", "ckpt_path", "classes", "sweep", "logger", "data
 SHOWN = {f"trainer.{name}" for name in ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler")}
 # on these only times depend, and accuracies but by rounding
 SPEED = {
-    *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.devices", "trainer.deterministic"),
+    *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.deterministic"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
 }
 
@@ -29,6 +30,9 @@ SPEED = {
 RANGES = {
     "seed": (0, 2**32 - 1),
     "threads": (1, 1024),
+    "trainer.devices": (-1, 2**12),
+    "trainer.num_nodes": (1, 2**16),
+    "trainer.val_check_interval": (1, 2**31),
     "trainer.accumulate_grad_batches": (1, 2**31),
     "trainer.check_val_every_n_epoch": (1, 2**31),
 }
@@ -43,10 +47,10 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             settings |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, str):
-            settings[prefix + key] = value
+            settings[f"{prefix}{key}"] = value
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer()
-            settings[prefix + key] = json.dumps(int(value) if whole else value)
+            settings[f"{prefix}{key}"] = json.dumps(int(value) if whole else value)
     return settings
 
 
@@ -107,6 +111,11 @@ def check(config: DictConfig) -> None:
             f"trainer.precision={config.trainer.precision}: weights are kept in float32 here. Choose "
             f"{config.trainer.precision.replace('true', 'mixed')}."
         )
+    limits = [config.trainer.get(name) for name in ("max_epochs", "max_steps", "max_time")]
+    if limits[0] is None and limits[1] in (None, -1) and limits[2] is None:
+        raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop it.")
+    if (folder := config.trainer.get("default_root_dir")) is not None:
+        raise UserError(f"trainer.default_root_dir={folder}: a run has one folder. Say where with hydra.run.dir=…")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 
@@ -124,7 +133,7 @@ def _check_known(config: DictConfig) -> None:
     written = str(OmegaConf.to_container(config, resolve=False))
     for name, options in {"": known, "sweep.": set(files[0].sweep)}.items():
         for key in OmegaConf.select(config, name.rstrip("."), default={}) if name else config:
-            if key not in options and not re.search(rf"\$\{{{name}{re.escape(key)}[.}}]", written):
+            if key not in options and not re.search(rf"\$\{{[^}}]*(?<![\w.]){name}{re.escape(key)}\b", written):
                 raise UserError(f"{name}{key} is no setting, and nothing asks for it.{cli.did_you_mean(key, options)}")
 
 

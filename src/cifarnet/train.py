@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, files
+from cifarnet import cli, files, ranks
 from cifarnet.errors import UserError
 from cifarnet.runs import sweep
 
@@ -51,22 +51,47 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     from cifarnet.runs.progress import tell
     from cifarnet.runs.resume import Resume, check_same_images
 
-    going_on = [] if ckpt_path is None else [Resume(ckpt_path)]
-    built = build(config, [*callbacks, *going_on])
-    trainer, classifier, data, _ = built
+    built = build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])])
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
     tell(record.heading(config, built))
-    with going_on[0].blamed_for_errors() if going_on else contextlib.nullcontext():
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    tested = load_best(built)
-    trainer.test(classifier, datamodule=data, verbose=False)
-
+    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks)):
+        tested = fit_and_test(built, ckpt_path)
     metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
-    log_results(metrics, trainer.loggers)
+    log_results(metrics, built.trainer.loggers)
     tell(record.table(metrics, config.output_dir))
     return metrics["val_accuracy"]
+
+
+def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> ranks.Job:
+    """What the other ranks are told of a run."""
+    searched = any(type(callback).__name__ == "Prune" for callback in callbacks)
+    plain = OmegaConf.to_container(config, resolve=False) | {"output_dir": config.output_dir, "logger": None}
+    return {"config": plain, "ckpt_path": ckpt_path and str(ckpt_path), "searched": searched}
+
+
+def follow(job: ranks.Job) -> None:
+    """A run in a rank other than 0: its share of every batch, and no word or file."""
+    from cifarnet.build import build
+    from cifarnet.runs.resume import Resume
+    from cifarnet.runs.stopping import Prune
+
+    callbacks = [*([Prune()] if job["searched"] else []), *([Resume(path)] if (path := job["ckpt_path"]) else [])]
+    fit_and_test(build(OmegaConf.create(job["config"]), callbacks), path)
+
+
+def fit_and_test(built: "Built", ckpt_path: str | Path | None) -> tuple[int, int]:
+    """Epoch, from 1, and step whose weights were tested."""
+    from cifarnet.runs.resume import Resume
+
+    trainer, classifier, data, _ = built
+    resuming = next((callback for callback in trainer.callbacks if isinstance(callback, Resume)), None)
+    with resuming.blamed_for_errors() if resuming else contextlib.nullcontext():
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    tested = load_best(built)  # in rank 0: testing begins with its weights everywhere
+    trainer.test(classifier, datamodule=data, verbose=False)
+    return tested
 
 
 def load_best(built: "Built") -> tuple[int, int]:
@@ -75,7 +100,7 @@ def load_best(built: "Built") -> tuple[int, int]:
 
     trainer, classifier, *_ = built
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not best:
+    if not best or not trainer.is_global_zero:
         return trainer.current_epoch, trainer.global_step
     # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
     content = checkpoint.read(best)
@@ -117,7 +142,7 @@ def command(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """The command `python -m cifarnet.train`."""
-    cli.run(lambda: command(sys.argv[1:]))
+    cli.run(lambda: ranks.run(lambda: command(sys.argv[1:]), follow))
 
 
 if __name__ == "__main__":

@@ -24,3 +24,8 @@ with contextlib.suppress(ModuleNotFoundError):  # the extra [slurm]
 
     class Slurm(slurm.Slurm):
         __doc__ = slurm.Slurm.__doc__
+
+        def follow(self, job: dict[str, Any]) -> None:
+            from cifarnet import train
+
+            train.follow(job)

@@ -64,6 +64,12 @@ def test_several_loggers_get_all_at_once(config, tmp_path):
         assert (run / f"{picture.partition('/')[2]}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tensorboards_hparams_file_has_the_settings(config, tmp_path):
+    train(config("trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null"))
+    settings = OmegaConf.load(tmp_path / "run/hparams.yaml")
+    assert (settings.optimizer.lr, settings.data.batch_size) == (0.05, 32)
+
+
 def test_one_logger_may_stand_in_the_section_itself(config):
     settings = config("~logger", "+logger={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: logs}")
     assert [type(logger).__name__ for logger in make_trainer(settings).loggers] == ["CSVLogger"]

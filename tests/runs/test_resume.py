@@ -95,6 +95,13 @@ def test_epochs_may_be_added_where_the_schedule_allows_it(run, config, tmp_path)
     assert [stretch["from_step"] for stretch in metrics["stretches"]] == [0, 5]
 
 
+def test_numbers_may_be_keys(config, tmp_path):
+    twice = "{_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 1, 1: 2}}"
+    train(config(f"+callbacks.twice={twice}", "trainer.max_epochs=1", "scheduler=constant"))
+    train(*resume(tmp_path / "run", ["trainer.max_epochs=2"]))
+    assert checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 5 + 3
+
+
 def test_other_images_are_refused(run):
     config, path = resume(run)
     config.data.train_size = 200
@@ -128,6 +135,22 @@ def test_missing_and_damaged_checkpoints_are_told(run):
         resume(run)
 
 
+def test_a_checkpoint_whose_config_has_no_trainer_is_told_as_damaged(run):
+    last = run / "checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["hyper_parameters"]["config"]["trainer"] = "text"
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged: its config has no trainer"):
+        resume(run)
+
+
+def test_a_link_in_a_strangers_run_leads_nowhere(run, tmp_path):
+    (run / "train.log").unlink(missing_ok=True)
+    (run / "train.log").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        resume(run)
+
+
 @pytest.mark.parametrize("part", ["loops", "optimizer_states", "callbacks", "middle_of_epoch", "lr_schedulers"])
 @pytest.mark.parametrize("value", [None, [], "text"], ids=["missing", "empty", "text"])
 def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
@@ -156,9 +179,12 @@ def test_a_checkpoint_that_lacks_a_part_is_told_as_damaged(run, part, value):
         ("trainer", {"_target_": "os.system", "command": "touch exploded", "max_epochs": 1, "precision": "32-true"}),
         ("module", {"_target_": "subprocess.run", "args": ["touch", "exploded"]}),
         ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.os.mkdir", "name": "exploded"}}),
-        ("callbacks", {"x": {"_target_": "cifarnet.runs.parallel.end_with_parent"}}),
+        ("callbacks", {"x": {"_target_": "cifarnet.hardware.end_with_parent"}}),
         ("extra", {"_target_": "os.mkdir", "path": "exploded"}),
         ("name", "${oc.env:HOME}"),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.ModelSummary", "y": ({"_target_": "os.fork"},)}}),
+        ("objective", {"_target_": "torch.nn.ParameterDict", "parameters": ({"_target_": "os.mkdir"},)}),
+        ("name", b"/tmp"),
         ("objective", "${${name}:{_target_:os.mkdir,path:exploded}}"),
         ("callbacks", {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "~"}}),
         (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import MissingConfigException
 
-from cifarnet import cli, hardware, search
+from cifarnet import cli, hardware, search, train
 from cifarnet.runs.slurm import Task
 from cifarnet.runs.sweep import resumed_sweep
 from conftest import SMALL
@@ -139,7 +139,7 @@ def test_a_job_that_was_only_warned_asks_to_be_queued_again(
     (cluster / "state.txt").write_text(state)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
-        Task(interrupted(number), most=3)()
+        Task(interrupted(number), train.follow, most=3)()
     assert end.value.code == 128 + number
     assert signal.getsignal(number) == before
     assert told in capsys.readouterr().err

@@ -38,11 +38,9 @@ def test_a_signal_in_the_test_names_the_command_that_tests(config, tmp_path):
         assert whole[key] == parts[key]
 
 
-def test_a_run_without_checkpoints_finishes_its_test(config, tmp_path):
-    train(
-        config(BATCHES, "callbacks.best=null", "callbacks.last=null", "+trainer.enable_checkpointing=false"),
-        callbacks=[SignalInTest()],
-    )
+@pytest.mark.parametrize("without", [["callbacks.best=null", "+trainer.enable_checkpointing=false"], []])
+def test_a_run_without_a_last_checkpoint_finishes_its_test(config, tmp_path, without):
+    train(config(BATCHES, "callbacks.last=null", *without), callbacks=[SignalInTest()])
     assert (tmp_path / "run/metrics.json").is_file()
 
 
@@ -88,15 +86,17 @@ class Trial:
         self.told, self.gives_up = {}, gives_up
 
     def report(self, value: float, step: int) -> None:
+        assert step not in self.told  # a study would keep the first one
         self.told[step] = value
 
     def should_prune(self) -> bool:
         return self.gives_up
 
 
-def test_a_trial_is_told_each_epochs_validation_accuracy(config, tmp_path):
+@pytest.mark.parametrize("more", [[], ["+trainer.val_check_interval=1", "+trainer.num_sanity_val_steps=1"]])
+def test_a_trial_is_told_each_epochs_validation_accuracy(config, tmp_path, more):
     trial = Trial(gives_up=False)
-    train(config("optimizer.lr=0.02", "trainer.max_epochs=3"), callbacks=[Prune(trial)])
+    train(config("optimizer.lr=0.02", "trainer.max_epochs=3", *more), callbacks=[Prune(trial)])
     history = json.loads((tmp_path / "run/metrics.json").read_text())["history"]
     assert trial.told == {row["epoch"]: row["val/accuracy"] for row in history}
     assert len(trial.told) == 3

@@ -99,6 +99,13 @@ def test_pruned_trials(run, tmp_path):
     assert states(tmp_path / "search")[2:] == ["COMPLETE"]
 
 
+def test_a_search_that_another_process_stopped_draws_no_trials(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module.sweep, "begin", lambda config, folder: (folder / "stop").touch())
+    status, _, error = run(RATE, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert states(tmp_path / "search") == []
+
+
 def test_a_failed_trial_stops_no_other_and_is_told(run, tmp_path):
     status, printed, error = run("optimizer.lr=-1,-2", "hydra.sweeper.trials=2")
     assert status == 1

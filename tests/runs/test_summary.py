@@ -8,8 +8,8 @@ import pytest
 from cifarnet.runs import summary, tables
 
 
-def make_job(folder: Path, number: int, overrides: list[str], score: float | None = None, error: str = "") -> Path:
-    job = folder / str(number)
+def make_job(folder: Path, name: str | int, overrides: list[str], score: float | None = None, error: str = "") -> Path:
+    job = folder / str(name)
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra/overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
     (job / "checkpoints").mkdir()
@@ -42,6 +42,27 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "n", "optimizer.lr", "seconds", "job"]
     assert lines[1].split() == ["85.00%", "±", "7.07", "84.00%", "±", "7.07", "2", "0.1", "2.0", "0,1"]
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
+
+
+def test_what_a_job_left_does_not_command_the_terminal_nor_lead_elsewhere(folder, tmp_path, capsys):
+    (folder / "4/error.txt").write_text("a\x1b[2Jb")
+    make_job(folder, 5, ['"optimizer.lr=\\e]0;x"'], 0.5)
+    for name in ("sweep.tmp", "sweep.csv"):
+        (folder / name).symlink_to(tmp_path / "mine")
+    summary.summarize(folder, 5, "sweep.resume=x")
+    printed = capsys.readouterr().out
+    assert "a\\x1b[2Jb" in printed
+    assert "\\x1b]0;x" in printed
+    assert "\x1b" not in printed
+    assert not (tmp_path / "mine").exists()
+
+
+def test_jobs_may_have_names(tmp_path, capsys):
+    for seed in (9, 10, 2):
+        make_job(tmp_path, f"seed_{seed}", [f"seed={seed}", "name=x"], seed / 100)
+    assert [run.folder.name for run in tables.read_sweep(tmp_path)] == ["seed_2", "seed_9", "seed_10"]
+    summary.summarize(tmp_path, 3, "sweep.resume=x")
+    assert "3 of 3 jobs done" in capsys.readouterr().out
 
 
 def test_summary_is_written_although_a_job_failed(folder, capsys):

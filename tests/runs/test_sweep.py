@@ -146,6 +146,44 @@ def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
     assert again["history"] == json.loads(whole)["history"]
 
 
+def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
+    own = [line for line in TINY if line != "~logger"]
+    begin = ["-m", *own, "logger=csv", "logger.csv.name=theirs", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert command(*begin)[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, printed, error = command("sweep.resume=sweep", "logger.csv.version=mine")
+    assert status == 0, error
+    assert "Not taken from the sweep: logger.csv.name=theirs. Give them in the command." in printed
+    assert "Job 0 is done" in printed
+    assert [path.name for path in (tmp_path / "sweep/1").glob("*/")].count("mine") == 1
+    assert not (tmp_path / "sweep/1/theirs").exists()
+
+
+def test_what_a_record_may_not_bring_along_is_given_anew(command, tmp_path):
+    (tmp_path / "conf/optimizer").mkdir(parents=True)
+    (tmp_path / "conf/optimizer/mine.yaml").write_text("{_target_: torch.optim.RMSprop, lr: 0.001}")
+    own, named = ["--config-dir", "conf"], ["hydra.job.name=mine"]
+    assert command("-m", *own, *LEAN, *named, "optimizer=mine", "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, _, error = command("sweep.resume=sweep", *own)
+    assert (status, "asks for hydra.job.name=mine" in error) == (1, True)
+    status, printed, error = command("sweep.resume=sweep", *own, *named)
+    assert status == 0, error
+    assert "Job 0 is done" in printed
+    assert "2 of 2 jobs done" in printed
+    status, _, error = command("sweep.resume=sweep", "hydra.sweep.dir=other", "seed=3")
+    assert (status, "leave out hydra.sweep.dir=other seed=3" in error) == (1, True)
+
+
+def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/multirun.yaml").touch()
+    (tmp_path / "sweep/0/.hydra").symlink_to(tmp_path)
+    status, _, error = command("sweep.resume=sweep")
+    assert status == 1
+    assert "sweep/0/.hydra is a link that leads out of sweep" in error
+
+
 @pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
 def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, content):
     (tmp_path / "multirun.yaml").write_text(content)
@@ -225,7 +263,7 @@ def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes half a second")
 def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
-    job = "import os; from cifarnet.runs import parallel; parallel.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import re; re.match('(a+)+b', 'a' * 100)"  # lets no other thread run
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
@@ -241,7 +279,7 @@ def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
 
 
 def test_jobs_end_with_the_process_that_started_them():
-    job = "import os; from cifarnet.runs import parallel; parallel.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import time; time.sleep(60)"
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "

@@ -88,7 +88,9 @@ def kill(job: str) -> None:
     number = squeue(job, "%A")
     for process in psutil.process_iter(["environ", "cmdline"]):
         environment = process.info["environ"] or {}
-        if environment.get("SLURM_JOB_ID") == number and "submitit.core._submit" in (words := process.info["cmdline"]) and "srun" not in words[0]:
+        words = process.info["cmdline"] or [""]
+        ours = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]  # no other cluster's job of that number
+        if ours and environment.get("SLURM_JOB_ID") == number and words[0] == sys.executable:
             print(f"kill -9 {process.pid}: {job}")
             process.kill()
 
@@ -192,3 +194,20 @@ def test_processes_of_a_search_are_jobs_and_one_takes_over_from_another(cluster,
     assert "4 of 4 jobs done" in told
     printed = "".join(file.read_text() for file in (tmp_path / "search/.submitit").glob("*/*.out"))
     assert "was cut off: goes on" in printed
+
+
+def test_two_tasks_train_one_network(cluster, tmp_path):
+    two = ["hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep", "callbacks.slow.seconds=0.1,0.11"]
+    process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, *two)
+    until(lambda: (tmp_path / "sweep/0/checkpoints/last.ckpt").exists())
+    job = name(tmp_path / "sweep", 0)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    until(lambda: release(job))
+    status, told = finish(process)
+    assert status == 0
+    assert "2 of 2 jobs done" in told
+    for number in "01":
+        assert json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())["hardware"]["ranks"] == 2
+    same_run(tmp_path / "sweep/1", tmp_path / "sweep/0")
+    assert stretches(tmp_path / "sweep/0") == 2
+    logged(cluster, r"launch task StepId=\S+ request|DUE TO JOB REQUEUE")

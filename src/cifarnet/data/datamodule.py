@@ -51,7 +51,7 @@ class ImageDataModule(L.LightningDataModule):
     """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
 
     Args:
-        batch_size, eval_batch_size: images a step, in training and in validation and test.
+        batch_size, eval_batch_size: images a step, in training and in validation and test, of all devices together.
         val_fraction: share of the training images of each class that validation gets, where the source has no
             validation images of its own; 0 trains on all, without validation.
         split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
@@ -193,8 +193,11 @@ class ImageDataModule(L.LightningDataModule):
         if self.augment.cutout:
             self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero to the network
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if (least := min(batch_size, len(split))) < size:
+            raise UserError(f"{size} devices share batches of {least} images: use {least} devices or fewer.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
-        settings |= {"share": self.hardest_share, "seed": self.shuffle_seed}
+        settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "ranks": size}
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device
         if not isinstance(split.images, Tensor):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifarnet.data.augmentation import Augment
+from cifarnet.ranks import gathered
 from cifarnet.seeding import generator
 
 
@@ -49,6 +50,8 @@ class BatchLoader:
         augment, mix, sizes, share: as `ImageDataModule` has them (`train_sizes`, `hardest_share`); only when training.
         device: where images and labels are kept and augmented.
         pin: yield pinned memory, which a GPU fetches while it computes.
+        rank, ranks: which of how many processes this is: it gets its share of each training batch, or of all images
+            in order. Its draws are those of one process.
 
     Yields:
         images uint8 [B, C, H, W] (channels_last; H and W as `sizes` says), labels int64 [B] and index int64 [B], the
@@ -70,13 +73,16 @@ class BatchLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         pin: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.labels = labels.to(device)
+        self.rank, self.ranks = rank, ranks
         self.image_size = image_size
         self.train, self.seed, self.pin = train, seed, pin
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
         self.length = max(1, round(share * len(labels))) if train else len(labels)  # images an epoch
-        self.batch_size = min(batch_size, self.length) if train else batch_size
+        self.batch_size = min(batch_size, self.length) if train else batch_size  # of all ranks together
         self.chooses = self.length < len(labels)  # an epoch leaves images out, by their losses
         self.epoch = 0
         self.batch_sampler = None  # Lightning looks for it and for `sampler`, as DataLoader has them
@@ -84,6 +90,7 @@ class BatchLoader:
         self._resume: dict[str, int] = {}
         self._losses = torch.full((len(labels),), torch.inf, device=device)  # before this epoch; infinite where unknown
         self._observed = self._losses.clone()  # as of now
+        self._own_observed = torch.zeros(len(labels), dtype=torch.bool, device=device)  # by this rank, not yet shared
 
     @property
     def sampler(self) -> "BatchLoader":
@@ -97,23 +104,35 @@ class BatchLoader:
         """Indices of this epoch's images, int64 [length]: a permutation when training, or the hardest part of it."""
         count, device = len(self.labels), self.labels.device
         if not self.train:
-            return torch.arange(count, device=device)
+            return self._own(torch.arange(count, device=device))
         order = torch.randperm(count, generator=generator(self.seed, self.epoch, "order")).to(device)
         if not self.chooses:
             return order
         hardest = self._losses[order].argsort(descending=True, stable=True)[: self.length]
         return order[hardest.sort().values]
 
+    def _own(self, index: Tensor) -> Tensor:
+        """This rank's share of what all ranks have together."""
+        return index.tensor_split(self.ranks)[self.rank]
+
+    def _batches(self) -> list[Tensor]:
+        """Indices of each batch of this epoch."""
+        if self.train:
+            return [self._own(index) for index in self.order().split(self.batch_size)[: len(self)]]
+        return list(self.order().split(-(-self.batch_size // self.ranks)))
+
     def __len__(self) -> int:
-        return self.length // self.batch_size if self.train else -(-self.length // self.batch_size)
+        if self.train:
+            return self.length // self.batch_size
+        return -(-len(self._own(self.labels)) // -(-self.batch_size // self.ranks))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         draws, mixing = self._drawn(self.augment), self._drawn(self.mix)
         resume, self._resume = self._resume, {}
         start = resume["served"] if resume.get("epoch") == self.epoch else 0
         if start == 0:
-            self._losses = self._observed.to(self.labels.device, copy=True)
-        batches = self.order().split(self.batch_size)[start : len(self)]
+            self._losses = self._known().to(self.labels.device, copy=True)
+        batches = self._batches()[start:]
         shown = [torch.cat([index, mixing[0][index]]) for index in batches] if mixing else batches
         self._served = start
         for index, wanted, (pixels, place) in zip(batches, shown, self._pixels(shown), strict=True):
@@ -151,9 +170,22 @@ class BatchLoader:
         """Note the losses [B] of the images `index` [B]."""
         self._observed = self._observed.to(losses.device)  # once: nothing is copied, or waited for, in later steps
         self._observed[index] = losses.detach().float()
+        if self.ranks > 1:
+            self._own_observed = self._own_observed.to(losses.device)
+            self._own_observed[index] = True
+
+    def _known(self) -> Tensor:
+        """Each image's last loss, whichever rank has observed it. All ranks must ask."""
+        if self.ranks == 1 or not self.chooses:
+            return self._observed
+        observed_by = gathered(self._own_observed.to(self._observed.device))
+        for observed, by_that_rank in zip(gathered(self._observed), observed_by, strict=True):
+            self._observed = torch.where(by_that_rank, observed, self._observed)
+        self._own_observed.zero_()
+        return self._observed
 
     def state_dict(self) -> dict[str, Any]:
-        losses = {"losses": self._losses, "observed": self._observed} if self.chooses else {}
+        losses = {"losses": self._losses, "observed": self._known()} if self.chooses else {}
         return {"epoch": self.epoch, "served": self._served, **losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

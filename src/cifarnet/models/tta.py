@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.errors import UserError
+from cifarnet.ranks import gathered, own_rank
 
 
 class Answers:
@@ -20,10 +21,11 @@ class Answers:
       left or down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
 
     Which images are the least confident is known at the end: no more of them are kept until then than may be chosen.
+    Several ranks have a part of the test set each, in their order; the least confident are those of all.
 
     Args:
         network: images [B, C, H, W] -> logits [B, num_classes].
-        batches: how many there are at most, of the size of the first one.
+        batches: how many all ranks have at most, of the size of the first one.
 
     Raises:
         UserError: another `tta`, or a share out of range.
@@ -61,10 +63,20 @@ class Answers:
         if self._final:
             return self._final
         logits, size = torch.cat(self.first), len(self.first[0])
-        _, places, images = self._least(math.ceil(self.share * len(logits)))
+        _, places, images = self._least(self._count(logits))
         for place, again in zip(places.split(size), images.split(size), strict=True):
+            if not len(place):
+                continue
             logits = logits.index_copy(0, place, self._look_again(again, logits[place]))
         return list(logits.split(size))
+
+    def _count(self, logits: Tensor) -> int:
+        """How many of this rank's images are among the least confident of all ranks."""
+        confidence = gathered(logits.softmax(1).amax(1))
+        most = math.ceil(self.share * sum(map(len, confidence)))
+        rank = torch.arange(len(confidence)).repeat_interleave(torch.tensor([len(of) for of in confidence]))
+        least = torch.cat(confidence).cpu().argsort(stable=True)[:most]
+        return int((rank[least] == own_rank()).sum())
 
     def _least(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of all candidates, so many."""

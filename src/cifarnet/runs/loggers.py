@@ -23,13 +23,16 @@ from cifarnet.runs.tables import number
 RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # of metrics.json
 
 
-def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
+def log_settings(trainer: L.Trainer, config: Mapping[str, Any], total_steps: float) -> None:
     """The run's config, as recorded, with `${…}` replaced; without the loggers' own, which may hold addresses."""
-    known = planned(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
+    known = planned(OmegaConf.create(dict(config)), total_steps)
     resolved = OmegaConf.to_container(known, resolve=True)
     resolved.pop("logger", None)
     for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # it keeps the file that it wrote when it knew none
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(resolved)
+        logger.save()
 
 
 def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:

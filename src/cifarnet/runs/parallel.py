@@ -1,13 +1,11 @@
 """Jobs of a sweep side by side: each has its share of the machine, names itself, and stops when the sweep does."""
 
 import contextlib
-import ctypes
 import io
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -21,7 +19,6 @@ from cifarnet import hardware
 from cifarnet.errors import Interrupted, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 # how many jobs hydra/launcher=parallel runs at a time: one a GPU; two where there is none
 OmegaConf.register_new_resolver("default_jobs", lambda: len(hardware.gpus()) or 2, replace=True)
@@ -132,7 +129,7 @@ def joblib_of_ones_own() -> Iterator[None]:
 
     class Ending(LokyBackend):
         def configure(self, *args: Any, **settings: Any) -> int:
-            return super().configure(*args, **settings, initializer=end_with_parent, initargs=(os.getpid(),))
+            return super().configure(*args, **settings, initializer=hardware.end_with_parent, initargs=(os.getpid(),))
 
     before = parallel.BACKENDS["loky"]
     parallel.register_parallel_backend("loky", Ending)
@@ -140,16 +137,3 @@ def joblib_of_ones_own() -> Iterator[None]:
         yield
     finally:
         parallel.register_parallel_backend("loky", before)
-
-
-def end_with_parent(parent: int) -> None:
-    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
-    if sys.platform == "linux":  # at once; what follows is for other systems, and for a parent that is gone already
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -25,11 +25,13 @@ class Pictures(Callback):
         self.count = count
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and trainer.is_global_zero:
             grid = make_grid(batch[0][:64].cpu(), nrow=8)
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         test, class_names = trainer.datamodule.source.test, trainer.datamodule.class_names
         predicted = module.tested.argmax(1).cpu()
         tested = len(predicted)  # fewer than all under trainer.limit_test_batches

@@ -63,7 +63,7 @@ class ProgressBar(TQDMProgressBar):
     ) -> None:
         assert self._start is not None
         start, first_batch = self._start
-        self._images_per_second = (batch_idx + 1 - first_batch) * len(batch[1]) / (time.perf_counter() - start)
+        self._images_per_second = (batch_idx + 1 - first_batch) * _batch_size(trainer) / (time.perf_counter() - start)
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -81,6 +81,11 @@ class ProgressBar(TQDMProgressBar):
             metrics["val"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
         metrics["images/s"] = f"{self._images_per_second:,.0f}"
         return metrics
+
+
+def _batch_size(trainer: L.Trainer) -> int:
+    """Of all ranks together."""
+    return trainer.train_dataloader.batch_size
 
 
 def _epoch(trainer: L.Trainer) -> str:
@@ -116,7 +121,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin_stretch(trainer)
-        log_settings(trainer, module.hparams["config"])
+        log_settings(trainer, module.hparams["config"], module.planned_steps)
         # TensorBoard's goes on with a resumed run's curves; others begin anew
         anew = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         for row in self.epochs:
@@ -137,7 +142,7 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self.images += len(batch[1])
+        self.images += _batch_size(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # it may still be at work
         now = time.perf_counter()
@@ -184,7 +189,7 @@ class History(Callback):
             logger.save()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.epochs:
+        if self.epochs and trainer.is_global_zero:
             rows = sorted([*self.epochs, *self.within_epochs], key=lambda row: row["epoch"])
             figures.save(figures.accuracy(rows), Path(trainer.default_root_dir) / "accuracy.png")
 
@@ -199,7 +204,7 @@ def stretch(trainer: L.Trainer) -> dict[str, Any]:
     return {
         "from_step": trainer.global_step,
         "precision": str(trainer.precision),
-        "hardware": hardware.describe(trainer.strategy.root_device),
+        "hardware": hardware.describe(trainer.strategy.root_device, trainer.world_size),
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -70,7 +70,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "overrides": overrides(Path(config.output_dir)),
         "config": OmegaConf.to_container(config, resolve=False),
-        "resolved": OmegaConf.to_container(planned(config, trainer.estimated_stepping_batches), resolve=True),
+        "resolved": OmegaConf.to_container(planned(config, classifier.planned_steps), resolve=True),
         "history": history.epochs,
         "within_epochs": history.within_epochs,
     }

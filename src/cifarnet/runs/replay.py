@@ -12,7 +12,11 @@ from hydra.errors import HydraException
 from cifarnet import cli
 from cifarnet.errors import UserError
 
-PLAIN = r"(hydra/(launcher|sweeper)|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
+PARAMS = "hydra.sweeper.params."  # before the key of an override that the sweeper makes of it
+PLAIN = (
+    r"hydra/(launcher|sweeper|job_logging|hydra_logging)|hydra\.verbose"
+    r"|hydra\.sweeper\.(max_batch_size|trials|study_name|pruner|(pruner|sampler)\..+)"
+)
 LAUNCHER, WORD = r"hydra\.launcher\.[a-z]\w*", r"[\w.:,@%+-]*"  # such as a partition; neither a place nor a command
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
 NO_PLACES = {"sweep.keep_checkpoints", "sweep.stop_at_failure"}
@@ -31,14 +35,24 @@ def checked(lines: Sequence[str], record: Path, classes: Sequence[Any] = ()) -> 
         except HydraException as error:
             raise _refused(line, record) from error
         key = override.key_or_group
+        if key.startswith(PARAMS) and not (override.is_delete() or override.is_sweep_override()):
+            checked([f"{key.removeprefix(PARAMS)}={_plain(override.value())}"], record, classes)
+            continue
         launcher = re.fullmatch(LAUNCHER, key) and re.fullmatch(WORD, str(_plain(override.value())))
         hydras = f"{key}.".startswith(("hydra.", "hydra/")) and not (re.fullmatch(PLAIN, key) or launcher)
         place = key.partition(".")[0] in PLACES and key not in NO_PLACES
+        place |= addresses(str(line))
         if hydras or str(line).startswith("-") or override.package is not None or place:
             raise _refused(line, record)
         for value in _values(override):
             _check(key, value, line, record, classes)
     return [str(line) for line in lines]
+
+
+def addresses(line: str) -> bool:
+    """May it name an address to fetch from or to log to? Such come from the user's own command alone."""
+    key = cli.key_of(line)
+    return key == "data.url" or (key.startswith("logger.") and not line.startswith("~"))
 
 
 def _values(override: Override) -> list[Any]:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import checkpoint, cli
+from cifarnet import checkpoint, cli, files
 from cifarnet.build import Built
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
@@ -23,7 +23,10 @@ from cifarnet.settings import PLACES, SHOWN, SPEED, within
 ROUNDING = {"trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"}
 ALLOWED = (PLACES - {"output_dir", "sweep", "ckpt_path", "name"}) | SHOWN | SPEED | ROUNDING
 # where a file of configs/ may be chosen anew, and what of it is taken
-CHOICES = {"logger": ["logger"], "trainer": ["trainer.accelerator", "channels_last"]}
+CHOICES = {
+    "logger": ["logger"],
+    "trainer": ["trainer.accelerator", "trainer.devices", "trainer.strategy", "channels_last"],
+}
 PLAN = "trainer.max_epochs"
 
 
@@ -63,7 +66,10 @@ def _check_whole(content: dict[str, Any], path: Path) -> None:
     """Lightning goes on without some parts, and so from another place."""
     parts: dict[str, Any] = dict.fromkeys(("loops", "callbacks", "middle_of_epoch"), dict)
     parts |= {"optimizer_states": list, "lr_schedulers": list}
-    scheduled = bool(content["hyper_parameters"]["config"].get("scheduler"))
+    config = content["hyper_parameters"]["config"]
+    scheduled = bool(config.get("scheduler"))
+    if not isinstance(config.get("trainer"), dict):
+        raise UserError(f"{path} is damaged: its config has no trainer. Try best.ckpt, or train anew.")
     for part, kind in parts.items():
         value = content.get(part)
         if not isinstance(value, kind) or not (value or (part == "lr_schedulers" and not scheduled)):
@@ -100,6 +106,7 @@ def _own_loggers(recorded: Any) -> dict[str, Any] | None:
 def _folder(path: Path) -> Path:
     """The run's own, or a new one for a checkpoint that was moved out of it."""
     if path.parent.name == "checkpoints":
+        files.refuse_links(path.parent.parent)
         return path.resolve().parent.parent
     return Path("lightning_logs", "resumed", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").resolve()
 

@@ -25,7 +25,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import OmegaConf
 
-from cifarnet import cli, files
+from cifarnet import cli, files, ranks
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs import sweep
 from cifarnet.runs.summary import resuming
@@ -61,6 +61,10 @@ class Slurm(SlurmLauncher):
         config.sweep.resume = config.hydra.sweep.dir
         task = partial(_search, self.hydra_context, self.task_function, config, arguments, state)
         self._run(dict.fromkeys(range(min(most, self.params["array_parallelism"])), task), None, resumed=True)
+
+    def follow(self, job: ranks.Job) -> None:
+        """What ranks other than 0 do for a run."""
+        raise NotImplementedError
 
     def train(self, overrides: list[str], number: int, state: Any) -> None:
         """What a job of a sweep does."""
@@ -126,7 +130,9 @@ class Slurm(SlurmLauncher):
         try:
             executor = submitit.AutoExecutor(self.params["submitit_folder"], cluster="slurm")
             executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
-            jobs = executor.submit_array([Task(task, self.params["max_num_timeout"]) for task in tasks.values()])
+            jobs = executor.submit_array(
+                [Task(task, self.follow, self.params["max_num_timeout"]) for task in tasks.values()]
+            )
         except (RuntimeError, ValueError, NameError) as error:
             raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
         names = [job.job_id for job in jobs]
@@ -159,11 +165,13 @@ class Task:
     """What submitit calls in a SLURM job: the work, and what comes after a signal.
 
     Args:
+        work: in rank 0.
+        follow: in the other ranks, each run that the first begins.
         most: restarts, after which time that is over ends the job.
     """
 
-    def __init__(self, work: Callable[[], None], most: int) -> None:
-        self.work, self.most = work, most
+    def __init__(self, work: Callable[[], None], follow: Callable[[ranks.Job], None], most: int) -> None:
+        self.work, self.follow, self.most = work, follow, most
 
     def __call__(self) -> None:
         cli.run(self._run)
@@ -171,7 +179,7 @@ class Task:
     def _run(self) -> None:
         try:
             with stopped_by(signal.SIGTERM, signal.SIGUSR2):  # submitit's handler would leave in the middle of a step
-                self.work()
+                ranks.run(self.work, self.follow)
         except Interrupted as stopped:
             raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None
 

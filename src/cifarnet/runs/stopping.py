@@ -4,14 +4,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from cifarnet import cli
+from cifarnet import cli, ranks
 from cifarnet.errors import Interrupted, Pruned
 
 if TYPE_CHECKING:
@@ -23,17 +25,24 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if
 class Prune(Callback):
     """Tells an Optuna trial the validation accuracy of each epoch, and stops where its study's pruner says so.
 
+    Of several ranks the first one has the trial; the others have None, and are told.
+
     Raises:
         Pruned: it is not worth going on.
     """
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, trial: "Trial | None" = None) -> None:
         self.trial = trial
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # within an epoch: a study keeps the first figure that it is told of each
         epoch, accuracy = trainer.current_epoch + 1, module.means("val")["val/accuracy"]
-        self.trial.report(accuracy, epoch)
-        if epoch < trainer.max_epochs and self.trial.should_prune():
+        prune = False
+        if self.trial is not None:
+            self.trial.report(accuracy, epoch)
+            prune = epoch < trainer.max_epochs and self.trial.should_prune()
+        if trainer.strategy.broadcast(prune):
             raise Pruned(f"after epoch {epoch} of {trainer.max_epochs}, validation accuracy {accuracy:.2%}")
 
 
@@ -41,18 +50,22 @@ class StopOnSignal(Callback):
     """Ctrl-C, SIGTERM and SIGUSR2 finish the batch and save `last.ckpt`, from which training goes on bit by bit the
     same.
 
-    A second signal stops at once; in a SLURM job only a second Ctrl-C.
+    A second signal stops at once (in a SLURM job, a second Ctrl-C). What one rank has received, all ranks hear of, and
+    stop after the same batch.
 
     Raises:
         Interrupted: after saving; its status is 130 (Ctrl-C), 143 (SIGTERM) or 140 (SIGUSR2).
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self._received: int | None = None  # by this process
+        self._agreed: int | None = None  # by any rank, and all know
+        self._asking: tuple[torch.distributed.Work, torch.Tensor] | None = None
+        self._at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._received = None
+        self._received = self._agreed = self._asking = None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
@@ -61,12 +74,16 @@ class StopOnSignal(Callback):
         self.on_train_start(trainer, module)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        if number != signal.SIGINT and "SLURM_JOB_ID" in os.environ:
-            print("\nFinishing the batch.", file=sys.stderr, flush=True)
-            return  # SLURM signals twice, and kills by itself in the end
-        print("\nFinishing the batch. Once more stops at once, without saving.", file=sys.stderr, flush=True)
-        self._restore()
+        kills = number != signal.SIGINT and "SLURM_JOB_ID" in os.environ  # SLURM does, some time after it signals twice
+        if self._received is None:
+            self._received, self._at = number, time.monotonic()
+            more = "" if kills else " Once more stops at once, without saving."
+            print(f"\nFinishing the batch.{more}", file=sys.stderr, flush=True)
+            if ranks.place().size == 1 and not kills:
+                self._restore()
+        elif not kills and time.monotonic() - self._at > 1:  # else a terminal's, passed on by torchrun
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -74,11 +91,30 @@ class StopOnSignal(Callback):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else handler)
         self._previous = {}
 
+    def _agree(self, trainer: L.Trainer, at_once: bool = True) -> int | None:
+        """The signal that any rank has received; if not at once, until the batch before, and so nobody waits."""
+        if trainer.world_size == 1:
+            self._agreed = self._received
+            return self._agreed
+        self._hear()
+        told = torch.tensor(self._received or 0)
+        self._asking = torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, async_op=True), told
+        if at_once:
+            self._hear()
+        return self._agreed
+
+    def _hear(self) -> None:
+        if self._asking is not None:
+            work, told = self._asking
+            work.wait()
+            self._agreed, self._asking = int(told) or None, None
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
-        if self._received and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self._agree(trainer, at_once=is_last) and not is_last:
             if (last := self._last_checkpoint(trainer)) is not None:
                 trainer.save_checkpoint(last)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"
@@ -86,21 +122,23 @@ class StopOnSignal(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # the last checkpoint is older where this epoch was not validated
-        if self._received and (last := self._last_checkpoint(trainer)) is not None:
+        if self._agree(trainer) and (last := self._last_checkpoint(trainer)) is not None:
             trainer.save_checkpoint(last)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._received:
+        if self._agree(trainer):
             self._stop(trainer, f"epoch {trainer.current_epoch}, which is complete")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()
-        if self._received:
+        if self._agree(trainer):
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._received and self._last_checkpoint(trainer) is not None:  # else the test is finished first
+        last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
+        if self._received and alone and last is not None and last.is_file():  # else the test is finished first
             self._restore()
+            self._agreed = self._received
             self._stop(trainer, "training, in the test")
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -116,8 +154,8 @@ class StopOnSignal(Callback):
         return None if checkpoint is None else Path(checkpoint.dirpath) / "last.ckpt"
 
     def _stop(self, trainer: L.Trainer, where: str) -> None:
-        assert self._received is not None
-        what, command = f"Stopped by {signal.Signals(self._received).name} after {where}.", None
+        assert self._agreed is not None
+        what, command = f"Stopped by {signal.Signals(self._agreed).name} after {where}.", None
         if (last := self._last_checkpoint(trainer)) is not None:
             command = f"python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
-        raise Interrupted(what, 128 + self._received, command)
+        raise Interrupted(what, 128 + self._agreed, command)

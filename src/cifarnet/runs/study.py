@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from cifarnet import cli, hardware
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.runs import search_figures, sweep
+from cifarnet.runs import replay, search_figures, sweep
 from cifarnet.runs.space import distribution
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run, read_sweep
@@ -88,7 +88,7 @@ class Search(Sweeper):
         self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        own = [override for override in fixed if not override.startswith("sweep.")]
+        own = [line for line in fixed if not (line.startswith("sweep.") or replay.addresses(line))]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         sweep.begin(self.config, folder)
@@ -98,7 +98,9 @@ class Search(Sweeper):
         try:
             if self.shared:
                 self._share(study, arguments, folder)
-            while not self.shared and (trial := self._next(study, space, folder)) is not None:
+            while not (self.shared or sweep.stop_file(folder).exists()):
+                if (trial := self._next(study, space, folder)) is None:
+                    break
                 settings = [f"{key}={value}" for key, value in trial.params.items()]
                 # with sweep.resume a trial that was cut off goes on
                 result = self._launch(trial, [*fixed, *settings, f"sweep.resume={cli.literal(str(folder))}"])
@@ -108,8 +110,6 @@ class Search(Sweeper):
                 print(f"Trial {trial.number + 1} of {self.trials}: {outcome}  {' '.join(settings)}", flush=True)
                 if result.status == JobStatus.FAILED:
                     failures.append(result)
-                    if self.config.sweep.stop_at_failure:
-                        break
         except Interrupted as stopped:
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:

@@ -1,13 +1,15 @@
 """What a sweep has found: its table, `sweep.csv`, `sweep.png`, and which checkpoints it keeps."""
 
 import csv
+import io
 import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifarnet import cli
+from cifarnet import cli, files
+from cifarnet.errors import printable
 from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, read_run, read_sweep, short, varied
 
 
@@ -23,10 +25,10 @@ def summarize(sweep_folder: Path, jobs: int, command: str, search: bool = False)
         return
     groups = grouped(runs, "val_accuracy")
     write_csv(runs, sweep_folder / "sweep.csv")
-    print(f"\n{table(groups)}\n")
+    print(printable(f"\n{table(groups)}\n"))
     for run in runs:
         if run.note and run.status != "pruned":
-            print(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}")
+            print(printable(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}"))
     if (keys := varied(groups)) and not search:
         from cifarnet.runs import figures
 
@@ -77,17 +79,16 @@ def _mean(group: Group) -> str:
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """One row a job, the best first."""
-    keys, temporary = varied(runs) or ["seed"], path.with_suffix(".tmp")
+    keys, content = varied(runs) or ["seed"], io.StringIO(newline="")
     columns = ["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"]
-    with temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for run in sorted(runs, key=lambda run: best_first(run.score)):
-            values = {key: run.value(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
-            measured = {key: value if math.isfinite(value) else "" for key, value in values.items()}
-            told = {"status": run.status, "folder": run.folder.name, "note": run.note}
-            writer.writerow(run.settings | measured | told)
-    os.replace(temporary, path)
+    writer = csv.DictWriter(content, columns, extrasaction="ignore")
+    writer.writeheader()
+    for run in sorted(runs, key=lambda run: best_first(run.score)):
+        values = {key: run.value(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
+        measured = {key: value if math.isfinite(value) else "" for key, value in values.items()}
+        told = {"status": run.status, "folder": run.folder.name, "note": run.note}
+        writer.writerow(run.settings | measured | told)
+    files.write(path, content.getvalue().encode("utf-8", errors="replace"))
 
 
 def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:

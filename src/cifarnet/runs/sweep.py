@@ -4,6 +4,7 @@ A multirun has one folder. Each job's own folder in it, named by its number, hol
 in the end, `metrics.json`, `pruned.txt` or `error.txt`: whatever is told of a sweep is read from them (`runs.tables`).
 """
 
+import argparse
 import contextlib
 import io
 import math
@@ -91,7 +92,7 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
             print(f"Job {folder.name} is done: {before.score:.2%}", flush=True)
             return before.score
         if before.status == "damaged":
-            print(f"Job {folder.name}: {before.note}", flush=True)
+            print(printable(f"Job {folder.name}: {before.note}"), flush=True)
     score = _train(config, train, trial)
     clear_checkpoints(folder.parent, config.sweep.keep_checkpoints)
     return score
@@ -132,7 +133,7 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
         recorded = checkpoint.read(last)["hyper_parameters"]["config"]
     except UserError as error:
         os.replace(last.parent, folder / f"damaged_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
-        print(f"Job {folder.name} is trained anew: {error}", flush=True)
+        print(printable(f"Job {folder.name} is trained anew: {error}"), flush=True)
         return train(config, None, callbacks)
     if _asked(recorded) != _asked(OmegaConf.to_container(config)):
         raise UserError(f"{last} belongs to a run with other settings. Remove it to train this job anew.")
@@ -142,8 +143,9 @@ def _train(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not say what to train."""
-    asked = {key: value for key, value in config.items() if key not in ("sweep", "output_dir", "classes", "hydra")}
-    return asked | {"data": {key: value for key, value in asked["data"].items() if key != "url"}}
+    aside = ("sweep", "output_dir", "classes", "logger", "hydra")
+    asked = {key: value for key, value in config.items() if key not in aside}
+    return asked | {"data": {key: value for key, value in asked["data"].items() if key not in ("url", "root")}}
 
 
 def check(config: DictConfig) -> None:
@@ -198,6 +200,13 @@ def _recorded(folder: Path) -> tuple[list[str], list[str], list[str]]:
         raise UserError(f"{folder / 'multirun.yaml'} is no record of a sweep, or is damaged: {error}") from error
 
 
+def _may_be_given(argument: str) -> bool:
+    """Is it what a sweep's record may not bring along, or what lies elsewhere now?"""
+    key = cli.key_of(argument)
+    hydras = key.startswith(("hydra.", "hydra/")) and key not in ("hydra.sweep.dir", "hydra.mode")
+    return hydras or key in ("classes", "data.root") or replay.addresses(argument)
+
+
 def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     """The arguments of the multirun that `sweep.resume=<folder>` among these names, and its folder.
 
@@ -207,24 +216,26 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     folder = Path(cli.value_of("sweep.resume", arguments) or ".")
     if not (folder / "multirun.yaml").is_file():
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
-    others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
-    allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
-    launching = [argument for argument in others if _launches(argument)]  # where jobs run is no part of them
-    if wrong := [argument for argument in others if argument not in (*allowing, *launching)]:
-        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(wrong)}")
+    files.refuse_links(folder)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--multirun", "-m", action="store_true")
+    flags.add_argument("--config-dir", "-cd")
+    given, others = flags.parse_known_args(list(arguments))
+    own = [argument for argument in others if _may_be_given(argument)]
+    if unknown := [argument for argument in others if argument not in own and cli.key_of(argument) != "sweep.resume"]:
+        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(unknown)}")
     hydra, task, _ = _recorded(folder)
-    given = [cli.key_of(argument) for argument in launching]
-    again = "hydra/launcher" in given
-    hydra = [line for line in hydra if not (cli.key_of(line) in given or (again and _launches(line)))]
-    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
-    task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
+    anew = {"hydra.mode", "hydra.sweep.dir", "hydra/help", "sweep.resume", "classes", *map(cli.key_of, own)}
+    hydra = [line for line in hydra if cli.key_of(line) not in anew]
+    if "hydra/launcher" in anew:
+        hydra = [line for line in hydra if not line.startswith("hydra.launcher.")]
+    task = [line for line in task if cli.key_of(line) not in anew]
+    if left_out := [line for line in task if replay.addresses(line)]:
+        print(printable(f"Not taken from the sweep: {', '.join(left_out)}. Give them in the command."), flush=True)
+    task = [line for line in task if line not in left_out]
+    allowing = [argument for argument in own if cli.key_of(argument) == "classes"]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
-    where = [f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
-    return ["--multirun", *hydra, *launching, *task, *allowing, *where]
-
-
-def _launches(argument: str) -> bool:
-    """Does it say where jobs run?"""
-    return cli.key_of(argument).replace("/", ".").startswith("hydra.launcher")
+    configs = [] if given.config_dir is None else ["--config-dir", given.config_dir]
+    return ["--multirun", *configs, *hydra, *task, *own, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]

@@ -123,9 +123,9 @@ def read_run(folder: Path) -> Run:
 
 
 def read_sweep(folder: Path) -> list[Run]:
-    """All jobs of a sweep that were begun, in order."""
-    numbers = [int(path.parent.name) for path in folder.glob("*/.hydra") if path.parent.name.isdigit()]
-    return [read_run(folder / str(number)) for number in sorted(numbers)]
+    """All jobs of a sweep that were begun, in order; hydra.sweep.subdir may give them other names than numbers."""
+    names = [path.parent.name for path in folder.glob("*/.hydra")]
+    return [read_run(folder / name) for name in sorted(names, key=lambda name: (name.isdigit(), len(name), name))]
 
 
 def grouped(runs: Sequence[Run], metric: str, alike: Callable[[Run], Any] = lambda run: None) -> list[Group]:

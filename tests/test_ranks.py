@@ -1,0 +1,174 @@
+"""Two processes of a CPU against one. (On GPUs nothing here is run.)"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from cifarnet import ranks
+from cifarnet.data.loader import InMemoryLoader
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
+from conftest import SMALL, assert_same_weights, small, weights
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+# shares of 9 and 8 images; what is drawn, chosen and averaged over the whole data set
+ALL_AT_ONCE = ["data.batch_size=17", "data.hardest_share=0.7", "+recipe=mixup", "module.tta=mirror", "data.cutout=8"]
+ALL_AT_ONCE += ["module.tta_share=0.3", "data.eval_batch_size=7", "trainer.max_epochs=3", "optimizer.lr=0.05"]
+
+
+class InRank(Callback):
+    """Does something to one rank after a batch of an epoch (both count from 0)."""
+
+    def __init__(self, rank: int, epoch: int, batch: int, number: int) -> None:
+        self.rank, self.moment, self.number = rank, (epoch, batch), number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_rank == self.rank and (trainer.current_epoch, batch_idx) == self.moment:
+            if self.number == 0:
+                raise UserError("something is wrong here alone")
+            os.kill(os.getpid(), self.number)
+
+
+def in_rank(rank: int, epoch: int, batch: int, number: int) -> str:
+    fields = f"rank: {rank}, epoch: {epoch}, batch: {batch}, number: {int(number)}"
+    return f"+callbacks.in_rank={{_target_: test_ranks.InRank, {fields}}}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of runs by one process and by two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, settings in {"one": ["trainer=cpu", "threads=1"], "two": TWO}.items():
+        train(small(f"output_dir={folder / name}", *settings, *ALL_AT_ONCE, without="trainer=cpu"))
+    return folder
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_two_processes_train_as_one_but_for_rounding(runs):
+    one, two = (weights(runs / name / "checkpoints/last.ckpt") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_report_what_one_does(runs):
+    one, two = record(runs / "one"), record(runs / "two")
+    assert two["hardware"]["ranks"] == 2
+    for key in ("val_accuracy", "test_accuracy", "test_accuracy_one_view", "tested_epoch", "data", "parameters"):
+        assert one[key] == two[key], key
+    assert two["test_cross_entropy"] == pytest.approx(one["test_cross_entropy"], rel=1e-5)
+    for before, after in zip(one["history"], two["history"], strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+    for picture in ("predictions.png", "confusion_matrix.png"):
+        assert (runs / "one" / picture).read_bytes() == (runs / "two" / picture).read_bytes()
+    files = [{path.name for path in (runs / name).iterdir() if "events" not in path.name} for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_torchrun_gives_the_same_weights(runs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [setting for setting in SMALL if not setting.startswith("trainer.max_epochs")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "cifarnet.train", *settings, *ALL_AT_ONCE, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1  # one rank speaks
+    assert_same_weights(runs / "two/checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(runs, config, tmp_path, rank):
+    settings = [*TWO, *ALL_AT_ONCE, in_rank(rank, 1, 1, signal.SIGTERM), "classes=[test_ranks.InRank]"]
+    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM after batch [34] of epoch 2") as stopped:
+        train(config(*settings, without="trainer=cpu"))
+    assert stopped.value.status == 143
+    train(*resume(tmp_path / "run", ["classes=[test_ranks.InRank]"]))
+    assert_same_weights(runs / "two/checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+    assert record(tmp_path / "run")["history"] == record(runs / "two")["history"]
+
+
+def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_one(runs, config, tmp_path):
+    settings = [*TWO, *ALL_AT_ONCE, in_rank(1, 1, 0, signal.SIGKILL), "classes=[test_ranks.InRank]"]
+    with pytest.raises(UserError, match="Rank 1 was ended by SIGKILL"):
+        train(config(*settings, without="trainer=cpu"))
+    train(*resume(tmp_path / "run", ["trainer=cpu", "threads=1", "classes=[test_ranks.InRank]"]))
+    assert record(tmp_path / "run")["val_accuracy"] == record(runs / "one")["val_accuracy"]
+    one, other = (weights(path / "checkpoints/last.ckpt") for path in (runs / "one", tmp_path / "run"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_error_in_one_rank_alone_is_told(config):
+    with pytest.raises(UserError, match=r"Rank 1 failed: .*something is wrong here alone"):
+        train(config(*TWO, in_rank(1, 0, 1, 0), "classes=[test_ranks.InRank]", without="trainer=cpu"))
+
+
+def test_a_sweep_trains_each_job_in_processes_of_its_own(command, tmp_path):
+    settings = [setting for setting in SMALL if setting != "trainer=cpu"]
+    status, out, error = command("-m", *settings, *TWO, "trainer.devices=1,2", "hydra.sweep.dir=sweep")
+    assert (status, error) == (0, "")
+    assert "2 of 2 jobs done" in out
+    assert [record(tmp_path / "sweep" / job)["hardware"].get("ranks", 1) for job in "01"] == [1, 2]
+
+
+def loaders(count: int, ranks: int, **settings):
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 8, 8)
+    labels = torch.arange(count) % 10
+    return [InMemoryLoader(images, labels, 10, rank=rank, ranks=ranks, **settings) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_each_training_batch(ranks):
+    [whole] = loaders(47, 1, train=True, seed=3)
+    for batch, *shares in zip(whole, *loaders(47, ranks, train=True, seed=3), strict=True):
+        assert {len(share[1]) for share in shares} <= {10 // ranks, -(-10 // ranks)}
+        for of_all, of_each in zip(batch, zip(*shares, strict=True), strict=True):
+            assert torch.equal(of_all, torch.cat(of_each))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_go_through_all_images_once_in_order(ranks):
+    parts = [torch.cat([batch[2] for batch in loader]) for loader in loaders(47, ranks)]
+    assert torch.equal(torch.cat(parts), torch.arange(47))
+    for loader in loaders(47, ranks):
+        assert len(loader) == len(list(loader))
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1, 1)),  # a batch script
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, (3, 8, 4)),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 4)),
+    ],
+)
+def test_a_rank_knows_its_place(monkeypatch, environment, place):
+    for name in list(os.environ):
+        if re.match("SLURM|TORCHELASTIC|RANK|WORLD", name):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.place() == place
+
+
+def test_more_devices_than_images_of_a_batch_are_refused(config):
+    with pytest.raises(UserError, match="2 devices share batches of 1 images: use 1 devices or fewer"):
+        train(config(*TWO, "data.batch_size=1", without="trainer=cpu"))
