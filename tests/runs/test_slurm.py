@@ -171,9 +171,9 @@ def test_a_sweep_may_be_resumed_on_another_launcher(tmp_path):
     overrides = {"hydra": {"overrides": {"hydra": hydra, "task": ["seed=0,1"]}, "sweeper": {}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(overrides))
     resume = f"sweep.resume={tmp_path}"
-    more = resumed_sweep([resume, "hydra.launcher.mem_gb=64"])
-    assert more[1:4] == ["hydra/launcher=slurm", "hydra.launcher.partition=main", "hydra.launcher.mem_gb=64"]
-    assert resumed_sweep([resume, "hydra/launcher=basic"])[1:3] == ["hydra/launcher=basic", "seed=0,1"]
+    kept = ["hydra/launcher=slurm", "hydra.launcher.partition=main", "seed=0,1"]
+    assert resumed_sweep([resume, "hydra.launcher.mem_gb=64"])[1:5] == [*kept, "hydra.launcher.mem_gb=64"]
+    assert resumed_sweep([resume, "hydra/launcher=basic"])[1:3] == ["seed=0,1", "hydra/launcher=basic"]
 
 
 def test_a_launcher_without_a_sweep_is_refused(command):
