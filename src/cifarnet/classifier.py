@@ -151,14 +151,13 @@ class Classifier(L.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning's, but a fused optimizer may be clipped where nothing scales its gradients (bfloat16)."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise UserError("trainer.gradient_clip_val in float16 needs optimizer.fused=false.")
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
-        elif gradient_clip_val is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError("trainer.gradient_clip_val in float16 needs optimizer.fused=false.")
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        clip(self.network.parameters(), gradient_clip_val)
 
     def on_train_start(self) -> None:
         # counting the steps made the loader before the checkpoint's loops were read, where its place is

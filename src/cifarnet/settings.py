@@ -107,6 +107,8 @@ def check(config: DictConfig) -> None:
             f"trainer.precision={config.trainer.precision}: weights are kept in float32 here. Choose "
             f"{config.trainer.precision.replace('true', 'mixed')}."
         )
+    if (clip := config.trainer.get("gradient_clip_val") or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val={clip}: give a number above 0, or null to clip nothing.")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 
