@@ -1,4 +1,5 @@
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,26 @@ def test_training_images_are_scaled_to_the_size_of_the_epoch(images):
     assert epoch(loader(images, sizes=[6], train=False))[0].shape[-1] == 12
 
 
+class Elsewhere(torch.Tensor):
+    """As if it were on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+
+def test_images_on_a_gpu_are_scaled_as_floats(images):
+    scaled = loader(images, sizes=[6])._scaled(images.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    assert torch.equal(scaled, F.interpolate(images.float(), (6, 6), mode="bilinear", antialias=True).round().byte())
+
+
+def test_batches_are_pinned_where_asked_for(images, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    list(loader(images))
+    assert not pinned
+    (batch,) = loader(images, batch_size=50, pin=True)
+    assert [id(member) for member in batch] == [id(tensor) for tensor in pinned]
+
+
 def test_training_drops_the_incomplete_batch_and_evaluation_keeps_it(images):
     train, evaluation = loader(images), loader(images, train=False)
     assert len(train) == 6
@@ -188,8 +209,10 @@ def test_hardest_images_are_restored_in_the_middle_of_an_epoch(images):
 class Unread(LazyImages):
     def __init__(self, images):
         self.images, self.shape = images, images.shape
+        self.read_here = 0  # in this process
 
     def __getitem__(self, place):
+        self.read_here += 1
         return self.images[place]
 
 
@@ -203,6 +226,7 @@ def test_streamed_batches_equal_those_in_memory(images, workers):
         for one, other in zip(epoch(streaming, number), epoch(loader(images, **settings), number), strict=True):
             assert torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)  # dropout's
+    assert (streaming.images.read_here > 0) == (workers == 0)
 
 
 class Blend:
