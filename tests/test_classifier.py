@@ -293,6 +293,13 @@ def test_sums_and_draws_go_on_in_the_middle_of_an_epoch(batch, more, monkeypatch
     assert whole.training_metrics() == resumed.training_metrics()
 
 
+def test_sums_lie_on_the_device(monkeypatch):
+    monkeypatch.setattr(Classifier, "device", torch.device("meta"))
+    module = linear_classifier()
+    module.on_validation_epoch_start()
+    assert module._sums["val"].device.type == "meta"
+
+
 def test_draws_on_a_gpu_go_on(monkeypatch):
     """Of a GPU that need not be there."""
     device, state, restored = torch.device("cuda", 1), torch.arange(16, dtype=torch.uint8), {}

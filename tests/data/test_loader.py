@@ -261,6 +261,24 @@ def test_images_are_mixed_as_they_are_shown(images):
     assert all(len(batch) == 3 for batch in loader(images, mix=Blend(), train=False))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"train": False}, {"mix": Blend()}, {"share": 0.5}, {"sizes": [6]}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_everything_lies_on_the_device(images, settings):
+    """Told by one that holds no numbers, and does not mix with others."""
+    augment = Augment(3, "random", cutout=5, fill=torch.tensor([7, 8, 9]))
+    on_device = loader(images, device="meta", augment=augment, **settings)
+    assert {losses.device.type for losses in (on_device._losses, on_device._observed)} == {"meta"}
+    for batch in on_device:
+        on_device.observe(batch[2], torch.empty(len(batch[2]), device="meta"))
+        assert {member.device.type for member in batch} == {"meta"}
+        assert batch[0].dtype == torch.uint8
+    streaming = StreamingLoader(Unread(images), torch.arange(50), 8, workers=0, device="meta")
+    assert {tensor.device.type for tensor in next(streaming._pixels([torch.arange(3)]))} == {"meta"}
+
+
 def test_order_is_that_of_recorded_runs(images):
     _, index = epoch(loader(images, batch_size=10), 3)
     assert torch.equal(index, torch.randperm(50, generator=generator(5, 3, "order")))
