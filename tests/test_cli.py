@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
         (["+sweep.resum=x"], "sweep.resum is no setting", "Did you mean resume?"),
         (["optimizer.lr=nan"], "optimizer.lr=nan", "finite"),
         (["+trainer.gradient_clip_val=inf"], "trainer.gradient_clip_val=inf", "finite"),
+        (["+trainer.gradient_clip_val=-0.5"], "trainer.gradient_clip_val=-0.5", "above 0"),
         (["+trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0", "from 1"),
         (["+trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0", "from 1"),
         (["+trainer.default_root_dir=there"], "trainer.default_root_dir=there", "hydra.run.dir=…"),
