@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
         (["+trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0", "from 1"),
         (["+trainer.default_root_dir=there"], "trainer.default_root_dir=there", "hydra.run.dir=…"),
         (["threads=100000"], "threads=100000", "from 1 to 1024"),
+        (["--experiment=baseline"], "--experiment=baseline is no flag", "+experiment=baseline"),
         (["seed=4294967296"], "seed=4294967296", "from 0 to 4294967295"),
         (["optimizer._target_=torch.optim.RMSprop"], "torch.optim.RMSprop has no such setting", "'~optimizer' '+opt"),
         (["model._target_=math"], "model._target_=math", "no such class or function"),
