@@ -19,7 +19,7 @@ import cifarnet
 from cifarnet import cli
 from cifarnet.build import build
 from cifarnet.cli import CONFIGS
-from cifarnet.errors import Interrupted
+from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs.resume import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, picture, signal_at, weights
@@ -320,6 +320,22 @@ def test_other_choices_train(config, overrides, tmp_path):
     assert metrics["epochs"] == settings.trainer.max_epochs
 
 
+def test_a_shortened_run_says_that_it_is_no_result(config, capsys):
+    train(config("+trainer.limit_test_batches=1", "data.eval_batch_size=10"))
+    assert "(no result: limit_test_batches=1, with that epoch's weights)" in capsys.readouterr().out
+
+
+def test_without_a_moving_bar_the_lines_stay(config, capsys):
+    train(config("+trainer.enable_progress_bar=false"))
+    assert "Epoch 2/2  loss" in capsys.readouterr().out
+
+
+def test_compiling_without_a_compiler_is_told(config, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(UserError, match=r"compile=true: PyTorch finds no working C\+\+ compiler"):
+        train(config("compile=true"))
+
+
 def test_training_on_all_images_tests_the_last_weights(config, tmp_path, capsys):
     score = train(config("data.val_fraction=0"))
     assert math.isnan(score)
@@ -344,6 +360,23 @@ def test_speedrun_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     last = tmp_path / "parts/checkpoints/last.ckpt"
     train(*resume(last, [OWN]))
     assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", last)
+
+
+class Crash(Callback):
+    """Raises in the first batch of the second epoch, before which last.ckpt was saved at the end of the first."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+
+
+def test_a_run_that_crashed_goes_on_with_the_losses_that_its_loader_chooses_by(config, tmp_path):
+    chosen = ["data.hardest_share=0.6", "trainer.max_epochs=3", "optimizer.lr=0.05"]
+    train(config(*chosen, folder="whole"))
+    with pytest.raises(ZeroDivisionError):
+        train(config(*chosen, folder="parts"), callbacks=[Crash()])
+    train(*resume(tmp_path / "parts"))
+    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "parts/checkpoints/last.ckpt")
 
 
 def test_losses_reach_the_loader_that_chooses_by_them(config, tmp_path):

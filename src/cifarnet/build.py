@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -126,6 +126,10 @@ def make_trainer(
     built = [*(_expect(Callback, callback._target_, instantiate(callback)) for callback in chosen), *callbacks]
     if config.compile:
         built.insert(0, Compile())  # before the clocks of others start
+    bars = [callback for callback in built if isinstance(callback, ProgressBar)]
+    shown = config.trainer.get("enable_progress_bar") is not False
+    for bar in [] if shown else bars:
+        bar.disable()  # its line an epoch stays
     accelerator, precision = config.trainer.accelerator, config.trainer.precision
     quiet = {"default_root_dir": config.output_dir, "enable_model_summary": False, "num_sanity_val_steps": 0}
     quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by runs.progress.History
@@ -136,6 +140,7 @@ def make_trainer(
         "callbacks": built,
         "plugins": [WholeCheckpoints(), ranks.environment(), *instantiate(config.trainer.get("plugins") or [])],
         "logger": _loggers(config),
+        "enable_progress_bar": shown or bool(bars),
         **ranks.trainer_settings(config.trainer),
     }
     try:

@@ -169,18 +169,20 @@ class Classifier(L.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning's, but a fused optimizer may be clipped where nothing scales its gradients (bfloat16)."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise UserError("trainer.gradient_clip_val in float16 needs optimizer.fused=false.")
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
-        elif gradient_clip_val is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError("trainer.gradient_clip_val in float16 needs optimizer.fused=false.")
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        clip(self.network.parameters(), gradient_clip_val)
 
     def on_train_start(self) -> None:
         # counting the steps made the loader before the checkpoint's loops were read, where its place is
-        self.trainer.fit_loop._load_combined_loader_states()
+        fit_loop = self.trainer.fit_loop
+        if states := fit_loop._combined_loader_states_to_load:  # Lightning forgets them at an epoch's end
+            fit_loop._combined_loader._load_state_dicts(states)
+            fit_loop._combined_loader_states_to_load = []
         self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None

@@ -106,7 +106,11 @@ def run_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> No
                 raise
             failures.append(error)  # of a single run Hydra would print the overrides before it raises
 
-    _run_hydra(parser.parse_args(list(arguments)), parser, keep, str(CONFIGS), "train")
+    parser.allow_abbrev = False  # --experiment is no --experimental-rerun
+    parsed, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag. Settings have no dashes: +experiment=baseline optimizer.lr=0.1")
+    _run_hydra(parsed, parser, keep, str(CONFIGS), "train")
     for failure in failures:
         raise failure
 
@@ -196,6 +200,8 @@ def explain(error: BaseException) -> str | None:
         return f"{file} cannot be written: {full.strerror}. What was there before is kept: make room, and go on."
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).strip().partition(chr(10))[0]})"
+    if isinstance(error, RecursionError):
+        return f"Something in it is nested too deeply ({error})."
     if isinstance(error, InstantiationException):  # raised by a class that a config names
         cause = error.__cause__
         if cause is None or isinstance(cause, HydraException | OmegaConfBaseException):

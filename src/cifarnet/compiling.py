@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from cifarnet.errors import UserError
+
 
 class Compile(Callback):
     """Compile the network, in place, and take a step on blank images of each size before training, to time it apart.
@@ -26,9 +28,16 @@ class Compile(Callback):
             for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
                 shape = loader.batch_size, channels, size, size
                 images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
-                with trainer.precision_plugin.forward_context():
-                    logits = module(images.contiguous(memory_format=module.memory_format))
-                logits.sum().backward()
+                try:
+                    with trainer.precision_plugin.forward_context():
+                        logits = module(images.contiguous(memory_format=module.memory_format))
+                    logits.sum().backward()
+                except Exception as error:
+                    if "compiler" not in str(error):
+                        raise
+                    raise UserError(
+                        "compile=true: PyTorch finds no working C++ compiler. Install one (g++), or leave it out."
+                    ) from error
         module.zero_grad()
         module.network.load_state_dict(state)
         if module.device.type == "cuda":

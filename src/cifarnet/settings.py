@@ -116,6 +116,8 @@ def check(config: DictConfig) -> None:
         raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop it.")
     if (folder := config.trainer.get("default_root_dir")) is not None:
         raise UserError(f"trainer.default_root_dir={folder}: a run has one folder. Say where with hydra.run.dir=…")
+    if (clip := config.trainer.get("gradient_clip_val") or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val={clip}: give a number above 0, or null to clip nothing.")
     if config.trainer.max_epochs == 0:
         raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
 

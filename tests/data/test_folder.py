@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import time
@@ -279,6 +280,12 @@ def test_a_class_that_cannot_be_shown_is_refused(tree, name):
     with pytest.raises(UserError, match=r"cannot be shown\. Rename it") as error:
         read(tree)
     assert str(error.value).isprintable()
+
+
+def test_a_class_that_is_not_tested_is_told(tree, capsys):
+    shutil.rmtree(tree / "test/dog")
+    read(tree)
+    assert "test/ has no images of dog." in capsys.readouterr().out
 
 
 def test_a_class_that_is_a_link_to_nothing_is_refused(tree):

@@ -1,4 +1,5 @@
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,11 +51,12 @@ def test_crops_flips_and_holes_equal_a_naive_loop(images, padding):
         assert torch.equal(output, expected)
 
 
-def test_draws_cover_every_offset_and_about_half_the_flips():
+def test_draws_cover_every_offset_and_about_half_the_flips(monkeypatch):
     top, left, flip, hole = Augment(2, "random").draw(10_000, size=32, seed=0, epoch=0)
     assert top.unique().tolist() == left.unique().tolist() == [0, 1, 2, 3, 4]
     assert 4_800 < int(flip.sum()) < 5_200
     assert hole.unique().tolist() == list(range(32))
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.zeros(count))  # which it draws now and then
     _, _, never, _ = Augment(2, "none").draw(100, size=32, seed=0, epoch=0)
     assert not never.any()
 
@@ -115,6 +117,27 @@ def test_training_images_are_scaled_to_the_size_of_the_epoch(images):
     assert (halves.float() - expected).abs().max() <= 1  # rounded
     assert torch.equal(halves, F.interpolate(images[index], (6, 6), mode="bilinear", antialias=True))  # in uint8
     assert epoch(loader(images, sizes=[6], train=False))[0].shape[-1] == 12
+
+
+class Elsewhere(torch.Tensor):
+    """As if it were on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+
+def test_images_on_a_gpu_are_scaled_as_floats(images):
+    scaled = loader(images, sizes=[6])._scaled(images.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    assert scaled.dtype == torch.uint8
+    assert torch.equal(scaled, F.interpolate(images.float(), (6, 6), mode="bilinear", antialias=True).round().byte())
+
+
+def test_batches_are_pinned_where_asked_for(images, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    list(loader(images))
+    assert not pinned
+    (batch,) = loader(images, batch_size=50, pin=True)
+    assert [id(member) for member in batch] == [id(tensor) for tensor in pinned]
 
 
 def test_training_drops_the_incomplete_batch_and_evaluation_keeps_it(images):
@@ -188,8 +211,10 @@ def test_hardest_images_are_restored_in_the_middle_of_an_epoch(images):
 class Unread(LazyImages):
     def __init__(self, images):
         self.images, self.shape = images, images.shape
+        self.read_here = 0  # in this process
 
     def __getitem__(self, place):
+        self.read_here += 1
         return self.images[place]
 
 
@@ -203,6 +228,7 @@ def test_streamed_batches_equal_those_in_memory(images, workers):
         for one, other in zip(epoch(streaming, number), epoch(loader(images, **settings), number), strict=True):
             assert torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)  # dropout's
+    assert (streaming.images.read_here > 0) == (workers == 0)
 
 
 class Blend:
@@ -233,6 +259,24 @@ def test_images_are_mixed_as_they_are_shown(images):
         expected, _ = Blend()(shown[index], shown[partners[index]], weight[index], more[index])
         assert torch.equal(mixed, expected)
     assert all(len(batch) == 3 for batch in loader(images, mix=Blend(), train=False))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"train": False}, {"mix": Blend()}, {"share": 0.5}, {"sizes": [6]}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_everything_lies_on_the_device(images, settings):
+    """Told by one that holds no numbers, and does not mix with others."""
+    augment = Augment(3, "random", cutout=5, fill=torch.tensor([7, 8, 9]))
+    on_device = loader(images, device="meta", augment=augment, **settings)
+    assert {losses.device.type for losses in (on_device._losses, on_device._observed)} == {"meta"}
+    for batch in on_device:
+        on_device.observe(batch[2], torch.empty(len(batch[2]), device="meta"))
+        assert {member.device.type for member in batch} == {"meta"}
+        assert batch[0].dtype == torch.uint8
+    streaming = StreamingLoader(Unread(images), torch.arange(50), 8, workers=0, device="meta")
+    assert {tensor.device.type for tensor in next(streaming._pixels([torch.arange(3)]))} == {"meta"}
 
 
 def test_order_is_that_of_recorded_runs(images):

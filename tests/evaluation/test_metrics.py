@@ -43,12 +43,21 @@ def test_calibration_by_hand():
     assert figures["brier"] == pytest.approx(sum(squares) / 4)
     cross_entropy = -sum(math.log(p) for p in (0.8, 0.1, 0.5, 0.9)) / 4
     assert figures["cross_entropy"] == pytest.approx(cross_entropy, abs=1e-6)
+    of_one_class = metrics.calibration(PROBABILITIES[:1].log(), LABELS[:1])
+    assert of_one_class["brier"] == pytest.approx(squares[0])
+
+
+def test_bins_by_hand():
+    rows = metrics.bins(PROBABILITIES[2:].log(), LABELS[2:])
+    assert [row["images"] for row in rows] == [*[0] * 7, 1, *[0] * 5, 1, 0]  # of width 1/15: 0.5 and 0.9
+    for row in rows:
+        assert math.isnan(row["confidence"]) == math.isnan(row["accuracy"]) == (row["images"] == 0)
 
 
 def test_complete_certainty_belongs_to_the_last_bin():
-    """0.96 and wrong, 1 and right: one bin, half right, with a mean confidence of 0.98."""
+    """0.96 and right, 1 and wrong: one bin, half right, with a mean confidence of 0.98."""
     logits = torch.tensor([[math.log(0.96), math.log(0.04)], [100.0, 0.0]])
-    labels = torch.tensor([1, 0])
+    labels = torch.tensor([0, 1])
     assert metrics.calibration(logits, labels)["calibration_error"] == pytest.approx(0.48, abs=1e-6)
     last = metrics.bins(logits, labels)[-1]
     assert (last["images"], last["accuracy"]) == (2, 0.5)
@@ -95,6 +104,13 @@ def test_temperature_is_found():
     assert after["calibration_error"] < 0.02 < metrics.calibration(3 * calibrated, labels)["calibration_error"]
 
 
+def test_temperature_by_hand():
+    """Of four answers with the same odds of e, three are right: odds of 3, at a temperature of 1 / log(3)."""
+    logits = torch.tensor([[1.0, 0.0]] * 4)
+    fitted = metrics.fit_temperature(logits, torch.tensor([0, 0, 0, 1]))
+    assert fitted == pytest.approx(1 / math.log(3), rel=1e-7)
+
+
 def test_temperature_stays_within_its_limits():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert metrics.fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(0.05, rel=1e-4)  # all right
@@ -102,24 +118,28 @@ def test_temperature_stays_within_its_limits():
 
 
 def test_summary():
-    figures = metrics.summary(PROBABILITIES.log(), torch.tensor([0, 2, 2, 2]))
-    assert figures["accuracy"] == 0.5
-    assert figures["top2_accuracy"] == 0.75  # the third image's class comes second, the second image's third
-    assert figures["interval"] == metrics.proportion(2, 4)["interval"]
+    probabilities = torch.cat([PROBABILITIES, torch.tensor([[0.1, 0.2, 0.7]])])
+    labels = torch.tensor([0, 1, 2, 2, 0])  # the third image's class comes second, the last one's third
+    figures = metrics.summary(probabilities.log(), labels)
+    assert figures["accuracy"] == metrics.accuracy(probabilities, labels) == 0.6
+    assert figures["top2_accuracy"] == pytest.approx(0.8)
+    assert figures["interval"] == metrics.proportion(3, 5)["interval"]
 
 
 def test_classes_without_images_have_no_accuracy():
     confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])
     rows = metrics.by_class(confusion, ["a", "b", "c"])
-    assert [row["images"] for row in rows] == [4, 0, 2]
+    assert [(row["name"], row["images"]) for row in rows] == [("a", 4), ("b", 0), ("c", 2)]
     assert rows[0]["accuracy"] == 0.75
     assert math.isnan(rows[1]["accuracy"])
 
 
 def test_distance_from_people_by_hand():
     people = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    figures = metrics.against_people(PROBABILITIES[:2].log(), people, temperature=1.0)
+    figures = metrics.against_people(PROBABILITIES[:2].log(), people, temperature=0.5)
     expected = -(0.5 * math.log(0.8) + 0.5 * math.log(0.1) + math.log(0.1)) / 2
     assert figures["cross_entropy"] == pytest.approx(expected, abs=1e-6)
+    squares = 0.8**2 + 0.1**2 + 0.1**2  # the temperature squares probabilities, whose sum is then no longer 1
+    expected = 2 * expected + math.log(squares)
     assert figures["cross_entropy_with_temperature"] == pytest.approx(expected, abs=1e-6)
     assert figures["entropy"] == pytest.approx(math.log(2) / 2)

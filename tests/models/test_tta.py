@@ -46,6 +46,10 @@ def test_views_are_weighed_as_described(images):
     _, mirrored = predict(network, images, "mirror")
     torch.testing.assert_close(mirrored, (network(images) + network(images.flip(3))) / 2)
     assert torch.equal(*predict(network, images, "none"))
+    assert torch.equal(*predict(network, images, share=0))
+    usual = Answers(network, 1)  # all, mirrored and shifted
+    usual.add(images)
+    assert torch.equal(torch.cat(usual.final()), averaged)
 
 
 def test_only_the_least_confident_are_looked_at_again(images):
@@ -76,6 +80,16 @@ def test_few_images_are_kept(images):
         answers.add(images)
         assert sum(len(kept) for *_, kept in answers._unsure) <= 2 * 0.05 * 100 * 20 + 20
     assert len(torch.cat(answers.final())) == 2000
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_answers_lie_on_the_device(images, share):
+    """Told by one that holds no numbers, and does not mix with others."""
+    answers = Answers(lambda images: images.float().mean((2, 3)), 2, share=share)
+    for batch in images.to("meta").split(10):
+        answers.add(batch)
+    assert {place.device.type for _, place, _ in answers._unsure} <= {"meta"}
+    assert {logits.device.type for logits in answers.final()} == {"meta"}
 
 
 @pytest.mark.parametrize("settings", [{"tta": "rotate"}, {"share": 1.5}])

@@ -138,6 +138,8 @@ class ImageFolder(ImageDataModule):
             files += [(path, class_names.index(name)) for path in found]
         if not files:
             raise UserError(f"{self.root / split} has no class folders. Add {split}/<class>/… or remove it.")
+        if missing := sorted(set(class_names) - {class_names[label] for _, label in files}):
+            print(f"{split}/ has no images of {', '.join(missing)}.", flush=True)
         return files
 
     def _decoded(self, files: ImageFiles) -> torch.Tensor:

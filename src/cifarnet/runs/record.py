@@ -109,6 +109,8 @@ def _finite(value: Any) -> Any:
 def table(metrics: dict[str, Any], folder: str) -> str:
     """The end of a run, for the terminal."""
     epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
+    if metrics["shortened"]:
+        images = f"no result: {metrics['shortened']}"
     validation = metrics["val_accuracy"]
     tested = f"{images}, with that epoch's weights"
     if metrics["tta"] != "none":
