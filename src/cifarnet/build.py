@@ -58,7 +58,8 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
     data = make_data(config)
     trainer = make_trainer(config, callbacks, data.validates, **trainer_settings)
     if config.threads is None and trainer.num_devices > 1:
-        torch.set_num_threads(max(1, hardware.cores() // trainer.num_devices))
+        sharing = trainer.num_devices // hardware.slurm_tasks()  # srun gives each rank cores of its own
+        torch.set_num_threads(max(1, hardware.cores() // max(1, sharing)))
     network, fit_seconds = make_network(config, data)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,

@@ -68,8 +68,12 @@ def slurm_cores() -> int | None:
     env = os.environ
     if (given := env.get("SLURM_CPUS_PER_TASK")) is not None:
         return int(given)
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1)) // int(env.get("SLURM_STEP_NUM_NODES", 1))
-    return max(1, int(env["SLURM_CPUS_ON_NODE"]) // tasks) if "SLURM_CPUS_ON_NODE" in env else None
+    return max(1, int(env["SLURM_CPUS_ON_NODE"]) // slurm_tasks()) if "SLURM_CPUS_ON_NODE" in env else None
+
+
+def slurm_tasks() -> int:
+    """How many processes srun has started on this machine together with this one."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
 
 
 def gpus() -> list[str]:
