@@ -123,16 +123,15 @@ class Slurm(SlurmLauncher):
             return {}
         import submitit
 
-        params = {key: value for key, value in self.params.items() if key not in ("submitit_folder", "max_num_timeout")}
-        if params["cpus_per_task"]:  # srun does not take it from sbatch
-            params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(params["setup"] or [])]
+        params = {key: value for key, value in self.params.items() if value is not None}
+        folder, most, python = (params.pop(key, None) for key in ("submitit_folder", "max_num_timeout", "python"))
+        if "cpus_per_task" in params:  # srun does not take it from sbatch
+            params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *params.get("setup", [])]
         common = set(OmegaConf.structured(BaseQueueConf))
         try:
-            executor = submitit.AutoExecutor(self.params["submitit_folder"], cluster="slurm")
+            executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_python=python)
             executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
-            jobs = executor.submit_array(
-                [Task(task, self.follow, self.params["max_num_timeout"]) for task in tasks.values()]
-            )
+            jobs = executor.submit_array([Task(task, self.follow, most or 0) for task in tasks.values()])
         except (RuntimeError, ValueError, NameError) as error:
             raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
         names = [job.job_id for job in jobs]
