@@ -276,6 +276,7 @@ QUOTED = "', _target_: os.mkdir, path: exploded, x: '"
         (to("model", wings=2), "its network has changed"),
         (to("model", widths=MKDIR), "its network has changed"),
         (to_all(cifarnet="999.1"), "cifarnet 999.1, newer than the "),
+        (to_all(class_names=None), "not a checkpoint of cifarnet"),
         (to_all(image_size="x"), "not a checkpoint of cifarnet"),
         (lambda checkpoint: checkpoint["hyper_parameters"].pop("config"), "not a checkpoint of cifarnet"),
         (to_all(precision="x"), "precision=x"),

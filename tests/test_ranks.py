@@ -128,6 +128,13 @@ def test_a_sweep_trains_each_job_in_processes_of_its_own(command, tmp_path):
     assert [record(tmp_path / "sweep" / job)["hardware"].get("ranks", 1) for job in "01"] == [1, 2]
 
 
+def test_runs_on_several_devices_side_by_side_are_refused(command):
+    settings = [setting for setting in SMALL if setting != "trainer=cpu"]
+    status, _, error = command("-m", *settings, *TWO, "seed=0,1", "hydra/launcher=parallel", "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "Runs on several devices are trained one after the other: leave out hydra/launcher" in error
+
+
 def loaders(count: int, ranks: int, **settings):
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 8, 8)
     labels = torch.arange(count) % 10

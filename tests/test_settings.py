@@ -107,6 +107,10 @@ def test_the_list_of_settings_is_this_one():
     assert sorted(keys(composed("+experiment=baseline"))) == sorted(SETTINGS.split())
 
 
+def test_callbacks_of_a_stranger_may_be_a_list():
+    assert deciding({"callbacks": [[]], "seed": 1})["seed"] == "1"
+
+
 SETTINGS = """
 callbacks.best._target_ callbacks.best.dirpath callbacks.best.enable_version_counter callbacks.best.filename
 callbacks.best.mode callbacks.best.monitor callbacks.history._target_ callbacks.last._target_ callbacks.last.dirpath

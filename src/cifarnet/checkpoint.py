@@ -59,7 +59,7 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint["state_dict"].items(), *(resolved[section].items() for section in ("data", "model", "module"))
         (
             checkpoint["epoch"] + checkpoint["global_step"],
-            hparams["class_names"],
+            list(hparams["class_names"]),
             hparams["precision"],
             int(hparams["image_size"]),
         )

@@ -222,7 +222,7 @@ class Follower(NamedTuple):
 def _watch(followers: Sequence[Follower], over: threading.Event) -> None:
     """End this process if one of the others has ended and nothing else says so: NCCL waits for it."""
     while not over.wait(0.2):
-        if (message := _death(followers)) and not over.wait(GRACE.seconds):
+        if (message := _death(followers)) and not over.wait(3 * GRACE.seconds):
             print(f"Error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 

@@ -57,9 +57,10 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def deciding(config: Mapping[str, Any], times: bool = False) -> dict[str, str]:
     """The settings, as `flat` writes them, on which a run's figures depend, or, with `times`, its seconds too."""
     without = PLACES | SHOWN | (set() if times else SPEED)
+    callbacks = config.get("callbacks")
     watching = {
         f"callbacks.{name}"
-        for name, callback in (config.get("callbacks") or {}).items()
+        for name, callback in (callbacks if isinstance(callbacks, Mapping) else {}).items()
         if isinstance(callback, Mapping) and _watches(callback)
     }
     return {key: value for key, value in flat(config).items() if not within(key, without | watching)}

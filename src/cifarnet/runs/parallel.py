@@ -15,7 +15,7 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import hardware
+from cifarnet import hardware, ranks
 from cifarnet.errors import Interrupted, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,6 +39,8 @@ def side_by_side(config: DictConfig, name: str) -> Iterator[bool]:
     if jobs == 1:
         yield False
         return
+    if config.trainer.devices != 1 or ranks.place().size > 1:
+        raise UserError("Runs on several devices are trained one after the other: leave out hydra/launcher.")
     if config.trainer.accelerator != "cpu":
         hardware.claim_gpu()
     if config.threads is None:

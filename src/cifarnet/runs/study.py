@@ -24,7 +24,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from cifarnet import cli, hardware
+from cifarnet import cli, hardware, ranks
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs import replay, search_figures, sweep
 from cifarnet.runs.space import distribution
@@ -92,7 +92,8 @@ class Search(Sweeper):
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         sweep.begin(self.config, folder)
-        if self.config.trainer.accelerator != "cpu" and not self.shared:
+        alone = self.config.trainer.devices == 1 and ranks.place().size == 1
+        if self.config.trainer.accelerator != "cpu" and alone and not self.shared:
             hardware.claim_gpu()
         failures = []
         try:

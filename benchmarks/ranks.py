@@ -1,0 +1,76 @@
+"""Two processes with one thread each beside one process with two: what sharing a batch on one CPU costs and brings.
+
+    python benchmarks/ranks.py [data=folder data.root=<the JPEG copy of CIFAR-10>]
+
+Prints the time that the exchange of gradients takes by itself, too: an all-reduce of as many numbers as the network has.
+On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one with two.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+import common
+from cifarnet.build import make_data, make_network
+from cifarnet.cli import compose
+
+SIDES = {
+    "one process": ["trainer.devices=1"],
+    "two processes": ["trainer=ddp", "trainer.devices=2"],
+}
+ON_A_CPU = ["trainer.accelerator=cpu"]
+
+
+def images_a_second(overrides: Sequence[str], side: Sequence[str]) -> float:
+    chosen = [
+        *side,
+        "trainer.max_epochs=1",
+        *(ON_A_CPU if "trainer.accelerator=gpu" not in overrides else []),
+        *overrides,
+    ]
+    return common.train("baseline", *chosen)["images_per_second"]
+
+
+def exchange(numbers: int, times: int = 20) -> float:
+    """Seconds that an all-reduce of so many float32 takes between two processes of this machine's CPU, median."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", sys.argv[0]]
+    told = subprocess.run(
+        [*command, "--exchange", str(numbers), str(times)], capture_output=True, text=True, check=True
+    )
+    return float(told.stdout.split()[-1])
+
+
+def _exchange(numbers: int, times: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    values, seconds = torch.randn(numbers), []
+    for _ in range(times):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        seconds.append(time.perf_counter() - start)
+    if torch.distributed.get_rank() == 0:
+        print(statistics.median(seconds))
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--exchange"]:
+        return _exchange(int(sys.argv[2]), int(sys.argv[3]))
+    sides = {name: partial(images_a_second, side=side) for name, side in SIDES.items()}
+    arguments = common.parser(__doc__, turns=3).parse_args()
+    values = common.take_turns(sides, arguments)
+    config = compose("train", ["+experiment=baseline", "output_dir=/nowhere", *arguments.overrides])
+    network, _ = make_network(config, make_data(config))
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    seconds = exchange(numbers)
+    common.report("ranks", "images/s", values, parameters=numbers, exchange_seconds=round(seconds, 5))
+
+
+if __name__ == "__main__":
+    main()
