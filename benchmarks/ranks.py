@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [data=folder data.root=<the JPEG copy of CIFAR-10>]
 
-Prints the time that the exchange of gradients takes by itself, too: an all-reduce of as many numbers as the network has.
+Prints the time of the gradients' exchange by itself, too: an all-reduce of as many numbers as the network has.
 On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one with two.
 """
 
@@ -23,17 +23,11 @@ SIDES = {
     "one process": ["trainer.devices=1"],
     "two processes": ["trainer=ddp", "trainer.devices=2"],
 }
-ON_A_CPU = ["trainer.accelerator=cpu"]
 
 
 def images_a_second(overrides: Sequence[str], side: Sequence[str]) -> float:
-    chosen = [
-        *side,
-        "trainer.max_epochs=1",
-        *(ON_A_CPU if "trainer.accelerator=gpu" not in overrides else []),
-        *overrides,
-    ]
-    return common.train("baseline", *chosen)["images_per_second"]
+    device = [] if "trainer.accelerator=gpu" in overrides else ["trainer.accelerator=cpu"]
+    return common.train("baseline", *side, *device, "trainer.max_epochs=1", *overrides)["images_per_second"]
 
 
 def exchange(numbers: int, times: int = 20) -> float:

@@ -49,8 +49,8 @@ def quiet_trainer(**settings) -> L.Trainer:
 
 def start(module: Classifier, loader=None) -> None:
     """As a trainer would."""
-    fit_loop = SimpleNamespace(_load_combined_loader_states=lambda: None)
-    module._trainer = SimpleNamespace(train_dataloader=loader, fit_loop=fit_loop)
+    fit_loop = SimpleNamespace(_combined_loader_states_to_load=[])
+    module._trainer = SimpleNamespace(train_dataloader=loader, fit_loop=fit_loop, estimated_stepping_batches=1)
     module.on_train_start()
 
 

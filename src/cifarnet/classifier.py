@@ -153,9 +153,9 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(self.network.parameters())
-        self.planned_steps = steps = self.trainer.estimated_stepping_batches
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
+        steps = self.trainer.estimated_stepping_batches
         scheduler = self.make_scheduler(optimizer, 0 if steps == float("inf") else int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -183,6 +183,7 @@ class Classifier(L.LightningModule):
         if states := fit_loop._combined_loader_states_to_load:  # Lightning forgets them at an epoch's end
             fit_loop._combined_loader._load_state_dicts(states)
             fit_loop._combined_loader_states_to_load = []
+        self.planned_steps = self.trainer.estimated_stepping_batches
         self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None

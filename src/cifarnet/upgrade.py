@@ -40,6 +40,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
     cross_entropy = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": smoothing, "reduction": "none"}
     config |= {"objective": cross_entropy, "recipe": {}, "output_dir": None, "ckpt_path": None, "classes": []}
     config.pop("total_steps", None)
+    config["trainer"].pop("default_root_dir", None)  # the run's folder
     hparams |= {"config": config, "image_size": model["image_size"]}
     hparams["precision"] = config["trainer"]["precision"]
     if model["_target_"].startswith("cifarnet.models.") and model["_target_"].endswith(".CNN"):
