@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from cifarnet import ranks
 from cifarnet.data.loader import InMemoryLoader
 from cifarnet.errors import Interrupted, UserError
+from cifarnet.models import Normalize
 from cifarnet.runs.resume import resume
 from cifarnet.train import train
 from conftest import SMALL, assert_same_weights, small, weights
@@ -133,6 +135,47 @@ def test_runs_on_several_devices_side_by_side_are_refused(command):
     status, _, error = command("-m", *settings, *TWO, "seed=0,1", "hydra/launcher=parallel", "hydra.sweep.dir=sweep")
     assert status == 1
     assert "Runs on several devices are trained one after the other: leave out hydra/launcher" in error
+
+
+OTHERS = {
+    "muon, accumulated, clipped": [
+        "optimizer=muon",
+        "+trainer.gradient_clip_val=1",
+        "+trainer.accumulate_grad_batches=2",
+    ],
+    "averaged": ["+recipe.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"],
+    "frozen": ["+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features, epoch: 2}"],
+    "lean, in bfloat16": ["callbacks=lean", "trainer.precision=bf16-mixed", "~logger"],
+}
+
+
+@pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS)
+def test_other_choices_train_on_two_as_on_one(config, tmp_path, settings):
+    train(config("threads=1", *settings, folder="one"))
+    train(config(*TWO, *settings, folder="two", without="trainer=cpu"))
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+    close = 1e-2 if "trainer.precision=bf16-mixed" in settings else 1e-5
+    assert two["test_cross_entropy"] == pytest.approx(one["test_cross_entropy"], rel=close)
+    losses = [[row["train/cross_entropy"] for row in of["history"]] for of in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=close)
+
+
+class Unused(nn.Module):
+    """A network with a weight that no image reaches."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Normalize(), nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def test_weights_without_a_gradient_are_told(config):
+    own = ["~model", "+model={_target_: test_ranks.Unused}", "classes=[test_ranks.Unused]"]
+    with pytest.raises(UserError, match="ddp_find_unused_parameters_true"):
+        train(config(*TWO, *own, without=("trainer=cpu", "model")))
 
 
 def loaders(count: int, ranks: int, **settings):

@@ -24,6 +24,7 @@ from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct, try_on
 from cifarnet.quiet import quieten_lightning, without_tensorflow
+from cifarnet.recipes.freeze import Freeze
 from cifarnet.saving import WholeCheckpoints
 
 Part = TypeVar("Part")
@@ -159,6 +160,8 @@ def make_trainer(
         trainer.strategy, SingleDeviceStrategy | DDPStrategy
     ):
         raise UserError(f"trainer.strategy={config.trainer.strategy} is not supported. Choose trainer=ddp.")
+    if any(isinstance(callback, Freeze) for callback in built) and isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else ranks wait for frozen weights' gradients
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true needs GPUs. Leave it out: each rank normalises its own share.")
     return trainer

@@ -131,6 +131,8 @@ def _job(job: Job, size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "find_unused_parameters" in str(error):
+            raise UserError("Some weights got no gradient: trainer.strategy=ddp_find_unused_parameters_true") from error
         if connected := not (isinstance(error, _dist_error()) or "gloo" in str(error)):
             raise
         raise UserError("Another rank has ended, and the connection to it with it.") from error
