@@ -197,11 +197,7 @@ def test_processes_of_a_search_are_jobs_and_one_takes_over_from_another(cluster,
 
 
 def test_two_tasks_train_one_network(cluster, tmp_path):
-    two = [
-        "hydra.launcher.tasks_per_node=2",
-        "hydra.sweep.dir=sweep",
-        "callbacks.slow.seconds=0.1,0.11",
-    ]
+    two = ["hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep", "callbacks.slow.seconds=0.1,0.11"]
     process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, *two)
     until(lambda: (tmp_path / "sweep/0/checkpoints/last.ckpt").exists())
     job = name(tmp_path / "sweep", 0)
