@@ -163,6 +163,7 @@ def test_cores_are_those_that_slurm_gave(monkeypatch, environment, cores):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     assert hardware.slurm_cores() == cores
+    assert hardware.slurm_tasks() == (2 if "SLURM_STEP_NUM_TASKS" in environment else 1)
     assert hardware.cores() == (cores or 16)
 
 
