@@ -13,7 +13,8 @@ from cifarnet import cli
 from cifarnet.errors import UserError
 
 PLAIN = (
-    r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name))"
+    r"(hydra/(launcher|sweeper)|hydra\.launcher\.n_jobs"
+    r"|hydra\.sweeper\.(params\..+|max_batch_size|trials|study_name|heartbeat))"
 )
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}
 NO_PLACES = {"sweep.keep_checkpoints", "sweep.stop_at_failure"}

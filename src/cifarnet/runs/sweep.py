@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 Train = Callable[..., float]
+
+STORAGE = "hydra.sweeper.storage"  # a search's
 
 
 def is_job() -> bool:
@@ -197,13 +200,21 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if not (folder / "multirun.yaml").is_file():
         raise UserError(f"sweep.resume={folder}: there is no sweep in that folder (multirun.yaml is missing).")
     others = [a for a in arguments if cli.key_of(a) != "sweep.resume" and a not in ("-m", "--multirun")]
-    allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
-    if others != allowing:
-        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
     hydra, task, _ = _recorded(folder)
-    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help"))]
+    stored = cli.value_of(STORAGE, hydra) not in (None, "null")
+    allowing = [argument for argument in others if cli.key_of(argument) == "classes"]
+    storing = [argument for argument in others if stored and cli.key_of(argument) == STORAGE]
+    if len(others) > len(allowing) + len(storing):
+        raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(others)}")
+    if stored and not storing:
+        recorded = next(line for line in reversed(hydra) if cli.key_of(line) == STORAGE)
+        raise UserError(
+            f"sweep.resume={folder}: its study is in a database. If you trust its address, give it too: "
+            f"{shlex.quote(recorded)}"
+        )
+    hydra = [line for line in hydra if not line.startswith(("hydra.mode", "hydra.sweep.dir", "hydra/help", STORAGE))]
     task = [line for line in task if cli.key_of(line) not in ("sweep.resume", "classes", "data.url")]
     classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
-    return ["--multirun", *hydra, *task, *allowing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
+    return ["--multirun", *hydra, *task, *allowing, *storing, f"hydra.sweep.dir={place}", f"sweep.resume={place}"]
