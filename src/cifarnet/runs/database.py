@@ -68,7 +68,7 @@ class Database(RDBStorage):
 
     def take_over(self, trial_id: int, since: datetime) -> bool:
         """Beat in a dead process's stead, if nobody has since then: of all that try, one does."""
-        query = update(Heartbeat).where(Heartbeat.trial_id == trial_id, Heartbeat.heartbeat == since)
+        query = update(Heartbeat).where(Heartbeat.trial_id == trial_id, Heartbeat.heartbeat <= since)
         with self.engine.begin() as connection:
             return connection.execute(query.values(heartbeat=func.now())).rowcount == 1
 

@@ -102,6 +102,7 @@ class Search(Sweeper):
         self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
+        self.place = f"{platform.node()}:{folder.resolve()}"
         own = [override for override in fixed if not override.startswith("sweep.")]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
@@ -230,9 +231,9 @@ class Search(Sweeper):
         saved = study.user_attrs.get(COMMON)
         if saved is None:
             study.set_user_attr(COMMON, common)
-        elif saved != common:
+        elif differences := _differences(saved, common):
             raise UserError(
-                f"The study {name} is about other settings: {_differences(saved, common)}. Give the command as it was, "
+                f"The study {name} is about other settings: {differences}. Give the command as it was, "
                 "or another hydra.sweeper.study_name."
             )
         return study
@@ -250,7 +251,7 @@ class Search(Sweeper):
                 trial, silent = self._left_behind(study, space, folder)
                 if (trial := trial or self._draw(study, space, folder)) is not None:
                     if self.database:
-                        trial.set_user_attr(PLACE, self._place(folder))
+                        trial.set_user_attr(PLACE, self.place)
                     return trial
             if silent and not first:
                 numbers = ", ".join(str(number + 1) for number in silent)
@@ -271,7 +272,7 @@ class Search(Sweeper):
                 continue
             if self.database:
                 beat, dead = self.database.heard(left._trial_id)
-                dead |= left.user_attrs.get(PLACE) == self._place(folder)  # it would hold its lock
+                dead |= left.user_attrs.get(PLACE) == self.place  # it would hold its lock
                 if not (dead and self.database.take_over(left._trial_id, beat)):
                     silent[left.number] = beat
                     self.lock.release()
@@ -305,10 +306,6 @@ class Search(Sweeper):
         self._claim(folder, trial.number)
         return trial
 
-    @staticmethod
-    def _place(folder: Path) -> str:
-        return f"{platform.node()}:{folder.resolve()}"
-
     def _claim(self, folder: Path, number: int) -> bool:
         """Lock a trial for as long as this process lives, or until the next one, if no other process has."""
         self.lock = FileLock(folder / f"{number}.lock")
@@ -340,9 +337,11 @@ def _finished(study: "Study") -> dict[str, Run]:
 
 
 def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
-    """What only one of the two has."""
+    """What only one of the two has, of what decides a trial's figures."""
     before, now = (
-        set(of["fixed"]) | {f"{key} in {values}" for key, values in of["space"].items()} for of in (saved, common)
+        {line for line in of["fixed"] if cli.key_of(line) not in ("classes", "data.url")}
+        | {f"{key} in {values}" for key, values in of["space"].items()}
+        for of in (saved, common)
     )
     parts = [f"without {', '.join(sorted(now - before))}"] if now - before else []
     parts += [f"with {', '.join(sorted(before - now))}"] if before - now else []
