@@ -368,6 +368,7 @@ def test_one_of_two_processes_is_killed(empty, server, tmp_path, shared):
     assert "Trial 1 was cut off: goes on" in printed
     assert ("Job 0 goes on from" in printed) == shared
     assert "2 of 2 jobs done" in printed
+    assert "already reported" not in printed
     server.stop()
     server.start()
     held = study(empty, "train/s").trials

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -189,6 +190,7 @@ class Search(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", ".*is already reported.*")  # by a process that was cut off
         self.journal = FileLock(folder / "study.lock")
         with self.journal:
             if self.storage is None:
@@ -285,7 +287,7 @@ class Search(Sweeper):
         return None, silent
 
     def _draw(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
-        """A new trial, locked, unless there are enough. One enqueued, as by a dashboard, counts once it begins."""
+        """A new trial, locked, unless there are enough. One that was enqueued counts once it begins."""
         from optuna.trial import TrialState
 
         def begun() -> list[int]:
