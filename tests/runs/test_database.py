@@ -237,6 +237,17 @@ def test_a_search_in_its_folder_is_not_moved_to_a_database(command, url):
     assert (status, "leave out hydra.sweeper.storage" in error) == (1, True)
 
 
+@pytest.mark.parametrize("storage_first", [True, False])
+def test_trials_of_another_study_are_not_taken_for_ones_own(run, command, storage_first):
+    """The same search, whose folder has the same name, with a database and without."""
+    own = "hydra.sweeper.storage=null"
+    assert run("one", 1, *([] if storage_first else [own]))[0] == 0
+    status, printed, error = run("one", 2, *([own] if storage_first else []))
+    assert (status, printed) == (1, "")
+    assert error.startswith("Error: one/0 is no trial of the study ")
+    assert run("two", 1, *([own] if storage_first else []))[0] == 0
+
+
 def test_a_lost_connection_is_made_again(url, monkeypatch, capsys):
     storage = database.connect(url, 1)
     dialect, slept = storage.engine.dialect, []

@@ -34,6 +34,7 @@ from cifarnet.runs.journal import JournalLock
 from cifarnet.runs.space import distribution
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run
+from cifarnet.runs.trials import COMMON, PLACE, check_folder, finished
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from cifarnet.runs.database import Database
-
-COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
-PLACE = "folder"  # a trial's attribute in a database: on which machine it runs, and where
-OUTCOMES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
 
 
 class Search(Sweeper):
@@ -108,6 +105,7 @@ class Search(Sweeper):
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
         with self.database.blamed() if self.database else contextlib.nullcontext():
+            check_folder(study, folder)
             self._run(study, fixed, space, folder)
 
     def _run(self, study: "Study", fixed: Sequence[str], space: "dict[str, BaseDistribution]", folder: Path) -> None:
@@ -133,7 +131,7 @@ class Search(Sweeper):
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
             self.lock.release()
-            summarize(folder, self.trials, self._command(folder), _finished(study))
+            summarize(folder, self.trials, self._command(folder), finished(study))
             search_figures.draw(study, folder)
         for failure in failures:
             sweep.raise_failure(failure)
@@ -215,8 +213,8 @@ class Search(Sweeper):
             raise
         except Exception as error:  # a journal may hold anything
             raise UserError(
-                f"{file} cannot be read as a study ({type(error).__name__}: {error}). Remove it, or choose "
-                "another folder with hydra.sweep.dir=…"
+                f"{file} cannot be read as a study ({type(error).__name__}: {error}). Move its folder away, "
+                "or choose another with hydra.sweep.dir=…"
             ) from error
 
     def _begin(self, storage: "BaseStorage", name: str, common: dict[str, Any]) -> "Study":
@@ -324,18 +322,6 @@ class Search(Sweeper):
         else:
             told = {"values": run.score} if math.isfinite(run.score) else {"state": TrialState.FAIL}
         study.tell(trial, **told, skip_if_finished=True)  # by another machine, while this one was cut off
-
-
-def _finished(study: "Study") -> dict[str, Run]:
-    """The study's finished trials by number, as far as it knows them."""
-    runs = {}
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.name in OUTCOMES:
-            lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
-            settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
-            folder = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, OUTCOMES[trial.state.name])
-    return runs
 
 
 def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:

@@ -20,7 +20,11 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
         trials: of a search, those that are finished, whose folders may lie on other machines.
     """
     search, elsewhere = trials is not None, dict(trials or {})
-    runs = [run for run in read_sweep(sweep_folder) if run.status != "cut off" or run.folder.name not in elsewhere]
+    runs = [
+        run
+        for run in read_sweep(sweep_folder)
+        if run.status not in ("cut off", "failed") or elsewhere.get(run.folder.name, run).status == run.status
+    ]
     for run in runs:
         elsewhere.pop(run.folder.name, None)
     runs += elsewhere.values()
