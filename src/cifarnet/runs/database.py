@@ -147,4 +147,4 @@ def _reason(error: BaseException) -> str:
     """What the server or its driver says."""
     while error.__cause__ is not None and not hasattr(error, "orig"):
         error = error.__cause__
-    return " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".") + "."
+    return " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".?") + "."
