@@ -118,9 +118,10 @@ def test_a_sweep_survives_kills(whole, tmp_path, launcher):
         same_run(whole / job, tmp_path / "sweep" / job)
 
 
-def test_a_search_survives_kills(whole, tmp_path):
+@pytest.mark.parametrize("storage", ["null", "sqlite:///studies.db"])
+def test_a_search_survives_kills(whole, tmp_path, storage):
     search = ["cifarnet.search", *RECIPE, "seed=0,1,2", "hydra.sweeper.trials=4"]
-    search += ["hydra.sweeper.pruner=null", "hydra.sweep.dir=search"]
+    search += ["hydra.sweeper.pruner=null", "hydra.sweep.dir=search", f"hydra.sweeper.storage={storage}"]
     survive(tmp_path, lambda: search, 10, seed=int(os.environ.get("CAMPAIGN_SEED", "0")) + 2)
     trials = sorted(path for path in (tmp_path / "search").iterdir() if path.name.isdigit())
     assert len(trials) == 4

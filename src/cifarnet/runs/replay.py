@@ -15,7 +15,7 @@ from cifarnet.errors import UserError
 PARAMS = "hydra.sweeper.params."  # before the key of an override that the sweeper makes of it
 PLAIN = (
     r"hydra/(launcher|sweeper|job_logging|hydra_logging)|hydra\.verbose"
-    r"|hydra\.sweeper\.(max_batch_size|trials|study_name|pruner|(pruner|sampler)\..+)"
+    r"|hydra\.sweeper\.(max_batch_size|trials|study_name|heartbeat|pruner|(pruner|sampler)\..+)"
 )
 LAUNCHER, WORD = r"hydra\.launcher\.[a-z]\w*", r"[\w.:,@%+-]*"  # such as a partition; neither a place nor a command
 PLACES = {"output_dir", "ckpt_path", "classes", "sweep"}

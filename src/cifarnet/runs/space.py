@@ -1,9 +1,12 @@
 """What a sweep or a search takes its values from, in Hydra's words, such as `tag(log,interval(0.001,0.1))`."""
 
 import math
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from cifarnet.errors import UserError
@@ -12,6 +15,20 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 MOST = 10_000  # values that a sweep lists
+
+
+def asked(lines: Sequence[str], loader: ConfigLoader) -> "tuple[list[str], dict[str, BaseDistribution]]":
+    """Of overrides, those that all trials of a search share, and what each trial takes its values from."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
+    overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
+    fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
+    space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
+    if not space:
+        raise UserError(
+            "Nothing to search. Name it with +search=rates, or with values such as model.hidden=128,512 or "
+            "'optimizer.lr=tag(log,interval(0.001,0.1))'."
+        )
+    return fixed, space
 
 
 def values(override: Override) -> list[str]:

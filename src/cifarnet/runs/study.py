@@ -1,35 +1,39 @@
 """A search's study: Optuna chooses the jobs of a multirun, one after the other, and may stop them early.
 
 What is searched is written as Hydra's sweeps are: `model.hidden=128,512`, `optimizer.lr=tag(log,interval(0.001,0.1))`.
-The study is a file in the multirun's folder. Each process that runs the command takes a trial, trains it, and takes the
-next, until there are enough: so several processes share a search, on any machines that see the folder, and one that was
-killed goes on when it is started again.
+The study is a file in the multirun's folder, or in a database. Each process that runs the command takes a trial, trains
+it, and takes the next, until there are enough: so several processes share a search, on any machines that see the folder
+or the database, and one that was killed goes on when it is started again.
 """
 
 import contextlib
 import math
-import os
+import platform
 import shlex
 import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, hardware, ranks
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs import replay, search_figures, sweep
-from cifarnet.runs.space import distribution
+from cifarnet.runs.journal import JournalLock
+from cifarnet.runs.space import asked
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run, read_sweep
+from cifarnet.runs.trials import COMMON, PLACE, check_folder, differences, finished
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -37,8 +41,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
-COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
+    from cifarnet.runs.database import Database
 
 
 class Search(Sweeper):
@@ -52,6 +57,8 @@ class Search(Sweeper):
         params: what is searched, beside the command's own sweeps: {"optimizer.lr": "tag(log, interval(0.001, 0.1))"}.
         sampler: chooses the settings of the next trial; None: Optuna's default.
         pruner: stops a trial that is not worth going on with; None: all run to their end.
+        storage: the URL of a database, such as postgresql://host/database; None: a file in the folder.
+        heartbeat: seconds between signs of life in a database; after twice as long without, a process is dead.
     """
 
     def __init__(
@@ -61,14 +68,19 @@ class Search(Sweeper):
         params: Mapping[str, str] | None = None,
         sampler: "BaseSampler | None" = None,
         pruner: "BasePruner | None" = None,
+        storage: str | None = None,
+        heartbeat: int = 60,
     ) -> None:
-        check_type("hydra.sweeper.trials", trials, int)
-        if trials < 1:
-            raise UserError(f"hydra.sweeper.trials={trials}: give 1 or more.")
+        check_type("hydra.sweeper.storage", storage, str | None)
+        for name, number in [("trials", trials), ("heartbeat", heartbeat)]:
+            check_type(f"hydra.sweeper.{name}", number, int)
+            if number < 1:
+                raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more.")
         self.trials = trials
         self.study_name = study_name
         self.params = dict(params or {})
         self.sampler, self.pruner = sampler, pruner
+        self.storage, self.heartbeat = storage, heartbeat
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
@@ -80,17 +92,33 @@ class Search(Sweeper):
         self.shared = launcher == "Slurm"  # processes elsewhere draw the trials
         self.config, self.hydra_context, self.task = config, hydra_context, task_function
         self.lock = FileLock("")  # of the trial that this process runs
-        self.began = False  # this process has drawn a trial
+        self.began = False  # this process has begun the study, or drawn a trial
+        self.database: Database | None = None
 
     def sweep(self, arguments: list[str]) -> None:
         sweep.check(self.config)
-        fixed, space = self._space(arguments)
+        own = [f"{key}={value}" for key, value in self.params.items()]
+        fixed, space = asked([*own, *arguments], self.hydra_context.config_loader)
         self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
+        self.place = f"{platform.node()}:{folder.resolve()}"
         own = [line for line in fixed if not (line.startswith("sweep.") or replay.addresses(line))]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
+        with self.database.blamed() if self.database else contextlib.nullcontext():
+            check_folder(study, folder)
+            self._run(study, arguments, fixed, space, folder)
+
+    def _run(
+        self,
+        study: "Study",
+        arguments: list[str],
+        fixed: Sequence[str],
+        space: "dict[str, BaseDistribution]",
+        folder: Path,
+    ) -> None:
+        """Trial after trial; then what all have found."""
         sweep.begin(self.config, folder)
         alone = self.config.trainer.devices == 1 and ranks.place().size == 1
         if self.config.trainer.accelerator != "cpu" and alone and not self.shared:
@@ -115,7 +143,7 @@ class Search(Sweeper):
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
             self.lock.release()
-            summarize(folder, self.trials, self._command(folder), search=True)
+            summarize(folder, self.trials, self._command(folder), finished(study))
             search_figures.draw(study, folder)
         for failure in failures:
             sweep.raise_failure(failure)
@@ -141,12 +169,14 @@ class Search(Sweeper):
     def _command(self, folder: Path) -> str:
         """What goes on with this search: what began it, or went on with it."""
         if self.config.sweep.resume is not None:
-            return resuming(folder)
+            storage = "" if self.storage is None else f" {shlex.quote(f'hydra.sweeper.storage={self._written()}')}"
+            return resuming(folder) + storage
         return shlex.join(["python", "-m", "cifarnet.search", *sys.argv[1:]])
 
     def _launch(self, trial: "Trial", overrides: list[str]) -> JobReturn:
         """Train it, in this process, which tells the trial how it goes."""
-        [result] = self._launcher(partial(self.task, trial=trial)).launch([overrides], initial_job_idx=trial.number)
+        with self.database.beating(trial._trial_id) if self.database else contextlib.nullcontext():
+            [result] = self._launcher(partial(self.task, trial=trial)).launch([overrides], initial_job_idx=trial.number)
         return result
 
     def _launcher(self, task: TaskFunction) -> Any:
@@ -154,19 +184,9 @@ class Search(Sweeper):
             hydra_context=self.hydra_context, task_function=task, config=self.config
         )
 
-    def _space(self, arguments: Sequence[str]) -> tuple[list[str], "dict[str, BaseDistribution]"]:
-        """The overrides that all trials share, and what each takes its values from."""
-        lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(lines)
-        overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
-        fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
-        space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
-        if not space:
-            raise UserError(
-                "Nothing to search. Name it with +search=rates, or with values such as model.hidden=128,512 or "
-                "'optimizer.lr=tag(log,interval(0.001,0.1))'."
-            )
-        return fixed, space
+    def _written(self) -> str:
+        """The database's URL as the command has it, which may name a variable that holds a password."""
+        return str(OmegaConf.to_container(self.config.hydra.sweeper)["storage"])
 
     def _compose_all(self, fixed: Sequence[str], space: "Mapping[str, BaseDistribution]") -> None:
         """Each choice, and one end of each range, so that a wrong key is told before anything runs."""
@@ -178,66 +198,130 @@ class Search(Sweeper):
                 self.validate_batch_is_legal([[*fixed, *settings]])
 
     def _open(self, folder: Path, common: dict[str, Any]) -> "Study":
-        """The folder's study; a new one, if there is none.
+        """The study; a new one, if there is none.
 
         Raises:
-            UserError: that study's trials are not comparable with these.
+            UserError: it cannot be opened, or its trials are not comparable with these.
         """
         import optuna
-        from optuna.pruners import NopPruner
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        file, self.journal = folder / "study.journal", FileLock(folder / "study.lock")
+        warnings.filterwarnings("ignore", ".*is already reported.*")  # by a process that was cut off
+        self.journal = FileLock(folder / "study.lock")
         with self.journal:
-            try:
-                storage = JournalStorage(JournalFileBackend(str(file), JournalLock(self.journal, file)))
-                names = optuna.get_all_study_names(storage)
-                study = optuna.create_study(
-                    study_name=names[0] if names else folder.name,  # the folder may have been renamed
-                    storage=storage,
-                    sampler=self.sampler,
-                    pruner=self.pruner or NopPruner(),
-                    direction="maximize",
-                    load_if_exists=True,
-                )
-                saved = study.user_attrs.get(COMMON)
-                if saved is None:
-                    study.set_user_attr(COMMON, common)
-            except Exception as error:  # a journal may hold anything
-                raise UserError(
-                    f"{file} cannot be read as a study ({type(error).__name__}: {error}). Remove it, or choose "
-                    "another folder with hydra.sweep.dir=…"
-                ) from error
-        if saved is not None and saved != common:
+            if self.storage is None:
+                return self._in_journal(folder, common)
+            from cifarnet.runs import database
+
+            database.refuse_password(self._written())
+            self.database = database.connect(self.storage, self.heartbeat)
+            with self.database.blamed():
+                return self._begin(self.database, f"{self.config.name}/{self.study_name}", common)
+
+    def _in_journal(self, folder: Path, common: dict[str, Any]) -> "Study":
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+        file = folder / "study.journal"
+        try:
+            storage = JournalStorage(JournalFileBackend(str(file), JournalLock(self.journal, file)))
+            names = optuna.get_all_study_names(storage)
+            return self._begin(storage, names[0] if names else folder.name, common)  # the folder may have been renamed
+        except UserError:
+            raise
+        except Exception as error:  # a journal may hold anything
             raise UserError(
-                f"The study in {folder} is about other settings: {_differences(saved, common)}. Give the command as it "
-                "was, or another hydra.sweeper.study_name."
+                f"{file} cannot be read as a study ({type(error).__name__}: {error}). Move its folder away, "
+                "or choose another with hydra.sweep.dir=…"
+            ) from error
+
+    def _begin(self, storage: "BaseStorage", name: str, common: dict[str, Any]) -> "Study":
+        """The storage's study of that name, or a new one."""
+        import optuna
+        from optuna.pruners import NopPruner
+
+        chosen = {"sampler": self.sampler, "pruner": self.pruner or NopPruner()}
+        try:
+            study = optuna.create_study(study_name=name, storage=storage, direction="maximize", **chosen)
+            self.began = True  # its first draws are the seed's; other processes, and later ones, draw others
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(study_name=name, storage=storage, **chosen)
+        saved = study.user_attrs.get(COMMON)
+        if saved is None:
+            study.set_user_attr(COMMON, common)
+        elif differing := differences(saved, common):
+            raise UserError(
+                f"The study {name} is about other settings: {differing}. Give the command as it was, "
+                "or another hydra.sweeper.study_name."
             )
         return study
 
     def _next(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
-        """One that a killed process left behind, else a new one, else None. A process at work on one holds its lock."""
+        """One that a killed process left behind, else a new one, else None. A process at work on one holds its lock.
+
+        Locks do not reach other machines: of what runs there nothing but its heartbeat is known, which is waited for
+        before this process ends.
+        """
+        self.lock.release()
+        first: dict[int, datetime] = {}
+        while True:
+            with self.journal:
+                trial, silent = self._left_behind(study, space, folder)
+                if (trial := trial or self._draw(study, space, folder)) is not None:
+                    if self.database:
+                        trial.set_user_attr(PLACE, self.place)
+                    return trial
+            if silent and not first:
+                numbers = ", ".join(str(number + 1) for number in silent)
+                print(f"Waiting for a sign of life of what runs elsewhere: trial {numbers}", flush=True)
+            if not any(first.setdefault(number, beat) == beat for number, beat in silent.items()):
+                return None
+            time.sleep(self.heartbeat / 2)
+
+    def _left_behind(
+        self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path
+    ) -> "tuple[Trial | None, dict[int, datetime]]":
+        """A trial whose process has died, locked; and when those gave a sign of life that may yet turn out so."""
         from optuna.trial import Trial, TrialState
 
-        self.lock.release()
-        with self.journal:
-            for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-                if not self._claim(folder, left.number):
+        silent = {}
+        for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if not self._claim(folder, left.number):
+                continue
+            if self.database:
+                beat, dead = self.database.heard(left._trial_id)
+                dead |= left.user_attrs.get(PLACE) == self.place  # it would hold its lock
+                if not (dead and self.database.take_over(left._trial_id, beat)):
+                    silent[left.number] = beat
+                    self.lock.release()
                     continue
-                if left.distributions == space:
-                    print(f"Trial {left.number + 1} was cut off: goes on", flush=True)
-                    return Trial(study, left._trial_id)
-                study.tell(left.number, state=TrialState.FAIL)  # killed before it had settings
-                self.lock.release()
-            others = len(study.get_trials(deepcopy=False))
-            if others >= self.trials:
+            if left.distributions == space:
+                print(f"Trial {left.number + 1} was cut off: goes on", flush=True)
+                return Trial(study, left._trial_id), silent
+            study.tell(left.number, state=TrialState.FAIL)  # killed before it had settings
+            self.lock.release()
+        return None, silent
+
+    def _draw(self, study: "Study", space: "dict[str, BaseDistribution]", folder: Path) -> "Trial | None":
+        """A new trial, locked, unless there are enough. One that was enqueued counts once it begins."""
+        from optuna.trial import TrialState
+
+        def begun() -> list[int]:
+            trials = study.get_trials(deepcopy=False)
+            return [trial.number for trial in trials if trial.state != TrialState.WAITING]
+
+        if len(begun()) >= self.trials:
+            return None
+        if not self.began:
+            study.sampler.reseed_rng()  # else this process would draw what the first one did
+        self.began = True
+        trial = study.ask(space)
+        if self.database:
+            self.database.record_heartbeat(trial._trial_id)
+            if sum(number < trial.number for number in begun()) >= self.trials:  # another machine drew the last one
+                self.database.set_trial_state_values(trial._trial_id, TrialState.WAITING)
                 return None
-            if others and not self.began:
-                study.sampler.reseed_rng()  # else this process would draw what the first one did
-            self.began = True
-            trial = study.ask(space)
-            self._claim(folder, trial.number)
+        self._claim(folder, trial.number)
         return trial
 
     def _claim(self, folder: Path, number: int) -> bool:
@@ -252,47 +336,7 @@ class Search(Sweeper):
         from optuna.trial import TrialState
 
         if run.status == "pruned":
-            study.tell(trial, state=TrialState.PRUNED)
-        elif math.isfinite(run.score):
-            study.tell(trial, run.score)
+            told = {"state": TrialState.PRUNED}
         else:
-            study.tell(trial, state=TrialState.FAIL)
-
-
-class JournalLock:
-    """Optuna's lock around an append, which ends with the process, however it does; before each the journal is mended.
-
-    Optuna's own leave a file behind where a process is killed, and the next one waits for half a minute.
-    """
-
-    def __init__(self, lock: FileLock, journal: Path) -> None:
-        self.lock, self.journal = lock, journal
-        with lock:
-            self._mend()
-
-    def acquire(self) -> bool:
-        self.lock.acquire()
-        self._mend()
-        return True
-
-    def release(self) -> None:
-        self.lock.release()
-
-    def _mend(self) -> None:
-        """Cut off a last line that a killed process has not finished: nobody has read it."""
-        with contextlib.suppress(FileNotFoundError), self.journal.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0 or (file.seek(size - 1), file.read(1))[1] == b"\n":
-                return
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
-    """What only one of the two has."""
-    before, now = (
-        set(of["fixed"]) | {f"{key} in {values}" for key, values in of["space"].items()} for of in (saved, common)
-    )
-    parts = [f"without {', '.join(sorted(now - before))}"] if now - before else []
-    parts += [f"with {', '.join(sorted(before - now))}"] if before - now else []
-    return " and ".join(parts)
+            told = {"values": run.score} if math.isfinite(run.score) else {"state": TrialState.FAIL}
+        study.tell(trial, **told, skip_if_finished=True)  # by another machine, while this one was cut off

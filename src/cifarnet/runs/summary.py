@@ -5,7 +5,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifarnet import cli, files
@@ -13,14 +13,23 @@ from cifarnet.errors import printable
 from cifarnet.runs.tables import Group, Run, aligned, best_first, grouped, read_run, read_sweep, short, varied
 
 
-def summarize(sweep_folder: Path, jobs: int, command: str, search: bool = False) -> None:
+def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, Run] | None = None) -> None:
     """Write `sweep.csv`, and but for a search `sweep.png`, into the sweep's folder and print the table.
 
     Args:
         jobs: how many the sweep is to have.
         command: goes on with it.
+        trials: of a search, those that are finished, whose folders may lie on other machines.
     """
-    runs = read_sweep(sweep_folder)
+    search, elsewhere = trials is not None, dict(trials or {})
+    runs = [
+        run
+        for run in read_sweep(sweep_folder)
+        if run.status not in ("cut off", "failed") or elsewhere.get(run.folder.name, run).status == run.status
+    ]
+    for run in runs:
+        elsewhere.pop(run.folder.name, None)
+    runs += elsewhere.values()
     if not runs:
         return
     groups = grouped(runs, "val_accuracy")
@@ -35,7 +44,7 @@ def summarize(sweep_folder: Path, jobs: int, command: str, search: bool = False)
         figures.save(figures.sweep(groups, keys), sweep_folder / "sweep.png")
     done, pruned, failed = (sum(run.status == status for run in runs) for status in ("done", "pruned", "failed"))
     counts = "".join(f", {count} {what}" for what, count in [("pruned", pruned), ("failed", failed)] if count)
-    jobs = max(jobs, len(runs))
+    jobs, counts = max(jobs, len(runs)), counts + (f", {len(elsewhere)} elsewhere" if elsewhere else "")
     print(f"  {done} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
     ended = {run.folder.name for run in runs if run.status in ("done", "pruned", "failed")}
     if not search and (missing := [number for number in range(jobs) if str(number) not in ended]):
@@ -86,7 +95,8 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     for run in sorted(runs, key=lambda run: best_first(run.score)):
         values = {key: run.value(key) for key in ("val_accuracy", "test_accuracy", "seconds")}
         measured = {key: value if math.isfinite(value) else "" for key, value in values.items()}
-        told = {"status": run.status, "folder": run.folder.name, "note": run.note}
+        folder = run.folder.name if run.folder.parent == path.parent else run.folder
+        told = {"status": run.status, "folder": folder, "note": run.note}
         writer.writerow(run.settings | measured | told)
     files.write(path, content.getvalue().encode("utf-8", errors="replace"))
 
