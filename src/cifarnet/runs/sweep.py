@@ -228,7 +228,10 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if unknown := [argument for argument in others if argument not in own and cli.key_of(argument) != "sweep.resume"]:
         raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(unknown)}")
     hydra, task, _ = _recorded(folder)
-    if cli.value_of(STORAGE, hydra) not in (None, "null") and cli.value_of(STORAGE, own) is None:
+    stored, given_too = cli.value_of(STORAGE, hydra) not in (None, "null"), cli.value_of(STORAGE, own)
+    if given_too and not stored:
+        raise UserError(f"sweep.resume={folder}: its study is in that folder: leave out {STORAGE}={given_too}")
+    if stored and not given_too:
         recorded = next(line for line in reversed(hydra) if cli.key_of(line) == STORAGE)
         raise UserError(
             f"sweep.resume={folder}: its study is in a database. If you trust its address, give it too: "
