@@ -44,7 +44,7 @@ def check_folder(study: "Study", folder: Path) -> None:
 def differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
     """What only one of the two has, of what decides a trial's figures."""
     before, now = (
-        {line for line in of["fixed"] if cli.key_of(line) not in ("classes", "data.url")}
+        {line for line in of["fixed"] if cli.key_of(line) not in ("classes", "data.url", "data.root")}
         | {f"{key} in {values}" for key, values in of["space"].items()}
         for of in (saved, common)
     )
