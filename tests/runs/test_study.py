@@ -255,3 +255,12 @@ def test_processes_of_one_search_draw_other_trials_and_each_has_a_gpu(tmp_path):
     assert gpus == {"GPU 3\n", "GPU 5\n"}
     rates = [trial.params["optimizer.lr"] for trial in study(tmp_path / "search").trials]
     assert len(set(rates)) == 2
+
+
+def test_where_data_lie_and_what_may_be_named_make_no_other_study():
+    one, same, other = (
+        {"fixed": fixed, "space": {}}
+        for fixed in (["data.root=a", "seed=1"], ["seed=1", "classes=[mine.Network]", "data.root=b"], ["seed=2"])
+    )
+    assert study_module._differences(one, same) == ""
+    assert study_module._differences(one, other) == "without seed=2 and with seed=1"
