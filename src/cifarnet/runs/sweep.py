@@ -9,7 +9,6 @@ import contextlib
 import io
 import math
 import os
-import shlex
 import shutil
 import sys
 import traceback
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 Train = Callable[..., float]
-
-STORAGE = "hydra.sweeper.storage"  # a search's
 
 
 def is_job() -> bool:
@@ -228,15 +225,6 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     if unknown := [argument for argument in others if argument not in own and cli.key_of(argument) != "sweep.resume"]:
         raise UserError(f"sweep.resume={folder} repeats that sweep's own arguments: leave out {' '.join(unknown)}")
     hydra, task, _ = _recorded(folder)
-    stored, given_too = cli.value_of(STORAGE, hydra) not in (None, "null"), cli.value_of(STORAGE, own)
-    if given_too and not stored:
-        raise UserError(f"sweep.resume={folder}: its study is in that folder: leave out {STORAGE}={given_too}")
-    if stored and not given_too:
-        recorded = next(line for line in reversed(hydra) if cli.key_of(line) == STORAGE)
-        raise UserError(
-            f"sweep.resume={folder}: its study is in a database. If you trust its address, give it too: "
-            f"{shlex.quote(recorded)}"
-        )
     anew = {"hydra.mode", "hydra.sweep.dir", "hydra/help", "sweep.resume", "classes", *map(cli.key_of, own)}
     hydra = [line for line in hydra if cli.key_of(line) not in anew]
     if "hydra/launcher" in anew:
