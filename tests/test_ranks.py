@@ -40,6 +40,13 @@ class InRank(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Asks(Callback):
+    """Asks all ranks after each batch: one that acts elsewhere in their order would wait for ever."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        assert len(ranks.gathered(outputs["loss"])) == trainer.world_size
+
+
 def in_rank(rank: int, epoch: int, batch: int, number: int) -> str:
     fields = f"rank: {rank}, epoch: {epoch}, batch: {batch}, number: {int(number)}"
     return f"+callbacks.in_rank={{_target_: test_ranks.InRank, {fields}}}"
@@ -143,6 +150,7 @@ OTHERS = {
         "+trainer.gradient_clip_val=1",
         "+trainer.accumulate_grad_batches=2",
     ],
+    "asking": ["+callbacks.a={_target_: test_ranks.Asks}"],
     "averaged": ["+recipe.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"],
     "frozen": ["+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features, epoch: 2}"],
     "lean, in bfloat16": ["callbacks=lean", "trainer.precision=bf16-mixed", "~logger"],

@@ -153,7 +153,7 @@ def _tell(job: Job | None) -> int:
     number = store.add("jobs", 1)
     if number > 1 and not store.check([f"ended{number - 1}/{rank}" for rank in range(1, place().size)]):
         raise UserError("The other ranks do not answer since a job has failed: start the command again.")
-    store.set(f"job{number}", yaml.safe_dump(job))
+    store.set(f"job{number}", yaml.safe_dump(job, sort_keys=False))  # callbacks act in one order on all ranks
     return number
 
 

@@ -14,6 +14,7 @@ from optuna.study import Study, load_study
 
 from cifarnet import search
 from cifarnet.runs import study as study_module
+from cifarnet.runs.trials import differences
 from conftest import SMALL, signal_at
 
 TINY = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "hydra.sweep.dir=search"]
@@ -262,5 +263,5 @@ def test_where_data_lie_and_what_may_be_named_make_no_other_study():
         {"fixed": fixed, "space": {}}
         for fixed in (["data.root=a", "seed=1"], ["seed=1", "classes=[mine.Network]", "data.root=b"], ["seed=2"])
     )
-    assert study_module._differences(one, same) == ""
-    assert study_module._differences(one, other) == "without seed=2 and with seed=1"
+    assert differences(one, same) == ""
+    assert differences(one, other) == "without seed=2 and with seed=1"

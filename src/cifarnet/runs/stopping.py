@@ -60,12 +60,11 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self._received: int | None = None  # by this process
         self._agreed: int | None = None  # by any rank, and all know
-        self._asking: tuple[torch.distributed.Work, torch.Tensor] | None = None
         self._at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._received = self._agreed = self._asking = None
+        self._received = self._agreed = None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
@@ -91,30 +90,21 @@ class StopOnSignal(Callback):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else handler)
         self._previous = {}
 
-    def _agree(self, trainer: L.Trainer, at_once: bool = True) -> int | None:
-        """The signal that any rank has received; if not at once, until the batch before, and so nobody waits."""
-        if trainer.world_size == 1:
-            self._agreed = self._received
-            return self._agreed
-        self._hear()
-        told = torch.tensor(self._received or 0)
-        self._asking = torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, async_op=True), told
-        if at_once:
-            self._hear()
+    def _agree(self, trainer: L.Trainer) -> int | None:
+        """The signal that any rank has received. All ranks must ask."""
+        self._agreed = self._received
+        if trainer.world_size > 1:  # numbers of a CPU: no GPU is waited for
+            told = torch.tensor(self._received or 0)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self._agreed = int(told) or None
         return self._agreed
-
-    def _hear(self) -> None:
-        if self._asking is not None:
-            work, told = self._asking
-            work.wait()
-            self._agreed, self._asking = int(told) or None, None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self._agree(trainer, at_once=is_last) and not is_last:
+        if self._agree(trainer) and not is_last:
             if (last := self._last_checkpoint(trainer)) is not None:
                 trainer.save_checkpoint(last)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"

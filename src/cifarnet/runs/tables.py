@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
     status = "done" if metrics else "damaged" if damage else "cut off"
     lines = part(".hydra/overrides.yaml", yaml.safe_load, list) or metrics.get("overrides")
     pairs = (str(line).partition("=") for line in lines) if isinstance(lines, list) else ()
-    settings = {key: value for key, _, value in pairs if not key.startswith("sweep.")}
+    settings = {key: value for key, _, value in pairs if not key.startswith("sweep.") and key != "classes"}
     for name, meaning in [("pruned", "pruned"), ("error", "failed")]:
         if status == "cut off" and (folder / f"{name}.txt").exists():
             status, note = meaning, part(f"{name}.txt", str.strip, str)
