@@ -8,6 +8,7 @@ job of its own (`leading`); torchrun and srun have started all of them before (`
 import contextlib
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -203,7 +204,10 @@ def _started(trainer: "L.Trainer") -> Iterator[None]:
             _tell(None)
         except UserError as error:
             time.sleep(0.5)  # until it is known how it ended
-            raise UserError(_death(followers) or str(error)) from error
+            folder = Path(trainer.default_root_dir)
+            saved = (folder / "checkpoints" / "last.ckpt").is_file()
+            remedy = f" Go on with: python -m cifarnet.train ckpt_path={shlex.quote(str(folder))}" if saved else ""
+            raise UserError(f"{_death(followers) or error}{remedy}") from error
         finally:
             over.set()
             watcher.join()
