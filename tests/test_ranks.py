@@ -157,6 +157,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow  # together a minute or two
 @pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS)
 def test_other_choices_train_on_two_as_on_one(config, tmp_path, settings):
     train(config("threads=1", *settings, folder="one"))
@@ -180,6 +181,7 @@ class Unused(nn.Module):
         return self.layers(images)
 
 
+@pytest.mark.slow
 def test_weights_without_a_gradient_are_told(config):
     own = ["~model", "+model={_target_: test_ranks.Unused}", "classes=[test_ranks.Unused]"]
     with pytest.raises(UserError, match="ddp_find_unused_parameters_true"):
