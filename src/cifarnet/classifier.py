@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
-from cifarnet.ranks import count, gathered, own_rank
+from cifarnet.ranks import gathered, own_rank, world_size
 from cifarnet.seeding import derive
 from cifarnet.upgrade import upgrade
 
@@ -90,7 +90,7 @@ class Classifier(L.LightningModule):
             self._observe(index, losses)
         loss = losses.mean()
         self._count("train", loss, logits, labels)
-        if (ranks := count()) == 1:
+        if (ranks := world_size()) == 1:
             return loss
         if self.trainer.is_last_batch:
             self._totals["train"] = self._total("train")
@@ -209,13 +209,13 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._begin("val")
-        if count() > 1:  # all validate one network: a step leaves each rank its own statistics
+        if world_size() > 1:  # all validate one network: a step leaves each rank its own statistics
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def on_test_epoch_start(self) -> None:
         self._begin("test", "one_view")
-        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * count()
+        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * world_size()
         self._answers = test_time.Answers(self, batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:

@@ -8,7 +8,6 @@ job of its own (`leading`); torchrun and srun have started all of them before (`
 import contextlib
 import itertools
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.hardware import end_with_parent
+from cifarnet.hardware import end_with_parent, slurm_tasks
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import
     import lightning as L
@@ -51,7 +50,7 @@ def place() -> Place:
     if "TORCHELASTIC_RUN_ID" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun, not in a batch script
-    return Place(int(env["SLURM_PROCID"]), size, size // int(env["SLURM_STEP_NUM_NODES"])) if size > 1 else Place()
+    return Place(int(env["SLURM_PROCID"]), size, slurm_tasks()) if size > 1 else Place()
 
 
 def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +105,8 @@ def run(lead: Callable[[], Any], work: Callable[[Job], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def leading(trainer: "L.Trainer", job: Job) -> Iterator[None]:
-    """Meanwhile all other ranks do this job too.
+def leading(trainer: "L.Trainer", job: Job, command: str) -> Iterator[None]:
+    """Meanwhile all other ranks do this job too; `command` goes on with it, once it has saved.
 
     Raises:
         UserError: one of them has ended.
@@ -120,7 +119,7 @@ def leading(trainer: "L.Trainer", job: Job) -> Iterator[None]:
         with _job(job, place().size):
             yield
     else:
-        with _started(trainer), _job(job, trainer.world_size):
+        with _started(trainer, command), _job(job, trainer.world_size):
             yield
 
 
@@ -181,7 +180,7 @@ def _follow(rank: int, work: Callable[[Job], Any]) -> None:
 
 
 @contextlib.contextmanager
-def _started(trainer: "L.Trainer") -> Iterator[None]:
+def _started(trainer: "L.Trainer", command: str) -> Iterator[None]:
     """Processes for the ranks of a job, on this machine, which end with it."""
     cluster, size = trainer.strategy.cluster_environment, trainer.world_size
     address = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
@@ -193,9 +192,9 @@ def _started(trainer: "L.Trainer") -> Iterator[None]:
         for rank in range(1, size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             words = said.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", "cifarnet.train"]
+            program = [sys.executable, "-m", "cifarnet.train"]
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": words}
-            followers.append(Follower(rank, subprocess.Popen(command, env=env | own, **quiet), words))
+            followers.append(Follower(rank, subprocess.Popen(program, env=env | own, **quiet), words))
         watcher = threading.Thread(target=_watch, args=(followers, over), daemon=True)
         watcher.start()
         try:
@@ -204,10 +203,8 @@ def _started(trainer: "L.Trainer") -> Iterator[None]:
             _tell(None)
         except UserError as error:
             time.sleep(0.5)  # until it is known how it ended
-            folder = Path(trainer.default_root_dir)
-            saved = (folder / "checkpoints" / "last.ckpt").is_file()
-            remedy = f" Go on with: python -m cifarnet.train ckpt_path={shlex.quote(str(folder))}" if saved else ""
-            raise UserError(f"{_death(followers) or error}{remedy}") from error
+            saved = Path(trainer.default_root_dir, "checkpoints", "last.ckpt").is_file()
+            raise UserError(f"{_death(followers) or error}{f' Go on with: {command}' if saved else ''}") from error
         finally:
             over.set()
             watcher.join()
@@ -276,7 +273,7 @@ def _dist_error() -> type[Exception]:
     return DistError
 
 
-def count() -> int:
+def world_size() -> int:
     """How many train together at this moment."""
     import torch
 

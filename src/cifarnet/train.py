@@ -45,18 +45,18 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 
 
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
-    from cifarnet.build import build
     from cifarnet.runs import record
     from cifarnet.runs.loggers import log_results
     from cifarnet.runs.progress import tell
-    from cifarnet.runs.resume import Resume, check_same_images
+    from cifarnet.runs.resume import build_run, check_same_images
 
-    built = build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])])
+    built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
     tell(record.heading(config, built))
-    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks)):
-        tested = fit_and_test(built, ckpt_path)
+    command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
+    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks), command):
+        tested = fit_and_test(built)
     metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
     log_results(metrics, built.trainer.loggers)
@@ -66,29 +66,29 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
 
 def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> ranks.Job:
     """What the other ranks are told of a run."""
-    searched = any(type(callback).__name__ == "Prune" for callback in callbacks)
+    from cifarnet.runs.stopping import Prune
+
+    searched = any(isinstance(callback, Prune) for callback in callbacks)
     plain = OmegaConf.to_container(config, resolve=False) | {"output_dir": config.output_dir, "logger": None}
     return {"config": plain, "ckpt_path": ckpt_path and str(ckpt_path), "searched": searched}
 
 
 def follow(job: ranks.Job) -> None:
     """A run in a rank other than 0: its share of every batch, and no word or file."""
-    from cifarnet.build import build
-    from cifarnet.runs.resume import Resume
+    from cifarnet.runs.resume import build_run
     from cifarnet.runs.stopping import Prune
 
-    callbacks = [*([Prune()] if job["searched"] else []), *([Resume(path)] if (path := job["ckpt_path"]) else [])]
-    fit_and_test(build(OmegaConf.create(job["config"]), callbacks), path)
+    fit_and_test(build_run(OmegaConf.create(job["config"]), job["ckpt_path"], [Prune()] if job["searched"] else []))
 
 
-def fit_and_test(built: "Built", ckpt_path: str | Path | None) -> tuple[int, int]:
+def fit_and_test(built: "Built") -> tuple[int, int]:
     """Epoch, from 1, and step whose weights were tested."""
     from cifarnet.runs.resume import Resume
 
     trainer, classifier, data, _ = built
     resuming = next((callback for callback in trainer.callbacks if isinstance(callback, Resume)), None)
     with resuming.blamed_for_errors() if resuming else contextlib.nullcontext():
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(classifier, datamodule=data, ckpt_path=resuming and resuming.path, weights_only=True)
     tested = load_best(built)  # in rank 0: testing begins with its weights everywhere
     trainer.test(classifier, datamodule=data, verbose=False)
     return tested

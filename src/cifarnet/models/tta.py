@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.errors import UserError
-from cifarnet.ranks import count, gathered, own_rank
+from cifarnet.ranks import gathered, own_rank, world_size
 
 
 class Answers:
@@ -72,7 +72,7 @@ class Answers:
 
     def _count(self, logits: Tensor) -> int:
         """How many of this rank's images are among the least confident of all ranks."""
-        if count() == 1:
+        if world_size() == 1:
             return math.ceil(self.share * len(logits))
         confidence = gathered(logits.softmax(1).amax(1))
         most = math.ceil(self.share * sum(map(len, confidence)))

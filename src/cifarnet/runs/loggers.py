@@ -23,9 +23,9 @@ from cifarnet.runs.tables import number
 RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # of metrics.json
 
 
-def log_settings(trainer: L.Trainer, config: Mapping[str, Any], total_steps: float) -> None:
+def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
     """The run's config, as recorded, with `${…}` replaced; without the loggers' own, which may hold addresses."""
-    known = planned(OmegaConf.create(dict(config)), total_steps)
+    known = planned(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
     resolved = OmegaConf.to_container(known, resolve=True)
     resolved.pop("logger", None)
     for logger in trainer.loggers:

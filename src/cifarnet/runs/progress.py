@@ -121,7 +121,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin_stretch(trainer)
-        log_settings(trainer, module.hparams["config"], trainer.estimated_stepping_batches)
+        log_settings(trainer, module.hparams["config"])
         # TensorBoard's goes on with a resumed run's curves; others begin anew
         anew = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         for row in self.epochs:

@@ -28,13 +28,13 @@ from omegaconf import OmegaConf
 from cifarnet import cli, files, ranks
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.runs import sweep
+from cifarnet.runs.parallel import SIGNALS
 from cifarnet.runs.summary import resuming
 from cifarnet.runs.tables import Run, read, read_run
 
 RECORD = "slurm.json"  # in the sweep's folder: each job's number and SLURM's name for it
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 LONGEST = 30  # seconds between two looks at the queue
-INTERRUPTING = (signal.SIGINT, signal.SIGTERM)
 Tasks = Mapping[int, Callable[[], None]]
 
 
@@ -103,19 +103,19 @@ class Slurm(SlurmLauncher):
             raise UserError(f"Jobs of the sweep in {self._folder()} are in SLURM's queue. Give sweep.resume=…")
         if names:
             print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)  # until it is known what is in the queue
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known what is in the queue
         try:
             names |= self._submit({number: task for number, task in tasks.items() if number not in names})
             files.write(record, json.dumps(before | {str(number): name for number, name in names.items()}))
-            with stopped_by(*INTERRUPTING):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
+            with stopped_by(*SIGNALS):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 self._wait(names, read_job)
         except Interrupted as stopped:
             cancel = f"scancel {' '.join(sorted({name.partition('_')[0] for name in names.values()}))}"
             what = f"{stopped.what} The jobs go on in SLURM's queue; they save and end with {cancel}."
             raise Interrupted(what, stopped.status, resuming(self._folder())) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _submit(self, tasks: Tasks) -> dict[int, str]:
         """Give them to SLURM, as an array. Its names for them."""

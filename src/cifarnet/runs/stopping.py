@@ -103,8 +103,7 @@ class StopOnSignal(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
-        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self._agree(trainer) and not is_last:
+        if self._agree(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             if (last := self._last_checkpoint(trainer)) is not None:
                 trainer.save_checkpoint(last)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"
@@ -126,9 +125,8 @@ class StopOnSignal(Callback):
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
-        if self._received and alone and last is not None and last.is_file():  # else the test is finished first
+        if alone and self._agree(trainer) and last is not None and last.is_file():  # else the test is finished first
             self._restore()
-            self._agreed = self._received
             self._stop(trainer, "training, in the test")
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
