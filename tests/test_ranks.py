@@ -124,6 +124,33 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_one(runs, config,
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_of_one_process_goes_on_with_two(runs, config, tmp_path):
+    settings = ["threads=1", *ALL_AT_ONCE, in_rank(0, 1, 1, signal.SIGTERM), "classes=[test_ranks.InRank]"]
+    with pytest.raises(Interrupted, match="after batch 3 of epoch 2"):
+        train(config(*settings))
+    train(*resume(tmp_path / "run", [*TWO, "classes=[test_ranks.InRank]"]))
+    assert record(tmp_path / "run")["hardware"]["ranks"] == 2
+    assert record(tmp_path / "run")["val_accuracy"] == record(runs / "one")["val_accuracy"]
+    one, other = (weights(path / "checkpoints/last.ckpt") for path in (runs / "one", tmp_path / "run"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_callbacks_that_would_act_on_one_rank_are_refused(config):
+    with pytest.raises(UserError, match=r"Asks, given to train\(\), would act on one of 2 ranks.*\+callbacks"):
+        train(config(*TWO, without="trainer=cpu"), callbacks=[Asks()])
+
+
+def test_srun_has_to_say_how_many_there_are_on_each_machine(monkeypatch):
+    for name in list(os.environ):
+        if re.match("SLURM|TORCHELASTIC", name):
+            monkeypatch.delenv(name)
+    for name, value in {"PROCID": 0, "NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(UserError, match="give --ntasks-per-node=2 in place of --ntasks"):
+        ranks.environment()
+
+
 def test_an_error_in_one_rank_alone_is_told(config):
     with pytest.raises(UserError, match=r"Rank 1 failed: .*something is wrong here alone"):
         train(config(*TWO, in_rank(1, 0, 1, 0), "classes=[test_ranks.InRank]", without="trainer=cpu"))

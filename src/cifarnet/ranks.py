@@ -77,7 +77,11 @@ def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> "ClusterEnvironment":
-    """Who starts the processes, for Lightning: never itself, which would begin a sweep once a rank."""
+    """Who starts the processes, for Lightning: never itself, which would begin a sweep once a rank.
+
+    Raises:
+        UserError: srun was not told how many there are on each machine.
+    """
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     class Leading(LightningEnvironment):
@@ -85,7 +89,11 @@ def environment() -> "ClusterEnvironment":
 
     if place().size == 1:
         return Leading()
-    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else SLURMEnvironment(auto_requeue=False)
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning's demand
+        raise UserError(f"Several processes by srun: give --ntasks-per-node={slurm_tasks()} in place of --ntasks.")
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def run(lead: Callable[[], Any], work: Callable[[Job], Any]) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cifarnet import cli, files, ranks
 from cifarnet.errors import UserError
@@ -31,7 +31,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
     Args:
         config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
         ckpt_path: a last.ckpt of a run with this config, to go on from (`runs.resume.resume` gives both).
-        callbacks: of Lightning's, more than the config has.
+        callbacks: of Lightning's, more than the config has (on several devices, only the config's act on all).
 
     Returns:
         The best validation accuracy, from 0 to 1.
@@ -46,16 +46,17 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
     from cifarnet.runs import record
+    from cifarnet.runs.job import build_run, job
     from cifarnet.runs.loggers import log_results
     from cifarnet.runs.progress import tell
-    from cifarnet.runs.resume import build_run, check_same_images
+    from cifarnet.runs.resume import check_same_images
 
     built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
     tell(record.heading(config, built))
     command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
-    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks), command):
+    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
         tested = fit_and_test(built)
     metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
@@ -64,21 +65,11 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     return metrics["val_accuracy"]
 
 
-def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> ranks.Job:
-    """What the other ranks are told of a run."""
-    from cifarnet.runs.stopping import Prune
-
-    searched = any(isinstance(callback, Prune) for callback in callbacks)
-    plain = OmegaConf.to_container(config, resolve=False) | {"output_dir": config.output_dir, "logger": None}
-    return {"config": plain, "ckpt_path": ckpt_path and str(ckpt_path), "searched": searched}
-
-
 def follow(job: ranks.Job) -> None:
     """A run in a rank other than 0: its share of every batch, and no word or file."""
-    from cifarnet.runs.resume import build_run
-    from cifarnet.runs.stopping import Prune
+    from cifarnet.runs.job import build_told
 
-    fit_and_test(build_run(OmegaConf.create(job["config"]), job["ckpt_path"], [Prune()] if job["searched"] else []))
+    fit_and_test(build_told(job))
 
 
 def fit_and_test(built: "Built") -> tuple[int, int]:

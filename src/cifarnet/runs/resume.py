@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import checkpoint, cli, files
-from cifarnet.build import Built, build
+from cifarnet.build import Built
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.settings import PLACES, SHOWN, SPEED, within
@@ -161,11 +161,6 @@ def _check_plan(recorded: DictConfig, config: DictConfig) -> None:
             f"{PLAN}={asked}: the schedule {str(schedule['_target_']).rpartition('.')[2]} was planned for {planned} "
             f"epochs. Leave {PLAN} as it was, or train anew; a run with scheduler=constant may be given more."
         )
-
-
-def build_run(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Callback]) -> Built:
-    """What trains, from the beginning or from that checkpoint."""
-    return build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])])
 
 
 def check_same_images(ckpt_path: str | Path, built: Built) -> None:
