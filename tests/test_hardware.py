@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cifarnet import hardware
 
@@ -68,3 +69,10 @@ def test_cores_are_those_of_this_process():
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("only Linux lets a process choose its cores")
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_threads_are_as_many_as_before():
+    before = torch.get_num_threads()
+    with hardware.same_threads():
+        torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before

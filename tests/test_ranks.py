@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
 from torch import nn
 
 from cifarnet import ranks
@@ -149,6 +151,77 @@ def test_srun_has_to_say_how_many_there_are_on_each_machine(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     with pytest.raises(UserError, match="give --ntasks-per-node=2 in place of --ntasks"):
         ranks.environment()
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "fsdp"])
+def test_other_strategies_are_refused(config, strategy):
+    with pytest.raises(UserError, match=f"trainer.strategy={strategy} is not supported. Choose trainer=ddp"):
+        train(config(*TWO, f"trainer.strategy={strategy}", without="trainer=cpu"))
+
+
+class InTest(Callback):
+    """Sends rank 0 a signal in the test."""
+
+    def on_test_batch_start(self, trainer, *_):
+        if trainer.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_test_of_two_is_not_lost(config, tmp_path):
+    settings = ["+callbacks.in_test={_target_: test_ranks.InTest}", "classes=[test_ranks.InTest]"]
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM after training, in the test"):
+        train(config(*TWO, *settings, without="trainer=cpu"))
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+class Noted(Callback):
+    def __init__(self, path: str, steps: int) -> None:
+        assert (path, steps) == ("/somewhere/else", 0)  # total_steps is known later
+
+    def on_train_start(self, trainer, module):
+        assert trainer.world_size == 2
+
+
+@pytest.mark.slow
+def test_other_ranks_are_told_what_only_the_first_can_resolve(config):
+    OmegaConf.register_new_resolver("only_here", lambda: "/somewhere", replace=True)
+    noted = "+callbacks.noted={_target_: test_ranks.Noted, path: '${only_here:}/else', steps: '${total_steps}'}"
+    train(config(*TWO, noted, "classes=[test_ranks.Noted]", without="trainer=cpu"))
+
+
+@pytest.mark.slow
+def test_figures_of_a_run_that_ends_within_an_epoch_are_of_all_ranks(config, tmp_path):
+    limits = ["data.batch_size=16", "+trainer.max_steps=7", "+trainer.limit_test_batches=2", "data.eval_batch_size=10"]
+    train(config("threads=1", *limits, "callbacks.pictures=null", folder="one"))
+    train(config(*TWO, *limits, folder="two", without="trainer=cpu"))
+    one, two = (record(tmp_path / name)["history"][-1]["train/cross_entropy"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_under_srun_end_without_a_word_when_the_first_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {f"SLURM_{name}": "2" for name in ("NTASKS", "NTASKS_PER_NODE", "STEP_NUM_TASKS")}
+    env |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "MASTER_PORT": port}
+    for setting, statuses in {"--help": [0, 0], "optimizer.lrr=1": [1, 1]}.items():
+        ranks_of_it = [
+            subprocess.Popen(
+                [sys.executable, "-m", "cifarnet.train", setting],
+                env=env | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        (_, error), (out, other) = [process.communicate(timeout=100) for process in ranks_of_it]
+        assert [process.returncode for process in ranks_of_it] == statuses, (error, other)
+        assert (out, "Traceback" in error + other) == ("", False)
 
 
 def test_an_error_in_one_rank_alone_is_told(config):

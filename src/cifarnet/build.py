@@ -52,7 +52,7 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
     settings.check(config)
     if config.keep_freed_memory:
         hardware.keep_freed_memory()
-    if (threads := config.threads or hardware.slurm_cores()) is not None:
+    if (threads := config.threads or (hardware.slurm_cores() and hardware.cores())) is not None:
         torch.set_num_threads(threads)
     L.seed_everything(config.seed, verbose=False)
 
@@ -150,7 +150,10 @@ def make_trainer(
     except InstantiationException:
         raise
     except Exception as error:  # Lightning raises many types for settings it cannot use
-        if "accelerator" in str(error) or "backend" in str(error):
+        if "strategy" in str(error):
+            strategy = config.trainer.get("strategy")
+            raise UserError(f"trainer.strategy={strategy} is not supported. Choose trainer=ddp. ({error})") from error
+        if "can not run on your system" in str(error) or "backend found" in str(error):
             raise UserError(
                 f"trainer.accelerator={accelerator}: PyTorch finds no such device on this machine. "
                 f"Choose trainer=auto or trainer=cpu, or install a PyTorch that supports it. ({error})"

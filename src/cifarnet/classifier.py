@@ -74,7 +74,8 @@ class Classifier(L.LightningModule):
         self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}  # of this rank
         self._totals: dict[str, Tensor] = {}  # of all ranks, when an epoch is over
         self.planned_steps = 0.0  # of the whole run, once it has begun; infinite where it has no end
-        self.tested: Tensor | None = None  # the test's logits [N, num_classes], when it is over
+        self.tested: Tensor | None = None  # the test's logits [N, num_classes], when it is over,
+        self.tested_index: Tensor | None = None  # and of which images, int64 [N]
         self._restored_rng: list[dict[str, Any]] = []  # of each rank
         self._observe: Callable[[Tensor, Tensor], None] | None = None  # told each training image's loss
 
@@ -92,8 +93,7 @@ class Classifier(L.LightningModule):
         self._count("train", loss, logits, labels)
         if (ranks := world_size()) == 1:
             return loss
-        if self.trainer.is_last_batch:
-            self._totals["train"] = self._total("train")
+        self._totals.pop("train", None)
         return loss * (ranks * len(labels) / self.trainer.train_dataloader.batch_size)  # gradients are averaged evenly
 
     def losses(
@@ -112,10 +112,11 @@ class Classifier(L.LightningModule):
         return logits
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, *_ = batch
+        images, labels, index, *_ = batch
         one_view = self._answers.add(images)
         self._count("one_view", F.cross_entropy(one_view, labels), one_view, labels)
         self._labels.append(labels)
+        self._tested.append(index)
 
     @torch.no_grad()
     def _count(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -207,6 +208,10 @@ class Classifier(L.LightningModule):
         self._seed()
         self._begin("train")
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        if world_size() > 1 and (self.trainer.fit_loop.epoch_loop._is_training_done or self.trainer.should_stop):
+            self._totals["train"] = self._total("train")  # callbacks read them before this module ends the epoch
+
     def on_validation_epoch_start(self) -> None:
         self._begin("val")
         if world_size() > 1:  # all validate one network: a step leaves each rank its own statistics
@@ -215,7 +220,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self._begin("test", "one_view")
-        self._labels, batches = [], int(sum(self.trainer.num_test_batches)) * world_size()
+        self._labels, self._tested, batches = [], [], int(sum(self.trainer.num_test_batches)) * world_size()
         self._answers = test_time.Answers(self, batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:
@@ -232,6 +237,7 @@ class Classifier(L.LightningModule):
             self._count("test", F.cross_entropy(logits, labels), logits, labels)
         self._totals |= {stage: self._total(stage) for stage in ("test", "one_view")}
         self.tested = torch.cat(gathered(torch.cat(answers)))
+        self.tested_index = torch.cat(gathered(torch.cat(self._tested)))
         self.log_dict(self.means("test"), logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

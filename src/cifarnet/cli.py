@@ -219,6 +219,8 @@ def explain(error: BaseException) -> str | None:
     unknown = error.__cause__ if isinstance(error, ConfigCompositionException) else None
     if isinstance(unknown, ConfigKeyError | ConfigAttributeError):
         root = OmegaConf.to_container(unknown.parent_node._get_root(), resolve=False)
+        if not str(unknown.full_key).startswith("hydra"):
+            root.pop("hydra", None)
         meant = did_you_mean(unknown.full_key, _keys(root) | {path.name for path in CONFIGS.glob("*/")})
         return f"{unknown.full_key} is no setting.{meant} (To add one, put a + before it.)"
     if isinstance(error, HydraException | OmegaConfBaseException):

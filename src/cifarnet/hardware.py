@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,18 @@ def best_precision(accelerator: str) -> str:
     # elsewhere bf16 on a CPU is emulated, and slower than float32
     fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if on_cpu and fast_on_cpu else "32-true"
+
+
+@contextlib.contextmanager
+def same_threads() -> Iterator[None]:
+    """Afterwards, as many as before: what a job of a sweep sets is not the next one's."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores() -> int:

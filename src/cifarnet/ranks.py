@@ -8,6 +8,7 @@ job of its own (`leading`); torchrun and srun have started all of them before (`
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,12 @@ def run(lead: Callable[[], Any], work: Callable[[Job], Any]) -> Any:
     _join(environment(), rank, size)
     if rank > 0:
         return _follow(rank, work)
-    result = lead()  # if it fails, its end breaks the connection, which ends the others
+    try:
+        result = lead()  # if it fails, its end breaks the connection, which ends the others
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            _tell(None)
+        raise
     _tell(None)
     _leave()
     return result
@@ -141,7 +147,7 @@ def _job(job: Job, size: int) -> Iterator[None]:
     except RuntimeError as error:
         if "find_unused_parameters" in str(error):
             raise UserError("Some weights got no gradient: trainer.strategy=ddp_find_unused_parameters_true") from error
-        if connected := not (isinstance(error, _dist_error()) or "gloo" in str(error)):
+        if connected := not is_lost(error):
             raise
         raise UserError("Another rank has ended, and the connection to it with it.") from error
     finally:
@@ -169,7 +175,10 @@ def _follow(rank: int, work: Callable[[Job], Any]) -> None:
     """Take part in each job that rank 0 begins, until it says that there is none."""
     store = _store()
     for number in itertools.count(1):
-        store.wait([f"job{number}"], FOREVER)
+        try:
+            store.wait([f"job{number}"], FOREVER)
+        except _dist_error():
+            sys.exit(1)  # rank 0 has failed, and said why
         job = yaml.safe_load(store.get(f"job{number}"))
         if job is None:
             return _leave()
@@ -245,7 +254,10 @@ def _death(followers: Sequence[Follower]) -> str | None:
             return f"Rank {rank} was ended by {signal.Signals(-status).name}."
         if status:
             words.seek(0)
-            return f"Rank {rank} failed: {words.read().strip().rpartition(chr(10))[2]}"
+            told = words.read().strip()
+            # an exception's line, though more of its message may follow
+            errors = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+: .+)$", told, re.MULTILINE)
+            return f"Rank {rank} failed: {(errors or told.splitlines() or ['it says nothing'])[-1]}"
     return None
 
 
@@ -273,6 +285,11 @@ def _store() -> "Store":
     from torch.distributed.distributed_c10d import _get_default_store
 
     return PrefixStore("jobs", _get_default_store())
+
+
+def is_lost(error: Exception) -> bool:
+    """Does it say that the connection to another rank is?"""
+    return isinstance(error, _dist_error()) or "gloo" in str(error)
 
 
 def _dist_error() -> type[Exception]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from cifarnet import cli, files, ranks
+from cifarnet import cli, files, hardware, ranks
 from cifarnet.errors import UserError
 from cifarnet.runs import sweep
 
@@ -40,7 +40,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
         UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
-    with files.alone_in(Path(config.output_dir)):
+    with files.alone_in(Path(config.output_dir)), hardware.same_threads():
         return _train(config, ckpt_path, callbacks)
 
 

@@ -104,6 +104,13 @@ def test_jobs_run_and_a_sweep_that_is_resumed_waits_for_those_in_the_queue(comma
     assert status == 1  # nothing takes job 2
 
 
+def test_a_slurm_that_does_not_answer_is_told(command, cluster):
+    (cluster / "bin/squeue").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no controller')")
+    status, _, error = command("-m", *LEAN, *SLURM, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "hydra/launcher=slurm: SLURM does not answer: no controller" in error
+
+
 def test_processes_of_a_search_are_jobs(command, cluster):
     pytest.importorskip("optuna")
     (cluster / "runs").touch()

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cifarnet import hardware
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, Mix, StreamingLoader
 from cifarnet.errors import UserError
@@ -90,7 +91,8 @@ class ImageDataModule(L.LightningDataModule):
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
-        self.shuffle_seed, self.on_device, self.workers = shuffle_seed, on_device, 0
+        self.shuffle_seed, self.on_device = shuffle_seed, on_device
+        self.workers: int | None = 0
 
     def read(self) -> Source:
         """Return all images of the data set. Called once."""
@@ -201,7 +203,9 @@ class ImageDataModule(L.LightningDataModule):
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device
         if not isinstance(split.images, Tensor):
-            return StreamingLoader(split.images, split.labels, batch_size, workers=self.workers, **settings)
+            here = self.trainer.num_devices if self.trainer else 1  # ranks of this machine share its cores
+            workers = max(1, hardware.cores() // here) if self.workers is None else self.workers
+            return StreamingLoader(split.images, split.labels, batch_size, workers=workers, **settings)
         if settings["device"].type == "cuda":
             free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
             if needed > free:

@@ -88,7 +88,7 @@ class ImageFolder(ImageDataModule):
         super().__init__(**settings)
         self.root = Path(root).expanduser().resolve()
         self.size, self.in_memory = image_size, in_memory
-        self.workers = cores() if workers is None else workers
+        self.workers = workers
 
     @property
     def validates(self) -> bool:

@@ -53,7 +53,8 @@ class Answers:
         else:
             place = torch.arange(start, start + len(images), device=images.device)
             self._unsure.append((logits.softmax(1).amax(1), place, images))
-            most = math.ceil(self.share * self.batches * len(self.first[0]))
+            # other ranks may have an image more each
+            most = math.ceil(self.share * (self.batches * len(self.first[0]) + world_size()))
             if sum(len(place) for _, place, _ in self._unsure) > 2 * most:
                 self._unsure = [self._least(most)]
         return logits

@@ -1,7 +1,9 @@
 """A run as all its ranks build it: rank 0 from its arguments, the others from what it tells them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -27,8 +29,23 @@ def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Ca
     if size > 1 and (own := [callback for callback in callbacks if not isinstance(callback, Prune)]):
         name = type(own[0]).__name__
         raise UserError(f"{name}, given to train(), would act on one of {size} ranks. Give +callbacks.<name>={{…}}.")
-    plain = OmegaConf.to_container(config, resolve=False) | {"output_dir": config.output_dir, "logger": None}
+    plain = _plain(config, OmegaConf.to_container(config, resolve=False)) | {"logger": None}
     return {"config": plain, "ckpt_path": ckpt_path and str(ckpt_path), "searched": bool(callbacks)}
+
+
+def _plain(node: Any, raw: Any) -> Any:
+    """What a config says, raw but for what only rank 0 can tell: `${hydra:…}`, or the time."""
+    if isinstance(raw, dict | list):
+        members = raw.items() if isinstance(raw, dict) else enumerate(raw)
+        told = {key: _told(node, key, value) for key, value in members}
+        return told if isinstance(raw, dict) else list(told.values())
+    return raw
+
+
+def _told(parent: Any, key: Any, raw: Any) -> Any:
+    if isinstance(raw, str) and re.search(r"\$\{\w[\w.]*:", raw) and "total_steps" not in raw:
+        return OmegaConf.to_container(OmegaConf.create({"told": parent[key]}), resolve=True)["told"]
+    return _plain(parent[key], raw) if isinstance(raw, dict | list) else raw
 
 
 def build_told(job: Job) -> Built:

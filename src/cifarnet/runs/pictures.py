@@ -33,11 +33,11 @@ class Pictures(Callback):
         if not trainer.is_global_zero:
             return
         test, class_names = trainer.datamodule.source.test, trainer.datamodule.class_names
-        predicted = module.tested.argmax(1).cpu()
-        tested = len(predicted)  # fewer than all under trainer.limit_test_batches
-        shown = torch.randperm(tested, generator=torch.Generator().manual_seed(0))[: self.count]
-        images = torch.stack([test.images[i] for i in shown.tolist()])
-        figure = figures.predictions(images, test.labels[shown], predicted[shown], class_names)
-        matrix = multiclass_confusion_matrix(predicted, test.labels[:tested], num_classes=len(class_names))
+        predicted, index = module.tested.argmax(1).cpu(), module.tested_index.cpu()
+        # fewer than all under trainer.limit_test_batches
+        shown = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: self.count]
+        images = torch.stack([test.images[i] for i in index[shown].tolist()])
+        figure = figures.predictions(images, test.labels[index[shown]], predicted[shown], class_names)
+        matrix = multiclass_confusion_matrix(predicted, test.labels[index], num_classes=len(class_names))
         for name, drawn in [("predictions", figure), ("confusion_matrix", figures.confusion(matrix, class_names))]:
             log_picture(trainer, f"whole_run/{name}", figures.as_image(drawn))

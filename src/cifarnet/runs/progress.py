@@ -133,7 +133,8 @@ class History(Callback):
         if self.stretches:
             for what in ("precision", "hardware", "git_commit"):
                 if (before := self.stretches[-1][what]) != now[what]:
-                    tell(f"{what.replace('_', ' ')} was {_short(before)}, now {_short(now[what])}")
+                    was, is_now = _changed(before, now[what])
+                    tell(f"{what.replace('_', ' ')} was {was}, now {is_now}")
         self.stretches.append(now)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -211,5 +212,10 @@ def stretch(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
-    return ", ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+def _changed(*values: Any) -> list[str]:
+    """Both for the terminal: of dictionaries, what differs."""
+    if not all(isinstance(value, dict) for value in values):
+        return list(map(str, values))
+    before, now = values
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return [", ".join(f"{key} {value.get(key)}" for key in keys) for value in values]

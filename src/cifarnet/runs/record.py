@@ -23,9 +23,10 @@ def heading(config: DictConfig, built: Built) -> str:
     source, network = built.data.source, built.classifier.network
     name = config.model._target_.rpartition(".")[2]
     images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
+    shared = f", on {size} ranks" if (size := built.trainer.world_size) > 1 else ""
     return (
         f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
-        f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}\n"
+        f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}{shared}\n"
         f"{os.path.relpath(config.output_dir)}"
     )
 

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import checkpoint, cli, files
+from cifarnet import checkpoint, cli, files, ranks
 from cifarnet.build import Built
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
@@ -189,7 +189,7 @@ class Resume(Callback):
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if self.started or isinstance(error, UserError):
+            if self.started or isinstance(error, UserError) or ranks.is_lost(error):
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(

@@ -46,11 +46,11 @@ class Slurm(SlurmLauncher):
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        folder, state, tasks = self._folder(), Singleton.get_state(), {}
+        folder, hydra, tasks = self._folder(), Singleton.get_state(), {}
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         for number, overrides in zip(numbers, job_overrides, strict=True):
             if not self._is_done(overrides, folder / str(number)):
-                tasks[number] = partial(self.train, list(overrides), number, state)
+                tasks[number] = partial(self.train, list(overrides), number, hydra)
         self._run(tasks, lambda number: read_run(folder / str(number)), resumed=self.config.sweep.resume is not None)
         return [_result(folder / str(number)) for number in numbers]
 
@@ -91,12 +91,12 @@ class Slurm(SlurmLauncher):
             read_job: what came of a job, to be told.
 
         Raises:
-            UserError: jobs of another sweep in this folder are in the queue.
+            UserError: SLURM does not answer, or jobs of another sweep in this folder are in the queue.
             Interrupted: by Ctrl-C or SIGTERM; the jobs stay in the queue.
         """
         if not tasks:
             return
-        record, queue = self._folder() / RECORD, queued()
+        record, queue = self._folder() / RECORD, queued(waits=False)
         before = _recorded(record)
         names = {number: before[str(number)] for number in tasks if before.get(str(number)) in queue}
         if names and not resumed:
@@ -152,9 +152,10 @@ class Slurm(SlurmLauncher):
                     continue
                 name = left.pop(number)
                 if run and run.status == "cut off":
-                    state = squeue("--states=all", f"--jobs={name}", "--format=%T") or ["nothing"]
                     printed = self.params["submitit_folder"].replace("%j", name)
-                    print(f"Job {number} was ended: SLURM says {state[0]}. See {os.path.relpath(printed)}", flush=True)
+                    print(
+                        f"Job {number} was ended: SLURM says {state(name)}. See {os.path.relpath(printed)}", flush=True
+                    )
                 elif run:
                     outcome = f"{run.score:.2%}" if run.status == "done" else f"{run.status}: {run.note}"
                     print(f"Job {number}: {outcome}", flush=True)
@@ -189,7 +190,7 @@ class Task:
         name = submitit.JobEnvironment().job_id
         if os.environ["SLURM_PROCID"] != "0":
             return ""
-        if squeue("--states=all", f"--jobs={name}", "--format=%T") != ["RUNNING"]:
+        if state(name) != "RUNNING":
             return "SLURM ends this job, and queues it again if it was requeued."
         if restarts() >= self.most:
             return f"It was restarted {restarts()} times: not again (hydra.launcher.max_num_timeout)."
@@ -204,21 +205,47 @@ def restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def squeue(*options: str) -> list[str] | None:
-    """Lines about jobs; None if SLURM does not answer."""
+class Silent(UserError):
+    """SLURM does not answer."""
+
+
+def squeue(*options: str) -> list[str]:
+    """Lines about jobs.
+
+    Raises:
+        Silent: there are none.
+    """
     command = ["squeue", "--me", "--array", "--noheader", *options]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(f"hydra/launcher=slurm: {error}. Is this a machine that gives SLURM its jobs?") from error
-    return told.stdout.split("\n")[:-1] if told.returncode == 0 else None
+    if told.returncode:
+        raise Silent(f"hydra/launcher=slurm: SLURM does not answer: {' '.join(told.stderr.split())}")
+    return told.stdout.split("\n")[:-1]
 
 
-def queued() -> set[str]:
-    """SLURM's names for the jobs that wait, run, or come to an end."""
-    while (lines := squeue("--format=%i")) is None:
-        time.sleep(LONGEST)
-    return set(lines)
+def state(name: str) -> str:
+    """SLURM's word for how a job is; "nothing" once it has forgotten it."""
+    with contextlib.suppress(Silent):  # of a forgotten one it says that the name is invalid
+        return next(iter(squeue("--states=all", f"--jobs={name}", "--format=%T")), "nothing")
+    return "nothing"
+
+
+def queued(waits: bool = True) -> set[str]:
+    """SLURM's names for the jobs that wait, run, or come to an end.
+
+    Args:
+        waits: until it answers; else it is an error.
+    """
+    while True:
+        try:
+            return set(squeue("--format=%i"))
+        except Silent as error:
+            if not waits:
+                raise
+            print(f"{error}. Asking again in {LONGEST} s.", flush=True)
+            time.sleep(LONGEST)
 
 
 @contextlib.contextmanager

@@ -131,6 +131,9 @@ class StopOnSignal(Callback):
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()
+        last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
+        if not alone and self._agree(trainer) and last is not None and last.is_file():
+            self._stop(trainer, "training, in the test")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
