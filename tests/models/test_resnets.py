@@ -18,7 +18,9 @@ from cifarnet.models.densenet import DenseNet
 from cifarnet.models.resnet import CifarResNet, ResNet
 from cifarnet.models.resnext import ResNeXt
 from cifarnet.models.wide_resnet import WideResNet
+from cifarnet.runs.resume import resume
 from cifarnet.train import train
+from conftest import assert_same_weights
 
 SMALL = {  # by config: a member of each family that trains in seconds
     "resnet20": dict(depth=8, width=4),
@@ -67,7 +69,7 @@ def small(config: str, **settings):
     ],
 )
 def test_members_are_as_large_as_their_sources_say(config, settings, parameters, multiply_adds):
-    chosen = dict(compose("train", [f"model={config}", *[f"+{setting}" for setting in settings]]).model)
+    chosen = dict(compose("train", [f"model={config}", *settings]).model)
     with torch.device("meta"):
         network = get_class(chosen.pop("_target_"))(**chosen).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -159,6 +161,19 @@ def test_impossible_numbers_are_refused(make):
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value).startswith(f"model.{name}={value}: give ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["resnet20", "wide_resnet16_8", "resnext29", "densenet"])
+def test_a_run_resumed_equals_one_never_stopped(config, tmp_path):
+    rates = {"drop_path_rate": 0.5} if config != "densenet" else {}
+    data = ["data=synthetic", "data.train_size=200", "data.test_size=50", "data.batch_size=32", "trainer=cpu"]
+    model = [f"model={config}", *(f"++model.{name}={value}" for name, value in (SMALL[config] | rates).items())]
+    for folder, epochs in [("whole", 2), ("parts", 1)]:
+        run = ["scheduler=constant", f"trainer.max_epochs={epochs}", f"output_dir={tmp_path / folder}"]
+        train(compose("train", [*data, *model, *run]))
+    train(*resume(tmp_path / "parts", ["trainer.max_epochs=2"]))
+    assert_same_weights(*(tmp_path / folder / "checkpoints/last.ckpt" for folder in ("whole", "parts")))
 
 
 @pytest.mark.slow
