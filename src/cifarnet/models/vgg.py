@@ -1,0 +1,61 @@
+"""VGG with batch norm, for small images."""
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifarnet.models.normalize import Normalize
+from cifarnet.ranges import Range, checked
+
+WIDTHS = (64, 128, 256, 512, 512)  # channels of each stage
+DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each
+
+
+class VGG(nn.Module):
+    """3×3 convolutions with batch norm, a 2×2 max pool after each of five stages, and two hidden layers.
+
+    Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556. On 32×32 images one pixel is left, and the hidden
+    layers have 512 units in place of 4,096, as in https://github.com/chenyaofo/pytorch-cifar-models. 15,253,578
+    parameters at its defaults. Images from 32×32 on; of larger ones the last stage's pixels are averaged.
+
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+    """
+
+    @checked("model")
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        depth: Literal[11, 13, 16, 19] = 16,  # layers with weights
+        hidden: Annotated[int, Range(1, 65536)] = 512,
+        drop_rate: Annotated[float, Range(0, below=1)] = 0.5,  # dropout after each hidden layer
+    ) -> None:
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ValueError(f"depth={depth}: a VGG has one of {', '.join(map(str, DEPTHS))}")
+        self.normalize = Normalize(in_chans)
+        layers: list[nn.Module] = []
+        chans = in_chans
+        for width, count in zip(WIDTHS, DEPTHS[depth], strict=True):
+            for _ in range(count):
+                layers += [nn.Conv2d(chans, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                chans = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.hidden = nn.Sequential(
+            *(nn.Linear(chans, hidden), nn.ReLU(inplace=True), nn.Dropout(drop_rate)),
+            *(nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(drop_rate)),
+        )
+        self.head = nn.Linear(hidden, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.adaptive_avg_pool2d(self.features(self.normalize(images)), 1).flatten(1)
+        return self.head(self.hidden(features))

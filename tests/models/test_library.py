@@ -1,0 +1,176 @@
+import socket
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import cifarnet
+from cifarnet.build import build
+from cifarnet.errors import UserError
+from cifarnet.models.library import LibraryModel
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError(f"something is fetched: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+KINDS = [
+    ("timm", "resnet10t", {}),
+    ("timm", "mobilenetv3_small_050", {"drop_path_rate": 0.1}),
+    ("timm", "vit_tiny_patch16_224", {"patch_size": 4, "depth": 2}),
+    ("timm", "convnext_atto", {"depths": [1, 1, 1, 1], "patch_size": 2}),
+    ("timm", "regnetx_002.pycls_in1k", {}),
+    ("timm", "mixer_s32_224", {}),
+    ("timm", "repvgg_a0", {}),  # whose first convolutions lie side by side
+    ("torchvision", "shufflenet_v2_x0_5", {}),
+    ("torchvision", "squeezenet1_1", {}),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "settings"), KINDS, ids=lambda value: str(value)[:30])
+def test_architectures_of_different_kinds(library, name, settings):
+    pytest.importorskip(library)
+    network = LibraryModel(library, name, num_classes=7, **settings)
+    logits = network(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8))
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    assert all(weight.grad is not None for weight in network.parameters())
+
+
+def layers(network: nn.Module) -> list[tuple]:
+    return [(*conv.kernel_size, *conv.stride) for conv in network.modules() if isinstance(conv, nn.Conv2d)]
+
+
+def pools(network: nn.Module) -> int:
+    return sum(isinstance(layer, nn.MaxPool2d) for layer in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "before", "after", "fewer_pools"),
+    [
+        ("torchvision", "resnet18", [(7, 7, 2, 2)], [(3, 3, 1, 1)], 1),
+        ("torchvision", "mobilenet_v3_small", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 0),
+        ("torchvision", "squeezenet1_1", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 1),
+        ("torchvision", "vgg11", [(3, 3, 1, 1)], [(3, 3, 1, 1)], 0),
+        ("timm", "resnet18", [(7, 7, 2, 2)], [(3, 3, 1, 1)], 1),
+        ("timm", "resnet18d", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 1),
+        ("timm", "efficientnet_b0", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 0),
+        ("timm", "convnext_atto", [(4, 4, 4, 4)], [(4, 4, 4, 4)], 0),  # patches
+        ("timm", "levit_128s", [(3, 3, 2, 2)], [(3, 3, 2, 2)], 0),  # reckons with the size of what its stem leaves
+        ("timm", "repvgg_a0", [(3, 3, 2, 2), (1, 1, 2, 2)], [(3, 3, 1, 1), (1, 1, 1, 1)], 0),
+    ],
+)
+def test_stems_are_made_for_small_images(library, name, before, after, fewer_pools):
+    pytest.importorskip(library)
+    with torch.device("meta"):
+        plain, small = (LibraryModel(library, name, small_stem=small) for small in (False, True))
+    count = len(before)
+    assert (layers(plain)[:count], layers(small)[:count]) == (before, after)
+    assert layers(plain)[count:] == layers(small)[count:]
+    assert pools(plain) - pools(small) == fewer_pools
+
+
+@pytest.mark.parametrize(
+    ("library", "settings", "told"),
+    [
+        *(
+            ("timm", {"name": name}, "are named, such as resnet18, and not fetched from anywhere")
+            for name in ("hf-hub:a/b", "hf_hub:a/b", "HF-HUB:a/b", "local-dir:/x", "timm:resnet18", "a/resnet18", "")
+        ),
+        ("timm", {"name": "resnet_18"}, r"timm has no such network\. Did you mean resnet"),
+        ("timm", {"name": "resnet18.nothing"}, "timm cannot make it so"),
+        ("timm", {"name": "resnet18", "nothing": 1}, "unexpected keyword argument 'nothing'"),
+        ("torchvision", {"name": "resnet19"}, r"no such network\. Did you mean resnet18 or resnet1?\d+ or"),
+        ("torchvision", {"name": "lraspp"}, r"torchvision\.models\.list_models\(\) has all names"),
+        ("torchvision", {"name": "https://x.y/resnet18"}, "not fetched from anywhere"),
+        ("torchvision", {"name": "resnet18", "nothing": 1}, "unexpected keyword argument 'nothing'"),
+        ("keras", {"name": "resnet18"}, "model.library=keras: give timm or torchvision"),
+        *(
+            (library, {"name": "resnet18", key: value}, rf"model\.{key}: nothing is fetched here")
+            for library in ("timm", "torchvision")
+            for key, value in {
+                "pretrained": True,
+                "pretrained_cfg": "hf-hub:a/b",
+                "pretrained_cfg_overlay": {"hf_hub_id": "a/b"},
+                "checkpoint_path": "x",
+                "cache_dir": "x",
+                "weights": "DEFAULT",
+            }.items()
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_fetch_and_what_there_is_not_is_refused(library, settings, told):
+    if library == "timm":
+        pytest.importorskip("timm")
+    with pytest.raises(UserError, match=told) as error:
+        LibraryModel(library, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_without_timm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"model=timm needs timm: pip install -e '\.\[timm\]'"):
+        LibraryModel("timm", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "settings"),
+    [("timm", "resnet10t", {}), ("timm", "vit_tiny_patch16_224", {"depth": 1}), ("torchvision", "resnet18", {})],
+)
+def test_pretrained_weights_come_from_a_file_when_training_begins(library, name, settings, tmp_path):
+    if library == "timm":
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    pretrained = LibraryModel(library, name, 1000, 224, small_stem=False, **settings).network
+    file = tmp_path / "weights.pth"
+    torch.save(pretrained.state_dict(), file)
+    network = LibraryModel(library, name, 10, checkpoint=str(file), **settings)
+    fresh = {key: value.clone() for key, value in network.network.state_dict().items()}
+    network.fit(torch.zeros(1))
+    expected, own = pretrained.state_dict(), network.network.state_dict()
+    same = [key for key in own if key in expected and torch.equal(own[key], expected[key])]
+    other = {key for key in own if key not in same}
+    resized = {"resnet10t": set(), "resnet18": {"conv1.weight"}}.get(name, {"pos_embed"})
+    assert other - {"fc.weight", "fc.bias", "head.weight", "head.bias"} == resized
+    if name == "resnet18":  # the middle of the kernel
+        torch.testing.assert_close(own["conv1.weight"], expected["conv1.weight"][:, :, 2:5, 2:5] * 7 / 3)
+    assert any(not torch.equal(own[key], fresh[key]) for key in same)
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint", {}, {"a": 1}, {"a": torch.zeros(1)}], ids=str)
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_files_without_such_weights_are_told(library, content, tmp_path):
+    if library == "timm":
+        pytest.importorskip("timm")
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    name = {"timm": "resnet10t", "torchvision": "squeezenet1_1"}[library]
+    with pytest.raises(UserError, match=r"model\.(checkpoint|name)=") as error:
+        LibraryModel(library, name, checkpoint=str(file)).fit(torch.zeros(1))
+    assert "\n" not in str(error.value)
+
+
+def test_a_trained_network_is_loaded_without_its_pretrained_weights(config, tmp_path):
+    file = tmp_path / "weights.pth"
+    network = torchvision.models.squeezenet1_1(num_classes=1000)
+    torch.save(network.state_dict(), file)
+    settings = ["model=torchvision", "model.name=squeezenet1_1", f"model.checkpoint={file}"]
+    built = build(config(*settings, without="model"))
+    last = "network.network.features.12.squeeze.weight"
+    assert torch.equal(built.classifier.state_dict()[last], network.state_dict()["features.12.squeeze.weight"])
+    built.trainer.strategy.connect(built.classifier)
+    built.trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    file.unlink()
+    loaded, _ = cifarnet.load(tmp_path / "a.ckpt")
+    assert torch.equal(loaded.state_dict()[last.removeprefix("network.")], built.classifier.state_dict()[last])
