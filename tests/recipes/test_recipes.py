@@ -4,10 +4,7 @@ import json
 import signal
 
 import pytest
-import torch
-from lightning.pytorch.callbacks import Callback
 
-import cifarnet
 from cifarnet import cli
 from cifarnet.errors import Interrupted
 from cifarnet.runs.resume import resume
