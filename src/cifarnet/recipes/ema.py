@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -27,6 +26,3 @@ class EMA(WeightAveraging):
     @checked("recipe.ema")
     def __init__(self, decay: Annotated[float, Range(0, below=1)] = 0.999) -> None:
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._copy_average_to_current(module)  # of a finished run, which trains no more, too
