@@ -15,9 +15,15 @@ RECIPES = sorted(path.stem for path in cli.CONFIGS.glob("recipe/*.yaml"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*RECIPES, "cutmix,ema"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(f"+recipe={recipe}" for recipe in RECIPES),
+        *("+recipe=[trivialaugment,erasing,cutmix,ema,clip]", "scheduler=warmup_cosine", "scheduler=step"),
+    ],
+)
 def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, recipe):
-    recipe = [f"+recipe=[{recipe}]", "trainer.max_epochs=3", "model.drop_rate=0.2", "optimizer.lr=0.02"]
+    recipe = [recipe, "trainer.max_epochs=3", "model.drop_rate=0.2", "optimizer.lr=0.02"]
     train(config(*recipe, folder="whole"))
     with pytest.raises(Interrupted):
         train(config(*recipe, signal_at(1, 2, signal.SIGINT), folder="parts"))
