@@ -102,7 +102,7 @@ def test_the_way_of_a_batch_needs_no_room_that_a_first_reader_can_do_without():
         rooms = {room(other) for other in imported(PACKAGE / name)}
         assert not rooms & {"runs", "evaluation", "search", "evaluate", "compare"}, name
     lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in WAY_OF_A_BATCH}
-    assert sum(lines.values()) < 980, lines
+    assert sum(lines.values()) < 1000, lines
 
 
 def state(path: Path) -> list[str]:

@@ -25,8 +25,15 @@ from conftest import SMALL, assert_same_weights, small, weights
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 # shares of 9 and 8 images; what is drawn, chosen and averaged over the whole data set
-ALL_AT_ONCE = ["data.batch_size=17", "data.hardest_share=0.7", "+recipe=mixup", "module.tta=mirror", "data.cutout=8"]
-ALL_AT_ONCE += ["module.tta_share=0.3", "data.eval_batch_size=7", "trainer.max_epochs=3", "optimizer.lr=0.05"]
+ALL_AT_ONCE = ["data.batch_size=17", "data.hardest_share=0.7", "module.tta=mirror", "data.cutout=8"]
+ALL_AT_ONCE += [
+    "+recipe=[trivialaugment,mixup,ema]",
+    "recipe.ema.decay=0.5",
+    "module.tta_share=0.3",
+    "data.eval_batch_size=7",
+    "trainer.max_epochs=3",
+    "optimizer.lr=0.05",
+]
 
 
 class InRank(Callback):

@@ -121,7 +121,8 @@ ckpt_path
 classes
 compile
 data._target_ data.batch_size data.crop_padding data.cutout data.eval_batch_size data.flip data.hardest_share
-data.mix data.on_device data.root data.shuffle_seed data.split_seed data.train_sizes data.url data.val_fraction
+data.mix data.on_device data.root data.shuffle_seed data.split_seed data.train_sizes data.transforms data.url
+data.val_fraction
 keep_freed_memory
 logger.tensorboard._target_ logger.tensorboard.default_hp_metric logger.tensorboard.name
 logger.tensorboard.save_dir logger.tensorboard.version

@@ -124,7 +124,8 @@ def make_trainer(
     chosen = [callback for callback in (config.get("callbacks") or {}).values() if callback]
     if not validates:  # nothing to choose a checkpoint by
         chosen = [callback for callback in chosen if not str(callback.get("monitor")).startswith("val/")]
-    chosen += [recipe for recipe in (config.get("recipe") or {}).values() if recipe]
+    # recipes first: what saves in the middle of an epoch then saves weights that they are done with
+    chosen = [recipe for recipe in (config.get("recipe") or {}).values() if recipe] + chosen
     built = [*(_expect(Callback, callback._target_, instantiate(callback)) for callback in chosen), *callbacks]
     if config.compile:
         built.insert(0, Compile())  # before the clocks of others start

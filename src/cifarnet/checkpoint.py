@@ -173,7 +173,7 @@ def check_data(
     Raises:
         UserError: they ask for a class that a checkpoint may not name, or for more than values.
     """
-    data = {key: value for key, value in content["resolved"]["data"].items() if key not in ("url", "mix")}
+    data = {key: value for key, value in content["resolved"]["data"].items() if key not in ("url", "mix", "transforms")}
     name = data.get("_target_")
     found = permitted(name, "data", classes)
     if found is None:

@@ -43,6 +43,7 @@ class Classifier(L.LightningModule):
         objective: logits [B, num_classes], labels int64 [B] -> each image's training loss [B]; None: cross-entropy.
         tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.Answers`).
         tta_share: which part of the test images, the least confident, it is for.
+        no_decay: leave the weight decay off the variables with fewer than two dimensions: biases and those of norms.
         channels_last: memory format of network and images: faster on most CPUs and GPUs.
         seed: what torch draws during an epoch (dropout) is a function of (seed, epoch).
         hparams: plain data (dicts, lists, scalars) to be kept in the checkpoint beside the weights.
@@ -57,6 +58,7 @@ class Classifier(L.LightningModule):
         *,
         tta: str = "none",
         tta_share: float = 1.0,
+        no_decay: bool = False,
         channels_last: bool = True,
         seed: int = 0,
         hparams: Mapping[str, Any] | None = None,
@@ -68,7 +70,7 @@ class Classifier(L.LightningModule):
         self.network = network.to(memory_format=self.memory_format)
         self.objective = objective or nn.CrossEntropyLoss(reduction="none")
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.tta, self.tta_share = tta, tta_share
+        self.tta, self.tta_share, self.no_decay = tta, tta_share, no_decay
         self.seed = seed
         # sums of (loss, correct, 1) over the epoch's images: no buffers, which averaging and DDP would change
         self._sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}  # of this rank
@@ -153,12 +155,19 @@ class Classifier(L.LightningModule):
         return metrics | {"train/weight_decay": decay, "train/objective": metrics["train/cross_entropy"] + decay}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(self.network.parameters())
+        optimizer = self.make_optimizer(self._decayed_apart() if self.no_decay else self.network.parameters())
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         steps = self.trainer.estimated_stepping_batches
         scheduler = self.make_scheduler(optimizer, 0 if steps == float("inf") else int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _decayed_apart(self) -> list[dict[str, Any]]:
+        """Parameter groups: what the optimizer's weight decay is for, and what it is not."""
+        kinds: dict[bool, list[Tensor]] = {True: [], False: []}
+        for parameter in self.network.parameters():
+            kinds[parameter.ndim > 1].append(parameter)
+        return [{"params": kinds[True]}, {"params": kinds[False], "weight_decay": 0.0}]
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
         try:

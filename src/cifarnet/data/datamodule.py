@@ -2,9 +2,9 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -63,6 +63,8 @@ class ImageDataModule(L.LightningDataModule):
             were last trained on, and before them those that never were. Easy ones teach less, and are left out (with
             losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762). Wrongly
             labelled images are hard as well: where there are many, keep all.
+        transforms: what else changes single training images, by any names, such as `recipes.erasing.RandomErasing`;
+            one after another, after the crop, the mirroring and the hole.
         mix: what is made of two training images, such as `recipes.mixup.Mixup`; None: each is shown by itself.
         shuffle_seed: order and augmentation.
         on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
@@ -81,6 +83,7 @@ class ImageDataModule(L.LightningDataModule):
         cutout: Annotated[int, Range(0, 4096)] = 0,
         train_sizes: Sequence[Pixels] | None = None,
         hardest_share: Annotated[float, Range(above=0, most=1)] = 1.0,
+        transforms: Mapping[str, Any] | None = None,
         mix: Mix | None = None,
         shuffle_seed: Seed = 0,
         on_device: bool = True,
@@ -89,6 +92,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
+        self.transforms = [transform for transform in (transforms or {}).values() if transform is not None]
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
@@ -199,6 +203,7 @@ class ImageDataModule(L.LightningDataModule):
         if (least := min(batch_size, len(split))) < size:
             raise UserError(f"{size} devices share batches of {least} images: use {least} devices or fewer.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
+        settings |= {"transforms": self.transforms}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "ranks": size}
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device

@@ -36,6 +36,16 @@ class Mix(Protocol):
         in each, [B]."""
 
 
+class Transform(Protocol):
+    """What changes single images, such as `recipes.trivialaugment.TrivialAugment`."""
+
+    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+        """One epoch's draws, a row an image of the data set."""
+
+    def __call__(self, images: Tensor, *drawn: Tensor) -> Tensor:
+        """Images, uint8 [B, C, H, W], and their draws -> the changed images, uint8."""
+
+
 class BatchLoader:
     """Shuffle, crop, flip and batch; a subclass says where pixels come from.
 
@@ -47,7 +57,8 @@ class BatchLoader:
         labels: int64 [N], of images that are `image_size` pixels high and wide.
         train: shuffle, augment, and drop the last batch if it is not full (but the only one); else go through all in
             order.
-        augment, mix, sizes, share: as `ImageDataModule` has them (`train_sizes`, `hardest_share`); only when training.
+        augment, transforms, mix, sizes, share: as `ImageDataModule` has them (`train_sizes`, `hardest_share`); only
+            when training.
         device: where images and labels are kept and augmented.
         pin: yield pinned memory, which a GPU fetches while it computes.
         rank, ranks: which of how many processes this is: it gets its share of each training batch, or of all images
@@ -67,6 +78,7 @@ class BatchLoader:
         *,
         train: bool = False,
         augment: Augment | None = None,
+        transforms: Sequence[Transform] = (),
         mix: Mix | None = None,
         sizes: Sequence[int] | None = None,
         share: float = 1.0,
@@ -81,6 +93,7 @@ class BatchLoader:
         self.image_size = image_size
         self.train, self.seed, self.pin = train, seed, pin
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
+        self.transforms = transforms if train else ()
         self.length = max(1, round(share * len(labels))) if train else len(labels)  # images an epoch
         self.batch_size = min(batch_size, self.length) if train else batch_size  # of all ranks together
         self.chooses = self.length < len(labels)  # an epoch leaves images out, by their losses
@@ -128,6 +141,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         draws, mixing = self._drawn(self.augment), self._drawn(self.mix)
+        changing = [(transform, self._drawn(transform)) for transform in self.transforms]
         resume, self._resume = self._resume, {}
         start = resume["served"] if resume.get("epoch") == self.epoch else 0
         if start == 0:
@@ -138,14 +152,17 @@ class BatchLoader:
         for index, wanted, (pixels, place) in zip(batches, shown, self._pixels(shown), strict=True):
             self._served += 1
             images = self.augment(pixels, place, *(drawn[wanted] for drawn in draws)) if draws else pixels[place]
-            batch = [self._scaled(images.permute(0, 3, 1, 2)), self.labels[index], index]
+            images = images.permute(0, 3, 1, 2)
+            for transform, drawn in changing:
+                images = transform(images, *(row[wanted] for row in drawn))
+            batch = [self._scaled(images), self.labels[index], index]
             if mixing:
                 mixed, own = self.mix(*batch[0].chunk(2), *(drawn[index] for drawn in mixing[1:]))
                 partners = self.labels[mixing[0][index]]
                 batch = [mixed.contiguous(memory_format=torch.channels_last), *batch[1:], partners, own]
             yield tuple(member.pin_memory() if self.pin else member for member in batch)
 
-    def _drawn(self, change: Augment | Mix | None) -> list[Tensor]:
+    def _drawn(self, change: Augment | Transform | Mix | None) -> list[Tensor]:
         """What is random about it in this epoch, a row an image of the data set."""
         if change is None:
             return []

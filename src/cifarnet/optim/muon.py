@@ -41,7 +41,7 @@ class Muon(Optimizer):
         bias, matrix: SGD's `lr`, `weight_decay` (and `momentum`) for biases and for matrices.
 
     Raises:
-        ValueError: a rate or momentum that is negative.
+        ValueError: a rate or momentum that is negative; parameters in groups, as recipe=no_decay has them.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Muon(Optimizer):
     ) -> None:
         kinds: dict[str, list[Tensor]] = {"convolution": [], "bias": [], "matrix": []}
         for parameter in params:
+            if isinstance(parameter, dict):
+                raise ValueError("its decays are settings of their own, bias.weight_decay and matrix.weight_decay")
             kinds[{0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")].append(parameter)
         sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
         settings: dict[str, dict[str, Any]] = {

@@ -1,0 +1,40 @@
+"""Jitter: brightness and contrast of every image are changed at random."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from cifarnet.ranges import Range, checked
+from cifarnet.recipes.operations import blend, grey
+from cifarnet.seeding import generator
+
+
+class Jitter:
+    """Each image's brightness, then its contrast, is multiplied by a factor from 1 - x to 1 + x (Howard, 2013,
+    https://arxiv.org/abs/1312.5402; torchvision's ColorJitter).
+
+    A recipe for images: `data.transforms`, as in `+recipe=jitter`.
+
+    Args:
+        brightness, contrast: x.
+
+    Raises:
+        UserError: a number that is not from 0 to 1.
+    """
+
+    @checked("data.transforms.jitter")
+    def __init__(
+        self, brightness: Annotated[float, Range(0, 1)] = 0.2, contrast: Annotated[float, Range(0, 1)] = 0.2
+    ) -> None:
+        self.brightness, self.contrast = brightness, contrast
+
+    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Of every image in this epoch, both factors, float32 [count]."""
+        brightness, contrast = 2 * torch.rand(2, count, generator=generator(seed, epoch, "jitter")) - 1
+        return 1 + self.brightness * brightness, 1 + self.contrast * contrast
+
+    def __call__(self, images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+        """Images, uint8 [B, 3, H, W], and their draws -> the changed images, uint8."""
+        images = blend(images, 0.0, brightness[:, None, None, None])
+        return blend(images, grey(images).mean((1, 2, 3), keepdim=True), contrast[:, None, None, None])

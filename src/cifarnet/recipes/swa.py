@@ -1,0 +1,34 @@
+"""SWA: the weights that are validated, tested and kept are the mean of those at the ends of the last epochs."""
+
+from typing import Annotated, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+
+from cifarnet.ranges import Range, checked
+
+
+class SWA(WeightAveraging):
+    """The mean of the weights, and of statistics, at the ends of all epochs from `epoch` on (Izmailov et al., 2018,
+    https://arxiv.org/abs/1803.05407); before, those of the last epoch. Rates that stay high suit it, such as
+    scheduler=constant.
+
+    A recipe for weights: `+recipe=swa`.
+
+    Args:
+        epoch: the first epoch, from 1, whose weights are averaged.
+
+    Raises:
+        UserError: an epoch below 1.
+    """
+
+    @checked("recipe.swa")
+    def __init__(self, epoch: Annotated[int, Range(1, 10**9)]) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.is_last_batch:
+            if trainer.current_epoch + 1 <= self.epoch:
+                self._average_model.n_averaged.zero_()  # begin anew: with a copy
+            self._average_model.update_parameters(module)

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import cifarnet
+from cifarnet.build import build
+from cifarnet.errors import UserError
+from cifarnet.train import train
+from conftest import weights
+
+
+class Averages(Callback):
+    """The average of one weight by hand, and the one that was validated."""
+
+    def __init__(self):
+        self.average, self.validated = None, []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        now = module.network.head.weight.detach().clone()
+        self.average = now if self.average is None else 0.8 * self.average + 0.2 * now
+
+    def on_validation_batch_start(self, trainer, module, *_):
+        self.validated.append((self.average, module.network.head.weight.detach().clone()))
+
+
+def test_what_is_validated_saved_and_loaded_is_the_average(config, tmp_path):
+    averages = Averages()
+    train(config("+recipe=ema", "recipe.ema.decay=0.8", "data.train_size=100"), callbacks=[averages])
+    assert len(averages.validated) == 2
+    for by_hand, validated in averages.validated:
+        torch.testing.assert_close(validated, by_hand)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert torch.equal(weights(last)["network.head.weight"], averages.validated[-1][1])
+    network, _ = cifarnet.load(last)
+    assert torch.equal(network.head.weight, averages.validated[-1][1])
+    built = build(config("data.train_size=100"))
+    assert torch.equal(network.normalize.std, built.classifier.network.normalize.std)  # a constant stays
+
+
+def test_an_impossible_decay_is_refused():
+    with pytest.raises(UserError, match=r"recipe\.ema\.decay=1"):
+        cifarnet.recipes.ema.EMA(1)

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from cifarnet import settings
+from cifarnet.build import build
+from cifarnet.errors import UserError
+from cifarnet.recipes.focal import FocalLoss
+
+
+def test_it_is_the_papers():
+    logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]]).log_softmax(1)
+    labels = torch.tensor([0, 1])
+    known = [0.5, 1 / (1 + torch.tensor(3.0).exp().item())]
+    expected = [(1 - p) ** 2 * -torch.tensor(p).log().item() for p in known]
+    assert FocalLoss()(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(FocalLoss(0, 0.1)(logits, labels), plain)
+    certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    FocalLoss(0.5)(certain, torch.tensor([0])).sum().backward()
+    assert certain.grad.isfinite().all()
+    with pytest.raises(UserError, match=r"objective\.gamma=-1"):
+        FocalLoss(-1)
+
+
+@pytest.mark.parametrize("choice", ["objective=focal", "scheduler=warmup_cosine", "scheduler=step"])
+def test_choices_swap_in_the_baseline(config, choice):
+    made = config("+experiment=baseline", "data=synthetic", choice, without="data")
+    settings.check(made)
+    if choice.startswith("objective"):
+        objective = build(made).classifier.objective
+        assert (objective.gamma, objective.label_smoothing) == (2, 0.1)

@@ -1,0 +1,36 @@
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from cifarnet.train import train
+from conftest import weights
+
+SHORT = ["data.train_size=100", "data.batch_size=30", "scheduler=constant"]  # 3 steps an epoch
+
+
+class Seen(Callback):
+    """A weight before the first step and after each, when recipes have acted."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_train_start(self, trainer, module):
+        self.first = module.network.hidden[1].weight.detach().clone()
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.after.append(module.network.hidden[1].weight.detach().clone())
+
+
+def test_slow_weights_follow_after_every_second_step(config):
+    seen, alone = Seen(), Seen()
+    train(config(*SHORT, "+recipe=lookahead", "recipe.lookahead.k=2", "trainer.max_epochs=1"), callbacks=[seen])
+    train(config(*SHORT, "trainer.max_epochs=1", folder="alone"), callbacks=[alone])
+    assert torch.equal(seen.after[0], alone.after[0])
+    torch.testing.assert_close(seen.after[1], seen.first + 0.5 * (alone.after[1] - seen.first))
+    assert not torch.equal(seen.after[2], seen.after[1])
+
+
+def test_swa_is_the_mean_of_the_last_epochs(config, tmp_path):
+    seen = Seen()
+    train(config(*SHORT, "+recipe=swa", "recipe.swa.epoch=2", "trainer.max_epochs=3"), callbacks=[seen])
+    mean = (seen.after[5] + seen.after[8]) / 2
+    torch.testing.assert_close(weights(tmp_path / "run/checkpoints/last.ckpt")["network.hidden.1.weight"], mean)

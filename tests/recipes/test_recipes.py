@@ -1,0 +1,35 @@
+"""What holds for every recipe of configs/recipe/."""
+
+import json
+import signal
+
+import pytest
+
+from cifarnet import cli
+from cifarnet.errors import Interrupted
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
+from conftest import OWN, assert_same_weights, signal_at
+
+RECIPES = sorted(path.stem for path in cli.CONFIGS.glob("recipe/*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(f"+recipe={recipe}" for recipe in RECIPES),
+        *("+recipe=[trivialaugment,erasing,cutmix,ema,clip]", "scheduler=warmup_cosine", "scheduler=step"),
+    ],
+)
+def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, recipe):
+    recipe = [recipe, "trainer.max_epochs=3", "model.drop_rate=0.2", "optimizer.lr=0.02"]
+    train(config(*recipe, folder="whole"))
+    with pytest.raises(Interrupted):
+        train(config(*recipe, signal_at(1, 2, signal.SIGINT), folder="parts"))
+    train(*resume(tmp_path / "parts", [OWN]))
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    assert whole["history"] == parts["history"]
+    assert whole["test_accuracy"] == parts["test_accuracy"]
