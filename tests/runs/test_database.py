@@ -1,5 +1,6 @@
 """A search on a database: SQLite stands for it here, and with `-m postgres` a PostgreSQL of the tests' own."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import FloatDistribution
@@ -257,6 +259,38 @@ def test_a_lost_connection_is_made_again(url, monkeypatch, capsys):
     create_study(storage=storage).ask()
     assert slept == [1, 1, 1]
     assert capsys.readouterr().out.count("starting up. Tried again for 300 seconds") == 1
+
+
+def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, monkeypatch):
+    storage, slept, left = database.connect(url, 1), [], 0
+    dialect = storage.engine.dialect
+    connect = dialect.connect
+
+    def unreachable(*arguments, **settings):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise dialect.loaded_dbapi.OperationalError("starting up")
+        return connect(*arguments, **settings)
+
+    def waited(outage: int) -> int | None:
+        """Seconds until there is a connection; None if it is given up."""
+        nonlocal left
+        left = outage
+        slept.clear()
+        storage.engine.dispose()
+        with contextlib.suppress(database.SQLAlchemyError), storage.engine.connect():
+            return len(slept)
+
+    monkeypatch.setattr(dialect, "connect", unreachable)
+    clock = SimpleNamespace(monotonic=lambda: len(slept), sleep=slept.append)
+    monkeypatch.setattr(database, "time", clock)
+    assert (waited(1000), len(slept)) == (None, database.PATIENCE)
+    assert (waited(1000), len(slept)) == (None, 0)  # it is still away: what ends the search need not wait again
+    assert (waited(0), waited(3)) == (0, 3)
+    with ThreadPoolExecutor(1) as heartbeat:
+        assert heartbeat.submit(waited, 1000).result() is None
+    assert waited(3) == 3
 
 
 def test_a_database_that_stays_away_ends_the_search_in_one_line(run, url, tmp_path, monkeypatch):
