@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -99,6 +100,19 @@ def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url):
     assert "Waiting for a sign of life" in printed
     assert "Trial 1" not in printed
     assert states(url) == ["RUNNING"]
+
+
+def test_a_machine_of_the_same_name_and_path_is_another(run, url, tmp_path):
+    assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
+    (tmp_path / "one").rename(tmp_path / "on the other")
+    [trial] = study(url).trials
+    with database.connect(url, 1).beating(trial._trial_id):
+        status, printed, error = run("one", 1, signal_at(0, 2, signal.SIGTERM))
+    assert (status, "goes on" in printed) == (0, False), error
+    assert "Waiting for a sign of life" in printed
+    assert states(url) == ["RUNNING"]
+    name, _, path = trial.user_attrs["folder"].partition(":")
+    assert (name.partition("#")[0], path) == (platform.node(), str(tmp_path / "one"))
 
 
 def test_no_more_trials_than_asked_for_when_two_machines_draw_the_last(run, url, monkeypatch):

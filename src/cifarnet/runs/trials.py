@@ -1,12 +1,14 @@
 """A search's trials, and the folders they lie in, of which some may be on other machines."""
 
+import platform
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifarnet import cli
+from cifarnet import cli, files
 from cifarnet.errors import UserError
-from cifarnet.runs.tables import Run, read_sweep
+from cifarnet.runs.tables import Run, read, read_sweep
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -14,6 +16,14 @@ if TYPE_CHECKING:
 COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
 PLACE = "folder"  # a trial's attribute in a database: on which machine it runs, and where
 OUTCOMES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+def here(folder: Path) -> str:
+    """A study's folder as no other is called: machines may share a name, and paths, as copies of one image do."""
+    token = folder / "place.txt"
+    if not token.exists():
+        files.write(token, secrets.token_hex(4))
+    return f"{platform.node()}#{read(token, str.strip)}:{folder.resolve()}"
 
 
 def finished(study: "Study") -> dict[str, Run]:
