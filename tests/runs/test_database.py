@@ -99,6 +99,8 @@ def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url):
     assert status == 0, error
     assert "Waiting for a sign of life" in printed
     assert "Trial 1" not in printed
+    assert "0 of 1 jobs done, 1 running: " in printed
+    assert "Run what is missing" not in printed
     assert states(url) == ["RUNNING"]
 
 

@@ -32,7 +32,7 @@ from cifarnet.runs.journal import JournalLock
 from cifarnet.runs.space import asked
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run, read_sweep
-from cifarnet.runs.trials import COMMON, PLACE, check_folder, differences, finished, here
+from cifarnet.runs.trials import COMMON, PLACE, check_folder, differences, here, told
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ class Search(Sweeper):
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
             self.lock.release()
-            summarize(folder, self.trials, self._command(folder), finished(study))
+            with self.journal:  # nobody takes a trial while its lock is looked at
+                trials = told(study, folder, self.place, self.database)
+            summarize(folder, self.trials, self._command(folder), trials)
             search_figures.draw(study, folder)
         for failure in failures:
             sweep.raise_failure(failure)

@@ -12,6 +12,9 @@ from cifarnet.runs.tables import Run, read, read_sweep
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from cifarnet.runs.database import Database
 
 COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
 PLACE = "folder"  # a trial's attribute in a database: on which machine it runs, and where
@@ -26,15 +29,23 @@ def here(folder: Path) -> str:
     return f"{platform.node()}#{read(token, str.strip)}:{folder.resolve()}"
 
 
-def finished(study: "Study") -> dict[str, Run]:
-    """The study's finished trials by number, as far as it knows them."""
+def told(study: "Study", folder: Path, place: str, database: "Database | None") -> dict[str, Run]:
+    """The study's trials by number, as far as it knows them: the finished ones, and what other processes are at."""
+
+    def running(trial: "FrozenTrial") -> bool:
+        if files.busy(folder / f"{trial.number}.lock"):
+            return True
+        elsewhere = database is not None and trial.user_attrs.get(PLACE) != place  # where only a heartbeat tells
+        return elsewhere and not database.heard(trial._trial_id)[1]
+
     runs = {}
     for trial in study.get_trials(deepcopy=False):
-        if trial.state.name in OUTCOMES:
+        state = trial.state.name
+        if status := "running" if state == "RUNNING" and running(trial) else OUTCOMES.get(state):
             lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
             settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
             folder = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, OUTCOMES[trial.state.name])
+            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, status)
     return runs
 
 
