@@ -69,7 +69,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=0.2)  # `busy` may hold it, for a moment
     except NotImplementedError:
         pass  # a file system without locks
     except Timeout as error:
@@ -84,6 +84,15 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def busy(lock: Path) -> bool:
+    """Does another process hold this lock?"""
+    try:
+        with FileLock(lock).acquire(blocking=False) if lock.exists() else contextlib.nullcontext():
+            return False
+    except (OSError, NotImplementedError) as error:  # the others: another user's, or a file system without locks
+        return isinstance(error, Timeout)
 
 
 def remove_if_unused(folder: Path) -> None:

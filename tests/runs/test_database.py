@@ -1,6 +1,8 @@
 """A search on a database: SQLite stands for it here, and with `-m postgres` a PostgreSQL of the tests' own."""
 
+import contextlib
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import FloatDistribution
@@ -96,7 +99,22 @@ def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url):
     assert status == 0, error
     assert "Waiting for a sign of life" in printed
     assert "Trial 1" not in printed
+    assert "0 of 1 jobs done, 1 running: " in printed
+    assert "Run what is missing" not in printed
     assert states(url) == ["RUNNING"]
+
+
+def test_a_machine_of_the_same_name_and_path_is_another(run, url, tmp_path):
+    assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
+    (tmp_path / "one").rename(tmp_path / "on the other")
+    [trial] = study(url).trials
+    with database.connect(url, 1).beating(trial._trial_id):
+        status, printed, error = run("one", 1, signal_at(0, 2, signal.SIGTERM))
+    assert (status, "goes on" in printed) == (0, False), error
+    assert "Waiting for a sign of life" in printed
+    assert states(url) == ["RUNNING"]
+    name, _, path = trial.user_attrs["folder"].partition(":")
+    assert (name.partition("#")[0], path) == (platform.node(), str(tmp_path / "one"))
 
 
 def test_no_more_trials_than_asked_for_when_two_machines_draw_the_last(run, url, monkeypatch):
@@ -257,6 +275,38 @@ def test_a_lost_connection_is_made_again(url, monkeypatch, capsys):
     create_study(storage=storage).ask()
     assert slept == [1, 1, 1]
     assert capsys.readouterr().out.count("starting up. Tried again for 300 seconds") == 1
+
+
+def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, monkeypatch):
+    storage, slept, left = database.connect(url, 1), [], 0
+    dialect = storage.engine.dialect
+    connect = dialect.connect
+
+    def unreachable(*arguments, **settings):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise dialect.loaded_dbapi.OperationalError("starting up")
+        return connect(*arguments, **settings)
+
+    def waited(outage: int) -> int | None:
+        """Seconds until there is a connection; None if it is given up."""
+        nonlocal left
+        left = outage
+        slept.clear()
+        storage.engine.dispose()
+        with contextlib.suppress(database.SQLAlchemyError), storage.engine.connect():
+            return len(slept)
+
+    monkeypatch.setattr(dialect, "connect", unreachable)
+    clock = SimpleNamespace(monotonic=lambda: len(slept), sleep=slept.append)
+    monkeypatch.setattr(database, "time", clock)
+    assert (waited(1000), len(slept)) == (None, database.PATIENCE)
+    assert (waited(1000), len(slept)) == (None, 0)  # it is still away: what ends the search need not wait again
+    assert (waited(0), waited(3)) == (0, 3)
+    with ThreadPoolExecutor(1) as heartbeat:
+        assert heartbeat.submit(waited, 1000).result() is None
+    assert waited(3) == 3
 
 
 def test_a_database_that_stays_away_ends_the_search_in_one_line(run, url, tmp_path, monkeypatch):

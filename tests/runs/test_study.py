@@ -158,6 +158,10 @@ def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
     assert status == 0, error
     assert "Trial 2 of 2" in printed
     assert states(tmp_path / "search") == ["RUNNING", "COMPLETE"]
+    assert "1 of 2 jobs done, 1 running: " in printed
+    assert "Run what is missing" not in printed
+    _, first = csv.DictReader((tmp_path / "search/sweep.csv").open())
+    assert (first["status"], first["folder"]) == ("running", "0")
     other.kill()
     other.communicate()
     status, printed, error = run(RATE, "hydra.sweeper.trials=2")

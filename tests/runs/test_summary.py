@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from cifarnet.runs import summary, tables
 
@@ -88,6 +89,19 @@ def test_jobs_that_never_ended_are_named(folder, capsys):
         (folder / str(number) / "metrics.json").unlink()
     summary.summarize(folder, 9, "sweep.resume=x")
     assert "Cut off, or not begun: 1, 3, 5-8\n" in capsys.readouterr().out
+
+
+def test_a_job_that_another_process_runs_is_not_cut_off(folder, capsys):
+    for number in (1, 3):
+        (folder / str(number) / "metrics.json").unlink()
+        (folder / str(number) / ".lock").touch()
+    with FileLock(folder / "3/.lock"):
+        summary.summarize(folder, 5, "sweep.resume=x")
+    printed = capsys.readouterr().out
+    assert "2 of 5 jobs done, 1 failed, 1 running: " in printed
+    assert "Cut off, or not begun: 1\n" in printed
+    statuses = {row["folder"]: row["status"] for row in csv.DictReader((folder / "sweep.csv").open())}
+    assert (statuses["1"], statuses["3"]) == ("cut off", "running")
 
 
 def test_pruned_jobs_are_not_missing(tmp_path, capsys):

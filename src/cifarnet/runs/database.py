@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
-from threading import Event, Thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
@@ -34,24 +34,24 @@ class Database(RDBStorage):
     """
 
     def __init__(self, url: URL, pulse: int) -> None:
-        self.place, self.pulse, self.patience = url.set(query={}).render_as_string(), pulse, 0
+        self.place, self.pulse, self.patience = url.set(query={}).render_as_string(), pulse, PATIENCE
         super().__init__(url.render_as_string(hide_password=False), {"pool_pre_ping": True})
-        event.listen(self.engine, "do_connect", self._connect)
-        self.patience = PATIENCE
+        event.listen(self.engine, "do_connect", self._connect)  # from now on: the first connection is not waited for
 
     def _connect(self, dialect: Any, record: Any, arguments: tuple, settings: dict[str, Any]) -> Any:
         end, told = time.monotonic() + self.patience, False
         while True:
             try:
-                return dialect.connect(*arguments, **settings)
+                connection = dialect.connect(*arguments, **settings)
+                self.patience = PATIENCE
+                return connection
             except dialect.loaded_dbapi.OperationalError as error:
-                if time.monotonic() > end:
-                    self.patience = 0
+                if time.monotonic() >= end:
+                    if current_thread() is main_thread():  # the search ends, and waits no more until it is back
+                        self.patience = 0
                     raise
                 if not told:
-                    print(
-                        printable(f"{self.place}: {_reason(error)} Tried again for {self.patience} seconds"), flush=True
-                    )
+                    print(printable(f"{self.place}: {_reason(error)} Tried again for {PATIENCE} seconds"), flush=True)
                 told = True
                 time.sleep(1)
 

@@ -8,7 +8,6 @@ or the database, and one that was killed goes on when it is started again.
 
 import contextlib
 import math
-import platform
 import shlex
 import sys
 import time
@@ -33,7 +32,7 @@ from cifarnet.runs.journal import JournalLock
 from cifarnet.runs.space import asked
 from cifarnet.runs.summary import resuming, summarize
 from cifarnet.runs.tables import Run, read_run, read_sweep
-from cifarnet.runs.trials import COMMON, PLACE, check_folder, differences, finished
+from cifarnet.runs.trials import COMMON, PLACE, check_folder, differences, here, told
 from cifarnet.settings import check_type
 
 if TYPE_CHECKING:
@@ -94,6 +93,7 @@ class Search(Sweeper):
         self.lock = FileLock("")  # of the trial that this process runs
         self.began = False  # this process has begun the study, or drawn a trial
         self.database: Database | None = None
+        self.place = ""  # as the database knows this folder
 
     def sweep(self, arguments: list[str]) -> None:
         sweep.check(self.config)
@@ -102,7 +102,6 @@ class Search(Sweeper):
         self._compose_all(fixed, space)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.place = f"{platform.node()}:{folder.resolve()}"
         own = [line for line in fixed if not (line.startswith("sweep.") or replay.addresses(line))]
         common = {"fixed": own, "space": {key: str(of) for key, of in space.items()}}
         study = self._open(folder, common)
@@ -143,7 +142,9 @@ class Search(Sweeper):
             raise Interrupted(stopped.what, stopped.status, self._command(folder)) from None
         finally:
             self.lock.release()
-            summarize(folder, self.trials, self._command(folder), finished(study))
+            with self.journal:  # nobody takes a trial while its lock is looked at
+                trials = told(study, folder, self.place, self.database)
+            summarize(folder, self.trials, self._command(folder), trials)
             search_figures.draw(study, folder)
         for failure in failures:
             sweep.raise_failure(failure)
@@ -214,6 +215,7 @@ class Search(Sweeper):
             from cifarnet.runs import database
 
             database.refuse_password(self._written())
+            self.place = here(folder)
             self.database = database.connect(self.storage, self.heartbeat)
             with self.database.blamed():
                 return self._begin(self.database, f"{self.config.name}/{self.study_name}", common)

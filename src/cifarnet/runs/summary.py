@@ -5,6 +5,7 @@ import io
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     Args:
         jobs: how many the sweep is to have.
         command: goes on with it.
-        trials: of a search, those that are finished, whose folders may lie on other machines.
+        trials: of a search, those that are finished or running, whose folders may lie on other machines.
     """
     search, elsewhere = trials is not None, dict(trials or {})
     runs = [
@@ -29,6 +30,8 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     ]
     for run in runs:
         elsewhere.pop(run.folder.name, None)
+        if run.status == "cut off" and files.busy(run.folder / ".lock"):
+            run.status = "running"
     runs += elsewhere.values()
     if not runs:
         return
@@ -42,14 +45,16 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
         from cifarnet.runs import figures
 
         figures.save(figures.sweep(groups, keys), sweep_folder / "sweep.png")
-    done, pruned, failed = (sum(run.status == status for run in runs) for status in ("done", "pruned", "failed"))
-    counts = "".join(f", {count} {what}" for what, count in [("pruned", pruned), ("failed", failed)] if count)
-    jobs, counts = max(jobs, len(runs)), counts + (f", {len(elsewhere)} elsewhere" if elsewhere else "")
-    print(f"  {done} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
-    ended = {run.folder.name for run in runs if run.status in ("done", "pruned", "failed")}
+    count = Counter(run.status for run in runs)
+    count["elsewhere"] = sum(run.status != "running" for run in elsewhere.values())
+    others = ("pruned", "failed", "running", "elsewhere")
+    jobs, counts = max(jobs, len(runs)), "".join(f", {count[what]} {what}" for what in others if count[what])
+    print(f"  {count['done']} of {jobs} jobs done{counts}: {os.path.relpath(sweep_folder)}/sweep.csv")
+    ended = {run.folder.name for run in runs if run.status not in ("cut off", "damaged")}
     if not search and (missing := [number for number in range(jobs) if str(number) not in ended]):
         print(f"  Cut off, or not begun: {_ranges(missing)}")
-    if done + pruned + (failed if search else 0) < jobs:  # a search tries other settings instead
+    # where one failed, a search tries other settings instead
+    if count["done"] + count["pruned"] + count["running"] + search * count["failed"] < jobs:
         print(f"  Run what is missing: {command}")
 
 

@@ -1,30 +1,51 @@
 """A search's trials, and the folders they lie in, of which some may be on other machines."""
 
+import platform
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifarnet import cli
+from cifarnet import cli, files
 from cifarnet.errors import UserError
-from cifarnet.runs.tables import Run, read_sweep
+from cifarnet.runs.tables import Run, read, read_sweep
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from cifarnet.runs.database import Database
 
 COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
 PLACE = "folder"  # a trial's attribute in a database: on which machine it runs, and where
 OUTCOMES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
 
 
-def finished(study: "Study") -> dict[str, Run]:
-    """The study's finished trials by number, as far as it knows them."""
+def here(folder: Path) -> str:
+    """A study's folder as no other is called: machines may share a name, and paths, as copies of one image do."""
+    token = folder / "place.txt"
+    if not token.exists():
+        files.write(token, secrets.token_hex(4))
+    return f"{platform.node()}#{read(token, str.strip)}:{folder.resolve()}"
+
+
+def told(study: "Study", folder: Path, place: str, database: "Database | None") -> dict[str, Run]:
+    """The study's trials by number, as far as it knows them: the finished ones, and what other processes are at."""
+
+    def running(trial: "FrozenTrial") -> bool:
+        if files.busy(folder / f"{trial.number}.lock"):
+            return True
+        elsewhere = database is not None and trial.user_attrs.get(PLACE) != place  # where only a heartbeat tells
+        return elsewhere and not database.heard(trial._trial_id)[1]
+
     runs = {}
     for trial in study.get_trials(deepcopy=False):
-        if trial.state.name in OUTCOMES:
+        state = trial.state.name
+        if status := "running" if state == "RUNNING" and running(trial) else OUTCOMES.get(state):
             lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
             settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
             folder = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, OUTCOMES[trial.state.name])
+            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, status)
     return runs
 
 
