@@ -231,6 +231,7 @@ def test_ranks_under_srun_end_without_a_word_when_the_first_does(tmp_path):
         assert (out, "Traceback" in error + other) == ("", False)
 
 
+@pytest.mark.slow
 def test_an_error_in_one_rank_alone_is_told(config):
     with pytest.raises(UserError, match=r"Rank 1 failed: .*something is wrong here alone"):
         train(config(*TWO, in_rank(1, 0, 1, 0), "classes=[test_ranks.InRank]", without="trainer=cpu"))
@@ -336,6 +337,7 @@ def test_a_rank_knows_its_place(monkeypatch, environment, place):
     assert ranks.place() == place
 
 
+@pytest.mark.slow
 def test_more_devices_than_images_of_a_batch_are_refused(config):
     with pytest.raises(UserError, match="2 devices share batches of 1 images: use 1 devices or fewer"):
         train(config(*TWO, "data.batch_size=1", without="trainer=cpu"))

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from cifarnet.data import Synthetic
@@ -22,6 +23,7 @@ def test_splits_do_not_share_pictures_and_are_balanced():
     assert data.source.test.labels.bincount().tolist() == [10] * 10
 
 
+@pytest.mark.slow
 def test_softmax_regression_on_pixels_does_not_solve_it():
     data = Synthetic(train_size=5_000)
     train, val = data.source.train, data.source.val

@@ -111,6 +111,7 @@ def test_a_slurm_that_does_not_answer_is_told(command, cluster):
     assert "hydra/launcher=slurm: SLURM does not answer: no controller" in error
 
 
+@pytest.mark.slow
 def test_processes_of_a_search_are_jobs(command, cluster):
     pytest.importorskip("optuna")
     (cluster / "runs").touch()
