@@ -10,6 +10,8 @@ import cifarnet
 from cifarnet.build import build
 from cifarnet.errors import UserError
 from cifarnet.models.library import LibraryModel
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +176,13 @@ def test_a_trained_network_is_loaded_without_its_pretrained_weights(config, tmp_
     file.unlink()
     loaded, _ = cifarnet.load(tmp_path / "a.ckpt")
     assert torch.equal(loaded.state_dict()[last.removeprefix("network.")], built.classifier.state_dict()[last])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_pretrained_weights(config, tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save(torchvision.models.squeezenet1_1(num_classes=1000).state_dict(), file)
+    settings = ["model=torchvision", "model.name=squeezenet1_1", f"model.checkpoint={file}", "trainer.max_epochs=1"]
+    before = train(config(*settings, without="model"))
+    file.unlink()
+    assert train(*resume(tmp_path / "run")) == before

@@ -53,7 +53,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     given = _parsed(overrides)
     allowed = next((override.value() for override in given if override.key_or_group == "classes"), [])
     written = content["hyper_parameters"]["config"] | {"output_dir": str(_folder(path))}
-    for key in ["data.url", *(override.key_or_group for override in given)]:  # a stranger's, or given anew
+    # a stranger's, or of no more use, or given anew
+    for key in ["data.url", "model.checkpoint", *(override.key_or_group for override in given)]:
         _forget(written, key)
     checked = checkpoint.checked(written, path, located(allowed))
     recorded = OmegaConf.create(checked | {"logger": _own_loggers(checked.get("logger"))})
