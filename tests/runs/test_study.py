@@ -142,32 +142,33 @@ def test_what_cannot_work_is_refused(run, arguments, named):
 
 def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
     """Until that process ends, however it does."""
+    assert run(RATE, "hydra.sweeper.trials=1")[0] == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_module.Search, "_launch", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert run(RATE, "hydra.sweeper.trials=1")[0] == 130
-    assert states(tmp_path / "search") == ["RUNNING"]
+        assert run(RATE, "hydra.sweeper.trials=2")[0] == 130
+    assert states(tmp_path / "search") == ["COMPLETE", "RUNNING"]
     hold = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
     other = subprocess.Popen(
-        [sys.executable, "-c", hold + "print(1, flush=True); input()", str(tmp_path / "search/0.lock")],
+        [sys.executable, "-c", hold + "print(1, flush=True); input()", str(tmp_path / "search/1.lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert other.stdout.readline() == "1\n"
-    status, printed, error = run(RATE, "hydra.sweeper.trials=2")
+    status, printed, error = run(RATE, "hydra.sweeper.trials=3")
     assert status == 0, error
-    assert "Trial 2 of 2" in printed
-    assert states(tmp_path / "search") == ["RUNNING", "COMPLETE"]
-    assert "1 of 2 jobs done, 1 running: " in printed
+    assert "Trial 3 of 3" in printed
+    assert states(tmp_path / "search") == ["COMPLETE", "RUNNING", "COMPLETE"]
+    assert "2 of 3 jobs done, 1 running: " in printed
     assert "Run what is missing" not in printed
-    _, first = csv.DictReader((tmp_path / "search/sweep.csv").open())
-    assert (first["status"], first["folder"]) == ("running", "0")
+    *_, last = csv.DictReader((tmp_path / "search/sweep.csv").open())
+    assert (last["status"], last["folder"]) == ("running", "1")
     other.kill()
     other.communicate()
-    status, printed, error = run(RATE, "hydra.sweeper.trials=2")
+    status, printed, error = run(RATE, "hydra.sweeper.trials=3")
     assert status == 0, error
-    assert "Trial 1 was cut off: goes on" in printed
-    assert states(tmp_path / "search") == ["COMPLETE", "COMPLETE"]
+    assert "Trial 2 was cut off: goes on" in printed
+    assert states(tmp_path / "search") == ["COMPLETE"] * 3
 
 
 def test_the_printed_command_goes_on_with_the_search(command, tmp_path):

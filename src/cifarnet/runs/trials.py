@@ -44,8 +44,8 @@ def told(study: "Study", folder: Path, place: str, database: "Database | None") 
         if status := "running" if state == "RUNNING" and running(trial) else OUTCOMES.get(state):
             lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
             settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
-            folder = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(folder, settings, {"val_accuracy": trial.value}, status)
+            own = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
+            runs[str(trial.number)] = Run(own, settings, {"val_accuracy": trial.value}, status)
     return runs
 
 
