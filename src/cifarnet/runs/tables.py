@@ -21,7 +21,8 @@ from cifarnet.errors import UserError
 class Run:
     """`settings` is what tells it from others: a job's overrides, or the part of a config that decides its figures.
 
-    `metrics` is its `metrics.json`; `status` is done, failed, pruned, damaged or cut off, and `note` says more of it.
+    `metrics` is its `metrics.json`; `status` is done, failed, pruned, damaged, running or cut off, and `note` says more
+    of it.
     """
 
     folder: Path
