@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
         ),
         (["+callbacks.mine=3"], "callbacks.mine=3", "_target_"),
         (["+experiment=basline"], "no experiment=basline", "Did you mean baseline?"),
-        (["model=resnet"], "no model=resnet", "There are: cnn"),
+        (["model=resnet"], "no model=resnet", "There are: cct7_3x1, cnn"),
         (["trainer.max_epochs=many"], "trainer.max_epochs=many", "expected a whole number"),
         (["optimizer.lr=fast"], "optimizer.lr=fast", "expected a number"),
         (["data.batch_size=2.5"], "data.batch_size=2.5", "expected a whole number"),
