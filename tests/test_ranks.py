@@ -133,6 +133,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_one(runs, config,
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(runs, config, tmp_path):
     settings = ["threads=1", *ALL_AT_ONCE, in_rank(0, 1, 1, signal.SIGTERM), "classes=[test_ranks.InRank]"]
     with pytest.raises(Interrupted, match="after batch 3 of epoch 2"):

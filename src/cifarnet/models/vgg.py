@@ -41,7 +41,7 @@ class VGG(nn.Module):
             for _ in range(count):
                 layers += [nn.Conv2d(chans, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 chans = width
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.hidden = nn.Sequential(
             *(nn.Linear(chans, hidden), nn.ReLU(inplace=True), nn.Dropout(drop_rate)),
