@@ -17,7 +17,7 @@ class VGG(nn.Module):
 
     Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556. On 32×32 images one pixel is left, and the hidden
     layers have 512 units in place of 4,096, as in https://github.com/chenyaofo/pytorch-cifar-models. 15,253,578
-    parameters at its defaults. Images from 32×32 on; of larger ones the last stage's pixels are averaged.
+    parameters at its defaults. Images of any size; of larger ones the last stage's pixels are averaged.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """

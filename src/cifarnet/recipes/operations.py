@@ -11,8 +11,14 @@ NAMES = [
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
     *("brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"),
 ]
-SIGNED = slice(1, 10)  # of these the strength may be negative
+SIGNED = range(1, 10)  # of these the strength may be negative
 MOVES = 6  # so many first ones leave colours as they are
+
+
+def either_way(operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """The strength times the sign, 1 or -1, where the operation's may be negative; all of one shape."""
+    signed = (operation >= SIGNED.start) & (operation < SIGNED.stop)
+    return strength * torch.where(signed, sign, 1)
 
 
 def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:

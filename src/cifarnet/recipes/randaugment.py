@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.ranges import Range, checked
-from cifarnet.recipes.operations import NAMES, SIGNED, apply
+from cifarnet.recipes.operations import NAMES, apply, either_way
 from cifarnet.seeding import generator
 
 
@@ -38,9 +38,7 @@ class RandAugment:
         sign = torch.randint(2, (count, self.num_ops), generator=random) * 2 - 1
         far = 150 / 331 * size
         strength = self.magnitude / 30 * torch.tensor([0, 0.3, 0.3, far, far, 30, *4 * [0.9], 4, 1, 0, 0])
-        signed = torch.zeros(len(NAMES), dtype=torch.bool)
-        signed[SIGNED] = True
-        return operation, strength[operation] * torch.where(signed[operation], sign, 1)
+        return operation, either_way(operation, strength[operation], sign)
 
     def __call__(self, images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         """Images, uint8 [B, 3, H, W], and their draws -> the changed images, uint8."""

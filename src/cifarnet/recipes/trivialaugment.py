@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cifarnet.recipes.operations import NAMES, SIGNED, apply
+from cifarnet.recipes.operations import NAMES, apply, either_way
 from cifarnet.seeding import generator
 
 LEVELS = 30  # and none
@@ -23,9 +23,7 @@ class TrivialAugment:
         level = torch.randint(LEVELS + 1, (count,), generator=random) / LEVELS
         sign = torch.randint(2, (count,), generator=random) * 2 - 1
         most = torch.tensor([0, 0.99, 0.99, 32, 32, 135, *4 * [0.99], 6, 1, 0, 0])
-        signed = torch.zeros(len(NAMES), dtype=torch.bool)
-        signed[SIGNED] = True
-        return operation, level * most[operation] * torch.where(signed[operation], sign, 1)
+        return operation, either_way(operation, level * most[operation], sign)
 
     def __call__(self, images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         """Images, uint8 [B, 3, H, W], and their draws -> the changed images, uint8."""

@@ -124,15 +124,18 @@ class StopOnSignal(Callback):
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
-        if alone and self._agree(trainer) and last is not None and last.is_file():  # else the test is finished first
-            self._restore()
-            self._stop(trainer, "training, in the test")
+        if trainer.world_size == 1:
+            self._stop_in_test(trainer)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()
-        last, alone = self._last_checkpoint(trainer), trainer.world_size == 1
-        if not alone and self._agree(trainer) and last is not None and last.is_file():
+        if trainer.world_size > 1:  # several ranks finish it first
+            self._stop_in_test(trainer)
+
+    def _stop_in_test(self, trainer: L.Trainer) -> None:
+        last = self._last_checkpoint(trainer)
+        if self._agree(trainer) and last is not None and last.is_file():  # else the test is finished
+            self._restore()
             self._stop(trainer, "training, in the test")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
