@@ -18,7 +18,7 @@ def as_theirs(name, strength):
 def test_operations_are_torchvisions(name, share):
     number = NAMES.index(name)
     strength = [0, 0.99, 0.99, 20, 20, 135, 0.99, 0.99, 0.99, 0.99, 6, 1, 0, 0][number] * share
-    if share < 0 and number not in range(14)[SIGNED]:
+    if share < 0 and number not in SIGNED:
         return
     strength = round(strength) if name == "posterize" else strength
     ours = apply(IMAGES, torch.full((12,), number), torch.full((12,), float(strength)))
