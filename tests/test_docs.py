@@ -17,6 +17,7 @@ from conftest import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.S)  # files that a page has its reader write
 QUICK = ["trainer=cpu", "threads=1"]
 FEW = ["data.train_size=200", "data.test_size=50"]
 
@@ -78,6 +79,9 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     (tmp_path / "data" / published.filename).write_bytes(archive["bytes"])
     draw_pictures(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
+    for name, code in OWN.findall(page.read_text("utf-8")):
+        Path(name).write_text(code)
     if page.stem == "evaluation":  # its runs are made by the README's commands
         for line in ("", "-m seed=range(2)", "-m seed=range(2) optimizer.lr=0.02 hydra.sweep.dir=lightning_logs/rates"):
             run(["python", "-m", "cifarnet.train", *line.split(), "+experiment=quickstart"])
@@ -88,6 +92,12 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
             assert tensorboard_answers(words)
         else:
             run(words)
+
+
+def test_parts_of_ones_own_are_short():
+    lengths = {name: len(code.strip().splitlines()) for name, code in OWN.findall((ROOT / "docs/zoo.md").read_text())}
+    assert sorted(lengths) == ["gray.py", "mine.py", "squared.py"]
+    assert max(lengths.values()) <= 10
 
 
 def tensorboard_answers(words: list[str]) -> bool:

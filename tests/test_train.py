@@ -442,6 +442,21 @@ def test_any_choice_swaps_in_any_experiment(config, tmp_path, experiment, choice
     assert math.isfinite(metrics["history"][-1]["train/cross_entropy"])
 
 
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=[] if name in ("baseline", "resnet20") else [pytest.mark.slow]) for name in EXPERIMENTS],
+)
+def test_every_experiment_trains_a_step(config, tmp_path, experiment):
+    few = ["data=synthetic", "data.train_size=20", "data.test_size=10", "data.batch_size=8", "trainer.max_epochs=3"]
+    train(config(f"+experiment={experiment}", *few, "+trainer.limit_train_batches=1", "trainer=cpu", without=""))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert math.isfinite(metrics["history"][-1]["train/cross_entropy"])
+    assert metrics["name"] == experiment
+
+
 def test_augmentation_at_test_time_can_be_chosen_for_a_finished_run(config, tmp_path):
     train(config())
     plain = json.loads((tmp_path / "run/metrics.json").read_text())

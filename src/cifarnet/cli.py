@@ -230,7 +230,7 @@ def explain(error: BaseException) -> str | None:
         return " ".join(f"trainer: {error}".split())
     if _raised_by_hydra(error):
         if not isinstance(error, OSError):
-            return str(error)
+            return str(error) or "Hydra cannot compose the config. In a defaults list, what is overridden comes last."
         return (
             f"The run's folder cannot be made: {error.strerror}: {error.filename}. "
             "Choose another, such as hydra.run.dir=runs/mine (in a sweep: hydra.sweep.dir)."

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cifarnet.errors import UserError
-from cifarnet.models import CNN, Normalize, SpeedNet, try_on
+from cifarnet.models import CNN, Normalize, SpeedNet, construct, try_on
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
@@ -131,3 +131,9 @@ def test_a_network_is_tried_and_stays_as_it_was():
         try_on(network, {32}, 3)
     with pytest.raises(UserError, match="it makes dict; expected logits"):
         try_on(type("Own", (nn.Module,), {"forward": lambda self, images: {}})(), {32}, 3)
+
+
+def test_lazy_layers_are_as_large_as_what_they_are_shown():
+    network = construct(lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes)), 7, 24)
+    assert network.training
+    assert network.network[1].weight.shape == (7, 3 * 24 * 24)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cifarnet.errors import UserError
 from cifarnet.models.normalize import Normalize
@@ -17,7 +18,8 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     """The network that a class, or a function such as `torchvision.models.resnet18`, makes.
 
     It is told `num_classes` and `image_size` (in pixels) where it takes arguments of these names. One without a
-    `Normalize` gets one in front, so that every network takes uint8 images [B, C, H, W].
+    `Normalize` gets one in front, so that every network takes uint8 images [B, C, H, W]. Layers of torch's that are
+    lazy get their size from an image.
     """
     declared = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in declared.values())
@@ -26,9 +28,12 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     network = make(**(task | settings))
     if not isinstance(network, nn.Module):
         raise TypeError(f"makes a {type(network).__name__}, where a Module is needed")
-    if any(isinstance(layer, Normalize) for layer in network.modules()):
-        return network
-    return nn.Sequential(OrderedDict(normalize=Normalize(), network=network))
+    if not any(isinstance(layer, Normalize) for layer in network.modules()):
+        network = nn.Sequential(OrderedDict(normalize=Normalize(), network=network))
+    if any(is_lazy(parameter) for parameter in network.parameters()):  # nn.LazyLinear: as large as what it is shown
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+    return network.train()
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""benchmarks/ladder.py: from runs to a table, and on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["data=synthetic", "data.train_size=400", "data.test_size=50", "trainer=cpu", "threads=1"]
+
+
+@pytest.fixture
+def ladder(tmp_path, monkeypatch):
+    """With files of its own."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import ladder
+
+    (tmp_path / "docs/images").mkdir(parents=True)
+    page = tmp_path / "docs/zoo.md"
+    page.write_text(f"above\n{ladder.BEGIN}\nold\n{ladder.END}\nbelow\n")
+    places = {"ROOT": tmp_path, "PAGE": page, "PICTURE": tmp_path / "docs/images/ladder.png"}
+    for name, path in (places | {"KEPT": tmp_path / "ladder.json"}).items():
+        monkeypatch.setattr(ladder, name, path)
+    return ladder
+
+
+def kept(command, seed, accuracy, **more):
+    run = {"command": command, "seed": seed, "test_accuracy": accuracy, "test_accuracy_one_view": accuracy - 0.01}
+    run |= {"tta": "none", "parameters": 1234567, "gflop": 0.0531, "epochs": 20, "seconds": 100.4, "threads": 2}
+    run |= {"images_per_second": 3000, "precision": "bf16-mixed", "git_commit": "0123456789-dirty", "sha256": "0"}
+    return run | {"hardware": "A chip", "images": "CIFAR10", "torch": "2.14.1", "date": "2026-01-02"} | more
+
+
+def test_the_table_is_made_of_what_is_kept(ladder):
+    runs = [kept("+experiment=b", 0, 0.9, tta="mirror", seconds=50), kept("+experiment=a", 0, 0.84)]
+    runs += [kept("+experiment=a", 1, 0.86, seconds=200), kept("+experiment=a", 0, 0.5, hardware="Another")]
+    ladder.write(runs)
+    lines = ladder.PAGE.read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| `+")]
+    assert (lines[0], lines[-1]) == ("above", "below")
+    assert "old" not in lines
+    assert rows[0] == (
+        "| `+experiment=b` | 1,234,567 | 0.0531 | 20 | 90.00 % (1; 89.00 without mirror) | 50 | 3,000 | CIFAR10 | "
+        "A chip, 2 threads, bf16-mixed, torch 2.14.1 | 0123456-dirty, 2026-01-02 |"
+    )
+    assert "| 85.00 ± 1.41 % (2) | 150 |" in rows[1]
+    assert "Another" in rows[2]
+    assert ladder.PICTURE.stat().st_size > 1000
+
+
+def test_what_this_hardware_has_no_time_for_is_refused(ladder):
+    with pytest.raises(SystemExit, match="No cct8 on this hardware"):
+        ladder.climb([], ["cct8"], 1, [])
+
+
+@pytest.mark.slow
+def test_a_killed_ladder_goes_on_where_it_was(ladder, tmp_path):
+    """Killed in a run, and started again: that run is gone on with, and what is done is not done again."""
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import ladder; from pathlib import Path\n"
+    code += "ladder.LADDER = dict.fromkeys(('cuda', 'cpu'), {'quickstart': 'trainer.max_epochs=12'})\n"
+    for name in ("ROOT", "PAGE", "PICTURE", "KEPT"):
+        code += f"ladder.{name} = Path({str(getattr(ladder, name))!r})\n"
+    command = [sys.executable, "-c", code + "ladder.main()", "--seeds", "2", *SMALL]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        while not (saved := list(tmp_path.glob("lightning_logs/ladder/*/*/1/checkpoints/last.ckpt"))):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    folder = saved[0].parents[1]
+    before = ladder.KEPT.read_text()
+    assert not (folder / "metrics.json").exists()
+    subprocess.run(command, check=True)
+    runs = json.loads(ladder.KEPT.read_text())
+    assert runs[0] == json.loads(before)[0]
+    assert [(run["seed"], run["epochs"], run["images"]) for run in runs] == [(0, 12, "Synthetic"), (1, 12, "Synthetic")]
+    assert len(json.loads((folder / "metrics.json").read_text())["stretches"]) == 2
+    assert "(2)" in ladder.PAGE.read_text()
+    assert "`+experiment=quickstart trainer.max_epochs=12 data=synthetic" in ladder.PAGE.read_text()
