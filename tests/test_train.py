@@ -450,7 +450,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
     [pytest.param(name, marks=[] if name in ("baseline", "resnet20") else [pytest.mark.slow]) for name in EXPERIMENTS],
 )
 def test_every_experiment_trains_a_step(config, tmp_path, experiment):
-    few = ["data=synthetic", "data.train_size=20", "data.test_size=10", "data.batch_size=8", "trainer.max_epochs=3"]
+    few = ["data=synthetic", "data.train_size=100", "data.test_size=10", "data.batch_size=8", "trainer.max_epochs=3"]
     train(config(f"+experiment={experiment}", *few, "+trainer.limit_train_batches=1", "trainer=cpu", without=""))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert math.isfinite(metrics["history"][-1]["train/cross_entropy"])
