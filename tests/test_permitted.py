@@ -1,6 +1,8 @@
+import sys
 import textwrap
 
 import pytest
+import timm.optim
 import torch
 
 from cifarnet.data import Synthetic
@@ -19,6 +21,7 @@ from cifarnet.permitted import PACKAGE, located, permitted
         ("torch.optim.SGD", "optimizer", torch.optim.SGD),
         ("torch.optim.lr_scheduler.OneCycleLR", "scheduler", torch.optim.lr_scheduler.OneCycleLR),
         ("torch.nn.CrossEntropyLoss", "objective", torch.nn.CrossEntropyLoss),
+        ("timm.optim.Lion", "optimizer", timm.optim.Lion),
     ],
 )
 def test_what_is_listed_or_lies_in_its_place(name, room, expected):
@@ -38,6 +41,7 @@ def test_what_is_listed_or_lies_in_its_place(name, room, expected):
         ("cifarnet.models..cnn.CNN", "model"),
         ("torch.nn.Linear", "model"),
         ("torch.optim.os", "optimizer"),
+        ("timm.optim.create_optimizer_v2", "optimizer"),
         ("torch.optim.SGD", "model"),
         ("torch.load", "optimizer"),
         (None, "model"),
@@ -47,6 +51,12 @@ def test_what_is_listed_or_lies_in_its_place(name, room, expected):
 )
 def test_nothing_else(name, room):
     assert permitted(name, room) is None
+
+
+def test_what_needs_a_library_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(UserError, match=r"needs timm: pip install 'cifarnet\[timm\]'"):
+        permitted("timm.optim.Lion", "optimizer")
 
 
 def test_a_new_file_in_the_models_folder_is_enough():

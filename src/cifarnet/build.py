@@ -182,7 +182,8 @@ def _loggers(config: DictConfig) -> list[Logger]:
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
     def make(parameters: Iterable[Tensor]) -> Optimizer:
         with _refusals("optimizer"):
-            return _expect(Optimizer, "optimizer", instantiate(config.optimizer, _partial_=True)(parameters))
+            make_optimizer = instantiate(config.optimizer, _partial_=True, _convert_="all")  # with plain lists, to save
+            return _expect(Optimizer, "optimizer", make_optimizer(parameters))
 
     return make
 
@@ -192,8 +193,8 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
             raise UserError("This schedule needs an end: give trainer.max_epochs=20, for one, or scheduler=constant.")
         with _refusals(f"scheduler of {total_steps} steps"):
-            made = instantiate(planned(config, total_steps).scheduler, _partial_=True)(optimizer)
-            return _expect(LRScheduler, "scheduler", made)
+            make_schedule = instantiate(planned(config, total_steps).scheduler, _partial_=True, _convert_="all")
+            return _expect(LRScheduler, "scheduler", make_schedule(optimizer))
 
     return make
 

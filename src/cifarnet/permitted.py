@@ -20,7 +20,7 @@ CALLBACKS = {"lightning.pytorch.callbacks": CALLBACK, "cifarnet.runs": CALLBACK,
 ROOMS = {
     "model": {"cifarnet.models": MODULE},
     "data": {"cifarnet.data": "lightning.LightningDataModule", "cifarnet.recipes": "builtins.object"},
-    "optimizer": {"torch.optim": OPTIMIZER, "cifarnet.optim": OPTIMIZER},
+    "optimizer": {"torch.optim": OPTIMIZER, "cifarnet.optim": OPTIMIZER, "timm.optim": OPTIMIZER},
     "scheduler": {"torch.optim.lr_scheduler": SCHEDULER, "cifarnet.optim": SCHEDULER},
     "objective": {"torch.nn": MODULE, "cifarnet.recipes": "builtins.object"},
     "callbacks": CALLBACKS,
@@ -60,10 +60,12 @@ def permitted(name: Any, room: str, classes: Sequence[Any] = ()) -> Any:
         return None
     place, _, own = name.rpartition(".")
     for package, base in ROOMS.get(room, {}).items():
+        if package.partition(".")[0] != place.partition(".")[0]:
+            continue
         if package.partition(".")[0] == PACKAGE.name:
             found = _of_this_project(package, place, own)
         else:
-            module = importlib.import_module(package)
+            module = _imported(package)
             found = getattr(module, own, None) if own in _offered(module) else None
             if place not in (package, getattr(found, "__module__", None)):
                 continue
@@ -73,6 +75,14 @@ def permitted(name: Any, room: str, classes: Sequence[Any] = ()) -> Any:
     allowed = [cls for cls in classes if cls.__qualname__ == own]
     exact = [cls for cls in allowed if f"{cls.__module__}.".startswith(f"{place}.")]
     return next(iter(exact or allowed), None)
+
+
+def _imported(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        library = package.partition(".")[0]
+        raise UserError(f"{package} needs {library}: pip install 'cifarnet[{library}]' ({error})") from error
 
 
 def class_path(found: Any) -> str:
