@@ -9,6 +9,7 @@ from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.models import CNN, SpeedNet
 from cifarnet.permitted import PACKAGE, located, permitted
+from cifarnet.recipes.distillation import Teacher
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from cifarnet.permitted import PACKAGE, located, permitted
         ("cifarnet.models.speednet.SpeedNet", "model", SpeedNet),
         ("cifarnet.data.Synthetic", "data", Synthetic),
         ("torch.optim.SGD", "optimizer", torch.optim.SGD),
+        ("cifarnet.recipes.distillation.Teacher", "module", Teacher),
         ("torch.optim.lr_scheduler.OneCycleLR", "scheduler", torch.optim.lr_scheduler.OneCycleLR),
         ("torch.nn.CrossEntropyLoss", "objective", torch.nn.CrossEntropyLoss),
         ("timm.optim.Lion", "optimizer", timm.optim.Lion),
@@ -43,6 +45,7 @@ def test_what_is_listed_or_lies_in_its_place(name, room, expected):
         ("torch.optim.os", "optimizer"),
         ("timm.optim.create_optimizer_v2", "optimizer"),
         ("torch.optim.SGD", "model"),
+        ("cifarnet.recipes.ema.EMA", "module"),
         ("torch.load", "optimizer"),
         (None, "model"),
         ({"_target_": "os.mkdir"}, "model"),

@@ -262,6 +262,11 @@ OTHERS = {
     "asking": ["+callbacks.a={_target_: test_ranks.Asks}"],
     "averaged": ["+recipe.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"],
     "frozen": ["+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features, epoch: 2}"],
+    "climbing, frozen": [
+        "+recipe=sam",
+        "data.batch_size=17",
+        "+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features, epoch: 2}",
+    ],
     "lean, in bfloat16": ["callbacks=lean", "trainer.precision=bf16-mixed", "~logger"],
 }
 

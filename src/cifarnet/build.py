@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet import __version__, hardware, ranges, ranks, settings
+from cifarnet import __version__, checkpoint, hardware, ranges, ranks, settings
 from cifarnet.classifier import Classifier
 from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
@@ -78,6 +78,8 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
             "config": OmegaConf.to_container(config, resolve=False),
         },
     )
+    if (teacher := getattr(classifier, "teacher", None)) is not None:  # read here: whoever loads the student needs none
+        teacher.network = checkpoint.load_for(data, teacher.checkpoint, config.classes)
     return Built(trainer, classifier, data, fit_seconds)
 
 

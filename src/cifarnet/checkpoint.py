@@ -1,11 +1,12 @@
 """From a checkpoint back to a network, or to the settings of a run that goes on."""
 
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -14,10 +15,17 @@ from torch import nn
 
 from cifarnet import __version__
 from cifarnet.errors import UserError
-from cifarnet.models import construct
-from cifarnet.permitted import class_path, permitted
+from cifarnet.models import construct, try_on
+from cifarnet.permitted import class_path, located, permitted
 from cifarnet.upgrade import upgrade
 
+if TYPE_CHECKING:
+    from cifarnet.data import ImageDataModule
+
+REMEDIES = {
+    ("data", "root"): " There is no such folder here: say where the images lie, data.root=…",
+    ("module", "checkpoint"): " A teacher has to lie where it did when the run began: put it there.",
+}
 FOLDERS = {"dirpath", "save_dir", "root_dir", "default_root_dir"}  # in which callbacks and loggers write
 
 
@@ -125,7 +133,7 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
         computed = "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(node))  # more than another setting
         plain = node is None or isinstance(node, bool | int | float | str)
         if computed or not plain or _outside(section, key, node):
-            remedy = " There is no such folder here: say where the images lie, data.root=…" if key == "root" else ""
+            remedy = REMEDIES.get((section, key), "")
             raise UserError(f"{path}: {section} asks the machine for {key}={node}, which no checkpoint may.{remedy}")
         return node
 
@@ -140,6 +148,11 @@ def _outside(section: str, key: str, node: Any) -> bool:
         return not re.fullmatch(r"\$\{output_dir\}(/[\w-]+)*", node)
     if section == "data":
         return key == "root" and not Path(node).expanduser().is_dir()
+    if (section, key) == ("module", "checkpoint"):
+        # A teacher lies where the user once said, anywhere on this machine, and is read as every checkpoint is: plain
+        # data, classes that may be named. So a stranger's file can have a checkpoint of this project read, and no more;
+        # another machine (\\host\share, to which Windows would log in) is not asked.
+        return bool(re.match(r"[/\\]{2}", node)) or not os.path.exists(os.path.expanduser(node))
     return node.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", node) or node[1:2] == ":"
 
 
@@ -192,6 +205,40 @@ def check_data(
                 "Say what to test on: data=cifar10, or data=folder data.root=…"
             )
     return data | {"_target_": class_path(found)}
+
+
+def check_same_task(
+    hparams: Mapping[str, Any], class_names: Sequence[str], image_size: int, network: str = "the network"
+) -> None:
+    """Refuse images of other classes, or of another size, than the network was trained on."""
+    if list(class_names) != list(hparams["class_names"]):
+        raise UserError(
+            f"The data has the classes {', '.join(class_names)}; {network} knows "
+            f"{', '.join(hparams['class_names'])}. Give data of these classes, in folders of these names."
+        )
+    if image_size != hparams["image_size"]:
+        raise UserError(
+            f"The images are {image_size} pixels wide; {network} was trained on {hparams['image_size']}. "
+            f"For a folder: data.image_size={hparams['image_size']}"
+        )
+
+
+def load_for(data: "ImageDataModule", path: str | Path, classes: Sequence[str] = ()) -> nn.Module:
+    """The trained network of a checkpoint, as `load` gives it, that is to teach another one what these images are.
+
+    Args:
+        classes: names of those from outside this project that it may ask for.
+
+    Raises:
+        UserError: as of `load`; or it was trained on other classes, in another order, or on images of another size.
+    """
+    path = find(os.path.expanduser(path))
+    content = read(path)
+    teacher = f"the teacher {path}"
+    check_same_task(content["hyper_parameters"], data.class_names, data.image_size, teacher)
+    made, names = network(content, path, located(classes))
+    try_on(made, data.train_sizes or [], len(names), teacher)
+    return made.to(memory_format=torch.channels_last)  # as batches are
 
 
 def load(path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:

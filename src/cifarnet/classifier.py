@@ -41,6 +41,7 @@ class Classifier(L.LightningModule):
         scheduler: makes a schedule out of the optimizer and the number of its steps in the whole run (0 if it has no
             end); it is stepped after every batch. None: a constant rate.
         objective: logits [B, num_classes], labels int64 [B] -> each image's training loss [B]; None: cross-entropy.
+        teacher: losses [B], logits and images -> losses [B] with its own part, such as `recipes.distillation.Teacher`.
         tta: test-time augmentation, in the test only: "none", "mirror" or "mirror_translate" (see `tta.Answers`).
         tta_share: which part of the test images, the least confident, it is for.
         no_decay: leave the weight decay off the variables with fewer than two dimensions: biases and those of norms.
@@ -56,6 +57,7 @@ class Classifier(L.LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
+        teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         tta: str = "none",
         tta_share: float = 1.0,
         no_decay: bool = False,
@@ -69,7 +71,7 @@ class Classifier(L.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self.memory_format)
         self.objective = objective or nn.CrossEntropyLoss(reduction="none")
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.make_optimizer, self.make_scheduler, self.teacher = optimizer, scheduler, teacher
         self.tta, self.tta_share, self.no_decay = tta, tta_share, no_decay
         self.seed = seed
         # sums of (loss, correct, 1) over the epoch's images: no buffers, which averaging and DDP would change
@@ -86,17 +88,26 @@ class Classifier(L.LightningModule):
         return self.network(images.contiguous(memory_format=self.memory_format)).float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels, index, *mixed = batch
-        logits = self(images)
-        losses = self.losses(logits, labels, *mixed)
+        _, labels, index, *_ = batch
+        logits, losses = self.look(batch)
         if self._observe is not None:
             self._observe(index, losses)
         loss = losses.mean()
         self._count("train", loss, logits, labels)
-        if (ranks := world_size()) == 1:
-            return loss
         self._totals.pop("train", None)
-        return loss * (ranks * len(labels) / self.trainer.train_dataloader.batch_size)  # gradients are averaged evenly
+        return self.share(loss, len(labels))
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, num_classes] and each image's loss [B], the teacher's part included."""
+        images, labels, _, *mixed = batch
+        logits = self(images)
+        losses = self.losses(logits, labels, *mixed)
+        return logits, losses if self.teacher is None else self.teacher(losses, logits, images)
+
+    def share(self, loss: Tensor, count: int) -> Tensor:
+        """What a rank that has `count` images of a batch minimises: gradients are averaged evenly."""
+        ranks = world_size()
+        return loss if ranks == 1 else loss * (ranks * count / self.trainer.train_dataloader.batch_size)
 
     def losses(
         self, logits: Tensor, labels: Tensor, partners: Tensor | None = None, own: Tensor | None = None

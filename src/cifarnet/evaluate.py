@@ -59,7 +59,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = configure(content, path, overrides)
     network, class_names = checkpoint.network(content, path, located(config.classes))
     datamodule = build.make_data(config)
-    check_same_task(content["hyper_parameters"], datamodule.class_names, datamodule.image_size)
+    checkpoint.check_same_task(content["hyper_parameters"], datamodule.class_names, datamodule.image_size)
     public = public_sets.read(datamodule, config.cifar10_c, config.cifar10_1, config.cifar10h)
     asked = arithmetic(content, config)
     channels_last = content["resolved"].get("channels_last", True)
@@ -127,20 +127,6 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(plain, value))}]"
     return cli.literal(value) if isinstance(value, str) else json.dumps(value)
-
-
-def check_same_task(hparams: Mapping[str, Any], class_names: Sequence[str], image_size: int) -> None:
-    """Refuse images of other classes, or of another size, than the network was trained on."""
-    if list(class_names) != list(hparams["class_names"]):
-        raise UserError(
-            f"The data has the classes {', '.join(class_names)}; the network knows "
-            f"{', '.join(hparams['class_names'])}. Give data of these classes, in folders of these names."
-        )
-    if image_size != hparams["image_size"]:
-        raise UserError(
-            f"The images are {image_size} pixels wide; the network was trained on {hparams['image_size']}. "
-            f"For a folder: data.image_size={hparams['image_size']}"
-        )
 
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:

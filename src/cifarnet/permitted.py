@@ -27,7 +27,7 @@ ROOMS = {
     "recipe": CALLBACKS,
     "logger": {"lightning.pytorch.loggers": "lightning.pytorch.loggers.Logger"},
     "trainer": {"lightning": "lightning.Trainer"},
-    "module": {"cifarnet": "lightning.LightningModule"},
+    "module": {"cifarnet": "lightning.LightningModule", "cifarnet.recipes": "cifarnet.recipes.distillation.Teacher"},
 }
 
 

@@ -176,6 +176,12 @@ def _check_node(name: str, node: DictConfig) -> None:
 
 def _unknown(name: str, key: str, node: DictConfig, names: set[str]) -> UserError:
     """That a class has no such setting: a wrong name, or one that another class's config left there."""
+    files = {path: OmegaConf.select(OmegaConf.load(path), name) for path in sorted(cli.CONFIGS.glob("recipe/*.yaml"))}
+    chosen = [path for path, part in files.items() if _names_something(part) and set(part) <= set(node)]
+    if len(chosen) > 1:  # all that each of them sets is there
+        heads = [path.read_text("utf-8").splitlines()[1].lstrip("# ") for path in chosen]
+        recipes = " and ".join(path.stem for path in chosen)
+        return UserError(f"The recipes {recipes} are both {name}: choose one. {'. '.join(heads)}.")
     meant = cli.did_you_mean(key, names)
     if not meant:
         kept = ", ".join(f"{known}: {node[known]}" for known in node if known in {"_target_", *names})

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from cifarnet.errors import UserError
 from cifarnet.recipes.cutmix import CutMix
+from cifarnet.train import train
 
 
 def grey(*values):
@@ -51,5 +53,28 @@ def test_impossible_settings_are_refused():
 def test_cutmix_and_mixup_as_two_recipes_are_refused(config, order):
     from cifarnet import settings
 
-    with pytest.raises(UserError, match=r"data\.mix\.\w+=.* has no such setting"):
+    with pytest.raises(
+        UserError, match=r"The recipes cutmix and mixup are both data\.mix: choose one\. \+recipe=.*blends"
+    ):
         settings.check(config(f"+recipe=[{order}]"))
+
+
+class Noted(Callback):
+    """Of each batch, how many tensors it has, its loss, and what the loader has noted of its images."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        noted = trainer.train_dataloader._observed[batch[2]]
+        self.batches.append((len(batch), outputs["loss"].item(), noted.mean().item()))
+
+
+@pytest.mark.parametrize("recipe", ["cutmix", "mixup"])
+def test_the_hardest_images_are_chosen_by_their_losses_as_mixed(config, recipe):
+    noted = Noted()
+    train(config(f"+recipe={recipe}", "data.hardest_share=0.7"), callbacks=[noted])
+    assert len(noted.batches) == 2 * int(0.7 * 180 / 32)
+    for members, loss, of_the_loader in noted.batches:
+        assert members == 5
+        assert of_the_loader == pytest.approx(loss)

@@ -11,7 +11,8 @@ from cifarnet.runs.resume import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 
-RECIPES = sorted(path.stem for path in cli.CONFIGS.glob("recipe/*.yaml"))
+# what needs more than its name, such as a teacher, has a test of its own
+RECIPES = sorted(path.stem for path in cli.CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
 
 
 @pytest.mark.slow

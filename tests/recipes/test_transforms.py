@@ -1,11 +1,15 @@
 """What changes single images."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from cifarnet.data import InMemoryLoader
 from cifarnet.data.augmentation import Augment
 from cifarnet.errors import UserError
+from cifarnet.recipes import erasing
 from cifarnet.recipes.erasing import RandomErasing
 from cifarnet.recipes.jitter import Jitter
 from cifarnet.recipes.randaugment import RandAugment
@@ -68,6 +72,20 @@ def test_erased_rectangles_lie_inside_and_have_the_papers_areas():
     assert torch.equal(changed, images)
     assert hole.float().mean() == pytest.approx(127.5, abs=10)
     assert hole.float().std() == pytest.approx(73.9, abs=6)
+
+
+@pytest.mark.parametrize("copied", [lambda erasing: erasing, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_noise_is_drawn_once_and_is_what_it_would_be_if_drawn_anew(monkeypatch, copied):
+    drawn, begin = [], erasing.generator
+    monkeypatch.setattr(erasing, "generator", lambda *of: drawn.append(of) or begin(*of))
+    recipe = RandomErasing()
+    for size in (16, 16, 8):
+        recipe, images = copied(recipe), torch.zeros(3, 3, size, size, dtype=torch.uint8)
+        start, whole = torch.tensor([0, 70, erasing.ROW - 1]), torch.full((3, 2), size)
+        row = torch.randint(256, (erasing.ROW + 3 * size**2,), dtype=torch.uint8, generator=begin(0, 0, "noise"))
+        for image, first in zip(recipe(images, torch.zeros(3, 2), whole, start), start, strict=True):
+            assert torch.equal(image.flatten(), row[first : first + image.numel()])
+    assert len(drawn) == 2  # once for images of a size
 
 
 def test_jitter_multiplies_brightness_then_contrast():

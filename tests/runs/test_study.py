@@ -270,3 +270,23 @@ def test_where_data_lie_and_what_may_be_named_make_no_other_study():
     )
     assert differences(one, same) == ""
     assert differences(one, other) == "without seed=2 and with seed=1"
+
+
+def test_combinations_of_recipes_are_searched(run, tmp_path):
+    status, _, error = run(
+        "callbacks.progress=null", "trainer.max_epochs=1", "+search=recipe", "hydra.sweeper.trials=4"
+    )
+    assert status == 0, error
+    tried = [trial.params for trial in study(tmp_path / "search").trials]
+    assert len({settings["+recipe"] for settings in tried}) > 1
+    table = {row["folder"]: row for row in csv.DictReader((tmp_path / "search/sweep.csv").open())}
+    for job, settings in enumerate(tried):
+        config = json.loads((tmp_path / f"search/{job}/metrics.json").read_text())["config"]
+        parts = [config["data"]["mix"] or {}, *(config["data"]["transforms"] or {}).values()]
+        named = {part["_target_"].rpartition(".")[2].lower() for part in parts if part}
+        assert {*settings["+recipe"].strip("[]").split(",")} - {""} == named
+        assert table[str(job)]["+recipe"] == settings["+recipe"]
+        assert config["objective"]["label_smoothing"] == settings["objective.label_smoothing"]
+        assert [config["data"][key] for key in ("cutout", "crop_padding")] == [
+            int(settings[f"data.{key}"]) for key in ("cutout", "crop_padding")
+        ]

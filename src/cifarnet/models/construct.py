@@ -37,7 +37,7 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
 
 
 @torch.no_grad()
-def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int) -> None:
+def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "model") -> None:
     """Show it a blank image of each size, in pixels, that it is to be trained or tested on.
 
     Raises:
@@ -45,7 +45,7 @@ def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int) -> None:
     """
     network = copy.deepcopy(network).eval()  # the network itself stays as it was made
     for size in sorted(sizes):
-        what = f"model: of an image of {size}x{size} pixels (as the data has them, or data.train_sizes)"
+        what = f"{name}: of an image of {size}x{size} pixels (as the data has them, or data.train_sizes)"
         try:
             logits = network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         except Exception as error:  # whatever its layers raise

@@ -30,6 +30,7 @@ class RandomErasing:
     @checked("data.transforms.erasing")
     def __init__(self, prob: Annotated[float, Range(0, 1)] = 0.5, area: Annotated[float, Range(0.02, 1)] = 0.4) -> None:
         self.prob, self.area = prob, area
+        self.noise = torch.empty(0, dtype=torch.uint8)  # the row, drawn for the first images and kept where they are
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of every image in this epoch: first row and column, int64 [count, 2], height and width (0 where nothing is
@@ -50,6 +51,8 @@ class RandomErasing:
             for axis, size in enumerate(images.shape[2:])
         )
         pixels = images[0].numel()
-        noise = torch.randint(256, (ROW + pixels,), dtype=torch.uint8, generator=generator(0, 0, "noise"))
-        noise = noise.to(images.device, non_blocking=True).unfold(0, pixels, 1)[start].view(images.shape)
+        if len(self.noise) != ROW + pixels:
+            self.noise = torch.randint(256, (ROW + pixels,), dtype=torch.uint8, generator=generator(0, 0, "noise"))
+        self.noise = self.noise.to(images.device)
+        noise = self.noise.unfold(0, pixels, 1)[start].view(images.shape)
         return torch.where(rows[:, None, :, None] & columns[:, None, None, :], noise, images)

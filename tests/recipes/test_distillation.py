@@ -1,0 +1,210 @@
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical, kl_divergence
+
+import cifarnet
+from cifarnet.build import build
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.evaluate import evaluate
+from cifarnet.models import CNN
+from cifarnet.recipes.distillation import Teacher
+from cifarnet.runs.resume import resume
+from cifarnet.train import train
+from conftest import OWN, SMALL, OwnNetwork, assert_same_weights, signal_at, small, weights
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run's folder."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train(small(f"output_dir={folder}", "model.widths=[8,8,8,8]", "optimizer.lr=0.05"))
+    return folder
+
+
+def taught(by: Path | str, *settings: str, recipes: str = "distillation") -> list[str]:
+    return [f"+recipe=[{recipes}]", f"module.teacher.checkpoint={by}", *settings]
+
+
+def test_the_loss_of_each_image_as_by_hand():
+    torch.manual_seed(0)
+    recipe = Teacher("nowhere", temperature=3.0, weight=0.2)
+    recipe.network = CNN(image_size=8, widths=(4, 4), hidden=8, drop_rate=0.5).eval()
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    losses, logits = torch.rand(5), torch.randn(5, 10, requires_grad=True)
+    made = recipe(losses, logits, images)
+    for image, loss, own, result in zip(images, losses, logits, made, strict=True):
+        soft = Categorical(logits=recipe.network(image[None])[0] / 3)
+        expected = 0.8 * loss + 0.2 * 9 * kl_divergence(soft, Categorical(logits=own / 3))
+        torch.testing.assert_close(result, expected)
+    made.sum().backward()
+    assert logits.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in recipe.network.parameters())
+    recipe.network.head.weight.data.zero_()
+    recipe.network.head.bias.data.copy_(torch.arange(10.0))
+    same = recipe(torch.zeros(5), torch.arange(10.0).expand(5, 10), images)
+    torch.testing.assert_close(same, torch.zeros(5), rtol=0, atol=1e-5)
+
+
+def test_a_teacher_with_all_the_weight_leaves_labels_out(config, tmp_path, teacher):
+    for objective in ("cross_entropy", "focal"):
+        train(config(*taught(teacher, "module.teacher.weight=1", f"objective={objective}"), folder=objective))
+    one, other = (tmp_path / name / "checkpoints/last.ckpt" for name in ("cross_entropy", "focal"))
+    assert_same_weights(one, other)
+
+
+def test_a_teacher_without_weight_changes_nothing(config, tmp_path, teacher):
+    train(config(*taught(teacher, "module.teacher.weight=0"), folder="taught"))
+    train(config(folder="alone"))
+    assert_same_weights(tmp_path / "taught/checkpoints/last.ckpt", tmp_path / "alone/checkpoints/last.ckpt")
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("taught", "alone"))
+    assert one == other
+
+
+def test_a_student_needs_no_teacher_when_it_is_trained_but_does_to_go_on(config, tmp_path, teacher):
+    own = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    with pytest.raises(Interrupted):
+        train(config(*taught(own, signal_at(1, 2, signal.SIGINT))))
+    own.rename(tmp_path / "moved")
+    cifarnet.load(tmp_path / "run")
+    assert evaluate(tmp_path / "run", ["corruptions=false"])["network"] == "CNN"
+    with pytest.raises(UserError, match=r"checkpoint=.*/teacher, which no checkpoint may\. A teacher has to lie where"):
+        resume(tmp_path / "run", [OWN])
+    (tmp_path / "moved").rename(own)
+    train(*resume(tmp_path / "run", [OWN]))
+
+
+def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, teacher, monkeypatch):
+    """With a path as of the folder in which the command is given."""
+    monkeypatch.chdir(teacher.parent)
+    settings = taught("run", "model.drop_rate=0.2", "data.hardest_share=0.8", recipes="distillation,mixup,ema")
+    train(config(*settings, folder="whole"))
+    with pytest.raises(Interrupted):
+        train(config(*settings, signal_at(1, 2, signal.SIGINT), folder="parts"))
+    train(*resume(tmp_path / "parts", [OWN]))
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
+    assert {name.partition(".")[0] for name in weights(tmp_path / "parts/checkpoints/last.ckpt")} == {"network"}
+
+
+def test_mixed_images_are_what_the_teacher_sees(config, teacher, monkeypatch):
+    seen = []
+    before = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, *of: seen.append(of[2]) or before(self, *of))
+    plain = ["trainer.max_epochs=1", "scheduler=constant", "data.crop_padding=0", "data.flip=none"]
+    made = config(*taught(teacher, *plain, recipes="distillation,mixup"))
+    train(made)
+    images = {image.numpy().tobytes() for image in build(made).data.source.train.images}
+    assert any(image.contiguous().numpy().tobytes() not in images for image in torch.cat(seen))
+
+
+def altered(run: Path, folder: Path, change) -> Path:
+    """A copy of a checkpoint whose content was changed."""
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "altered.ckpt")
+    return folder / "altered.ckpt"
+
+
+def hparams(**changed):
+    return lambda content: content["hyper_parameters"].update(changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (None, ["module.teacher.checkpoint=nowhere"], r"There is no checkpoint nowhere\. A run keeps its own"),
+        (hparams(image_size=24), [], r"The images are 32 pixels wide; the teacher .* was trained on 24\."),
+        (
+            lambda content: content["hyper_parameters"]["class_names"].reverse(),
+            [],
+            r"The data has the classes disc, .*; the teacher .* knows .*, disc\. Give data of these",
+        ),
+        (hparams(extra=nn.Linear(1, 1)), [], r"it holds other things than plain data"),
+        (
+            lambda content: content["hyper_parameters"]["config"].update(model={"_target_": "os.mkdir", "path": "x"}),
+            [],
+            r"asks for the class os\.mkdir",
+        ),
+        (None, ["module.teacher.temperature=0"], r"module\.teacher\.temperature=0: give a number above 0"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused_in_one_line(command, tmp_path, teacher, change, settings, message):
+    by = altered(teacher, tmp_path, change) if change else teacher
+    status, _, error = command(*SMALL, *taught(by), *settings)
+    assert status == 1
+    assert re.fullmatch(rf"Error: .*{message}.*\n", error), error
+
+
+def test_a_teacher_has_to_be_named(config):
+    with pytest.raises(UserError, match=r"module.teacher.checkpoint is needed: add module.teacher.checkpoint=…"):
+        build(config("+recipe=distillation"))
+
+
+def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
+    train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model", folder="own"))
+    with pytest.raises(UserError, match=r"conftest.OwnNetwork, which is no class that this project lists"):
+        build(config(*taught(tmp_path / "own")))
+    built = build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]"))
+    assert isinstance(built.classifier.teacher.network, OwnNetwork)
+    with pytest.raises(UserError, match=r"the teacher .*/best.ckpt: of an image of 24x24 pixels"):  # unlike its student
+        build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]", "data.train_sizes=[24]"))
+
+
+@pytest.mark.parametrize(
+    "teacher_of_a_stranger",
+    [
+        {"_target_": "torch.load", "f": "evil.pt"},
+        {"_target_": "cifarnet.recipes.mixup.Mixup", "alpha": 0.2},
+        {"_target_": "cifarnet.recipes.distillation.F.softmax", "checkpoint": "."},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "${oc.env:HOME}"},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "//host/share/run"},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "\\\\host\\share\\run"},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": {"_target_": "os.mkdir", "path": "x"}},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": ".", "other": "/etc/hosts"},
+    ],
+    ids=str,
+)
+def test_a_strangers_checkpoint_has_at_most_a_checkpoint_read(teacher, tmp_path, teacher_of_a_stranger):
+    path = altered(
+        teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=teacher_of_a_stranger)
+    )
+    with pytest.raises(UserError, match=r"which is no class that this project lists|asks the machine for"):
+        resume(path)
+
+
+def test_what_a_stranger_names_is_read_as_a_checkpoint(teacher, tmp_path):
+    """A file that would run code when it is loaded as Python's pickles are."""
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Explodes(tmp_path / "exploded")))
+    named = {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": str(tmp_path / "evil.ckpt")}
+    path = altered(teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=named))
+    config, last = resume(path)
+    with pytest.raises(UserError, match=r"evil\.ckpt is not a checkpoint of cifarnet"):
+        train(config, last)
+    assert not (tmp_path / "exploded").exists()
+
+
+class Explodes:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one(config, tmp_path, teacher):
+    train(config("threads=1", *taught(teacher), folder="one"))
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    train(config(*taught(teacher), *two, folder="two", without="trainer=cpu"))
+    one, other = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
