@@ -102,7 +102,7 @@ def test_the_way_of_a_batch_needs_no_room_that_a_first_reader_can_do_without():
         rooms = {room(other) for other in imported(PACKAGE / name)}
         assert not rooms & {"runs", "evaluation", "search", "evaluate", "compare"}, name
     lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in WAY_OF_A_BATCH}
-    assert sum(lines.values()) < 1020, lines
+    assert sum(lines.values()) < 1040, lines
 
 
 def state(path: Path) -> list[str]:
@@ -144,7 +144,7 @@ def test_state_would_be_found(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_files_can_be_read_in_one_sitting(path):
-    assert len(path.read_text("utf-8").splitlines()) <= 9900
+    assert len(path.read_text("utf-8").splitlines()) <= 350
 
 
 def test_the_whole_does_not_grow_unnoticed():
