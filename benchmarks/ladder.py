@@ -30,8 +30,16 @@ BEGIN, END = "<!-- written by benchmarks/ladder.py -->", "<!-- to here -->"
 
 SPEEDRUNS = ["speedrun_fast", "speedrun", "speedrun95", "speedrun96"]
 LADDER = {  # experiments, and what they are given beside; on a processor those that end within an hour
-    "cuda": dict.fromkeys([*SPEEDRUNS, "baseline", "resnet20", "resnet18", "resnet18_long", "wide_resnet", "cct7"], ""),
-    "cpu": {"speedrun_fast": "", "speedrun": "", "baseline": "", "resnet20": "trainer.max_epochs=30"},
+    "cuda": dict.fromkeys(
+        [*SPEEDRUNS, "baseline", "baseline_muon", "resnet20", "resnet18", "resnet18_long", "wide_resnet", "cct7"], ""
+    ),
+    "cpu": {
+        "speedrun_fast": "",
+        "speedrun": "",
+        "baseline": "",
+        "baseline_muon": "",
+        "resnet20": "trainer.max_epochs=30",
+    },
 }
 
 Run = dict[str, Any]  # what is kept of one
