@@ -28,18 +28,11 @@ ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs/zoo.md", ROOT / "docs/images/ladder.png"
 BEGIN, END = "<!-- written by benchmarks/ladder.py -->", "<!-- to here -->"
 
-SPEEDRUNS = ["speedrun_fast", "speedrun", "speedrun95", "speedrun96"]
+SHORT = ["speedrun_fast", "speedrun", "baseline", "baseline_muon"]
+LONG = ["speedrun95", "speedrun96", "resnet20", "resnet18", "resnet18_long", "wide_resnet", "cct7"]
 LADDER = {  # experiments, and what they are given beside; on a processor those that end within an hour
-    "cuda": dict.fromkeys(
-        [*SPEEDRUNS, "baseline", "baseline_muon", "resnet20", "resnet18", "resnet18_long", "wide_resnet", "cct7"], ""
-    ),
-    "cpu": {
-        "speedrun_fast": "",
-        "speedrun": "",
-        "baseline": "",
-        "baseline_muon": "",
-        "resnet20": "trainer.max_epochs=30",
-    },
+    "cuda": dict.fromkeys(SHORT + LONG, ""),
+    "cpu": dict.fromkeys(SHORT, "") | {"resnet20": "trainer.max_epochs=30"},
 }
 
 Run = dict[str, Any]  # what is kept of one
