@@ -166,7 +166,7 @@ def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
         {"_target_": "cifarnet.recipes.mixup.Mixup", "alpha": 0.2},
         {"_target_": "cifarnet.recipes.distillation.F.softmax", "checkpoint": "."},
         {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "${oc.env:HOME}"},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "//host/share/run"},
+        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "//usr"},
         {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "\\\\host\\share\\run"},
         {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": {"_target_": "os.mkdir", "path": "x"}},
         {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": ".", "other": "/etc/hosts"},
