@@ -7,16 +7,19 @@ run's record a few lines are kept in results/ladder.json; from these alone come 
 picture. `--write` writes both and trains nothing.
 """
 
+import hashlib
 import json
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -60,10 +63,11 @@ def climb(kept: list[Run], only: list[str] | None, seeds: int, overrides: list[s
         for name in only or ladder:
             settings = [*ladder[name].split(), *overrides]
             shown = [f"+experiment={name}", *(one for one in settings if cli.key_of(one) != "data.root")]
-            same = {"command": " ".join(shown), "hardware": machine, "seed": seed}
+            same = {"command": " ".join(shown), "recipe": recipe(shown), "hardware": machine, "seed": seed}
             if any(same.items() <= run.items() for run in kept):
                 continue
-            folder = ROOT / "lightning_logs/ladder" / machine / "_".join(shown).removeprefix("+experiment=") / str(seed)
+            label = "_".join([*shown, same["recipe"]]).removeprefix("+experiment=")
+            folder = ROOT / "lightning_logs/ladder" / machine / label / str(seed)
             status = train(folder, [f"+experiment={name}", *settings, f"seed={seed}"])
             if status in (130, 143):  # stopped, and saved
                 sys.exit(f"The same command goes on: python {' '.join(sys.argv)}")
@@ -74,6 +78,13 @@ def climb(kept: list[Run], only: list[str] | None, seeds: int, overrides: list[s
             files.write(KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
             write(kept)
     return failed
+
+
+def recipe(settings: Sequence[str]) -> str:
+    """What these settings stand for now, as a checksum: an experiment that is changed is another one."""
+    config = OmegaConf.to_container(cli.compose("train", [*settings, "output_dir=run"]), resolve=False)
+    config["data"].pop("root", None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def train(folder: Path, settings: list[str]) -> int:
@@ -114,9 +125,14 @@ def gflop(folder: Path) -> float:
 
 
 def write(kept: list[Run]) -> None:
-    """Table and picture of what is kept, a row for each command on each hardware and data."""
-    rows = defaultdict(list)
+    """Table and picture of what is kept, a row for each command on each hardware and data.
+
+    What was trained by a recipe that has been changed since stays kept, and is not shown.
+    """
+    rows, now = defaultdict(list), {run["command"]: recipe(run["command"].split()) for run in kept}
     for run in sorted(kept, key=lambda run: run["seed"]):
+        if run["recipe"] != now[run["command"]]:
+            continue
         where = f"{run['hardware']}, {run['threads']} threads, {run['precision']}, torch {run['torch']}"
         rows[where, run["images"], run["sha256"], run["command"]].append(run)
     rows = dict(sorted(rows.items(), key=lambda row: (row[0][:3], mean(row[1], "seconds"))))

@@ -24,13 +24,20 @@ def ladder(tmp_path, monkeypatch):
     page = tmp_path / "docs/zoo.md"
     page.write_text(f"above\n{ladder.BEGIN}\nold\n{ladder.END}\nbelow\n")
     places = {"ROOT": tmp_path, "PAGE": page, "PICTURE": tmp_path / "docs/images/ladder.png"}
+    monkeypatch.setattr(ladder, "recipe", lambda settings: "now")
     for name, path in (places | {"KEPT": tmp_path / "ladder.json"}).items():
         monkeypatch.setattr(ladder, name, path)
     return ladder
 
 
 def kept(command, seed, accuracy, **more):
-    run = {"command": command, "seed": seed, "test_accuracy": accuracy, "test_accuracy_one_view": accuracy - 0.01}
+    run = {
+        "command": command,
+        "recipe": "now",
+        "seed": seed,
+        "test_accuracy": accuracy,
+        "test_accuracy_one_view": accuracy - 0.01,
+    }
     run |= {"tta": "none", "parameters": 1234567, "gflop": 0.0531, "epochs": 20, "seconds": 100.4, "threads": 2}
     run |= {"images_per_second": 3000, "precision": "bf16-mixed", "git_commit": "0123456789-dirty", "sha256": "0"}
     return run | {"hardware": "A chip", "images": "CIFAR10", "torch": "2.14.1", "date": "2026-01-02"} | more
@@ -39,6 +46,7 @@ def kept(command, seed, accuracy, **more):
 def test_the_table_is_made_of_what_is_kept(ladder):
     runs = [kept("+experiment=b", 0, 0.9, tta="mirror", seconds=50), kept("+experiment=a", 0, 0.84)]
     runs += [kept("+experiment=a", 1, 0.86, seconds=200), kept("+experiment=a", 0, 0.5, hardware="Another")]
+    runs += [kept("+experiment=a", 2, 0.1, recipe="before")]
     ladder.write(runs)
     lines = ladder.PAGE.read_text().splitlines()
     rows = [line for line in lines if line.startswith("| `+")]
@@ -51,6 +59,14 @@ def test_the_table_is_made_of_what_is_kept(ladder):
     assert "| 85.00 ± 1.41 % (2) | 150 |" in rows[1]
     assert "Another" in rows[2]
     assert ladder.PICTURE.stat().st_size > 1000
+
+
+def test_a_recipe_that_was_changed_is_another_one(ladder, monkeypatch):
+    monkeypatch.undo()
+    settings = ["+experiment=baseline", "data=folder"]
+    assert ladder.recipe(settings) == ladder.recipe([*settings, "data.root=elsewhere"])
+    assert ladder.recipe(settings) != ladder.recipe([*settings, "optimizer.lr=0.1"])
+    assert ladder.recipe(settings) != ladder.recipe(settings[:1])
 
 
 def test_what_this_hardware_has_no_time_for_is_refused(ladder):
