@@ -9,6 +9,7 @@ picture. `--write` writes both and trains nothing.
 
 import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write table and picture, train nothing")
     arguments = parser.parse_args()
     kept: list[Run] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else []
-    failed = [] if arguments.write else climb(kept, arguments.only, arguments.seeds, arguments.overrides)
+    named = arguments.only or []  # argparse counts settings that follow among them
+    overrides = [one for one in named if "=" in one] + arguments.overrides
+    only = [one for one in named if "=" not in one]
+    failed = [] if arguments.write else climb(kept, only, arguments.seeds, overrides)
     write(kept)
     if failed:
         sys.exit(f"Failed, and not in the table: {', '.join(failed)}")
@@ -55,7 +59,8 @@ def main() -> None:
 
 def climb(kept: list[Run], only: list[str] | None, seeds: int, overrides: list[str]) -> list[str]:
     """Train what is missing, keeping each run as it ends. Returns what failed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = not torch.cuda.is_available() or {"trainer=cpu", "trainer.accelerator=cpu"} & set(overrides)
+    device = torch.device("cpu" if on_cpu else "cuda")
     ladder, machine, failed = LADDER[device.type], hardware.describe(device)["name"], []
     if unknown := set(only or ()) - set(ladder):
         sys.exit(f"No {', '.join(sorted(unknown))} on this hardware. There are: {', '.join(ladder)}")
@@ -95,7 +100,14 @@ def train(folder: Path, settings: list[str]) -> int:
         settings = [f"ckpt_path={cli.literal(str(folder))}"]
     else:
         settings = [*settings, f"hydra.run.dir={cli.literal(str(folder))}"]
-    return subprocess.run([sys.executable, "-m", "cifarnet.train", *settings], check=False).returncode
+    run = subprocess.Popen([sys.executable, "-m", "cifarnet.train", *settings])
+    # it saves and ends: a terminal tells it of Ctrl-C too, of which subprocess.run would kill it 0.25 s later
+    before = signal.signal(signal.SIGINT, lambda *_: None), signal.signal(signal.SIGTERM, lambda *_: run.terminate())
+    try:
+        return run.wait()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def boiled_down(folder: Path) -> Run:

@@ -1,5 +1,6 @@
 """benchmarks/ladder.py: from runs to a table, and on after a kill."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,6 +73,45 @@ def test_a_recipe_that_was_changed_is_another_one(ladder, monkeypatch):
 def test_what_this_hardware_has_no_time_for_is_refused(ladder):
     with pytest.raises(SystemExit, match="No cct8 on this hardware"):
         ladder.climb([], ["cct8"], 1, [])
+
+
+def test_settings_may_follow_the_names(ladder, monkeypatch):
+    told = []
+    monkeypatch.setattr(ladder, "climb", lambda kept, only, seeds, overrides: told.extend([only, overrides]))
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--only", "resnet20", "data=folder", "data.root=x"])
+    ladder.main()
+    assert told == [["resnet20"], ["data=folder", "data.root=x"]]
+
+
+def test_a_run_on_the_processor_is_looked_for_there(ladder, monkeypatch):
+    """Where there is a GPU too, else it would be kept once more at each start."""
+    monkeypatch.setattr(ladder.torch.cuda, "is_available", lambda: True)
+    here = ladder.hardware.describe(ladder.torch.device("cpu"))["name"]
+    done = kept("+experiment=speedrun trainer=cpu", 0, 0.9, hardware=here)
+    assert ladder.climb([done], ["speedrun"], 1, ["trainer=cpu"]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_ladder_lets_its_run_save(ladder, tmp_path, number):
+    """As a terminal's Ctrl-C comes, to both; SIGTERM to the ladder alone."""
+    slow = "import signal, sys, time\n"
+    slow += "def end(number, _): time.sleep(0.5); print('saved', flush=True); sys.exit(128 + number)\n"
+    slow += "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end); print('up', flush=True)\n"
+    slow += "time.sleep(60)\n"
+    (tmp_path / "cifarnet").mkdir()
+    (tmp_path / "cifarnet/__init__.py").touch()
+    (tmp_path / "cifarnet/train.py").write_text(slow)  # in place of a run
+    code = f"import sys, os; sys.path.insert(0, {str(BENCHMARKS)!r}); import ladder\n"
+    code += f"os.environ['PYTHONPATH'] = os.curdir; os.chdir({str(tmp_path)!r})\n"
+    code += "sys.exit(ladder.train(ladder.Path('nothing'), []))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert (process.communicate(timeout=60)[0], process.returncode) == ("saved\n", 128 + number)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -129,6 +129,8 @@ def make_trainer(
     # recipes first: what saves in the middle of an epoch then saves weights that they are done with
     chosen = [recipe for recipe in (config.get("recipe") or {}).values() if recipe] + chosen
     built = [*(_expect(Callback, callback._target_, instantiate(callback)) for callback in chosen), *callbacks]
+    if len(averages := [type(one).__name__ for one in built if isinstance(one, WeightAveraging)]) > 1:
+        raise UserError(f"{' and '.join(averages)} each put averaged weights in place of the network's: choose one.")
     if config.compile:
         built.insert(0, Compile())  # before the clocks of others start
     bars = [callback for callback in built if isinstance(callback, ProgressBar)]

@@ -133,6 +133,17 @@ def test_a_network_is_tried_and_stays_as_it_was():
         try_on(type("Own", (nn.Module,), {"forward": lambda self, images: {}})(), {32}, 3)
 
 
+@pytest.mark.parametrize("lazy", [nn.BatchNorm2d, nn.LazyBatchNorm2d])
+def test_what_a_network_keeps_in_eval_mode_stays_so(lazy):
+    """A frozen norm, whether or not a lazy layer made it be shown an image; lazy statistics too get their size."""
+    norm = lazy(3, affine=False) if lazy is nn.BatchNorm2d else lazy(affine=False)
+    network = construct(lambda num_classes: nn.Sequential(nn.BatchNorm2d(3).eval(), norm), 7, 24)
+    assert not network.network[0].training
+    assert network.training
+    assert norm.training
+    assert norm.running_mean.shape == (3,)
+
+
 def test_lazy_layers_are_as_large_as_what_they_are_shown():
     network = construct(lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes)), 7, 24)
     assert network.training

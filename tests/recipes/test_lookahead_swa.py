@@ -1,6 +1,9 @@
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from cifarnet.errors import UserError
+from cifarnet.recipes.swa import mean
 from cifarnet.train import train
 from conftest import weights
 
@@ -34,3 +37,18 @@ def test_swa_is_the_mean_of_the_last_epochs(config, tmp_path):
     train(config(*SHORT, "+recipe=swa", "recipe.swa.epoch=2", "trainer.max_epochs=3"), callbacks=[seen])
     mean = (seen.after[5] + seen.after[8]) / 2
     torch.testing.assert_close(weights(tmp_path / "run/checkpoints/last.ckpt")["network.hidden.1.weight"], mean)
+
+
+def test_whole_numbers_are_not_divided():
+    """torch refuses to on a GPU: a batch norm counts its batches."""
+    floats, counts = [torch.tensor([1.0, 2.0])], [torch.tensor(10)]
+    mean(floats, [torch.tensor([4.0, 2.0])], torch.tensor(2))
+    mean(counts, [torch.tensor(20)], torch.tensor(2))
+    assert floats[0].tolist() == [2, 2]
+    assert counts[0].item() == 20
+
+
+def test_two_averages_are_refused(config):
+    """Both change places with the network when it is validated: training would go on with one of them."""
+    with pytest.raises(UserError, match=r"EMA and SWA each put averaged weights .* choose one"):
+        train(config(*SHORT, "+recipe=[ema,swa]"))

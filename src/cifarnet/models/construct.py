@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,10 +31,13 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
         raise TypeError(f"makes a {type(network).__name__}, where a Module is needed")
     if not any(isinstance(layer, Normalize) for layer in network.modules()):
         network = nn.Sequential(OrderedDict(normalize=Normalize(), network=network))
-    if any(is_lazy(parameter) for parameter in network.parameters()):  # nn.LazyLinear: as large as what it is shown
+    if any(map(is_lazy, itertools.chain(network.parameters(), network.buffers()))):
+        training = [layer for layer in network.modules() if layer.training]
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-    return network.train()
+        for layer in training:  # not those that the network itself keeps in eval mode
+            layer.training = True
+    return network
 
 
 @torch.no_grad()
