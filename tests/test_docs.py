@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.utils import instantiate
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifarnet import cli, settings
+from cifarnet.models import construct
 from conftest import picture
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +96,20 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
             assert tensorboard_answers(words)
         else:
             run(words)
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,.]+) \|", (ROOT / "docs/zoo.md").read_text())
+)
+def test_networks_are_as_large_as_the_table_says(row):
+    name, parameters, multiply_adds = row
+    model = cli.compose("train", [f"model={name}", "output_dir=run"]).model
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:
+        network = construct(instantiate(model, _partial_=True), num_classes=10, image_size=32)
+        network.eval()(torch.zeros(1, 3, 32, 32))
+    assert f"{sum(p.numel() for p in network.parameters() if p.requires_grad):,}" == parameters
+    assert f"{counter.get_total_flops() / 2e6:,.1f}" == multiply_adds
 
 
 def test_parts_of_ones_own_are_short():

@@ -141,3 +141,8 @@ total_steps
 trainer._target_ trainer.accelerator trainer.deterministic trainer.devices trainer.max_epochs trainer.precision
 trainer.strategy
 """
+
+
+def test_a_library_that_is_not_installed_is_named():
+    with pytest.raises(UserError, match=r"there is no such class or function, for there is no package nowhere: install it"):
+        check(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import cifarnet
-from cifarnet import cli
+from cifarnet import cli, settings
 from cifarnet.build import build
 from cifarnet.cli import CONFIGS
 from cifarnet.errors import Interrupted, UserError
@@ -440,6 +440,15 @@ def test_any_choice_swaps_in_any_experiment(config, tmp_path, experiment, choice
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["epochs"] == 2
     assert math.isfinite(metrics["history"][-1]["train/cross_entropy"])
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "choice",
+    ["model=cnn", "model=resnet18", "optimizer=adamw", "optimizer=muon", "scheduler=onecycle", "objective=focal"],
+)
+def test_what_is_chosen_anew_keeps_no_setting_of_what_an_experiment_had(experiment, choice):
+    settings.check(cli.compose("train", [f"+experiment={experiment}", choice, "output_dir=run"]))
 
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))

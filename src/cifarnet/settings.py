@@ -1,5 +1,6 @@
 """Settings: whether they can be used, and what depends on them."""
 
+import importlib.util
 import inspect
 import json
 import pydoc
@@ -229,7 +230,10 @@ def _signature(name: str, target: Any) -> tuple[dict[str, Any], set[str] | None]
     except pydoc.ErrorDuringImport as error:
         raise UserError(f"{name}={target} cannot be imported: {error.value}") from error
     if not callable(called):
-        raise UserError(f"{name}={target}: there is no such class or function.")
+        library = str(target).partition(".")[0]
+        missing = library.isidentifier() and importlib.util.find_spec(library) is None
+        why = f", for there is no package {library}: install it, or mend the name" if missing else ""
+        raise UserError(f"{name}={target}: there is no such class or function{why}.")
     functions = [base.__init__ for base in called.__mro__[:-1]] if isinstance(called, type) else [called]
     hints: dict[str, Any] = {}
     for function in reversed(functions):

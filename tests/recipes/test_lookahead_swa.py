@@ -32,6 +32,14 @@ def test_slow_weights_follow_after_every_second_step(config):
     assert not torch.equal(seen.after[2], seen.after[1])
 
 
+def test_what_is_frozen_stays_as_it_is(config):
+    freeze = "+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: hidden, epoch: 2}"
+    seen = Seen()
+    train(config(*SHORT, "+recipe=lookahead", "recipe.lookahead.k=2", freeze, "trainer.max_epochs=2"), callbacks=[seen])
+    assert not torch.equal(seen.first, seen.after[2])
+    assert all(torch.equal(weight, seen.after[2]) for weight in seen.after[3:])
+
+
 def test_swa_is_the_mean_of_the_last_epochs(config, tmp_path):
     seen = Seen()
     train(config(*SHORT, "+recipe=swa", "recipe.swa.epoch=2", "trainer.max_epochs=3"), callbacks=[seen])

@@ -1,6 +1,6 @@
 """Distillation: a trained network, the teacher, says how likely it takes each class to be."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class Teacher:
     ) -> None:
         self.checkpoint, self.temperature, self.weight = checkpoint, temperature, weight
         self.device = torch.device("cpu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self  # averages of weights copy their classifier
 
     def __call__(self, losses: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """Losses [B], the student's logits [B, num_classes], images uint8 [B, C, H, W] -> losses [B]."""

@@ -43,8 +43,9 @@ class Lookahead(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.k == 0 and trainer.global_step > self.step:
             weights, self.step = list(module.network.parameters()), trainer.global_step
-            torch._foreach_lerp_(self.slow, weights, self.alpha)
-            torch._foreach_copy_(weights, self.slow)
+            for slow, weight in zip(self.slow, weights, strict=True):
+                if weight.requires_grad:  # else it is frozen
+                    weight.copy_(slow.lerp_(weight, self.alpha))
 
     def state_dict(self) -> dict[str, Any]:
         return {"slow": self.slow, "step": self.step}
