@@ -144,5 +144,5 @@ trainer.strategy
 
 
 def test_a_library_that_is_not_installed_is_named():
-    with pytest.raises(UserError, match=r"there is no such class or function, for there is no package nowhere: install it"):
+    with pytest.raises(UserError, match=r"no such class or function, for there is no package nowhere: install it"):
         check(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))

@@ -445,7 +445,15 @@ def test_any_choice_swaps_in_any_experiment(config, tmp_path, experiment, choice
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
 @pytest.mark.parametrize(
     "choice",
-    ["model=cnn", "model=resnet18", "optimizer=adamw", "optimizer=muon", "scheduler=onecycle", "objective=focal"],
+    [
+        "model=cnn",
+        "model=resnet18",
+        "optimizer=adamw",
+        "optimizer=muon",
+        "scheduler=onecycle",
+        "objective=focal",
+        "+recipe=ema",
+    ],
 )
 def test_what_is_chosen_anew_keeps_no_setting_of_what_an_experiment_had(experiment, choice):
     settings.check(cli.compose("train", [f"+experiment={experiment}", choice, "output_dir=run"]))

@@ -12,9 +12,9 @@ from cifarnet.ranges import Range, checked
 
 
 class SWA(WeightAveraging):
-    """The mean of the weights, and of statistics, at the ends of all epochs from `epoch` on (Izmailov et al., 2018,
-    https://arxiv.org/abs/1803.05407); before, those of the last epoch. Rates that stay high suit it, such as
-    scheduler=constant.
+    """The mean of the weights at the ends of all epochs from `epoch` on (Izmailov et al., 2018,
+    https://arxiv.org/abs/1803.05407); before, those of the last epoch. A batch norm's statistics are averaged too,
+    where the paper gathers them anew. Rates that stay high suit it, such as scheduler=constant.
 
     A recipe for weights: `+recipe=swa`.
 
