@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -328,6 +330,15 @@ def test_mistakes_are_told_in_one_line(predict, tmp_path, arguments, status, tol
     assert (ended, printed) == (status, "")
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_libraries_say_nothing(run, tmp_path):
+    """In a process of its own: Lightning would tell the precision."""
+    picture(tmp_path / "a.png")
+    program = [sys.executable, "-m", "cifarnet.predict", run, tmp_path / "a.png", "accelerator=cpu"]
+    result = subprocess.run([*program, "precision=bf16-mixed"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(str(tmp_path / "a.png"))
 
 
 def test_an_empty_folder_among_others_is_told(predict, tmp_path):
