@@ -271,7 +271,7 @@ def test_paths_settings_and_what_they_are_compared_with(tmp_path, monkeypatch):
         cli.parse("evaluate", "", "", arguments=["tta=mirror"])
 
 
-@pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare"])
+@pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare", "predict"])
 def test_help_is_quick_and_fits_a_screen(command):
     slow = "{'torch', 'lightning', 'scipy', 'matplotlib', 'optuna', 'pandas'}"
     program = f"""import sys, time

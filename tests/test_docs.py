@@ -36,7 +36,9 @@ def commands(page: Path) -> list[list[str]]:
 def made_small(command: list[str]) -> list[str]:
     """A command's arguments, for one epoch on few pictures; its folders found."""
     module, arguments = command[2], [found(argument) for argument in command[3:]]
-    if module in ("cifarnet.evaluate", "cifarnet.compare") or any("ckpt_path" in a or "resume" in a for a in arguments):
+    if module in ("cifarnet.evaluate", "cifarnet.compare", "cifarnet.predict") or any(
+        "ckpt_path" in a or "resume" in a for a in arguments
+    ):
         return arguments
     given = {cli.key_of(argument) for argument in arguments}
     learns = "name=mine" in arguments  # whose accuracy is looked at
@@ -86,6 +88,8 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
     for name, code in OWN.findall(page.read_text("utf-8")):
         Path(name).write_text(code)
+    if page.stem == "sharing":  # its run is made by the README's first command
+        run(["python", "-m", "cifarnet.train", "+experiment=quickstart"])
     if page.stem == "evaluation":  # its runs are made by the README's commands
         for line in ("", "-m seed=range(2)", "-m seed=range(2) optimizer.lr=0.02 hydra.sweep.dir=lightning_logs/rates"):
             run(["python", "-m", "cifarnet.train", *line.split(), "+experiment=quickstart"])

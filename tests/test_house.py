@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src/cifarnet"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # from the top of the house to the ground; what is beside each other may import each other, but not in circles
 FLOORS = [
-    {"train", "search", "evaluate", "compare"},
+    {"train", "search", "evaluate", "compare", "predict"},
     {"runs", "evaluation"},
     {"build", "checkpoint", "classifier", "cli", "settings"},
     {"data", "models", "optim", "recipes", "compiling", "saving", "quiet", "permitted", "upgrade", "hardware", "ranks"},
@@ -100,7 +100,7 @@ def test_a_circle_would_be_found(tmp_path, monkeypatch):
 def test_the_way_of_a_batch_needs_no_room_that_a_first_reader_can_do_without():
     for name in WAY_OF_A_BATCH[1:]:
         rooms = {room(other) for other in imported(PACKAGE / name)}
-        assert not rooms & {"runs", "evaluation", "search", "evaluate", "compare"}, name
+        assert not rooms & {"runs", "evaluation", "search", "evaluate", "compare", "predict"}, name
     lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in WAY_OF_A_BATCH}
     assert sum(lines.values()) < 1040, lines
 
@@ -149,7 +149,7 @@ def test_files_can_be_read_in_one_sitting(path):
 
 def test_the_whole_does_not_grow_unnoticed():
     """The aim is 5,000 lines."""
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "src").rglob("*.py")) <= 10_150
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "src").rglob("*.py")) <= 10_650
 
 
 def test_arguments_of_the_process_are_only_read():

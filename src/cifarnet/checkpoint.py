@@ -157,7 +157,7 @@ def _outside(section: str, key: str, node: Any) -> bool:
 
 
 def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:
-    """The trained network of what `read` returned, and the names of its classes, as `load` does.
+    """The trained network of what `read` returned, and the names of its classes, as `cifarnet.load` does.
 
     `path` is for messages.
     """
@@ -224,13 +224,14 @@ def check_same_task(
 
 
 def load_for(data: "ImageDataModule", path: str | Path, classes: Sequence[str] = ()) -> nn.Module:
-    """The trained network of a checkpoint, as `load` gives it, that is to teach another one what these images are.
+    """The trained network of a checkpoint, as `cifarnet.load` gives it, that is to teach another what these images are.
 
     Args:
         classes: names of those from outside this project that it may ask for.
 
     Raises:
-        UserError: as of `load`; or it was trained on other classes, in another order, or on images of another size.
+        UserError: as of `cifarnet.load`; or it was trained on other classes, in another order, or on images of another
+            size.
     """
     path = find(os.path.expanduser(path))
     content = read(path)
@@ -239,22 +240,3 @@ def load_for(data: "ImageDataModule", path: str | Path, classes: Sequence[str] =
     made, names = network(content, path, located(classes))
     try_on(made, data.train_sizes or [], len(names), teacher)
     return made.to(memory_format=torch.channels_last)  # as batches are
-
-
-def load(path: str | Path, classes: Sequence[Any] = ()) -> tuple[nn.Module, list[str]]:
-    """The trained network of a checkpoint, in eval mode on the CPU, and the names of its classes.
-
-        network, class_names = cifarnet.load("lightning_logs/baseline/<date_time>")
-        network(images).argmax(1)  # images: uint8 or float in [0, 1], [B, 3, 32, 32]
-
-    Args:
-        path: a checkpoint file, or a run's folder (then its best checkpoint, or the last one where nothing
-            was validated).
-        classes: network classes (or functions that make one) from outside this project that the checkpoint may ask for.
-            Others are refused: a checkpoint from a stranger can run no code.
-
-    Raises:
-        UserError: no such file, not a checkpoint, or a class that is not listed.
-    """
-    path = find(path)
-    return network(read(path), path, classes)

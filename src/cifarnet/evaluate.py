@@ -131,17 +131,17 @@ def plain(value: Any) -> str:
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
     """Precision and test-time augmentation: as in the run's own test, but for what is set."""
-    module = content["resolved"]["module"]
-    saved = {"tta": module.get("tta", "none"), "tta_share": module.get("tta_share", 1.0)}
-    saved["precision"] = content["hyper_parameters"]["precision"]
+    from cifarnet.evaluation.trained import as_tested
+
+    saved = as_tested(content)
     return saved | {key: config[key] for key in saved if config[key] is not None}
 
 
 def make_folder(output_dir: str | None, path: Path) -> Path:
     """`output_dir`, else a folder in the run's own, or beside a checkpoint that was moved out of it."""
-    in_run = path.parent.name == "checkpoints"
-    beside = path.parent.with_name("evaluation") if in_run else path.with_name(f"{path.stem}_evaluation")
-    folder = beside if output_dir is None else Path(output_dir)
+    from cifarnet.evaluation.trained import evaluation_folder
+
+    folder = evaluation_folder(path) if output_dir is None else Path(output_dir)
     if output_dir is None:
         files.refuse_links(folder.parent, [folder])
     try:

@@ -10,6 +10,8 @@ from tensorboard.compat import tf
 
 def quieten_lightning() -> None:
     """Warnings stay; notes about hardware found and advice that does not apply here go."""
+    import lightning.fabric  # noqa: F401  importing it sets its loggers to talk: not after this
+
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()  # under Hydra every line would appear twice
@@ -26,6 +28,7 @@ def quieten_lightning() -> None:
         ".*`srun` command is available.*",  # one process needs none
         ".*sync_dist=True.*",  # metrics are of all ranks already
         ".*Total length of `list`.*",  # training without validation
+        ".*decompression bomb DOS attack.*",  # the largest pictures that are read
     ):
         warnings.filterwarnings("ignore", message)
 

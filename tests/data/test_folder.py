@@ -85,8 +85,8 @@ def test_grey_and_palette_images_become_rgb(tree):
 
 def test_cache_is_used_and_renewed(tree, cache, monkeypatch):
     decoded = []
-    original = folder_module._decode
-    monkeypatch.setattr(folder_module, "_decode", lambda path, size: decoded.append(path) or original(path, size))
+    original = folder_module.decode
+    monkeypatch.setattr(folder_module, "decode", lambda path, size: decoded.append(path) or original(path, size))
 
     first = read(tree)
     assert len(decoded) == 38
@@ -226,8 +226,8 @@ def test_images_of_every_kind(tree, kind):
     pixels[:, :16] = 255
     image, ending, settings = Image.fromarray(pixels), ".png", {}
     if kind == "palette":
-        image = image.convert("P")
-        settings["transparency"] = bytes(range(256))
+        image = image.quantize(2)  # of two colours, of which white is half transparent
+        settings["transparency"] = bytes([255, 128] if image.getpixel((31, 0)) == 0 else [128, 255])
     elif kind == "rotated":
         settings["exif"] = Image.Exif()
         settings["exif"][274] = 6  # to be turned clockwise
@@ -241,6 +241,20 @@ def test_images_of_every_kind(tree, kind):
         image = read(tree).source.test.images[4].int()
     assert (image[:, :, :16] > 250).all()
     assert (image[:, :, 16:] < 5).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tree, mode):
+    """Half of it opaque, a quarter half transparent, and a quarter wholly so, whatever colour lies below."""
+    pixels = np.full((32, 32, 4), 100, np.uint8)
+    pixels[:, :, 3] = 255
+    pixels[:16, :16, 3], pixels[16:, :16] = 128, 0
+    Image.fromarray(pixels).convert(mode).save(tree / "test/cat/_.png")
+    image = read(tree).source.test.images[4].int()
+    assert (image[:, :, 16:] == 100).all()
+    if mode != "P":  # which has no room for it
+        assert (image[:, :16, :16] == 177).all()
+    assert (image[:, 16:, :16] == 255).all()
 
 
 SPECIAL = {

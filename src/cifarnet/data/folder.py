@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated
@@ -13,24 +13,18 @@ from typing import Annotated
 import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.loader import LazyImages
+from cifarnet.data.pixels import decode, image_files
 from cifarnet.errors import UserError
 from cifarnet.files import whole
 from cifarnet.hardware import cores
 from cifarnet.ranges import Pixels, Range, checked
 
-CACHE_FORMAT = 2  # count up when what is cached changes
-# what Pillow reads as an image of a registered kind (no PostScript, for which it starts another program): .png -> PNG
-KINDS = {
-    ending: kind
-    for ending, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
-}
+CACHE_FORMAT = 3  # count up when what is cached changes
 
 
 class ImageFiles(LazyImages):
@@ -42,14 +36,14 @@ class ImageFiles(LazyImages):
 
     def __getitem__(self, index: int | slice | torch.Tensor) -> "torch.Tensor | ImageFiles":
         if isinstance(index, int):
-            return pil_to_tensor(_decode(self.paths[index], self.size))
+            return pil_to_tensor(decode(self.paths[index], self.size))
         chosen = torch.arange(len(self.paths))[index].tolist()
         return ImageFiles([self.paths[i] for i in chosen], self.size)
 
     def read(self, bar: bool = False) -> torch.Tensor:
         images = np.empty((len(self.paths), self.size, self.size, 3), np.uint8)
         with ThreadPool(cores()) as pool:  # Pillow decodes outside the interpreter's lock
-            decoded = pool.imap(lambda path: _decode(path, self.size), self.paths, chunksize=16)
+            decoded = pool.imap(lambda path: decode(path, self.size), self.paths, chunksize=16)
             shown = tqdm(decoded, "Decoding images", len(self.paths), unit=" images", mininterval=0.5, disable=not bar)
             for number, image in enumerate(shown):
                 images[number] = image
@@ -59,10 +53,10 @@ class ImageFiles(LazyImages):
 class ImageFolder(ImageDataModule):
     """Images in folders named after their class, decoded once and cached for the next start.
 
-    Images of another size are scaled and cropped at the centre to a square; all become RGB with 8 bits a channel; of
-    an animation, the first frame is taken. Hidden files, whose names begin with a dot, are left out. The cache lies
-    outside the tree (`~/.cache/cifarnet`, or `$CIFARNET_CACHE`) and is made anew when a file of the tree was
-    added, removed or changed (by name, size or time of modification).
+    Images of another size are scaled and cropped at the centre to a square; all become RGB with 8 bits a channel, and
+    what is transparent white; of an animation, the first frame is taken (see `pixels.fitted`). Hidden files, whose
+    names begin with a dot, are left out. The cache lies outside the tree (`~/.cache/cifarnet`, or `$CIFARNET_CACHE`)
+    and is made anew when a file of the tree was added, removed or changed (by name, size or time of modification).
 
     Args:
         root: the folder that holds `train/` and `test/`.
@@ -132,7 +126,10 @@ class ImageFolder(ImageDataModule):
                     f"{folder}: the class {name!r} is in {split}/ but not in train/. "
                     f"Add {self.root / 'train' / name}, or remove this folder."
                 )
-            found = sorted(_image_files(str(folder)))
+            found = sorted(image_files(str(folder)))
+            for path in found:
+                if not os.path.isfile(path):  # reading a pipe would wait for ever
+                    raise UserError(f"{path} is no file (a link to nothing, a pipe, a device). Remove it.")
             if not found:
                 raise UserError(f"{folder} holds no images. Add some (.png, .jpg, .gif, .tif, .webp, …) or remove it.")
             files += [(path, class_names.index(name)) for path in found]
@@ -163,29 +160,6 @@ class ImageFolder(ImageDataModule):
         return images
 
 
-def _decode(path: str, size: int) -> Image.Image:
-    try:
-        with Image.open(path, formats=sorted(set(KINDS.values()))) as image:
-            image = _eight_bits(ImageOps.exif_transpose(image))
-            return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
-    except Exception as error:  # whatever a broken file makes the decoder raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}). Repair or remove it.") from None
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """In RGB. Grey values of more bits are scaled, where Pillow would cut them off at 255."""
-    if image.mode.startswith(("I", "F")):  # 16 bits, also where they are kept in 32; shares of white
-        white = 1 if image.mode == "F" else 2**16 - 1
-        values = np.asarray(image, np.float64)
-        if not 0 <= values.min() <= values.max() <= white:
-            raise ValueError(f"its values are from {values.min():g} to {values.max():g}, and not from 0 to {white}")
-        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-    if "transparency" in image.info:  # else Pillow warns of a palette that has it
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
 def _subfolders(folder: Path) -> list[str]:
     """Their names; one that cannot be shown or written down is refused."""
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
@@ -197,21 +171,6 @@ def _subfolders(folder: Path) -> list[str]:
                 f"{folder}: the class folder {entry.name!a} has characters that cannot be shown. Rename it."
             )
     return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _image_files(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every image below the folder, but for what is hidden. A link to a folder around it is not followed."""
-    above = (*above, os.path.realpath(folder))
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if os.path.realpath(entry.path) not in above:
-                yield from _image_files(entry.path, above)
-        elif os.path.splitext(entry.name)[1].lower() in KINDS:
-            if not entry.is_file():  # reading a pipe would wait for ever
-                raise UserError(f"{entry.path} is no file (a link to nothing, a pipe, a device). Remove it.")
-            yield entry.path
 
 
 def _sha256(text: str) -> str:

@@ -1,0 +1,268 @@
+"""A trained network put to use: from image files, or images in memory, to the probabilities of its classes."""
+
+import copy
+import json
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cifarnet import checkpoint, ranges
+from cifarnet.errors import UserError
+from cifarnet.hardware import cores
+
+CHUNK = 16  # images that a thread decodes in one go, where there are many: small ones take less time than handing over
+Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+
+class Prediction(NamedTuple):
+    """Of one image: where it lies (None: in memory), its likeliest class, and all classes, the likeliest first."""
+
+    source: str | None
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Answer(NamedTuple):
+    """To one image: logits, float32 [num_classes] on the CPU, or None and why it could not be read."""
+
+    source: Picture
+    logits: Tensor | None
+    error: str = ""
+
+
+class NetworkAndNames(NamedTuple):
+    network: nn.Module
+    class_names: list[str]
+
+
+class Trained(NetworkAndNames):
+    """What `cifarnet.load` gives: a pair of the network and the names of its classes, that can look at pictures.
+
+    Attributes:
+        network: images [B, 3, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; in eval mode, on the CPU.
+        class_names: in the order of the logits.
+        path: the checkpoint file.
+        image_size: height and width, in pixels, of the images that it was trained on.
+        epoch: after which it was saved, from 1.
+        tested: how the run was tested: "tta", and the "precision" of the arithmetic.
+    """
+
+    path: Path
+    image_size: int
+    epoch: int
+    tested: dict[str, Any]
+    channels_last: bool
+
+    def predict(
+        self, images: Picture | Iterable[Picture], *, temperature: float | str | None = None, **settings: Any
+    ) -> list[Prediction]:
+        """What the network takes each picture for.
+
+        Args:
+            images: one or several of: a path; a folder, which stands for the images in and below it; an image of
+                Pillow's; an array of numpy's, [H, W] or [H, W, 1, 3 or 4], or of torch's, [1, 3 or 4, H, W], uint8 or
+                float in [0, 1], which is rounded to 8 bits. An array with a dimension more is several. Of any size:
+                they are scaled and cropped to `image_size`, as the images of a folder are for training.
+            temperature: divides the logits; "evaluation": the one that evaluate fitted on validation images.
+            settings: those of `answers`.
+
+        Returns:
+            A prediction for each image, in their order; a folder's are sorted.
+
+        Raises:
+            UserError: one cannot be read, or a setting cannot be used.
+        """
+        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+        listed = list(_listed([images] if single else images))
+        divisor = self.temperature(temperature, settings.get("tta"))
+        predictions = []
+        for answer in self.answers(listed, **settings):
+            if answer.logits is None:
+                raise UserError(answer.error)
+            ranked = self.ranked(answer.logits, divisor)
+            source = os.fspath(answer.source) if isinstance(answer.source, str | os.PathLike) else None
+            predictions.append(Prediction(source, *ranked[0], dict(ranked)))
+        return predictions
+
+    def answers(
+        self,
+        sources: Sequence[Picture],
+        *,
+        tta: str | None = None,
+        batch_size: int = 256,
+        workers: int | None = None,
+        precision: str | int | None = None,
+        accelerator: str = "auto",
+    ) -> Iterator[Answer]:
+        """The network's answers, in order. While it is at work on a batch, the next ones are decoded.
+
+        An answer depends on its picture alone: every one is looked at with `tta`, whatever share of its test images
+        the run looked at again.
+
+        Args:
+            sources: as `predict` takes them, but for folders.
+            tta: test-time augmentation, "none", "mirror" or "mirror_translate"; None: as the run was tested.
+            batch_size: images at a time.
+            workers: threads that decode; None: one a core.
+            precision, accelerator: as of Lightning's Trainer; None: as trained.
+
+        Raises:
+            UserError: a setting cannot be used, or the answers are no finite numbers, one a class.
+        """
+        from cifarnet.evaluation.predictor import Predictor  # on first use: Lightning takes seconds
+
+        predictor = Predictor(
+            copy.deepcopy(self.network),  # this one stays where it is, and as it is
+            tta=self.tested["tta"] if tta is None else tta,
+            channels_last=self.channels_last,
+            precision=self.tested["precision"] if precision is None else precision,
+            accelerator=accelerator,
+        )
+        batch: list[tuple[Picture, np.ndarray | str]] = []
+        for part in _decoded(sources, self.image_size, batch_size, workers or cores()):
+            batch.append(part)
+            if len(batch) == batch_size:
+                yield from self._answered(predictor, batch)
+                batch = []
+        yield from self._answered(predictor, batch)
+
+    def _answered(
+        self, predictor: Callable[[Tensor], tuple[Tensor, Tensor]], batch: Sequence[tuple[Picture, np.ndarray | str]]
+    ) -> Iterator[Answer]:
+        images = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        rows = iter(())
+        if images:
+            logits = predictor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].cpu()
+            if logits.shape != (len(images), len(self.class_names)) or not logits.isfinite().all():
+                raise UserError(f"{self.path}: the network's answers are not finite numbers, one a class.")
+            rows = iter(logits)
+        for source, pixels in batch:
+            yield Answer(source, None, pixels) if isinstance(pixels, str) else Answer(source, next(rows))
+
+    def ranked(self, logits: Tensor, temperature: float = 1.0) -> list[tuple[str, float]]:
+        """Logits [num_classes] as classes and their probabilities, the likeliest first."""
+        values, order = (logits.double() / temperature).softmax(0).sort(descending=True, stable=True)
+        return [(self.class_names[i], value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+
+    def temperature(self, asked: float | str | None, tta: str | None = None) -> float:
+        """The number that `temperature=` asks for; "evaluation": what evaluate fitted for this checkpoint and `tta`."""
+        if asked != "evaluation":
+            if isinstance(asked, bool | str) or not 0 < (1 if asked is None else asked) < math.inf:
+                raise UserError(f"temperature={asked}: give a number above 0, or evaluation.")
+            return 1.0 if asked is None else float(asked)
+        file = evaluation_folder(self.path) / "metrics.json"
+        command = f"python -m cifarnet.evaluate {self.path}"
+        try:
+            record = json.loads(file.read_text("utf-8"))
+            fitted_with, named, found = record["tta"], Path(record["checkpoint"]).name, record["temperature"]
+            if found is not None and not (isinstance(found, float) and 0 < found < math.inf):
+                raise ValueError(found)
+        except FileNotFoundError:
+            raise UserError(f"temperature=evaluation: there is no {file}. Fit one: {command}") from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"temperature=evaluation: {file} is damaged ({error}). Write it anew: {command}") from None
+        tta = self.tested["tta"] if tta is None else tta
+        if found is None:
+            raise UserError(f"temperature=evaluation: {file} has none, since the run had no validation images.")
+        if (fitted_with, named) != (tta, self.path.name):
+            raise UserError(
+                f"temperature=evaluation: that in {file} was fitted to {named} with tta={fitted_with}, and this is "
+                f"{self.path.name} with tta={tta}. Fit it anew: {command} tta={tta}"
+            )
+        return found
+
+
+def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
+    """The trained network of a checkpoint, in eval mode on the CPU, and the names of its classes.
+
+        classifier = cifarnet.load("lightning_logs/baseline/<date_time>")
+        classifier.predict("picture.jpg")  # or several, a folder, images of Pillow's, arrays
+
+        network, class_names = cifarnet.load("lightning_logs/baseline/<date_time>")
+        network(images).argmax(1)  # images: uint8 or float in [0, 1], [B, 3, 32, 32]
+
+    Args:
+        path: a checkpoint file, or a run's folder (then its best checkpoint, or the last one where nothing
+            was validated).
+        classes: network classes (or functions that make one) from outside this project that the checkpoint may ask for.
+            Others are refused: a checkpoint from a stranger can run no code.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or a class that is not listed.
+    """
+    path = checkpoint.find(path)
+    content = checkpoint.read(path)
+    trained = Trained(*checkpoint.network(content, path, classes))
+    trained.path, trained.epoch = path, content["epoch"] + 1
+    trained.tested = {key: value for key, value in as_tested(content).items() if key != "tta_share"}
+    trained.image_size = int(content["hyper_parameters"]["image_size"])
+    ranges.check(f"{path}: image_size", trained.image_size, ranges.Pixels)
+    trained.channels_last = bool(content["resolved"].get("channels_last", True))
+    return trained
+
+
+def as_tested(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Test-time augmentation and precision of the run's own test, of what `checkpoint.read` returned."""
+    module = content["resolved"]["module"]
+    saved = {"tta": module.get("tta", "none"), "tta_share": module.get("tta_share", 1.0)}
+    return saved | {"precision": content["hyper_parameters"]["precision"]}
+
+
+def evaluation_folder(path: Path) -> Path:
+    """Where evaluate writes about a checkpoint: in its run's folder, or beside a file that was moved out of it."""
+    in_run = path.parent.name == "checkpoints"
+    return path.parent.with_name("evaluation") if in_run else path.with_name(f"{path.stem}_evaluation")
+
+
+def _listed(images: Iterable[Picture]) -> Iterator[Picture]:
+    """Images, with those of a folder in its place."""
+    from cifarnet.data.pixels import image_files
+
+    for image in images:
+        if isinstance(image, str | os.PathLike) and os.path.isdir(image):
+            yield from image_files(os.fspath(image))
+        else:
+            yield image
+
+
+def _decoded(
+    sources: Sequence[Picture], size: int, ahead: int, workers: int
+) -> Iterator[tuple[Picture, np.ndarray | str]]:
+    """Each source with its pixels, uint8 [size, size, 3], or why it cannot be read; in order, by `workers` threads
+    (Pillow decodes outside the interpreter's lock). About twice `ahead` images, and no more, wait to be taken."""
+    from cifarnet.data.pixels import as_image, decode, fitted  # on first use, as Lightning, which it brings along
+
+    large = threading.Lock()
+
+    def read(source: Picture) -> tuple[Picture, np.ndarray | str]:
+        try:
+            if isinstance(source, str | os.PathLike):
+                return source, np.asarray(decode(os.fspath(source), size, large))
+            return source, np.asarray(fitted(as_image(source), size))
+        except UserError as error:
+            return source, str(error)
+        except Exception as error:  # whatever Pillow makes of an image that it opened before
+            return source, f"An image cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
+
+    count = max(1, min(CHUNK, ahead, len(sources) // (4 * workers)))
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for start in range(0, len(sources), count):
+            waiting.append(pool.submit(lambda part: [*map(read, part)], sources[start : start + count]))
+            if len(waiting) * count >= 2 * ahead + count * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
