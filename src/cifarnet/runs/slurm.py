@@ -132,7 +132,7 @@ class Slurm(SlurmLauncher):
             executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_python=python)
             executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
             jobs = executor.submit_array([Task(task, self.follow, most or 0) for task in tasks.values()])
-        except (RuntimeError, ValueError, NameError) as error:
+        except (RuntimeError, ValueError, NameError, OSError) as error:
             raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
         names = [job.job_id for job in jobs]
         several = f" to {names[-1]}" if len(names) > 1 else ""
