@@ -141,7 +141,7 @@ def write(kept: list[Run]) -> None:
 
     What was trained by a recipe that has been changed since stays kept, and is not shown.
     """
-    rows, now = defaultdict(list), {run["command"]: recipe(run["command"].split()) for run in kept}
+    rows, now = defaultdict(list), {command: recipe(command.split()) for command in {run["command"] for run in kept}}
     for run in sorted(kept, key=lambda run: run["seed"]):
         if run["recipe"] != now[run["command"]]:
             continue

@@ -99,6 +99,19 @@ def config(tmp_path):
 
 
 @pytest.fixture
+def changed(run, tmp_path):
+    """A checkpoint file in which something of the module's `run` was altered: changed(lambda checkpoint: …)."""
+
+    def change(alter):
+        checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+        alter(checkpoint)
+        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        return tmp_path / "changed.ckpt"
+
+    return change
+
+
+@pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Run `python -m cifarnet.train …`, or another command's main: exit status, what was printed, and to stderr."""
     monkeypatch.chdir(tmp_path)

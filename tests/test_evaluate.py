@@ -43,19 +43,6 @@ def evaluated(run):
 
 
 @pytest.fixture
-def changed(run, tmp_path):
-    """A checkpoint file in which something was altered: changed(lambda checkpoint: …)."""
-
-    def change(alter):
-        checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-        alter(checkpoint)
-        torch.save(checkpoint, tmp_path / "changed.ckpt")
-        return tmp_path / "changed.ckpt"
-
-    return change
-
-
-@pytest.fixture
 def command(command):
     """Run `python -m cifarnet.evaluate …` in this process: exit status, what was printed, and to stderr."""
     return lambda *arguments: command(*map(str, arguments), main=main)

@@ -53,19 +53,6 @@ def predict(command, run):
     return lambda *arguments: command(str(run), *map(str, arguments), "accelerator=cpu", main=main)
 
 
-@pytest.fixture
-def changed(run, tmp_path):
-    """A checkpoint file in which something was altered: changed(lambda checkpoint: …)."""
-
-    def change(alter):
-        checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-        alter(checkpoint)
-        torch.save(checkpoint, tmp_path / "changed.ckpt")
-        return tmp_path / "changed.ckpt"
-
-    return change
-
-
 def odd_pictures(folder: Path) -> list[Path]:
     """A smooth picture, wider than high, as a file of each odd kind."""
     ys, xs = np.mgrid[:60, :90]
