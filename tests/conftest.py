@@ -33,6 +33,12 @@ SMALL = [
     "trainer.precision=32-true",
 ]
 
+LEARNS = [  # something, in a moment
+    *("data=synthetic", "data.train_size=300", "data.test_size=60", "data.batch_size=50", "trainer.max_epochs=1"),
+    *("model=speednet", "model.widths=[8,8,8]", "optimizer=muon", "optimizer.lr=0.1", "scheduler=linear"),
+    *("trainer=cpu", "trainer.precision=32-true", "threads=1", "module.tta=mirror", "module.tta_share=0.3"),
+]
+
 IMAGES_A_FILE = 20
 CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -15,8 +15,9 @@ import cifarnet
 from cifarnet import cli
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
-from cifarnet.evaluate import evaluate, main, make_folder, plain
+from cifarnet.evaluate import evaluate, main, make_folder
 from cifarnet.evaluation import report
+from cifarnet.evaluation.testdata import plain
 from cifarnet.train import train
 
 # enough to tell some of the shapes: 60 steps

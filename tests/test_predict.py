@@ -21,17 +21,12 @@ from cifarnet import cli
 from cifarnet.data import ImageFolder, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
+from cifarnet.evaluation import figures
 from cifarnet.evaluation import trained as trained_module
 from cifarnet.evaluation.predictor import Predictor
 from cifarnet.predict import main
 from cifarnet.train import train
-from conftest import picture
-
-LEARNS = [
-    *("data=synthetic", "data.train_size=300", "data.test_size=60", "data.batch_size=50", "trainer.max_epochs=1"),
-    *("model=speednet", "model.widths=[8,8,8]", "optimizer=muon", "optimizer.lr=0.1", "scheduler=linear"),
-    *("trainer=cpu", "trainer.precision=32-true", "threads=1", "module.tta=mirror", "module.tta_share=0.3"),
-]
+from conftest import LEARNS, picture
 
 
 @pytest.fixture(scope="module")
@@ -434,3 +429,23 @@ def test_names_of_a_stranger_command_no_terminal(command, changed, tmp_path):
     assert "\\x1b]0;owned\\x07" in printed
     assert "two\\nlines" in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_where_the_network_looked(predict, run, tmp_path):
+    files = [tmp_path / "a/cat.png", tmp_path / "b/cat.jpg", tmp_path / "b/empty.png"]
+    for path in files[:2]:
+        picture(path)
+    files[2].touch()
+    status, out, err = predict(tmp_path / "a", tmp_path / "b", "explain=true")
+    assert status == 1
+    assert "empty.png cannot be read" in err
+    folder = Path(out.rpartition("Where the network looked: ")[2].strip())
+    assert sorted(path.name for path in folder.iterdir()) == ["cat.png", "cat_2.png"]
+    assert folder.resolve().parent == (run / "explained").resolve()
+    assert Image.open(folder / "cat.png").width == 1080
+
+
+def test_an_explanation_shows_names_as_text(classifier):
+    ranked = [("$\\frac$ <b>", 0.9), ("b" * 30, 0.1)]
+    figure = figures.explained(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked)
+    assert figures.as_image(figure).any()

@@ -1,10 +1,12 @@
 """From a checkpoint back to a network, or to the settings of a run that goes on."""
 
+import contextlib
+import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,15 @@ REMEDIES = {
     ("data", "root"): " There is no such folder here: say where the images lie, data.root=…",
     ("module", "checkpoint"): " A teacher has to lie where it did when the run began: put it there.",
 }
+SHARED = "model.safetensors", "config.json"  # the files of a folder on Hugging Face's hub
 FOLDERS = {"dirpath", "save_dir", "root_dir", "default_root_dir"}  # in which callbacks and loggers write
 
 
 def find(path: str | Path) -> Path:
-    """A run's folder stands for its best checkpoint, or the last one where nothing was validated; a file for itself."""
+    """A run's folder stands for its best checkpoint, or the last one where nothing was validated; a file, and a folder
+    that export made to be shared, for itself."""
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or (path / SHARED[0]).is_file():
         return path
     best, last = path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"
     return last if last.is_file() and not best.is_file() else best
@@ -40,6 +44,8 @@ def find(path: str | Path) -> Path:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU; a file that holds anything but plain data is refused.
+
+    Of a folder that export made to be shared, as much as is in it: nothing of its data, its training and its recipe.
 
     Returns:
         What Lightning saved. Its "hyper_parameters" are {"cifarnet": version, "class_names": […], "image_size": pixels,
@@ -50,6 +56,8 @@ def read(path: str | Path) -> dict[str, Any]:
         UserError: there is no such file, it is not a checkpoint of this project, or one of a newer version.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_shared(path)
     if not path.is_file():
         raise UserError(
             f"There is no checkpoint {path}. A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
@@ -77,15 +85,40 @@ def read(path: str | Path) -> dict[str, Any]:
             "could run code: nothing of it was loaded."
         ) from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or "nothing in it"
-        raise UserError(
-            f"{path} is not a checkpoint of cifarnet, or is damaged ({type(error).__name__}: {reason})."
-        ) from error
+        raise _damaged(path, error) from error
+    _check_version(path, written_by)
+    return checkpoint
+
+
+def _read_shared(folder: Path) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{folder} needs safetensors: pip install 'cifarnet[export]'") from error
+    try:
+        settings = json.loads((folder / SHARED[1]).read_text("utf-8"))
+        written_by = Version(settings["cifarnet"])
+        told = {key: settings[key] for key in ("cifarnet", "class_names", "image_size", "precision")}
+        told["config"] = {"model": settings["model"]}
+        list(told["class_names"]), int(told["image_size"]), settings["model"].items(), settings["epoch"] + 1
+        resolved = {"data": {}, "model": settings["model"], "module": {"tta": settings["tta"]}}
+        content = {"hyper_parameters": told, "resolved": resolved, "state_dict": load_file(folder / SHARED[0])}
+    except Exception as error:
+        raise _damaged(folder, error) from error
+    _check_version(folder, written_by)
+    return content | {"epoch": settings["epoch"] - 1, "global_step": 0}
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0] or "nothing in it"
+    return UserError(f"{path} is not a checkpoint of cifarnet, or is damaged ({type(error).__name__}: {reason}).")
+
+
+def _check_version(path: Path, written_by: Version) -> None:
     if written_by > Version(__version__):
         raise UserError(
             f"{path} was written by cifarnet {written_by}, newer than the {__version__} installed here: update it."
         )
-    return checkpoint
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,21 +194,34 @@ def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any]
 
     `path` is for messages.
     """
-    hparams, model = content["hyper_parameters"], content["resolved"]["model"]
+    hparams, prefix = content["hyper_parameters"], "network."
+    state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    names = [str(name) for name in hparams["class_names"]]
+    built = untrained(content["resolved"]["model"], len(names), hparams["image_size"], path, classes)
+    with _telling_damage(path):
+        built.load_state_dict(state)
+    return built.eval(), names
+
+
+def untrained(
+    model: Mapping[str, Any], num_classes: int, image_size: int, path: str | Path, classes: Sequence[Any] = ()
+) -> nn.Module:
+    """The network that the settings of a file describe, if the class they name is one that they may."""
     make = permitted(model.get("_target_"), "model", classes)
     if make is None:
         raise refused(f"the class {model.get('_target_')}", path)
-    prefix = "network."
-    state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
     settings = {key: value for key, value in model.items() if not key.startswith("_")}
-    names = [str(name) for name in hparams["class_names"]]
+    with _telling_damage(path):
+        return construct(make, num_classes, image_size, **settings)
+
+
+@contextlib.contextmanager
+def _telling_damage(path: str | Path) -> Iterator[None]:
     try:
-        built = construct(make, len(names), hparams["image_size"], **settings)
-        built.load_state_dict(state)
+        yield
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged, or its network has changed since: {reason[:300]}") from error
-    return built.eval(), names
 
 
 def check_data(

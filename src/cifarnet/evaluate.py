@@ -1,6 +1,5 @@
 """Measure a trained network: accuracy, calibration, mistakes, robustness; as one HTML page."""
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, files, ranges, settings
+from cifarnet import cli, files
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range, Seed
@@ -21,7 +20,6 @@ EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
 """
-SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
 TYPES = dict.fromkeys(("tta", "cifar10_c", "cifar10_1", "cifar10h", "output_dir"), str | None)
 TYPES |= {"tta_share": float | None, "precision": str | int | None, "accelerator": str}
 TYPES |= {"corruptions": bool, "seed": int, "classes": list[str]}
@@ -98,35 +96,9 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> DictConfig:
     """`configs/evaluate.yaml`, with the checkpoint's own data unless other data are chosen."""
-    from cifarnet import checkpoint
+    from cifarnet.evaluation import testdata
 
-    recorded = content["resolved"]["data"]
-    if "data" in map(cli.key_of, overrides):
-        saved = {key: recorded[key] for key in SPLITTING if isinstance(recorded.get(key), int | float)}
-    else:
-        named = [override for override in overrides if cli.key_of(override) == "classes"]
-        given = {cli.key_of(override).removeprefix("data.") for override in overrides}
-        classes = cli.compose("evaluate", named).classes
-        settings.check_type("classes", classes, TYPES["classes"])
-        saved = checkpoint.check_data(content, path, located(classes), given)
-        if "url" in recorded:
-            saved["url"] = None  # no address of a stranger's; the user may give one
-    saved["batch_size"] = 1  # nothing is trained: a small data set will do
-    config = cli.compose("evaluate", [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
-    for key, hint in TYPES.items():
-        settings.check_type(key, config[key], hint)
-        ranges.check(key, config[key], RANGES.get(key))
-    if "_target_" not in (config.get("data") or {}):
-        raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
-    settings.check_types(config)
-    return config
-
-
-def plain(value: Any) -> str:
-    """A value, or a list of them, as an override says it: Hydra sees but a value, whoever chose it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(plain, value))}]"
-    return cli.literal(value) if isinstance(value, str) else json.dumps(value)
+    return testdata.configure("evaluate", content, path, overrides, TYPES, RANGES)
 
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
@@ -139,9 +111,9 @@ def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]
 
 def make_folder(output_dir: str | None, path: Path) -> Path:
     """`output_dir`, else a folder in the run's own, or beside a checkpoint that was moved out of it."""
-    from cifarnet.evaluation.trained import evaluation_folder
+    from cifarnet.evaluation.trained import folder_for
 
-    folder = evaluation_folder(path) if output_dir is None else Path(output_dir)
+    folder = folder_for(path, "evaluation") if output_dir is None else Path(output_dir)
     if output_dir is None:
         files.refuse_links(folder.parent, [folder])
     try:

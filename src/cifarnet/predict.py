@@ -9,8 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,17 +21,22 @@ from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range
 
+if TYPE_CHECKING:
+    from cifarnet.evaluation.trained import Answer, Trained
+
 EXAMPLES = """\
   python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
   python -m cifarnet.predict <run> pictures top=1 tta=mirror output=predictions.csv
+  python -m cifarnet.predict <run> cat.jpg explain=true                  a picture of where the network looked
   python -m cifarnet.predict <run> pictures temperature=evaluation     as sure as it was right in validation
 """
 TYPES = dict.fromkeys(("tta", "output"), str | None) | dict.fromkeys(("top", "workers"), int | None)
 TYPES |= {"temperature": float | str | None, "batch_size": int, "precision": str | int | None}
-TYPES |= {"accelerator": str, "classes": list[str]}
+TYPES |= {"accelerator": str, "classes": list[str], "explain": bool}
 RANGES = {"top": Annotated[int, Range(1)], "workers": Annotated[int, Range(1, 512)]}
 RANGES |= {"batch_size": Annotated[int, Range(1, 1_000_000)]}
 ENDINGS = (".csv", ".json")
+SHOWN = 10  # classes beside a picture, at most
 WIDTH = 60  # of the column of names, at most
 
 
@@ -54,22 +60,28 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     classifier = trained.load(run, located(config.classes))
     temperature = classifier.temperature(config.temperature, config.tta)
     sources, rows = listed(images)
+    folder = explanations(classifier.path) if config.explain else None
     asked = {key: config[key] for key in ("tta", "batch_size", "workers", "precision", "accelerator")}
     width = min(WIDTH, max((len(shown(source)) for source in sources), default=0))
     with tqdm(total=len(sources), desc="Predicting", unit=" images", leave=False, disable=None) as bar:
         for answer in classifier.answers(sources, **asked):
+            bar.update()
             ranked = [] if answer.logits is None else classifier.ranked(answer.logits, temperature)[: config.top]
             rows.append({"file": answer.source, "top": ranked, "error": answer.error or None})
             if answer.error:
                 tell(answer.error)
-            elif config.output is None:
+                continue
+            if folder is not None:
+                explain(classifier, answer, classifier.ranked(answer.logits, temperature)[:SHOWN], folder)
+            if config.output is None:
                 shares = "  ".join(f"{shown(name)} {share:.2%}" for name, share in ranked)
                 tqdm.write(f"{shown(answer.source):<{width}}  {shares}")
-            bar.update()
+    if folder is not None:
+        print(f"Where the network looked: {shown(os.path.relpath(folder))}")
     if config.output is not None:
         circumstances = {"checkpoint": str(classifier.path), "epoch": classifier.epoch, **classifier.tested}
         circumstances |= {key: asked[key] for key in ("tta", "precision") if asked[key] is not None}
-        save(rows, Path(config.output), circumstances | {"temperature": temperature})
+        save_rows(rows, Path(config.output), circumstances | {"temperature": temperature})
     unread = sum(row["error"] is not None for row in rows)
     if unread:
         raise UserError(f"{unread:,} of {len(rows):,} could not be read; what is wrong with each is told above.")
@@ -119,6 +131,32 @@ def listed(images: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
     return sources, rows
 
 
+def explanations(checkpoint: Path) -> Path:
+    """A new folder for pictures of where the network looked."""
+    from cifarnet.evaluation.trained import folder_for
+
+    folder = folder_for(checkpoint, "explained") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    files.refuse_links(folder.parent.parent, [folder.parent])
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"explain=true: {folder} cannot be made ({error.strerror}).") from error
+    return folder
+
+
+def explain(classifier: "Trained", answer: "Answer", ranked: Sequence[tuple[str, float]], folder: Path) -> None:
+    """Write a PNG beside the others, under the picture's name."""
+    from cifarnet.evaluation import figures
+    from cifarnet.runs.figures import save
+
+    stem = Path(str(answer.source)).stem
+    path, count = folder / f"{stem}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}_{count}.png"
+    save(figures.explained(answer.pixels, classifier.heat(answer.pixels, answer.logits), ranked), path)
+
+
 def shown(text: str) -> str:
     """A name on one line, without what commands a terminal."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
@@ -129,7 +167,7 @@ def tell(error: str) -> None:
     tqdm.write(shown(error), file=sys.stderr)
 
 
-def save(rows: Sequence[dict[str, Any]], output: Path, circumstances: dict[str, Any]) -> None:
+def save_rows(rows: Sequence[dict[str, Any]], output: Path, circumstances: dict[str, Any]) -> None:
     """A row an image as CSV; as JSON with what the answers depend on too."""
     if output.suffix.lower() == ".json":
         named = [row | {"top": [{"class": name, "probability": share} for name, share in row["top"]]} for row in rows]

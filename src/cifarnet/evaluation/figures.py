@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context, rcParams
+from matplotlib import colormaps, rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -73,6 +73,38 @@ def _grid(images: "Tensor", captions: Sequence[tuple[str, str]], title: str, col
     for axis, image, (caption, colour) in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(caption, fontsize=9, color=colour)
+    return figure
+
+
+def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image, uint8 [H, W, 3], under a map of heat, float [H, W] from 0 to 1: uint8 [H, W, 3]; grey where cold."""
+    grey = np.repeat(image.mean(2, keepdims=True) / 255, 3, axis=2)
+    shade = 0.7 * heat[..., None]
+    return ((grey * (1 - shade) + colormaps["inferno"](heat)[..., :3] * shade) * 255).round().astype(np.uint8)
+
+
+def explained(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str, float]]) -> Figure:
+    """An image as the network sees it, where it looked for the likeliest class, and probabilities, the highest first.
+
+    Shapes: image uint8 [H, W, 3]; heat float [H, W] from 0 to 1.
+    """
+    figure = Figure(figsize=(9, 1.2 + max(1.9, 0.22 * len(ranked))), dpi=120, layout="constrained")
+    seen, looked, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
+    for axis, pixels, title in [
+        (seen, image, "as the network sees it"),
+        (looked, heated(image, heat), "where it looked"),
+    ]:
+        axis.imshow(pixels, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    names, shares = zip(*ranked, strict=True)
+    bars.barh(range(len(names)), shares, color=[BARS] + ["grey"] * (len(names) - 1))
+    bars.set_yticks(range(len(names)), names, parse_math=False)
+    bars.invert_yaxis()
+    for place, share in enumerate(shares):
+        bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=9)
+    bars.set(xlim=(0, 1.2), xticks=[], title="")
+    bars.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
 
 

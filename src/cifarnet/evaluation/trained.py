@@ -18,8 +18,20 @@ from torch import Tensor, nn
 
 from cifarnet import checkpoint, ranges
 from cifarnet.errors import UserError
+from cifarnet.evaluation.gradcam import grad_cam
 from cifarnet.hardware import cores
 
+RECORDED = (
+    "name",
+    "seed",
+    "git_commit",
+    "precision",
+    "test_accuracy_one_view",
+    "data",
+    "hardware",
+    "versions",
+    "overrides",
+)
 CHUNK = 16  # images that a thread decodes in one go, where there are many: small ones take less time than handing over
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -34,10 +46,12 @@ class Prediction(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """To one image: logits, float32 [num_classes] on the CPU, or None and why it could not be read."""
+    """To one image: logits, float32 [num_classes] on the CPU, and what the network saw, uint8 [size, size, 3]; or None
+    and why it could not be read."""
 
     source: Picture
     logits: Tensor | None
+    pixels: np.ndarray | None
     error: str = ""
 
 
@@ -56,6 +70,7 @@ class Trained(NetworkAndNames):
         image_size: height and width, in pixels, of the images that it was trained on.
         epoch: after which it was saved, from 1.
         tested: how the run was tested: "tta", and the "precision" of the arithmetic.
+        model: the network's settings, with its class as `_target_`.
     """
 
     path: Path
@@ -63,6 +78,7 @@ class Trained(NetworkAndNames):
     epoch: int
     tested: dict[str, Any]
     channels_last: bool
+    model: dict[str, Any]
 
     def predict(
         self, images: Picture | Iterable[Picture], *, temperature: float | str | None = None, **settings: Any
@@ -148,7 +164,18 @@ class Trained(NetworkAndNames):
                 raise UserError(f"{self.path}: the network's answers are not finite numbers, one a class.")
             rows = iter(logits)
         for source, pixels in batch:
-            yield Answer(source, None, pixels) if isinstance(pixels, str) else Answer(source, next(rows))
+            unread = isinstance(pixels, str)
+            yield Answer(source, None, None, pixels) if unread else Answer(source, next(rows), pixels)
+
+    def heat(self, pixels: np.ndarray, logits: Tensor) -> np.ndarray:
+        """Where the network looked, in a picture as it saw it, for the likeliest class: Grad-CAM, float [H, W] from 0
+        to 1, of the one view, in float32 on the CPU.
+
+        Args:
+            pixels, logits: of an `Answer`.
+        """
+        image = torch.tensor(pixels).permute(2, 0, 1)[None]
+        return grad_cam(self.network, image, logits.argmax()[None])[0].numpy()
 
     def ranked(self, logits: Tensor, temperature: float = 1.0) -> list[tuple[str, float]]:
         """Logits [num_classes] as classes and their probabilities, the likeliest first."""
@@ -161,7 +188,7 @@ class Trained(NetworkAndNames):
             if isinstance(asked, bool | str) or not 0 < (1 if asked is None else asked) < math.inf:
                 raise UserError(f"temperature={asked}: give a number above 0, or evaluation.")
             return 1.0 if asked is None else float(asked)
-        file = evaluation_folder(self.path) / "metrics.json"
+        file = folder_for(self.path, "evaluation") / "metrics.json"
         command = f"python -m cifarnet.evaluate {self.path}"
         try:
             record = json.loads(file.read_text("utf-8"))
@@ -181,6 +208,28 @@ class Trained(NetworkAndNames):
                 f"{self.path.name} with tta={tta}. Fit it anew: {command} tta={tta}"
             )
         return found
+
+    def record(self) -> dict[str, Any]:
+        """What the run's `metrics.json` says of it and its test, if that was of these weights; else nothing."""
+        in_run = self.path.parent.name == "checkpoints"
+        return self._written(self.path.parent.with_name("metrics.json"), "tested_epoch", RECORDED) if in_run else {}
+
+    def evaluation(self) -> dict[str, Any]:
+        """What evaluate's `metrics.json` says, if it is of these weights; else nothing."""
+        file = folder_for(self.path, "evaluation") / "metrics.json"
+        return self._written(file, "epoch", ("test", "val", "checkpoint", "finished"))
+
+    def _written(self, file: Path, epoch: str, needed: Sequence[str]) -> dict[str, Any]:
+        try:
+            record = json.loads(file.read_text("utf-8"))
+            [record[key] for key in needed]
+            return record if record[epoch] == self.epoch else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{file} is damaged ({type(error).__name__}: {error}). Remove it, or write it anew."
+            ) from None
 
 
 def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
@@ -209,6 +258,7 @@ def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
     trained.image_size = int(content["hyper_parameters"]["image_size"])
     ranges.check(f"{path}: image_size", trained.image_size, ranges.Pixels)
     trained.channels_last = bool(content["resolved"].get("channels_last", True))
+    trained.model = content["resolved"]["model"]
     return trained
 
 
@@ -219,10 +269,10 @@ def as_tested(content: Mapping[str, Any]) -> dict[str, Any]:
     return saved | {"precision": content["hyper_parameters"]["precision"]}
 
 
-def evaluation_folder(path: Path) -> Path:
-    """Where evaluate writes about a checkpoint: in its run's folder, or beside a file that was moved out of it."""
+def folder_for(path: Path, name: str) -> Path:
+    """Where a command writes about a checkpoint: in its run's folder, or beside a file that was moved out of it."""
     in_run = path.parent.name == "checkpoints"
-    return path.parent.with_name("evaluation") if in_run else path.with_name(f"{path.stem}_evaluation")
+    return path.parent.with_name(name) if in_run else path.with_name(f"{path.stem}_{name}")
 
 
 def _listed(images: Iterable[Picture]) -> Iterator[Picture]:

@@ -1,0 +1,64 @@
+"""Which images a trained network is put to the test on: those of its own run, or others that the user names."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from cifarnet import checkpoint, cli, ranges, settings
+from cifarnet.errors import UserError
+from cifarnet.permitted import located
+
+SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
+
+
+def configure(
+    command: str,
+    content: Mapping[str, Any],
+    path: Path,
+    overrides: Sequence[str],
+    types: Mapping[str, Any],
+    allowed: Mapping[str, Any],
+) -> DictConfig:
+    """`configs/<command>.yaml`, checked, with the checkpoint's own data unless other data are chosen.
+
+    Args:
+        content: what `checkpoint.read` returned for `path`.
+        types, allowed: of the command's settings, for those that have one; the range of numbers.
+
+    Raises:
+        UserError: a setting cannot be used, or the checkpoint asks for data that it may not name, or that are not here.
+    """
+    recorded = content["resolved"]["data"]
+    if "data" in map(cli.key_of, overrides):
+        saved = {key: recorded[key] for key in SPLITTING if isinstance(recorded.get(key), int | float)}
+    elif not recorded:
+        raise UserError(
+            f"{path} does not say what it was trained on. Say what to test on: data=cifar10, or data=folder …"
+        )
+    else:
+        named = [override for override in overrides if cli.key_of(override) == "classes"]
+        given = {cli.key_of(override).removeprefix("data.") for override in overrides}
+        classes = cli.compose(command, named).classes
+        settings.check_type("classes", classes, types["classes"])
+        saved = checkpoint.check_data(content, path, located(classes), given)
+        if "url" in recorded:
+            saved["url"] = None  # no address of a stranger's; the user may give one
+    saved["batch_size"] = 1  # nothing is trained: a small data set will do
+    config = cli.compose(command, [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
+    for key, hint in types.items():
+        settings.check_type(key, config[key], hint)
+        ranges.check(key, config[key], allowed.get(key))
+    if "_target_" not in (config.get("data") or {}):
+        raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
+    settings.check_types(config)
+    return config
+
+
+def plain(value: Any) -> str:
+    """A value, or a list of them, as an override says it: Hydra sees but a value, whoever chose it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(plain, value))}]"
+    return cli.literal(value) if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,183 @@
+"""Write a trained network as a file that runs without this project, or as a folder to share: pixels in, logits out.
+
+What is written is run on test images and compared with the network before it gets its place: it gives the same answers,
+or it is not there.
+"""
+
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cifarnet import __version__, cli, files
+from cifarnet.errors import UserError, printable
+from cifarnet.permitted import located
+from cifarnet.ranges import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifarnet.evaluation.trained import Trained
+
+EXAMPLES = """\
+  python -m cifarnet.export lightning_logs/baseline/<date_time>
+  python -m cifarnet.export <run> format=torch_export output=cnn.pt2
+  python -m cifarnet.export <run> format=hub            for Hugging Face's hub, with a model card
+"""
+TYPES = {"format": str, "output": str | None, "images": int, "classes": list[str]}
+RANGES = {"images": Annotated[int, Range(1)]}
+BATCH_SIZES = (1, 7, 64)
+TOLERANCE = 1e-4  # of logits, in float32
+
+
+def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Write a checkpoint's network in another format, and see that it answers alike.
+
+    Args:
+        path: a run's folder or a checkpoint file.
+        overrides: of `configs/export.yaml`, such as "format=onnx".
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        UserError: the checkpoint, a setting or the data cannot be used, what the format needs is not installed, or what
+            was written answers otherwise than the network.
+    """
+    from cifarnet import checkpoint
+
+    path = checkpoint.find(path)
+    content = checkpoint.read(path)
+
+    from cifarnet import build  # these take seconds more: a wrong path is told before
+    from cifarnet.evaluation import testdata, trained
+    from cifarnet.quiet import quieten_lightning
+
+    quieten_lightning()
+    config = testdata.configure("export", content, path, overrides, TYPES, RANGES)
+    form = chosen(config.format)
+    classifier = trained.load(path, located(config.classes))
+    target = place(config.output, path, form.FILE)
+    data = build.make_data(config)
+    checkpoint.check_same_task(content["hyper_parameters"], data.class_names, data.image_size)
+    tests = data.source.test.images
+    images = tests[:: -(-len(tests) // config.images)]  # a folder's lie class by class
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
+        draft = Path(temporary) / target.name
+        form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, facts(classifier, images.shape[1]))
+        difference = compared(classifier.network, form.load(draft), images)
+        move(draft, target)
+    sizes = ", ".join(map(str, BATCH_SIZES))
+    print(
+        printable(
+            f"{os.path.relpath(target)}: {len(images):,} test images, in batches of {sizes}, get the same answers."
+        )
+    )
+    print(f"The largest difference of logits is {difference:.1e}.")
+    return target
+
+
+def chosen(name: str) -> ModuleType:
+    """The module that writes a format.
+
+    Raises:
+        UserError: there is none, or what it needs is not installed.
+    """
+    from cifarnet import formats
+
+    known = [path.stem for path in Path(formats.__file__).parent.glob("[a-z]*.py")]
+    if name not in known:
+        meant = cli.did_you_mean(name, known)
+        raise UserError(f"format={name} is not known.{meant} There are: {', '.join(sorted(known))}.")
+    try:
+        return importlib.import_module(f"cifarnet.formats.{name}")
+    except ImportError as error:
+        raise UserError(f"format={name} needs {error.name}: pip install 'cifarnet[export]'") from error
+
+
+def place(output: str | None, path: Path, file: str) -> Path:
+    """Where to write: `output`, else in the run's folder `exported`, or beside a checkpoint that was moved."""
+    from cifarnet.evaluation.trained import folder_for
+
+    target = folder_for(path, "exported") / file if output is None else Path(output)
+    if output is None:
+        files.refuse_links(target.parent.parent, [target.parent])
+    if target.exists() and target.is_dir() == bool(Path(file).suffix):
+        kind = "folder" if target.is_dir() else "file"
+        raise UserError(f"output={target} is a {kind}, which what is written is not. Choose another, such as {file}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another.") from error
+    return target
+
+
+def facts(classifier: "Trained", channels: int) -> dict[str, Any]:
+    """What one who has nothing but the file needs to know of it, as plain data; accuracies from 0 to 1."""
+    size, names = classifier.image_size, classifier.class_names
+    told = {
+        "input": f"uint8 [batch, {channels}, {size}, {size}], RGB, as they are: normalisation is inside",
+        "output": f"logits, float32 [batch, {len(names)}], of one view; softmax gives the probabilities of class_names",
+        "class_names": names,
+        "image_size": size,
+        "epoch": classifier.epoch,
+        "cifarnet": __version__,
+    }
+    if record := classifier.record():
+        told |= {"test_accuracy": record["test_accuracy_one_view"], "test_images": record["data"]["test"]}
+        told |= {"measured_in": record["precision"]} | {key: record[key] for key in ("name", "seed", "git_commit")}
+    return told
+
+
+def compared(network: Callable, exported: Callable, images: "Tensor") -> float:
+    """The largest difference of logits, over images [N, C, H, W] in batches of each of `BATCH_SIZES`.
+
+    Raises:
+        UserError: it is not under `TOLERANCE`, or an image gets another class.
+    """
+    import torch
+
+    largest = 0.0
+    for size in BATCH_SIZES:
+        for batch in images.split(size):
+            with torch.inference_mode():
+                expected = network(batch)
+            with torch.no_grad():
+                answers = exported(batch)
+            if not expected.isfinite().all():
+                raise UserError("The network's answers are no finite numbers: there is nothing to export.")
+            difference = (answers - expected).abs().max().item() if answers.shape == expected.shape else float("nan")
+            if not difference < TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):
+                raise UserError(
+                    f"What was written answers otherwise than the network: by {difference:.1e} in a batch of {size} "
+                    f"(under {TOLERANCE} is allowed, and the same class). Nothing is kept; try another format."
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def move(draft: Path, target: Path) -> None:
+    """A file, or the files of a folder, take the place of those of their names."""
+    if draft.is_dir():
+        target.mkdir(exist_ok=True)
+    for file in draft.iterdir() if draft.is_dir() else [draft]:
+        os.replace(file, target / file.name if draft.is_dir() else target)
+
+
+def _command() -> None:
+    paths, overrides, _ = cli.parse("export", __doc__, EXAMPLES)
+    if len(paths) > 1:
+        raise UserError(f"{len(paths)} paths are given, {', '.join(paths)}: export one run or checkpoint at a time.")
+    export(paths[0], overrides)
+
+
+def main() -> None:
+    """The command `python -m cifarnet.export`."""
+    cli.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""AOTInductor: the network compiled for this machine's processor, to be run from Python or C++."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifarnet.errors import UserError
+from cifarnet.evaluation.trained import Trained
+from cifarnet.formats.torch_export import traced
+
+FILE = "network_aoti.pt2"
+
+
+def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
+    """Compile the network for batches of any size. The facts, as JSON, are what `get_metadata()["cifarnet"]` gives.
+
+    Raises:
+        UserError: there is no compiler.
+    """
+    settings = {"aot_inductor.metadata": {"cifarnet": json.dumps(facts)}}
+    program = traced(classifier.network, images)
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    except Exception as error:
+        if "compiler" not in str(error):
+            raise
+        raise UserError("format=aoti: PyTorch finds no working C++ compiler. Install one (g++).") from error
+
+
+def load(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch._inductor.aoti_load_package(str(path))

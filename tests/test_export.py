@@ -1,0 +1,215 @@
+"""What is exported answers as the network does, or is not there; the folder to share is read back, and runs no code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+import cifarnet
+from cifarnet import cli
+from cifarnet.errors import UserError
+from cifarnet.evaluate import evaluate
+from cifarnet.export import export, main
+from cifarnet.formats import hub, onnx
+from cifarnet.train import train
+from conftest import LEARNS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(cli.compose("train", [*LEARNS, f"output_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def logits(network, images):
+    with torch.no_grad():
+        return network(images)
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_onnx_needs_nothing_but_onnxruntime(run, command, images):
+    status, out, err = command(str(run), main=main)
+    assert status == 0, err
+    assert "network.onnx: 60 test images, in batches of 1, 7, 64, get the same answers.\nThe largest difference" in out
+    session = onnxruntime.InferenceSession(run / "exported/network.onnx")
+    expected = logits(cifarnet.load(run).network, images)
+    for batch in (images, images[:1]):
+        (answers,) = session.run(["logits"], {"images": batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answers), expected[: len(batch)], rtol=0, atol=1e-5)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == cifarnet.load(run).class_names
+    assert json.loads(told["test_accuracy"]) == record(run)["test_accuracy_one_view"]
+    assert (told["image_size"], told["name"]) == ("32", record(run)["name"])
+    assert told["input"].startswith("uint8 [batch, 3, 32, 32]")
+
+
+def test_torch_export_runs_where_this_project_is_not(run, images, tmp_path):
+    path = export(run, ["format=torch_export", f"output={tmp_path}/cnn.pt2"])
+    torch.save((images, logits(cifarnet.load(run).network, images)), tmp_path / "expected.pt")
+    program = (
+        "import sys, torch; sys.modules['cifarnet'] = None; import json; told = {'cifarnet.json': ''};"
+        f"network = torch.export.load({str(path)!r}, extra_files=told).module();"
+        f"images, expected = torch.load({str(tmp_path / 'expected.pt')!r});"
+        "print((network(images) - expected).abs().max().item() < 1e-5, json.loads(told['cifarnet.json'])['image_size'])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "True 32\n"
+
+
+@pytest.mark.slow  # it compiles
+def test_aoti_is_compiled_for_batches_of_any_size(run, images):
+    path = export(run, ["format=aoti"])
+    network = torch._inductor.aoti_load_package(str(path))
+    torch.testing.assert_close(network(images), logits(cifarnet.load(run).network, images), rtol=0, atol=1e-5)
+    assert json.loads(network.get_metadata()["cifarnet"])["class_names"] == cifarnet.load(run).class_names
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet20", "vit", "convmixer"])
+def test_networks_of_other_kinds(model, tmp_path):
+    base = [setting for setting in LEARNS if not setting.startswith(("model", "optimizer", "module.tta"))]
+    short = ["data.train_size=60", f"model={model}", "optimizer=adamw", f"output_dir={tmp_path}"]
+    train(cli.compose("train", [*base, *short]))
+    export(tmp_path, ["images=8"])
+    assert onnx.load(tmp_path / "exported/network.onnx")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("wrong", [lambda answers: answers + 1e-3, lambda answers: answers[:, :-1], lambda a: a / 0])
+def test_what_answers_otherwise_is_not_kept(run, monkeypatch, tmp_path, wrong):
+    load = onnx.load
+    monkeypatch.setattr(onnx, "load", lambda path: lambda images: wrong(load(path)(images)))
+    with pytest.raises(UserError, match=r"answers otherwise than the network: by .* in a batch of 1 "):
+        export(run, [f"output={tmp_path}/network.onnx"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_used(run, command, monkeypatch, tmp_path):
+    tmp_path.joinpath("folder").mkdir()
+    for given, told in {
+        "format=onx": "format=onx is not known. Did you mean onnx? There are: aoti, hub, onnx, torch_export.",
+        "images=0": "images=0: give a number from 1.",
+        "output=folder": "output=folder is a folder, which what is written is not.",
+        "output=/dev/null/x.onnx": "output=/dev/null/x.onnx cannot be written (",
+        "data.root=a": "data.root",
+    }.items():
+        status, _, err = command(str(run), given, main=main)
+        assert status == 1
+        assert told in err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "cifarnet.formats.onnx")
+    assert "format=onnx needs onnxruntime: pip install 'cifarnet[export]'" in command(str(run), main=main)[2]
+
+
+def test_a_stranger_s_checkpoint_runs_nothing(changed, run, command):
+    def alter(checkpoint):
+        checkpoint["hyper_parameters"]["config"]["model"]["_target_"] = "os.system"
+
+    status, _, err = command(str(changed(alter)), main=main)
+    assert status == 1
+    assert "asks for the class os.system, which is no class that this project lists" in err
+
+
+def test_a_folder_to_share_is_loaded_back(run, images, command, tmp_path):
+    folder = export(run, ["format=hub", f"output={tmp_path}/shared"])
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    original, shared = cifarnet.load(run), cifarnet.load(folder)
+    assert torch.equal(logits(shared.network, images), logits(original.network, images))
+    assert (shared.class_names, shared.image_size, shared.epoch, shared.tested) == (
+        *(original.class_names, original.image_size, original.epoch, original.tested),
+    )
+    assert [of.probabilities for of in shared.predict(images)] == [of.probabilities for of in original.predict(images)]
+    theirs = hub.HubNetwork.from_pretrained(folder)
+    assert torch.equal(logits(theirs.eval(), images), logits(original.network, images))
+    evaluated = evaluate(folder, ["data=synthetic", "data.test_size=60", "corruptions=false", "data.train_size=300"])
+    assert evaluated["test"]["images"] == 60
+    with pytest.raises(UserError, match=r"does not say what it was trained on\. Say what to test on: data="):
+        evaluate(folder)
+
+
+def test_the_card_tells_what_was_measured(run, tmp_path):
+    card = export(run, ["format=hub", f"output={tmp_path}/hub"]).joinpath("README.md").read_text()
+    assert f"test accuracy  {record(run)['test_accuracy']:.2%}" in card
+    assert "SpeedNet" in card
+    assert "Synthetic: 270 images to train, 30 to validate" in card
+    measured = evaluate(run, ["corruptions=false"])
+    card = export(run, ["format=hub", f"output={tmp_path}/hub"]).joinpath("README.md").read_text()
+    assert f"Brier score           {measured['test']['brier']:.4f}" in card
+    assert "By `python -m cifarnet.evaluate`" in card
+
+
+def test_places_on_a_machine_are_left_out_of_the_card():
+    typed = ["+experiment=baseline", "data.root=/home/me/pictures", "ckpt_path=C:\\me\\last.ckpt", "seed=3"]
+    assert hub.typed(typed) == ["+experiment=baseline", "data.root=…", "ckpt_path=…", "seed=3"]
+
+
+def test_a_record_of_other_weights_is_not_told(run, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes())
+    (tmp_path / "metrics.json").write_text(json.dumps(record(run) | {"tested_epoch": 7}))
+    card = export(tmp_path, ["format=hub"]).joinpath("README.md").read_text()
+    assert "Nothing: the record of its run was not at hand." in card
+    (tmp_path / "metrics.json").write_text(json.dumps(record(run) | {"hardware": 3}))
+    with pytest.raises(UserError, match=r"A record of .* is damaged"):
+        export(tmp_path, ["format=hub"])
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
+        export(tmp_path)
+
+
+def test_names_are_shown_as_text_in_the_card(changed, run):
+    def alter(checkpoint):
+        names = checkpoint["hyper_parameters"]["class_names"]
+        names[:2] = ["<script>alert(1)</script>", "\x1b[2J```\n# [hello](http://example.org)"]
+
+    classifier = cifarnet.load(changed(alter))
+    card = hub.card(classifier)
+    fenced = [line.startswith("```") for line in card.splitlines()]
+    outside = "\n".join(line for place, line in enumerate(card.splitlines()) if sum(fenced[:place]) % 2 == 0)
+    assert "<script>" in card
+    assert "<script>" not in outside
+    assert "example.org" not in outside
+    assert "\x1b" not in card
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.load", "cifarnet.evaluate.evaluate", 3, None])
+def test_a_stranger_s_shared_folder_runs_nothing(run, tmp_path, target):
+    folder = export(run, ["format=hub", f"output={tmp_path}/shared"])
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["_target_"] = target
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (cifarnet.load, hub.HubNetwork.from_pretrained):
+        with pytest.raises(UserError, match="asks for the class"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ({"model": 3}, "is damaged"),
+        ({"image_size": "x"}, "is damaged"),
+        ({"cifarnet": "99.0"}, "newer than"),
+        ({"class_names": ["a", "b"]}, "is damaged, or its network has changed since"),
+    ],
+)
+def test_a_damaged_shared_folder_is_told(run, tmp_path, settings, told):
+    folder = export(run, ["format=hub", f"output={tmp_path}/shared"])
+    file = folder / "config.json"
+    file.write_text(settings if isinstance(settings, str) else json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match=told):
+        cifarnet.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        cifarnet.load(folder)
