@@ -36,9 +36,8 @@ def commands(page: Path) -> list[list[str]]:
 def made_small(command: list[str]) -> list[str]:
     """A command's arguments, for one epoch on few pictures; its folders found."""
     module, arguments = command[2], [found(argument) for argument in command[3:]]
-    if module in ("cifarnet.evaluate", "cifarnet.compare", "cifarnet.predict") or any(
-        "ckpt_path" in a or "resume" in a for a in arguments
-    ):
+    trains = module in ("cifarnet.train", "cifarnet.search")
+    if not trains or any("ckpt_path" in a or "resume" in a for a in arguments):
         return arguments
     given = {cli.key_of(argument) for argument in arguments}
     learns = "name=mine" in arguments  # whose accuracy is looked at

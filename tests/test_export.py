@@ -57,7 +57,7 @@ def test_onnx_needs_nothing_but_onnxruntime(run, command, images):
 
 
 def test_torch_export_runs_where_this_project_is_not(run, images, tmp_path):
-    path = export(run, ["format=torch_export", f"output={tmp_path}/cnn.pt2"])
+    path = export(run, ["format=torch_export", f"output={tmp_path}/cnn.pt2", "data=synthetic", "data.test_size=10"])
     torch.save((images, logits(cifarnet.load(run).network, images)), tmp_path / "expected.pt")
     program = (
         "import sys, torch; sys.modules['cifarnet'] = None; import json; told = {'cifarnet.json': ''};"
@@ -80,6 +80,7 @@ def test_aoti_is_compiled_for_batches_of_any_size(run, images):
 def test_networks_of_other_kinds(model, tmp_path):
     base = [setting for setting in LEARNS if not setting.startswith(("model", "optimizer", "module.tta"))]
     short = ["data.train_size=60", f"model={model}", "optimizer=adamw", f"output_dir={tmp_path}"]
+    short += ["model.depth=2"] if model in ("vit", "convmixer") else []
     train(cli.compose("train", [*base, *short]))
     export(tmp_path, ["images=8"])
     assert onnx.load(tmp_path / "exported/network.onnx")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)

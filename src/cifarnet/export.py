@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cifarnet import __version__, cli, files
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
-from cifarnet.ranges import Range
+from cifarnet.ranges import Range, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ EXAMPLES = """\
   python -m cifarnet.export <run> format=torch_export output=cnn.pt2
   python -m cifarnet.export <run> format=hub            for Hugging Face's hub, with a model card
 """
-TYPES = {"format": str, "output": str | None, "images": int, "classes": list[str]}
-RANGES = {"images": Annotated[int, Range(1)]}
+TYPES = {"format": str, "output": str | None, "images": int, "seed": int, "classes": list[str]}
+RANGES = {"images": Annotated[int, Range(1)], "seed": Seed}
 BATCH_SIZES = (1, 7, 64)
 TOLERANCE = 1e-4  # of logits, in float32
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cifarnet import cli, files, ranges, settings
+from cifarnet import cli, files, settings
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range
@@ -90,9 +90,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 def configure(overrides: Sequence[str]) -> DictConfig:
     """`configs/predict.yaml`, checked."""
     config = cli.compose("predict", overrides)
-    for key, hint in TYPES.items():
-        settings.check_type(key, config[key], hint)
-        ranges.check(key, config[key], RANGES.get(key))
+    settings.check_own(config, TYPES, RANGES)
     if config.output is not None:
         output = Path(config.output)
         if output.suffix.lower() not in ENDINGS or output.is_dir():

@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue
 from typeguard import CollectionCheckStrategy, TypeCheckError
 from typeguard import check_type as compare
 
-from cifarnet import cli
+from cifarnet import cli, ranges
 from cifarnet.errors import UserError
 
 # on these no figure depends: where things lie, what they are called, what is shown meanwhile
@@ -194,6 +194,13 @@ def _check_finite(name: str, value: Any) -> None:
     for number in value if isinstance(value, ListConfig) else [value]:
         if isinstance(number, int | float) and not abs(number) < 2**63:  # NaN too
             raise UserError(f"{name}={value}: give a number that is finite.")
+
+
+def check_own(config: DictConfig, types: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
+    """Refuse a command's own settings that are not of their types, or numbers out of their ranges."""
+    for name, hint in types.items():
+        check_type(name, config[name], hint)
+        ranges.check(name, config[name], allowed.get(name))
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

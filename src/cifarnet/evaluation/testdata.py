@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cifarnet import checkpoint, cli, ranges, settings
+from cifarnet import checkpoint, cli, settings
 from cifarnet.errors import UserError
 from cifarnet.permitted import located
 
@@ -48,9 +48,7 @@ def configure(
             saved["url"] = None  # no address of a stranger's; the user may give one
     saved["batch_size"] = 1  # nothing is trained: a small data set will do
     config = cli.compose(command, [*(f"++data.{key}={plain(value)}" for key, value in saved.items()), *overrides])
-    for key, hint in types.items():
-        settings.check_type(key, config[key], hint)
-        ranges.check(key, config[key], allowed.get(key))
+    settings.check_own(config, types, allowed)
     if "_target_" not in (config.get("data") or {}):
         raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
     settings.check_types(config)
