@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"train", "search", "evaluate", "compare", "predict", "export", "demo"},
     {"runs", "evaluation", "formats"},
-    {"build", "checkpoint", "classifier", "cli", "settings"},
+    {"build", "checkpoint", "classifier", "cli", "finetuning", "settings"},
     {"data", "models", "optim", "recipes", "compiling", "saving", "quiet", "permitted", "upgrade", "hardware", "ranks"},
     {"errors", "files", "ranges", "seeding", ""},  # "": cifarnet itself, its version and `load`
 ]
@@ -149,7 +149,7 @@ def test_files_can_be_read_in_one_sitting(path):
 
 def test_the_whole_does_not_grow_unnoticed():
     """The aim is 5,000 lines."""
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "src").rglob("*.py")) <= 11_600
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "src").rglob("*.py")) <= 11_700
 
 
 def test_arguments_of_the_process_are_only_read():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet import __version__, checkpoint, hardware, ranges, ranks, settings
+from cifarnet import __version__, checkpoint, finetuning, hardware, ranges, ranks, settings
 from cifarnet.classifier import Classifier
 from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
@@ -37,12 +37,13 @@ class Built(NamedTuple):
     fit_seconds: float  # what the network's own `fit` to training images took
 
 
-def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_settings: Any) -> Built:
+def build(config: DictConfig, callbacks: Sequence[Callback] = (), fresh: bool = True, **trainer_settings: Any) -> Built:
     """All that a run is made of. The config is only read.
 
     Args:
         config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
         callbacks: more of them than the config has.
+        fresh: whether the network begins with the weights of `config.start`; not where a checkpoint brings its own.
         trainer_settings: of Lightning's Trainer, in place of the config's.
 
     Raises:
@@ -61,7 +62,7 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), **trainer_sett
     if config.threads is None and trainer.num_devices > 1:
         sharing = trainer.num_devices // hardware.slurm_tasks()  # srun gives each rank cores of its own
         torch.set_num_threads(max(1, hardware.cores() // max(1, sharing)))
-    network, fit_seconds = make_network(config, data)
+    network, fit_seconds = make_network(config, data, fresh)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
         optimizer=_optimizer(config),
@@ -88,12 +89,16 @@ def make_data(config: DictConfig) -> ImageDataModule:
     return _expect(ImageDataModule, "data", instantiate(config.data))
 
 
-def make_network(config: DictConfig, data: ImageDataModule) -> tuple[nn.Module, float]:
-    """The network, normalising by the training images' statistics, and the seconds that its own `fit` took."""
+def make_network(config: DictConfig, data: ImageDataModule, fresh: bool = True) -> tuple[nn.Module, float]:
+    """The network, normalising by the training images' statistics (or those of the images with which it was trained, if
+    it begins with the weights of `config.start`), and the seconds that its own `fit` took."""
     make = instantiate(config.model, _partial_=True)
     with _refusals("model"):
         network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
     try_on(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
+    if config.get("start") and fresh:
+        finetuning.take_over(network, config, data)
+        return network, 0.0
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(*data.channel_statistics)

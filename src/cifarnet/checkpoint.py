@@ -175,7 +175,7 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
 
 def _outside(section: str, key: str, node: Any) -> bool:
     """Is it a place that is not in the run's own folder? Images are read from where they lie, if they do lie there."""
-    if key == "output_dir" or not isinstance(node, str):
+    if key in ("output_dir", "start") or not isinstance(node, str):  # where weights once came from is not read again
         return False
     if key in FOLDERS:
         return not re.fullmatch(r"\$\{output_dir\}(/[\w-]+)*", node)

@@ -45,12 +45,14 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 
 
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
+    from cifarnet.finetuning import expanded
     from cifarnet.runs import record
     from cifarnet.runs.job import build_run, job
     from cifarnet.runs.loggers import log_results
     from cifarnet.runs.progress import tell
     from cifarnet.runs.resume import check_same_images
 
+    config = expanded(config)
     built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)

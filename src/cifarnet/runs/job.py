@@ -17,7 +17,7 @@ from cifarnet.runs.stopping import Prune
 
 def build_run(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Callback]) -> Built:
     """What trains, from the beginning or from that checkpoint."""
-    return build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])])
+    return build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])], fresh=ckpt_path is None)
 
 
 def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Callback], size: int) -> Job:

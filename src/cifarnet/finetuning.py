@@ -1,0 +1,65 @@
+"""Fine-tuning: training that begins with the weights of a network that was trained on other classes or images."""
+
+import os
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from cifarnet import checkpoint
+from cifarnet.data import ImageDataModule
+from cifarnet.errors import UserError
+from cifarnet.permitted import located
+from cifarnet.recipes.backbone import head_of
+
+
+def expanded(config: DictConfig) -> DictConfig:
+    """A copy of the config of `model=trained model.checkpoint=RUN`, in which `model` says how that run's network is
+    made, but for what is set beside, and `start` where its weights lie; any other config as it is.
+
+    Raises:
+        UserError: no such checkpoint, or one that asks for a class that it may not.
+    """
+    model = config.get("model")
+    if not isinstance(model, DictConfig) or "_target_" in model:
+        return config
+    if OmegaConf.is_missing(model, "checkpoint"):
+        raise UserError("model.checkpoint is missing: say with which run to begin, model.checkpoint=<its folder>.")
+    if "checkpoint" not in model:
+        return config
+    path = checkpoint.find(os.path.expanduser(str(model.checkpoint)))
+    content = checkpoint.read(path)
+    recorded = {"model": content["resolved"]["model"] | {"checkpoint": None}}
+    made = checkpoint.checked(recorded, path, located(config.classes))["model"]
+    if content["resolved"]["model"].get("checkpoint", path) is path:  # none of its settings, as it is timm's
+        del made["checkpoint"]
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    own = {key: value for key, value in written["model"].items() if key != "checkpoint"}
+    return OmegaConf.create(written | {"model": made | own, "start": str(path)})
+
+
+def take_over(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
+    """Give a network the weights, and the statistics of images, of the checkpoint that `config.start` names. Where that
+    knew other classes, the head stays as it is, untrained.
+
+    Raises:
+        UserError: it was trained on images of another size, or its weights do not fit.
+    """
+    content = checkpoint.read(checkpoint.find(os.path.expanduser(str(config.start))))
+    size, names = (content["hyper_parameters"][key] for key in ("image_size", "class_names"))
+    if size != data.image_size:
+        raise UserError(
+            f"The images are {data.image_size} pixels wide; {config.start} was trained on {size}. "
+            f"For a folder: data.image_size={size}"
+        )
+    own, prefix = network.state_dict(), "network."
+    given = {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    new = {f"{head_of(network)}.{key}" for key in network.get_submodule(head_of(network)).state_dict()}
+    if list(names) == list(data.class_names):
+        new = set()
+    misfits = [key for key in own if key not in new and getattr(given.get(key), "shape", None) != own[key].shape]
+    if misfits:
+        raise UserError(
+            f"{config.start} does not fit this network: {', '.join(misfits[:3])} differ, of {len(misfits)}."
+        )
+    network.load_state_dict({key: own[key] if key in new else given[key] for key in own})
