@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from cifarnet import checkpoint, ranges
 from cifarnet.errors import UserError
 from cifarnet.evaluation.gradcam import grad_cam
 from cifarnet.hardware import cores
+
+if TYPE_CHECKING:
+    from cifarnet.evaluation.predictor import Predictor
 
 RECORDED = (
     "name",
@@ -136,15 +139,7 @@ class Trained(NetworkAndNames):
         Raises:
             UserError: a setting cannot be used, or the answers are no finite numbers, one a class.
         """
-        from cifarnet.evaluation.predictor import Predictor  # on first use: Lightning takes seconds
-
-        predictor = Predictor(
-            copy.deepcopy(self.network),  # this one stays where it is, and as it is
-            tta=self.tested["tta"] if tta is None else tta,
-            channels_last=self.channels_last,
-            precision=self.tested["precision"] if precision is None else precision,
-            accelerator=accelerator,
-        )
+        predictor = self.predictor(tta=tta, precision=precision, accelerator=accelerator)
         batch: list[tuple[Picture, np.ndarray | str]] = []
         for part in _decoded(sources, self.image_size, batch_size, workers or cores()):
             batch.append(part)
@@ -152,6 +147,23 @@ class Trained(NetworkAndNames):
                 yield from self._answered(predictor, batch)
                 batch = []
         yield from self._answered(predictor, batch)
+
+    def predictor(
+        self, *, tta: str | None = None, precision: str | int | None = None, accelerator: str = "auto"
+    ) -> "Predictor":
+        """The network at work: images, uint8 [B, 3, H, W] -> logits of one view, and those with `tta`.
+
+        Settings and errors are those of `answers`.
+        """
+        from cifarnet.evaluation.predictor import Predictor  # on first use: Lightning takes seconds
+
+        return Predictor(
+            copy.deepcopy(self.network),  # this one stays where it is, and as it is
+            tta=self.tested["tta"] if tta is None else tta,
+            channels_last=self.channels_last,
+            precision=self.tested["precision"] if precision is None else precision,
+            accelerator=accelerator,
+        )
 
     def _answered(
         self, predictor: Callable[[Tensor], tuple[Tensor, Tensor]], batch: Sequence[tuple[Picture, np.ndarray | str]]

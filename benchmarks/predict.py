@@ -1,0 +1,75 @@
+"""Predicting from image files: images/s, beside decoding alone and the network alone, with as many threads.
+
+    python benchmarks/predict.py RUN FOLDER [tta=none] [--turns 5]
+
+On a processor all three share its cores: no more than 1 / (1/decoding + 1/network) can be had there.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import cifarnet
+import common
+from cifarnet import cli, hardware
+from cifarnet.data.pixels import image_files
+from cifarnet.evaluation.trained import Trained, _decoded
+from cifarnet.quiet import quieten_lightning
+
+MOST = 10_000  # images
+BATCH = 256
+
+
+def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, Any]], None]) -> float:
+    quieten_lightning()
+    hardware.keep_freed_memory()
+    path, folder = [given for given in overrides if not cli.is_setting(given)]
+    settings = dict(given.split("=") for given in overrides if cli.is_setting(given))
+    classifier, files = cifarnet.load(path), list(image_files(folder))[:MOST]
+    run(classifier, files[: 2 * BATCH], settings)  # threads start, kernels are chosen
+    start = time.perf_counter()
+    run(classifier, files, settings)
+    return len(files) / (time.perf_counter() - start)
+
+
+def decoding(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
+    for _ in _decoded(files, classifier.image_size, BATCH, hardware.cores()):
+        pass
+
+
+def network(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
+    size = classifier.image_size
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, 3, size, size), np.uint8))
+    predictor = classifier.predictor(**settings)
+    for _ in range(0, len(files), BATCH):
+        predictor(pixels)[1].cpu()
+
+
+def predicting(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
+    for _ in classifier.answers(files, batch_size=BATCH, **settings):
+        pass
+
+
+SIDES = {
+    "decoding alone": lambda overrides: rate(overrides, decoding),
+    "the network alone": lambda overrides: rate(overrides, network),
+    "predict": lambda overrides: rate(overrides, predicting),
+}
+
+
+def main() -> None:
+    arguments = common.parser(__doc__, turns=5).parse_args()
+    values = common.take_turns(SIDES, arguments)
+    alone = [statistics.median(values[side]) for side in SIDES if side != "predict" and side in values]
+    bound = 1 / sum(1 / value for value in alone) if alone else float("nan")
+    common.report(
+        "predict", "images/s", values, base="predict", together=f"{bound:,.0f} images/s at most, on one set of cores"
+    )
+
+
+if __name__ == "__main__":
+    main()
