@@ -28,6 +28,20 @@ TRAIN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictur
 FOLDER = [*TRAIN[len(SMALL) :], "trainer=cpu", "data=folder", "data.batch_size=4"]
 
 
+FINETUNE = ["+experiment=finetune", *(of for of in TRAIN if not of.startswith("model."))]
+
+
+def uses(checkpoint: str) -> dict[str, tuple[str, list[str]]]:
+    """What a checkpoint may be given to: a name, the command and its arguments."""
+    return {
+        "go on": ("train", [f"ckpt_path={checkpoint}"]),
+        "evaluate": ("evaluate", [checkpoint, "corruptions=false"]),
+        "predict": ("predict", [checkpoint, "picture.png", "accelerator=cpu", "explain=true"]),
+        "export": ("export", [checkpoint, "format=hub", "output=shared", "images=3"]),
+        "fine-tune": ("train", [*FINETUNE, f"model.checkpoint={checkpoint}"]),
+    }
+
+
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with its value."""
     for key, value in node.items():
@@ -68,10 +82,15 @@ def names(random: random.Random) -> Iterator[Input]:
         yield "unknown", "train", [*TRAIN, f"{group}=nosuch"]
         for target in ("nosuch.Class", "math.pi", "os", "3", "builtins.list", "torch.nn.Linear", "''", "json.nosuch"):
             yield "type", "train", [*TRAIN, f"++{group}._target_={target}"]
-    for command, known in {"evaluate": "tta", "compare": "metric"}.items():
-        yield "unknown", command, ["good", f"{known}x=1"]
+    for command, known in {"evaluate": "tta", "compare": "metric", "predict": "tta", "export": "format"}.items():
+        yield "unknown", command, ["good", f"{known}x=1", *(["picture.png"] if command == "predict" else [])]
         yield "missing", command, ["nowhere"]
         yield "missing", command, ["good/.hydra"]
+    for command, given in {"predict": ["good", "picture.png"], "export": ["good"]}.items():
+        for key in compose(command, []):
+            if key != "data":
+                wrongs = [*NO_NUMBERS, *NUMBERS, "${nothing}", "ä$%&", "../x"]
+                yield from (("type", command, [*given, f"{key}={wrong}"]) for wrong in random.sample(wrongs, 4))
 
 
 LIGHTNING = """
@@ -101,8 +120,8 @@ def checkpoints(good: Path, folder: Path, random: random.Random) -> Iterator[Inp
     def both(kind: str, name: str, content: bytes) -> Iterator[Input]:
         path = folder / f"{name}.ckpt"
         path.write_bytes(content)
-        yield kind, "train", [f"ckpt_path={path.name}"]
-        yield kind, "evaluate", [path.name, "corruptions=false"]
+        yield kind, *uses(path.name)["go on"]
+        yield kind, *random.choice([use for name, use in uses(path.name).items() if name != "go on"])
 
     yield from both("flipped", "empty", b"")
     yield from both("flipped", "text", b"no checkpoint\n" * 99)
@@ -125,10 +144,7 @@ def checkpoints(good: Path, folder: Path, random: random.Random) -> Iterator[Inp
                 if wrong == "missing":
                     del inner[key]
                 torch.save(altered, path)
-                if random.random() < 0.5:
-                    yield "file", "train", [f"ckpt_path={path.name}"]
-                else:
-                    yield "file", "evaluate", [path.name, "corruptions=false"]
+                yield "file", *random.choice(list(uses(path.name).values()))
 
 
 def strangers(good: Path, folder: Path) -> Iterator[Input]:
@@ -153,7 +169,9 @@ def strangers(good: Path, folder: Path) -> Iterator[Input]:
             config[section] = nested if section not in ("model", "data") else config[section] | {"mix": payload}
             path = folder / f"stranger-{section}-{number}.ckpt"
             torch.save(content, path)
-            yield "stranger", "train", [f"ckpt_path={path.name}"]
+            yield "stranger", *uses(path.name)["go on"]
+            if section == "model":  # the others ask for nothing else of it
+                yield from (("stranger", *use) for name, use in uses(path.name).items() if name != "go on")
         record = folder / f"multirun-{number}"
         shutil.copytree(folder / "sweep", record)
         multirun = OmegaConf.load(record / "multirun.yaml")
@@ -245,8 +263,9 @@ def spaces() -> Iterator[Input]:
 
 
 def all_inputs(good: Path, folder: Path, seed: int) -> Iterator[Input]:
-    """`good` is a finished run; files are made in `folder`, which holds a finished sweep, `sweep`."""
+    """`good` is a finished run; files are made in `folder`, which holds it, and a finished sweep, `sweep`."""
     draw = random.Random(seed)
+    picture(folder / "picture.png")
     yield from numbers()
     yield from types(draw)
     yield from names(draw)
