@@ -7,7 +7,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet import cli
+from cifarnet import checkpoint, cli
 from cifarnet.demo import choose, main, serving
 from cifarnet.errors import UserError
 from cifarnet.train import train
@@ -75,7 +75,8 @@ def test_what_is_no_picture_is_told(client, tmp_path):
 def test_pictures_to_choose_from(run, tmp_path):
     classifier = cifarnet.load(run)
     overrides = ["data=synthetic", "data.test_size=60", "data.train_size=300", *CPU]
-    examples = choose(classifier, cli.compose("demo", overrides), tmp_path)
+    content = checkpoint.read(run / "checkpoints/best.ckpt")
+    examples = choose(classifier, content, cli.compose("demo", overrides), tmp_path)
     captions = [caption for _, caption in examples]
     assert len(set(path for path, _ in examples)) == 6
     mistakes = captions[-2:]

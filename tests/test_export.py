@@ -1,6 +1,7 @@
 """What is exported answers as the network does, or is not there; the folder to share is read back, and runs no code."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 import cifarnet
 from cifarnet import cli
@@ -16,7 +18,7 @@ from cifarnet.evaluate import evaluate
 from cifarnet.export import export, main
 from cifarnet.formats import hub, onnx
 from cifarnet.train import train
-from conftest import LEARNS
+from conftest import LEARNS, picture
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,52 @@ def test_aoti_is_compiled_for_batches_of_any_size(run, images):
     assert json.loads(network.get_metadata()["cifarnet"])["class_names"] == cifarnet.load(run).class_names
 
 
+def test_images_that_are_decoded_when_they_are_needed(tmp_path):
+    for split, count in {"train": 10, "test": 5}.items():
+        for name in ("a", "b"):
+            for i in range(count):
+                picture(tmp_path / "pictures" / split / name / f"{i}.png")
+    base = [setting for setting in LEARNS if not setting.startswith(("data", "model", "optimizer"))]
+    images = [
+        "optimizer=adamw",
+        "data=folder",
+        f"data.root={tmp_path}/pictures",
+        "data.in_memory=false",
+        "data.batch_size=5",
+    ]
+    train(cli.compose("train", [*base, *images, f"output_dir={tmp_path}/run"]))
+    assert export(tmp_path / "run", ["images=4"]).is_file()
+
+
+class Branches(nn.Module):
+    """No graph holds it: what it computes depends on what it sees."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mean = images.float().mean((2, 3))
+        return self.head(mean) if mean.sum() > 0 else self.head(-mean)
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch_export"])
+def test_a_network_that_no_graph_holds(form, tmp_path, command):
+    base = [setting for setting in LEARNS if not setting.startswith(("model", "optimizer", "module.tta"))]
+    own = ["~model", "+model={_target_: test_export.Branches}", "optimizer=adamw", f"output_dir={tmp_path}/run"]
+    train(cli.compose("train", [*base, *own]))
+    _, _, err = command(f"{tmp_path}/run", f"format={form}", "classes=[test_export.Branches]", main=main)
+    assert err.splitlines()[-1].startswith(f"Error: format={form} cannot hold this network (")
+    assert not list((tmp_path / "run/exported").iterdir())
+    shared = export(tmp_path / "run", ["format=hub", "classes=[test_export.Branches]"])
+    assert isinstance(cifarnet.load(shared, classes=[Branches]).network.network, Branches)
+
+
 @pytest.mark.parametrize("model", ["cnn", "resnet20", "vit", "convmixer"])
 def test_networks_of_other_kinds(model, tmp_path):
     base = [setting for setting in LEARNS if not setting.startswith(("model", "optimizer", "module.tta"))]
     short = ["data.train_size=60", f"model={model}", "optimizer=adamw", f"output_dir={tmp_path}"]
-    short += ["model.depth=2"] if model in ("vit", "convmixer") else []
+    short += ["+model.depth=2"] if model == "vit" else []
     train(cli.compose("train", [*base, *short]))
     export(tmp_path, ["images=8"])
     assert onnx.load(tmp_path / "exported/network.onnx")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
@@ -89,24 +132,28 @@ def test_networks_of_other_kinds(model, tmp_path):
 @pytest.mark.parametrize("wrong", [lambda answers: answers + 1e-3, lambda answers: answers[:, :-1], lambda a: a / 0])
 def test_what_answers_otherwise_is_not_kept(run, monkeypatch, tmp_path, wrong):
     load = onnx.load
-    monkeypatch.setattr(onnx, "load", lambda path: lambda images: wrong(load(path)(images)))
+    monkeypatch.setattr(onnx, "load", lambda path, _: lambda images: wrong(load(path)(images)))
     with pytest.raises(UserError, match=r"answers otherwise than the network: by .* in a batch of 1 "):
         export(run, [f"output={tmp_path}/network.onnx"])
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_used(run, command, monkeypatch, tmp_path):
-    tmp_path.joinpath("folder").mkdir()
+    tmp_path.joinpath("folder.onnx").mkdir()
+    tmp_path.joinpath("mine").mkdir()
+    tmp_path.joinpath("mine/README.md").write_text("mine")
     for given, told in {
         "format=onx": "format=onx is not known. Did you mean onnx? There are: aoti, hub, onnx, torch_export.",
         "images=0": "images=0: give a number from 1.",
-        "output=folder": "output=folder is a folder, which what is written is not.",
+        "output=folder.onnx": "folder.onnx is a folder, which what is written is not.",
+        "output=network": "output=network: name a file with .onnx: network.onnx",
+        "format=hub output=mine": "mine holds other files, which might be overwritten. Choose a new folder.",
+        "format=hub output=a.onnx": "output=a.onnx: name a folder with no ending: hub",
         "output=/dev/null/x.onnx": "output=/dev/null/x.onnx cannot be written (",
         "data.root=a": "data.root",
     }.items():
-        status, _, err = command(str(run), given, main=main)
-        assert status == 1
-        assert told in err
+        status, _, err = command(str(run), *given.split(), main=main)
+        assert (status, told in err) == (1, True), err
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "cifarnet.formats.onnx")
     assert "format=onnx needs onnxruntime: pip install 'cifarnet[export]'" in command(str(run), main=main)[2]
@@ -154,6 +201,49 @@ def test_places_on_a_machine_are_left_out_of_the_card():
     assert hub.typed(typed) == ["+experiment=baseline", "data.root=…", "ckpt_path=…", "seed=3"]
 
 
+def test_an_evaluation_of_other_images_or_of_earlier_weights_is_not_told(run, tmp_path):
+    def card_of(copy, **changed):
+        file = copy / "evaluation/metrics.json"
+        written = json.loads(file.read_text()) | changed
+        file.write_text(json.dumps(written))
+        return hub.card(cifarnet.load(copy))
+
+    evaluate(run, ["corruptions=false"])
+    copy = shutil.copytree(run, tmp_path / "copy")
+    told = "By `python -m cifarnet.evaluate`"
+    assert told in card_of(copy)
+    assert "Synthetic, with tta=mirror, in 32-true" in card_of(copy)
+    data = json.loads((copy / "evaluation/metrics.json").read_text())["data"]
+    assert told not in card_of(copy, data=data | {"sha256": "other"})
+    assert told not in card_of(copy, data=data, finished="2000-01-01T00:00:00+00:00")
+    assert told not in card_of(copy, finished="9000-01-01T00:00:00+00:00", checkpoint="last.ckpt")
+
+
+@pytest.mark.parametrize("changed", [{"shortened": "limit_test_batches=1"}, {"tested_step": 1}])
+def test_a_run_that_was_cut_short_and_other_steps_weights_have_no_result(run, tmp_path, changed):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "metrics.json").write_text(json.dumps(record(run) | changed))
+    assert cifarnet.load(run).record()
+    assert cifarnet.load(copy).record() == {}
+
+
+def test_nothing_is_written_where_a_stranger_s_links_lead(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "exported", ignore_errors=True)
+    (tmp_path / "mine").mkdir()
+    (copy / "exported").mkdir()
+    (copy / "exported/hub").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        export(copy, ["format=hub"])
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_shared_folder_is_known_by_any_name(run, tmp_path, monkeypatch):
+    folder = export(run, ["format=hub", f"output={tmp_path}/mine-v1"])
+    monkeypatch.chdir(folder)
+    assert export(".", ["data=synthetic", "data.test_size=10"]) == tmp_path / "mine-v1_exported/network.onnx"
+
+
 def test_a_record_of_other_weights_is_not_told(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes())
@@ -161,6 +251,9 @@ def test_a_record_of_other_weights_is_not_told(run, tmp_path):
     card = export(tmp_path, ["format=hub"]).joinpath("README.md").read_text()
     assert "Nothing: the record of its run was not at hand." in card
     (tmp_path / "metrics.json").write_text(json.dumps(record(run) | {"hardware": 3}))
+    with pytest.raises(UserError, match=r"metrics.json is damaged .*its hardware"):
+        export(tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(record(run) | {"hardware": {}, "epochs": 10**400}))
     with pytest.raises(UserError, match=r"A record of .* is damaged"):
         export(tmp_path, ["format=hub"])
     (tmp_path / "metrics.json").write_text("{}")

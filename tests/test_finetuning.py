@@ -1,5 +1,6 @@
 """Fine-tuning: what is kept, what is new, what learns; the run stands on its own when what it began with is gone."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from cifarnet.errors import Interrupted, UserError
 from cifarnet.finetuning import expanded
 from cifarnet.recipes.backbone import head_of
 from cifarnet.runs.resume import resume
-from cifarnet.train import train
+from cifarnet.train import main, train
 from conftest import LEARNS, assert_same_weights, picture, signal_at, weights
 
 HEAD, NORM = "network.head.weight", "network.normalize.mean"
@@ -59,7 +60,8 @@ def test_the_config_says_what_the_network_is(finetune, base):
     before = OmegaConf.to_container(composed)
     config = expanded(composed)
     assert config.model == {"_target_": "cifarnet.models.SpeedNet", "widths": [8, 8, 8], "side_by_side": False}
-    assert config.start == str(base / "checkpoints/best.ckpt")
+    file = base / "checkpoints/best.ckpt"
+    assert config.start == {"checkpoint": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     assert OmegaConf.to_container(composed) == before
     assert expanded(config) is config
 
@@ -127,7 +129,7 @@ def test_it_stands_on_its_own_and_goes_on(finetune, base, tmp_path):
     ("setting", "told"),
     [
         ("scheduler=onecycle trainer.max_epochs=2", "scheduler=OneCycleLR sets every part's rate itself"),
-        ("optimizer=muon", "it takes no groups"),
+        ("optimizer=muon", "it takes no groups of parameters: .*; or recipe.backbone=null"),
         ("recipe.backbone.lr_scale=2", "lr_scale=2: give"),
         (
             "data.image_size=24",
@@ -141,6 +143,24 @@ def test_it_stands_on_its_own_and_goes_on(finetune, base, tmp_path):
 def test_what_cannot_be_used(finetune, setting, told):
     with pytest.raises(Exception, match=told):
         train(finetune(*setting.split()))
+
+
+def test_a_sweep_of_it_goes_on(finetune, base, tmp_path, command):
+    """From a checkpoint named by its full path; what is done stays, what was stopped goes on."""
+    finetune()  # the pictures
+    of = [f"model.checkpoint={base}", f"data.root={tmp_path}/pictures"]
+    small = ["data.batch_size=4", "trainer=cpu", "trainer.max_epochs=2", "trainer.precision=32-true", "threads=1"]
+    status, _, err = command("-m", "+experiment=finetune", *of, *small, "seed=0,1", "hydra.sweep.dir=sweep", main=main)
+    assert status == 0, err
+    before = weights(tmp_path / "sweep/1/checkpoints/last.ckpt")
+    (tmp_path / "sweep/1/metrics.json").unlink()
+    assert "Give it in the command: model.checkpoint=…" in command("sweep.resume=sweep", main=main)[2]
+    status, out, err = command("sweep.resume=sweep", *of, main=main)
+    assert status == 0, err
+    assert "Job 0 is done" in out
+    assert "Job 1 is done" not in out
+    after = weights(tmp_path / "sweep/1/checkpoints/last.ckpt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("target", ["os.system", "torch.load", "cifarnet.train.train"])

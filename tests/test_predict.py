@@ -432,15 +432,14 @@ def test_names_of_a_stranger_command_no_terminal(command, changed, tmp_path):
 
 
 def test_where_the_network_looked(predict, run, tmp_path):
-    files = [tmp_path / "a/cat.png", tmp_path / "b/cat.jpg", tmp_path / "b/empty.png"]
-    for path in files[:2]:
+    for path in (tmp_path / "a/cat.png", tmp_path / "b/cat.jpg", tmp_path / "b" / f"{'ä' * 120}.png"):
         picture(path)
-    files[2].touch()
+    (tmp_path / "b/empty.png").touch()
     status, out, err = predict(tmp_path / "a", tmp_path / "b", "explain=true")
     assert status == 1
     assert "empty.png cannot be read" in err
     folder = Path(out.rpartition("Where the network looked: ")[2].strip())
-    assert sorted(path.name for path in folder.iterdir()) == ["cat.png", "cat_2.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["cat.png", "cat_2.png", f"{'ä' * 75}.png"]
     assert folder.resolve().parent == (run / "explained").resolve()
     assert Image.open(folder / "cat.png").width == 1080
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 REMEDIES = {
     ("data", "root"): " There is no such folder here: say where the images lie, data.root=…",
+    ("model", "checkpoint"): " Give it in the command: model.checkpoint=…",
     ("module", "checkpoint"): " A teacher has to lie where it did when the run began: put it there.",
 }
 SHARED = "model.safetensors", "config.json"  # the files of a folder on Hugging Face's hub
@@ -175,7 +176,7 @@ def checked(config: Mapping[str, Any], path: str | Path, classes: Sequence[Any] 
 
 def _outside(section: str, key: str, node: Any) -> bool:
     """Is it a place that is not in the run's own folder? Images are read from where they lie, if they do lie there."""
-    if key in ("output_dir", "start") or not isinstance(node, str):  # where weights once came from is not read again
+    if key == "output_dir" or section == "start" or not isinstance(node, str):  # whence weights came is not read again
         return False
     if key in FOLDERS:
         return not re.fullmatch(r"\$\{output_dir\}(/[\w-]+)*", node)

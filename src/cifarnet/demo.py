@@ -1,10 +1,11 @@
 """A page in the browser: drop a picture, and see what a trained network takes it for, and where it looked."""
 
 import contextlib
+import html
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
         try:
             content = checkpoint.read(classifiers[0].path)
             data = testdata.configure("demo", content, classifiers[0].path, overrides, TYPES, RANGES)
-            examples = choose(classifiers[0], data, folder)
+            examples = choose(classifiers[0], content, data, folder)
         except UserError as error:  # whoever has but a checkpoint can do without
             if of_data:
                 raise
@@ -81,7 +82,7 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
         try:
             return [part for classifier in classifiers for part in shown(classifier, path, config)]
         except UserError as error:
-            raise gr.Error(printable(str(error)), print_exception=False) from error
+            raise gr.Error(html.escape(printable(str(error))), print_exception=False) from error
 
     def take(event: gr.SelectData) -> str:
         return examples[event.index][0]
@@ -109,10 +110,12 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
                     gallery.select(take, None, picture)
                 elif missing:
                     gr.Markdown("No test pictures to choose from: the command that began this page says why.")
-            outputs = []
+            outputs, above = [], os.path.dirname(os.path.commonpath([os.path.abspath(run) for run in runs]))
             for run, classifier in zip(runs, classifiers, strict=True):
                 with gr.Column(min_width=280):
-                    outputs.append(gr.Label(label=f"{Path(run).name}, epoch {classifier.epoch}", num_top_classes=10))
+                    outputs.append(
+                        gr.Label(label=f"{os.path.relpath(run, above)}, epoch {classifier.epoch}", num_top_classes=10)
+                    )
                     with gr.Row():
                         for label in ("What it sees", "Where it looked"):
                             outputs.append(
@@ -149,21 +152,19 @@ def enlarged(pixels: "np.ndarray") -> "np.ndarray":
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def choose(classifier: "Trained", config: DictConfig, folder: Path) -> list[tuple[str, str]]:
-    """Test pictures as PNG files in a folder, and their captions: at first what is right and wrong, as it comes, then
-    the most confident mistakes among the first `LOOKED_THROUGH`."""
+def choose(
+    classifier: "Trained", content: Mapping[str, Any], config: DictConfig, folder: Path
+) -> list[tuple[str, str]]:
+    """Of `LOOKED_THROUGH` test pictures some, as PNG files in a folder, and their captions: at first what is right and
+    wrong, as it comes, then the most confident mistakes. `content` is the checkpoint's."""
     from PIL import Image
 
-    from cifarnet import build, checkpoint
+    from cifarnet.evaluation import testdata
 
-    data = build.make_data(config)
-    told = {"class_names": classifier.class_names, "image_size": classifier.image_size}
-    checkpoint.check_same_task(told, data.class_names, data.image_size)
-    tests = data.source.test
-    step = -(-len(tests) // LOOKED_THROUGH)  # a folder's lie class by class
-    images, labels = tests.images[::step], tests.labels[::step].tolist()
+    images, labels = testdata.some(config, content, LOOKED_THROUGH)
     pixels = [image.permute(1, 2, 0).numpy() for image in images]
-    top = [classifier.ranked(answer.logits)[0] for answer in classifier.answers(pixels, **asked(config))]
+    temperature = classifier.temperature(config.temperature, config.tta)
+    top = [classifier.ranked(answer.logits, temperature)[0] for answer in classifier.answers(pixels, **asked(config))]
     names = [classifier.class_names[label] for label in labels]
     wrong = [place for place, (name, (label, _)) in enumerate(zip(names, top, strict=True)) if name != label]
     surest = sorted(wrong, key=lambda place: -top[place][1])[: config.pictures // 3]

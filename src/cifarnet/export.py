@@ -4,10 +4,11 @@ What is written is run on test images and compared with the network before it ge
 or it is not there.
 """
 
+import contextlib
 import importlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,23 +53,28 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     path = checkpoint.find(path)
     content = checkpoint.read(path)
 
-    from cifarnet import build  # these take seconds more: a wrong path is told before
-    from cifarnet.evaluation import testdata, trained
+    from cifarnet.evaluation import testdata, trained  # these take seconds more: a wrong path is told before
     from cifarnet.quiet import quieten_lightning
 
     quieten_lightning()
     config = testdata.configure("export", content, path, overrides, TYPES, RANGES)
     form = chosen(config.format)
-    classifier = trained.load(path, located(config.classes))
+    classes = located(config.classes)
+    classifier = trained.load(path, classes)
     target = place(config.output, path, form.FILE)
-    data = build.make_data(config)
-    checkpoint.check_same_task(content["hyper_parameters"], data.class_names, data.image_size)
-    tests = data.source.test.images
-    images = tests[:: -(-len(tests) // config.images)]  # a folder's lie class by class
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
-        draft = Path(temporary) / target.name
-        form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, facts(classifier, images.shape[1]))
-        difference = compared(classifier.network, form.load(draft), images)
+    images, _ = testdata.some(config, content, config.images)
+    with _temporary(target) as draft:
+        try:
+            form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, facts(classifier, images.shape[1]))
+            exported = form.load(draft, classes)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # whatever a network of the user's makes torch's tracing and the formats raise
+            reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+            raise UserError(
+                f"format={config.format} cannot hold this network ({reason[:300]}). Try another."
+            ) from error
+        difference = compared(classifier.network, exported, images)
         move(draft, target)
     sizes = ", ".join(map(str, BATCH_SIZES))
     print(
@@ -78,6 +84,16 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     )
     print(f"The largest difference of logits is {difference:.1e}.")
     return target
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A place of the target's name in a folder beside it, which is removed in the end."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+            yield Path(folder) / target.name
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another.") from error
 
 
 def chosen(name: str) -> ModuleType:
@@ -100,14 +116,20 @@ def chosen(name: str) -> ModuleType:
 
 def place(output: str | None, path: Path, file: str) -> Path:
     """Where to write: `output`, else in the run's folder `exported`, or beside a checkpoint that was moved."""
+    from cifarnet.checkpoint import SHARED
     from cifarnet.evaluation.trained import folder_for
 
-    target = folder_for(path, "exported") / file if output is None else Path(output)
+    target = folder_for(path, "exported") / file if output is None else Path(output).resolve()
     if output is None:
-        files.refuse_links(target.parent.parent, [target.parent])
-    if target.exists() and target.is_dir() == bool(Path(file).suffix):
+        files.refuse_links(target.parent.parent, [target.parent, target])
+    elif target.suffix != Path(file).suffix:
+        ending = Path(file).suffix or "no ending"
+        raise UserError(f"output={output}: name a {'file' if Path(file).suffix else 'folder'} with {ending}: {file}")
+    if target.exists() and target.is_dir() != (not Path(file).suffix):
         kind = "folder" if target.is_dir() else "file"
         raise UserError(f"output={target} is a {kind}, which what is written is not. Choose another, such as {file}.")
+    if target.is_dir() and any(target.iterdir()) and not (target / SHARED[0]).is_file():
+        raise UserError(f"output={target} holds other files, which might be overwritten. Choose a new folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

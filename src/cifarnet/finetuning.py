@@ -1,6 +1,8 @@
 """Fine-tuning: training that begins with the weights of a network that was trained on other classes or images."""
 
+import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +17,7 @@ from cifarnet.recipes.backbone import head_of
 
 def expanded(config: DictConfig) -> DictConfig:
     """A copy of the config of `model=trained model.checkpoint=RUN`, in which `model` says how that run's network is
-    made, but for what is set beside, and `start` where its weights lie; any other config as it is.
+    made, but for what is set beside, and `start` which file its weights are from; any other config as it is.
 
     Raises:
         UserError: no such checkpoint, or one that asks for a class that it may not.
@@ -35,21 +37,24 @@ def expanded(config: DictConfig) -> DictConfig:
         del made["checkpoint"]
     written: Any = OmegaConf.to_container(config, resolve=False)
     own = {key: value for key, value in written["model"].items() if key != "checkpoint"}
-    return OmegaConf.create(written | {"model": made | own, "start": str(path)})
+    weights = path / checkpoint.SHARED[0] if path.is_dir() else path
+    start = {"checkpoint": str(path.resolve()), "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    return OmegaConf.create(written | {"model": made | own, "start": start})
 
 
 def take_over(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
-    """Give a network the weights, and the statistics of images, of the checkpoint that `config.start` names. Where that
-    knew other classes, the head stays as it is, untrained.
+    """Give a network the weights, and the statistics of images, of the checkpoint in `config.start`. Where that knew
+    other classes, the head stays as it is, untrained.
 
     Raises:
         UserError: it was trained on images of another size, or its weights do not fit.
     """
-    content = checkpoint.read(checkpoint.find(os.path.expanduser(str(config.start))))
+    path = Path(config.start.checkpoint)
+    content = checkpoint.read(path)
     size, names = (content["hyper_parameters"][key] for key in ("image_size", "class_names"))
     if size != data.image_size:
         raise UserError(
-            f"The images are {data.image_size} pixels wide; {config.start} was trained on {size}. "
+            f"The images are {data.image_size} pixels wide; {path} was trained on {size}. "
             f"For a folder: data.image_size={size}"
         )
     own, prefix = network.state_dict(), "network."
@@ -59,7 +64,5 @@ def take_over(network: nn.Module, config: DictConfig, data: ImageDataModule) -> 
         new = set()
     misfits = [key for key in own if key not in new and getattr(given.get(key), "shape", None) != own[key].shape]
     if misfits:
-        raise UserError(
-            f"{config.start} does not fit this network: {', '.join(misfits[:3])} differ, of {len(misfits)}."
-        )
+        raise UserError(f"{path} does not fit this network: {', '.join(misfits[:3])} differ, of {len(misfits)}.")
     network.load_state_dict({key: own[key] if key in new else given[key] for key in own})

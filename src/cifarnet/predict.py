@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -60,7 +61,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     classifier = trained.load(run, located(config.classes))
     temperature = classifier.temperature(config.temperature, config.tta)
     sources, rows = listed(images)
-    folder = explanations(classifier.path) if config.explain else None
+    folder, taken = explanations(classifier.path) if config.explain else None, Counter()
     asked = {key: config[key] for key in ("tta", "batch_size", "workers", "precision", "accelerator")}
     width = min(WIDTH, max((len(shown(source)) for source in sources), default=0))
     with tqdm(total=len(sources), desc="Predicting", unit=" images", leave=False, disable=None) as bar:
@@ -72,7 +73,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
                 tell(answer.error)
                 continue
             if folder is not None:
-                explain(classifier, answer, classifier.ranked(answer.logits, temperature)[:SHOWN], folder)
+                explain(classifier, answer, classifier.ranked(answer.logits, temperature)[:SHOWN], folder, taken)
             if config.output is None:
                 shares = "  ".join(f"{shown(name)} {share:.2%}" for name, share in ranked)
                 tqdm.write(f"{shown(answer.source):<{width}}  {shares}")
@@ -142,16 +143,16 @@ def explanations(checkpoint: Path) -> Path:
     return folder
 
 
-def explain(classifier: "Trained", answer: "Answer", ranked: Sequence[tuple[str, float]], folder: Path) -> None:
-    """Write a PNG beside the others, under the picture's name."""
+def explain(
+    classifier: "Trained", answer: "Answer", ranked: Sequence[tuple[str, float]], folder: Path, taken: Counter[str]
+) -> None:
+    """Write a PNG beside the others, under the picture's name, which `taken` counts."""
     from cifarnet.evaluation import figures
     from cifarnet.runs.figures import save
 
-    stem = Path(str(answer.source)).stem
-    path, count = folder / f"{stem}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}_{count}.png"
+    stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
+    taken[stem] += 1
+    path = folder / (f"{stem}.png" if taken[stem] == 1 else f"{stem}_{taken[stem]}.png")
     save(figures.explained(answer.pixels, classifier.heat(answer.pixels, answer.logits), ranked), path)
 
 

@@ -18,7 +18,7 @@ from cifarnet import cli, ranges
 from cifarnet.errors import UserError
 
 # on these no figure depends: where things lie, what they are called, what is shown meanwhile
-PLACES = {"name", "output_dir", "ckpt_path", "classes", "sweep", "logger", "data.root", "data.url"}
+PLACES = {"name", "output_dir", "ckpt_path", "classes", "sweep", "logger", "data.root", "data.url", "start.checkpoint"}
 SHOWN = {f"trainer.{name}" for name in ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler")}
 # on these only times depend, and accuracies but by rounding
 SPEED = {

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 
-from cifarnet import checkpoint, cli, settings
+from cifarnet import build, checkpoint, cli, settings
 from cifarnet.errors import UserError
 from cifarnet.permitted import located
 
@@ -53,6 +54,20 @@ def configure(
         raise UserError("data names nothing to build (no _target_). Choose data=cifar10, or data=folder data.root=…")
     settings.check_types(config)
     return config
+
+
+def some(config: DictConfig, content: Mapping[str, Any], most: int) -> tuple[Tensor, list[int]]:
+    """At most so many test images, uint8 [N, C, H, W], and their labels, taken evenly: a folder's lie class by class.
+
+    Raises:
+        UserError: the data cannot be read, or has other classes, or images of another size, than the network knows.
+    """
+    data = build.make_data(config)
+    checkpoint.check_same_task(content["hyper_parameters"], data.class_names, data.image_size)
+    split = data.source.test
+    places = slice(None, None, -(-len(split) // most))
+    images = split.images[places]
+    return images if isinstance(images, Tensor) else images.read(), split.labels[places].tolist()
 
 
 def plain(value: Any) -> str:

@@ -24,17 +24,15 @@ from cifarnet.hardware import cores
 if TYPE_CHECKING:
     from cifarnet.evaluation.predictor import Predictor
 
-RECORDED = (
-    "name",
-    "seed",
-    "git_commit",
-    "precision",
-    "test_accuracy_one_view",
-    "data",
-    "hardware",
-    "versions",
-    "overrides",
-)
+# of records, what is used elsewhere, and what it is
+RECORDED = dict.fromkeys(("name", "precision", "tta", "finished"), str)
+RECORDED |= dict.fromkeys(("test_accuracy", "test_accuracy_one_view", "seconds"), float)
+RECORDED |= dict.fromkeys(("data", "hardware", "versions"), dict) | {
+    "seed": int,
+    "overrides": list,
+    "git_commit": str | None,
+}
+EVALUATED = {"checkpoint": str, "finished": str, "data": dict, "test": dict, "tta": str, "precision": str}
 CHUNK = 16  # images that a thread decodes in one go, where there are many: small ones take less time than handing over
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -72,6 +70,7 @@ class Trained(NetworkAndNames):
         path: the checkpoint file.
         image_size: height and width, in pixels, of the images that it was trained on.
         epoch: after which it was saved, from 1.
+        step: of the optimizer, after which it was saved.
         tested: how the run was tested: "tta", and the "precision" of the arithmetic.
         model: the network's settings, with its class as `_target_`.
     """
@@ -79,6 +78,7 @@ class Trained(NetworkAndNames):
     path: Path
     image_size: int
     epoch: int
+    step: int
     tested: dict[str, Any]
     channels_last: bool
     model: dict[str, Any]
@@ -222,19 +222,27 @@ class Trained(NetworkAndNames):
         return found
 
     def record(self) -> dict[str, Any]:
-        """What the run's `metrics.json` says of it and its test, if that was of these weights; else nothing."""
-        in_run = self.path.parent.name == "checkpoints"
-        return self._written(self.path.parent.with_name("metrics.json"), "tested_epoch", RECORDED) if in_run else {}
+        """What the run's `metrics.json` says, if it is of these weights and of a whole test; else nothing."""
+        if self.path.parent.name != "checkpoints":
+            return {}
+        record = self._written(self.path.parent.with_name("metrics.json"), "tested_epoch", RECORDED)
+        of_these = not record.get("shortened") and record.get("tested_step", self.step) == self.step
+        return record if of_these else {}
 
     def evaluation(self) -> dict[str, Any]:
-        """What evaluate's `metrics.json` says, if it is of these weights; else nothing."""
-        file = folder_for(self.path, "evaluation") / "metrics.json"
-        return self._written(file, "epoch", ("test", "val", "checkpoint", "finished"))
+        """What evaluate's `metrics.json` says, if it is of these weights and the run's own images; else nothing."""
+        file, run = folder_for(self.path, "evaluation") / "metrics.json", self.record()
+        record = self._written(file, "epoch", EVALUATED)
+        if not record or Path(str(record["checkpoint"])).name != self.path.name:
+            return {}
+        later = not run or str(record["finished"]) >= str(run["finished"])
+        return record if later and (not run or record["data"].get("sha256") == run["data"].get("sha256")) else {}
 
-    def _written(self, file: Path, epoch: str, needed: Sequence[str]) -> dict[str, Any]:
+    def _written(self, file: Path, epoch: str, needed: Mapping[str, Any]) -> dict[str, Any]:
         try:
             record = json.loads(file.read_text("utf-8"))
-            [record[key] for key in needed]
+            if wrong := [key for key, kind in needed.items() if not isinstance(record[key], kind)]:
+                raise TypeError(f"its {wrong[0]}")
             return record if record[epoch] == self.epoch else {}
         except FileNotFoundError:
             return {}
@@ -266,6 +274,7 @@ def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
     content = checkpoint.read(path)
     trained = Trained(*checkpoint.network(content, path, classes))
     trained.path, trained.epoch = path, content["epoch"] + 1
+    trained.step = content["global_step"]
     trained.tested = {key: value for key, value in as_tested(content).items() if key != "tta_share"}
     trained.image_size = int(content["hyper_parameters"]["image_size"])
     ranges.check(f"{path}: image_size", trained.image_size, ranges.Pixels)
@@ -283,8 +292,10 @@ def as_tested(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def folder_for(path: Path, name: str) -> Path:
     """Where a command writes about a checkpoint: in its run's folder, or beside a file that was moved out of it."""
-    in_run = path.parent.name == "checkpoints"
-    return path.parent.with_name(name) if in_run else path.with_name(f"{path.stem}_{name}")
+    path = path.resolve() if path.is_dir() else path  # it may be called "."
+    if path.parent.name == "checkpoints":
+        return path.parent.with_name(name)
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 
 
 def _listed(images: Iterable[Picture]) -> Iterator[Picture]:

@@ -3,5 +3,6 @@
 Each has `FILE`, the name of what it writes, and
 
     write(classifier, images, path, facts)   images: some to trace it with, uint8 [2, C, H, W]; facts: plain data
-    load(path)                               what was written: uint8 [B, C, H, W] on the CPU -> logits [B, classes]
+    load(path, classes)                      what was written: uint8 [B, C, H, W] on the CPU -> logits [B, num_classes];
+                                             classes: of the user's own, for where the network is built again
 """

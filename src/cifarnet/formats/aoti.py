@@ -1,7 +1,7 @@
 """AOTInductor: the network compiled for this machine's processor, to be run from Python or C++."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +31,5 @@ def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, A
         raise UserError("format=aoti: PyTorch finds no working C++ compiler. Install one (g++).") from error
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
+def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
     return torch._inductor.aoti_load_package(str(path))

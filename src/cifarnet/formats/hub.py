@@ -5,6 +5,7 @@ Pushing it is the user's, with their own client: `hf upload <user>/<name> <folde
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import cifarnet
 from cifarnet import checkpoint, cli
 from cifarnet.errors import UserError, printable
-from cifarnet.evaluation import report
+from cifarnet.evaluation import metrics, report
 from cifarnet.evaluation.trained import Trained
 from cifarnet.runs.record import aligned, parameters
 
@@ -46,14 +47,14 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name="cifarnet", tags=
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
     """Make the folder: `model.safetensors`, `config.json`, and the card as `README.md`."""
-    settings = {"model": classifier.model, **classifier.tested, **facts}
+    settings = {"model": shown_model(classifier), **classifier.tested, **facts}
     path.mkdir()
     path.joinpath("README.md").write_text(card(classifier), "utf-8")
     HubNetwork(network=classifier.network).save_pretrained(path, config=settings)
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
-    return cifarnet.load(path).network
+def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
+    return cifarnet.load(path, classes).network
 
 
 def card(classifier: Trained) -> str:
@@ -63,29 +64,15 @@ def card(classifier: Trained) -> str:
     Raises:
         UserError: a record is damaged.
     """
-    record, evaluation, results = classifier.record(), classifier.evaluation(), []
-    trained, measured = {}, {}
+    record, evaluation = classifier.record(), classifier.evaluation()
+    trained, measured, results = {}, {}, []
     try:
         if record:
-            data, hardware = record["data"], record["hardware"]
-            trained = {
-                "command": " ".join(["python -m cifarnet.train", *typed(record["overrides"])]),
-                "data": f"{data['source']}: {data['train']:,} images to train, {data['val']:,} to validate",
-                "seed": str(record["seed"]),
-                "epochs": f"{record['epochs']} (the weights are those after epoch {record['tested_epoch']})",
-                "time": f"{record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s",
-                "hardware": f"{hardware['name']}, {record['precision']}",
-                "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-                "commit": str(record["git_commit"]),
-            }
-            one_view = f"; {record['test_accuracy_one_view']:.2%} without tta={record['tta']}"
-            views = "" if record["tta"] == "none" else one_view
-            measured = {"test accuracy": f"{record['test_accuracy']:.2%}  ({data['test']:,} images{views})"}
-            metric = {"metric_type": "accuracy", "metric_name": "accuracy, of one view"}
-            task = {"task_type": "image-classification", "dataset_type": data["source"], "dataset_name": data["source"]}
-            results = [EvalResult(metric_value=record["test_accuracy_one_view"], **task, **metric)]
+            trained, measured, results = told(record)
         if evaluation:
-            measured = report.rows(evaluation)
+            data = evaluation["data"]
+            measured = {"on": f"{data['source']}, with tta={evaluation['tta']}, in {evaluation['precision']}"}
+            measured |= report.rows(evaluation)
         head = ModelCardData(
             library_name="cifarnet",
             pipeline_tag="image-classification",
@@ -93,7 +80,7 @@ def card(classifier: Trained) -> str:
             model_name=printable(str(record.get("name") or TITLE)),
             eval_results=results or None,
         ).to_yaml()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"A record of {classifier.path} is damaged ({type(error).__name__}: {error}).") from error
     text = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
     spacing = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
@@ -103,12 +90,41 @@ def card(classifier: Trained) -> str:
         parameters=parameters(classifier.network),
         classes=block(", ".join(classifier.class_names)),
         image_size=classifier.image_size,
-        model=block(json.dumps(classifier.model, indent=1)),
+        model=block(json.dumps(shown_model(classifier), indent=1)),
         measured=block(aligned(measured)) if measured else "",
         evaluated=bool(evaluation),
         trained=block(aligned(trained)) if trained else "",
         version=cifarnet.__version__,
     )
+
+
+def told(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], list[EvalResult]]:
+    """Of a run's record: how it was trained, what it reached, and that again as the hub's tables want it."""
+    data, hardware, source = record["data"], record["hardware"], record["data"]["source"]
+    trained = {
+        "data": f"{source}: {data['train']:,} images to train, {data['val']:,} to validate",
+        "seed": str(record["seed"]),
+        "epochs": f"{record['epochs']} (the weights are those after epoch {record['tested_epoch']})",
+        "time": f"{record['seconds']:.0f} s, {record['images_per_second']:,.0f} images/s",
+        "hardware": f"{hardware['name']}, {record['precision']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "commit": str(record["git_commit"]),
+    }
+    if record["overrides"]:  # none where it was trained from Python
+        trained = {"command": shlex.join(["python", "-m", "cifarnet.train", *typed(record["overrides"])])} | trained
+    low, high = metrics.proportion(round(record["test_accuracy"] * data["test"]), data["test"])["interval"]
+    images = f"95% interval {low:.2%} to {high:.2%}, {data['test']:,} images"
+    if record["tta"] != "none":
+        images += f", tta={record['tta']}; {record['test_accuracy_one_view']:.2%} without"
+    of_test = {"task_type": "image-classification", "dataset_type": source, "dataset_name": source}
+    of_test |= {"metric_type": "accuracy", "metric_name": "accuracy, of one view"}
+    results = [EvalResult(metric_value=record["test_accuracy_one_view"], **of_test)]
+    return trained, {"test accuracy": f"{record['test_accuracy']:.2%}  ({images})"}, results
+
+
+def shown_model(classifier: Trained) -> dict[str, Any]:
+    """The network's settings, but for the file from which its weights once came."""
+    return {key: value for key, value in classifier.model.items() if key != "checkpoint"}
 
 
 def typed(overrides: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """ONNX, which onnxruntime and much else runs without PyTorch."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,6 @@ def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, A
     program.save(path, external_data=False)
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
+def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

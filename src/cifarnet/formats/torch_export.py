@@ -1,7 +1,7 @@
 """The graph of `torch.export`, which PyTorch runs without this project and its classes."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,5 +24,5 @@ def traced(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
+def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
     return torch.export.load(path).module()

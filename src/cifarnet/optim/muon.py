@@ -56,7 +56,9 @@ class Muon(Optimizer):
         kinds: dict[str, list[Tensor]] = {"convolution": [], "bias": [], "matrix": []}
         for parameter in params:
             if isinstance(parameter, dict):
-                raise ValueError("it takes no groups: its rates and decays are settings of its own, such as matrix.lr")
+                raise ValueError(
+                    "it takes no groups of parameters: its rates and decays are settings of its own, such as matrix.lr."
+                )
             kinds[{0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")].append(parameter)
         sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
         settings: dict[str, dict[str, Any]] = {

@@ -37,7 +37,11 @@ class Backbone(Callback):
         make_optimizer, make_scheduler, rates = module.make_optimizer, module.make_scheduler, []
 
         def optimizer(parameters: Iterable[Any]) -> Optimizer:
-            made = make_optimizer(_split(list(parameters), head))
+            try:
+                made = make_optimizer(_split(list(parameters), head))
+            except UserError as error:
+                told = f"{error} With recipe.backbone choose another, such as optimizer=sgd; or recipe.backbone=null."
+                raise UserError(told) from error
             for group in made.param_groups:
                 group["lr"] *= self.lr_scale if group["backbone"] else 1
             rates.extend(group["lr"] for group in made.param_groups)

@@ -52,6 +52,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str
         "name": config.name,
         "val_accuracy": tested.get("val/accuracy", math.nan),
         "tested_epoch": tested["epoch"],
+        "tested_step": step,
         "test_accuracy": test["test/accuracy"],
         "test_cross_entropy": test["test/cross_entropy"],
         "shortened": shortened(trainer),

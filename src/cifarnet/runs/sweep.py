@@ -82,6 +82,9 @@ def run(config: DictConfig, train: Train, trial: "Trial | None" = None) -> float
 
 
 def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
+    from cifarnet.finetuning import expanded  # it brings torch along
+
+    config = expanded(config)  # as it is recorded
     folder = Path(config.output_dir)
     (folder / "error.txt").unlink(missing_ok=True)
     if config.data.get("val_fraction") == 0:
@@ -204,7 +207,7 @@ def _may_be_given(argument: str) -> bool:
     """Is it what a sweep's record may not bring along, or what lies elsewhere now?"""
     key = cli.key_of(argument)
     hydras = key.startswith(("hydra.", "hydra/")) and key not in ("hydra.sweep.dir", "hydra.mode")
-    return hydras or key in ("classes", "data.root") or replay.addresses(argument)
+    return hydras or key in ("classes", "data.root", "model.checkpoint") or replay.addresses(argument)
 
 
 def resumed_sweep(arguments: Sequence[str]) -> list[str]:
