@@ -21,6 +21,10 @@ from cifarnet.cli import compose
 from cifarnet.models import Normalize
 from cifarnet.train import main
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: each takes one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 SMALL = [
     "data=synthetic",
     "data.train_size=200",
