@@ -1,8 +1,10 @@
 import hashlib
 import io
+import logging
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tarfile
 from collections.abc import Callable
@@ -19,11 +21,12 @@ from torch import nn
 
 from cifarnet.cli import compose
 from cifarnet.models import Normalize
-from cifarnet.train import main
+from cifarnet.train import main, train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: each takes one core
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which they ignore
 
 SMALL = [
     "data=synthetic",
@@ -106,6 +109,24 @@ def small(*overrides: str, without: str | tuple[str, ...] = "-"):
 def config(tmp_path):
     """Compose a small run in a folder of its own: config("optimizer.lr=0.1", …, folder="run")."""
     return lambda *overrides, folder="run", **settings: small(f"output_dir={tmp_path / folder}", *overrides, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A SpeedNet of ten classes of shapes, tested with mirror images of the least confident."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(compose("train", [*LEARNS, f"output_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """No test's log goes to a file, or a terminal, of a test before."""
+    yield
+    for logger in (logging.getLogger(), logging.getLogger("cifarnet")):
+        for handler in [one for one in logger.handlers if type(one) in (logging.StreamHandler, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

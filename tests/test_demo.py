@@ -10,18 +10,10 @@ import cifarnet
 from cifarnet import checkpoint, cli
 from cifarnet.demo import choose, main, serving
 from cifarnet.errors import UserError
-from cifarnet.train import train
-from conftest import LEARNS, picture
+from conftest import picture
 from test_predict import odd_pictures
 
 CPU = ["accelerator=cpu", "pictures=6"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train(cli.compose("train", [*LEARNS, f"output_dir={folder}"]))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,6 @@ from cifarnet.train import train
 from conftest import LEARNS, picture
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train(cli.compose("train", [*LEARNS, f"output_dir={folder}"]))
-    return folder
-
-
 @pytest.fixture
 def images():
     return torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

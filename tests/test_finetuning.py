@@ -20,14 +20,6 @@ from conftest import LEARNS, assert_same_weights, picture, signal_at, weights
 HEAD, NORM = "network.head.weight", "network.normalize.mean"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A SpeedNet of ten classes of shapes."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(cli.compose("train", [*LEARNS, f"output_dir={folder}"]))
-    return folder
-
-
 @pytest.fixture
 def base(run, tmp_path):
     """A copy of it, to be lost."""

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import cifarnet
-from cifarnet import cli
 from cifarnet.data import ImageFolder, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
@@ -25,16 +24,7 @@ from cifarnet.evaluation import figures
 from cifarnet.evaluation import trained as trained_module
 from cifarnet.evaluation.predictor import Predictor
 from cifarnet.predict import main
-from cifarnet.train import train
-from conftest import LEARNS, picture
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run, tested with mirror images of the least confident."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(cli.compose("train", [*LEARNS, f"output_dir={folder}"]))
-    return folder
+from conftest import picture
 
 
 @pytest.fixture

@@ -236,6 +236,7 @@ def test_images_of_every_kind(tree, kind):
         ending, settings = ".gif", {"save_all": True, "append_images": [Image.new("RGB", (32, 32))]}
     else:
         image, ending = image.convert(kind), ".tif" if kind in ("CMYK", "YCbCr") else ".png"
+        settings = {"compression": "tiff_lzw"} if kind == "YCbCr" else {}  # Pillow 12 cannot read its own plain ones
     image.save(tree / "test" / "cat" / f"_{ending}", **settings)
     with warnings.catch_warnings(action="error"):
         image = read(tree).source.test.images[4].int()
