@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 from cifarnet import checkpoint, cli, files, hardware
 from cifarnet.runs.figures import save
+from cifarnet.settings import deciding
 
 KEPT = common.RESULTS / "ladder.json"
 ROOT = Path(__file__).parents[1]
@@ -88,8 +89,8 @@ def climb(kept: list[Run], only: list[str] | None, seeds: int, overrides: list[s
 def recipe(settings: Sequence[str]) -> str:
     """What these settings stand for now, as a checksum: an experiment that is changed is another one."""
     config = OmegaConf.to_container(cli.compose("train", [*settings, "output_dir=run"]), resolve=False)
-    config["data"].pop("root", None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    written = json.dumps(deciding(config, times=True), sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
 def train(folder: Path, settings: list[str]) -> int:

@@ -66,6 +66,7 @@ def test_a_recipe_that_was_changed_is_another_one(ladder, monkeypatch):
     monkeypatch.undo()
     settings = ["+experiment=baseline", "data=folder"]
     assert ladder.recipe(settings) == ladder.recipe([*settings, "data.root=elsewhere"])
+    assert ladder.recipe(settings) == ladder.recipe([*settings, "logger=csv"])  # on which no figure depends
     assert ladder.recipe(settings) != ladder.recipe([*settings, "optimizer.lr=0.1"])
     assert ladder.recipe(settings) != ladder.recipe(settings[:1])
 
