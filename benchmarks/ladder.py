@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -186,8 +187,8 @@ def accuracy(runs: list[Run]) -> str:
 def picture(rows: dict[tuple[str, ...], list[Run]]) -> Figure:
     """Test accuracy against seconds of training, a colour for each hardware and data."""
     axis = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").subplots()
-    for place in dict.fromkeys(row[:3] for row in rows):
-        here = {row[3]: runs for row, runs in rows.items() if row[:3] == place}
+    for place in dict.fromkeys(row[:2] for row in rows):
+        here = {row[3]: runs for row, runs in rows.items() if row[:2] == place}
         seconds = [mean(runs, "seconds") for runs in here.values()]
         values = [[100 * run["test_accuracy"] for run in runs] for runs in here.values()]
         spread = [statistics.stdev(of) if len(of) > 1 else 0 for of in values]
@@ -198,6 +199,9 @@ def picture(rows: dict[tuple[str, ...], list[Run]]) -> Figure:
             axis.annotate(name, (x, statistics.mean(of)), xytext=(6, -12), textcoords="offset points")
     axis.set(xlabel="seconds of training", ylabel="test accuracy, %", xscale="log", title="Accuracy against seconds")
     axis.margins(x=0.2, y=0.15)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if rows:
