@@ -20,7 +20,7 @@ SECONDS = 3.0
 FORMATS = ["PyTorch", "torch_export", "onnx", "aoti"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rate(overrides: Sequence[str], kind: str, batch: int) -> float:
     quieten_lightning()
     classifier = cifarnet.load(*overrides)
@@ -28,7 +28,7 @@ def rate(overrides: Sequence[str], kind: str, batch: int) -> float:
     run = classifier.network
     if kind != "PyTorch":
         form = chosen(kind)
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, form.FILE)
             form.write(classifier, images[:1].repeat(2, 1, 1, 1), path, {})
             run = form.load(path)
