@@ -67,7 +67,8 @@ def some(config: DictConfig, content: Mapping[str, Any], most: int) -> tuple[Ten
     split = data.source.test
     places = slice(None, None, -(-len(split) // most))
     images = split.images[places]
-    return images if isinstance(images, Tensor) else images.read(), split.labels[places].tolist()
+    images = images if isinstance(images, Tensor) else images.read()
+    return images.contiguous(), split.labels[places].tolist()
 
 
 def plain(value: Any) -> str:

@@ -16,7 +16,8 @@ FILE = "network_aoti.pt2"
 
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
-    """Compile the network for batches of any size. The facts, as JSON, are what `get_metadata()["cifarnet"]` gives.
+    """Compile the network for batches of any size, contiguous in memory: it does not look at strides. The facts, as
+    JSON, are what `get_metadata()["cifarnet"]` gives.
 
     Raises:
         UserError: there is no compiler.
