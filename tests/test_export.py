@@ -126,6 +126,7 @@ def test_networks_of_other_kinds(model, tmp_path):
     short += ["+model.depth=2"] if model == "vit" else []
     train(cli.compose("train", [*base, *short]))
     export(tmp_path, ["images=8"])
+    export(tmp_path, ["images=8", "format=torch_export"])
     assert onnx.load(tmp_path / "exported/network.onnx")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
 
 

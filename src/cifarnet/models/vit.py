@@ -100,5 +100,5 @@ class ViT(nn.Module):
         if x.shape[2:] != positions.shape[2:]:  # other images than `image_size` (data.train_sizes)
             positions = F.interpolate(positions, x.shape[2:], mode="bicubic", antialias=True)
         x = (x + positions).flatten(2).mT
-        x = torch.cat([(self.class_token + self.class_position).expand(len(x), -1, -1), x], 1)
+        x = torch.cat([(self.class_token + self.class_position).expand(x.shape[0], -1, -1), x], 1)  # len(x) would fix B
         return self.head(self.norm(self.blocks(x))[:, 0])
