@@ -195,13 +195,18 @@ def network(content: Mapping[str, Any], path: str | Path, classes: Sequence[Any]
 
     `path` is for messages.
     """
-    hparams, prefix = content["hyper_parameters"], "network."
-    state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    hparams = content["hyper_parameters"]
     names = [str(name) for name in hparams["class_names"]]
     built = untrained(content["resolved"]["model"], len(names), hparams["image_size"], path, classes)
     with _telling_damage(path):
-        built.load_state_dict(state)
+        built.load_state_dict(weights(content))
     return built.eval(), names
+
+
+def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The network's own, by their names in it, of what `read` returned."""
+    prefix = "network."
+    return {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
 
 
 def untrained(
@@ -263,6 +268,11 @@ def check_same_task(
             f"The data has the classes {', '.join(class_names)}; {network} knows "
             f"{', '.join(hparams['class_names'])}. Give data of these classes, in folders of these names."
         )
+    check_same_size(hparams, image_size, network)
+
+
+def check_same_size(hparams: Mapping[str, Any], image_size: int, network: str) -> None:
+    """Refuse images of another size than the network was trained on."""
     if image_size != hparams["image_size"]:
         raise UserError(
             f"The images are {image_size} pixels wide; {network} was trained on {hparams['image_size']}. "

@@ -79,6 +79,15 @@ def parse(
     return Arguments(paths, settings, baseline)
 
 
+def parse_one(command: str, description: str, examples: str) -> tuple[str, list[str]]:
+    """The path and the settings of a command that takes one run."""
+    paths, settings, _ = parse(command, description, examples)
+    if len(paths) > 1:
+        told = f"{len(paths)} paths are given, {', '.join(paths)}"
+        raise UserError(f"{told}: {command} one run or checkpoint at a time.")
+    return paths[0], settings
+
+
 def is_setting(argument: str) -> bool:
     """Is it `key=value`, and no file or folder of that name?"""
     return not Path(argument).exists() and ("=" in argument or argument.startswith(("+", "~")))

@@ -1,12 +1,25 @@
 """torch.compile, whose time is told apart from training's."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet.errors import UserError
+
+
+@contextlib.contextmanager
+def telling_no_compiler(setting: str, remedy: str) -> Iterator[None]:
+    """What PyTorch raises where it finds no compiler becomes a message about the setting that needs one."""
+    try:
+        yield
+    except Exception as error:
+        if "compiler" not in str(error):
+            raise
+        raise UserError(f"{setting}: PyTorch finds no working C++ compiler. {remedy}") from error
 
 
 class Compile(Callback):
@@ -28,16 +41,10 @@ class Compile(Callback):
             for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
                 shape = loader.batch_size, channels, size, size
                 images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
-                try:
+                with telling_no_compiler("compile=true", "Install one (g++), or leave it out."):
                     with trainer.precision_plugin.forward_context():
                         logits = module(images.contiguous(memory_format=module.memory_format))
                     logits.sum().backward()
-                except Exception as error:
-                    if "compiler" not in str(error):
-                        raise
-                    raise UserError(
-                        "compile=true: PyTorch finds no working C++ compiler. Install one (g++), or leave it out."
-                    ) from error
         module.zero_grad()
         module.network.load_state_dict(state)
         if module.device.type == "cuda":

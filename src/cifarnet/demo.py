@@ -62,7 +62,10 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
     of_data = [override for override in overrides if cli.key_of(override).partition(".")[0] == "data"]
     config = cli.compose("demo", [override for override in overrides if override not in of_data])
     settings.check_own(config, TYPES, RANGES)
-    classifiers = [trained.load(run, located(config.classes)) for run in runs]
+    paths = [checkpoint.find(run) for run in runs]
+    contents = [checkpoint.read(path) for path in paths]
+    classes = located(config.classes)
+    classifiers = [trained.of(content, path, classes) for content, path in zip(contents, paths, strict=True)]
     for classifier in classifiers:
         classifier.temperature(config.temperature, config.tta)
         blank = np.zeros((classifier.image_size, classifier.image_size, 3), np.uint8)
@@ -70,9 +73,8 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
     examples, missing = [], ""
     if config.pictures:
         try:
-            content = checkpoint.read(classifiers[0].path)
-            data = testdata.configure("demo", content, classifiers[0].path, overrides, TYPES, RANGES)
-            examples = choose(classifiers[0], content, data, folder)
+            data = testdata.configure("demo", contents[0], paths[0], overrides, TYPES, RANGES)
+            examples = choose(classifiers[0], contents[0], data, folder)
         except UserError as error:  # whoever has but a checkpoint can do without
             if of_data:
                 raise

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli, files
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range, Seed
 
@@ -116,18 +116,12 @@ def make_folder(output_dir: str | None, path: Path) -> Path:
     folder = folder_for(path, "evaluation") if output_dir is None else Path(output_dir)
     if output_dir is None:
         files.refuse_links(folder.parent, [folder])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={folder} cannot be made ({error.strerror}). Choose another.") from error
+    files.make(folder, f"output_dir={folder} cannot be made")
     return folder
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("evaluate", __doc__, EXAMPLES)
-    if len(paths) > 1:
-        raise UserError(f"{len(paths)} paths are given, {', '.join(paths)}: evaluate one run or checkpoint at a time.")
-    evaluate(paths[0], overrides)
+    evaluate(*cli.parse_one("evaluate", __doc__, EXAMPLES))
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     config = testdata.configure("export", content, path, overrides, TYPES, RANGES)
     form = chosen(config.format)
     classes = located(config.classes)
-    classifier = trained.load(path, classes)
+    classifier = trained.of(content, path, classes)
     target = place(config.output, path, form.FILE)
     images, _ = testdata.some(config, content, config.images)
     with _temporary(target) as draft:
@@ -130,10 +130,7 @@ def place(output: str | None, path: Path, file: str) -> Path:
         raise UserError(f"output={target} is a {kind}, which what is written is not. Choose another, such as {file}.")
     if target.is_dir() and any(target.iterdir()) and not (target / SHARED[0]).is_file():
         raise UserError(f"output={target} holds other files, which might be overwritten. Choose a new folder.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another.") from error
+    files.make(target.parent, f"output={target} cannot be written")
     return target
 
 
@@ -190,10 +187,7 @@ def move(draft: Path, target: Path) -> None:
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("export", __doc__, EXAMPLES)
-    if len(paths) > 1:
-        raise UserError(f"{len(paths)} paths are given, {', '.join(paths)}: export one run or checkpoint at a time.")
-    export(paths[0], overrides)
+    export(*cli.parse_one("export", __doc__, EXAMPLES))
 
 
 def main() -> None:

@@ -41,6 +41,18 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def make(folder: Path, told: str) -> None:
+    """Make a folder that the user chose, and those above it.
+
+    Raises:
+        UserError: `told`, and why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{told} ({error.strerror}). Choose another.") from error
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Work in this folder as its only process.

@@ -31,10 +31,10 @@ def expanded(config: DictConfig) -> DictConfig:
         return config
     path = checkpoint.find(os.path.expanduser(str(model.checkpoint)))
     content = checkpoint.read(path)
-    recorded = {"model": content["resolved"]["model"] | {"checkpoint": None}}
-    made = checkpoint.checked(recorded, path, located(config.classes))["model"]
-    if content["resolved"]["model"].get("checkpoint", path) is path:  # none of its settings, as it is timm's
-        del made["checkpoint"]
+    recorded = dict(content["resolved"]["model"])
+    if "checkpoint" in recorded:  # timm's: its weights come from this one now
+        recorded["checkpoint"] = None
+    made = checkpoint.checked({"model": recorded}, path, located(config.classes))["model"]
     written: Any = OmegaConf.to_container(config, resolve=False)
     own = {key: value for key, value in written["model"].items() if key != "checkpoint"}
     weights = path / checkpoint.SHARED[0] if path.is_dir() else path
@@ -51,16 +51,11 @@ def take_over(network: nn.Module, config: DictConfig, data: ImageDataModule) -> 
     """
     path = Path(config.start.checkpoint)
     content = checkpoint.read(path)
-    size, names = (content["hyper_parameters"][key] for key in ("image_size", "class_names"))
-    if size != data.image_size:
-        raise UserError(
-            f"The images are {data.image_size} pixels wide; {path} was trained on {size}. "
-            f"For a folder: data.image_size={size}"
-        )
-    own, prefix = network.state_dict(), "network."
-    given = {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    hparams, given = content["hyper_parameters"], checkpoint.weights(content)
+    checkpoint.check_same_size(hparams, data.image_size, str(path))
+    own = network.state_dict()
     new = {f"{head_of(network)}.{key}" for key in network.get_submodule(head_of(network)).state_dict()}
-    if list(names) == list(data.class_names):
+    if list(hparams["class_names"]) == list(data.class_names):
         new = set()
     misfits = [key for key in own if key not in new and getattr(given.get(key), "shape", None) != own[key].shape]
     if misfits:

@@ -96,10 +96,7 @@ def configure(overrides: Sequence[str]) -> DictConfig:
         output = Path(config.output)
         if output.suffix.lower() not in ENDINGS or output.is_dir():
             raise UserError(f"output={output}: name a file that ends with .csv or .json.")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output={output} cannot be written ({error.strerror}). Choose another.") from error
+        files.make(output.parent, f"output={output} cannot be written")
     return config
 
 

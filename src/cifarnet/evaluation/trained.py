@@ -233,9 +233,9 @@ class Trained(NetworkAndNames):
         """What evaluate's `metrics.json` says, if it is of these weights and the run's own images; else nothing."""
         file, run = folder_for(self.path, "evaluation") / "metrics.json", self.record()
         record = self._written(file, "epoch", EVALUATED)
-        if not record or Path(str(record["checkpoint"])).name != self.path.name:
+        if not record or Path(record["checkpoint"]).name != self.path.name:
             return {}
-        later = not run or str(record["finished"]) >= str(run["finished"])
+        later = not run or record["finished"] >= run["finished"]
         return record if later and (not run or record["data"].get("sha256") == run["data"].get("sha256")) else {}
 
     def _written(self, file: Path, epoch: str, needed: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +271,11 @@ def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
         UserError: no such file, not a checkpoint, or a class that is not listed.
     """
     path = checkpoint.find(path)
-    content = checkpoint.read(path)
+    return of(checkpoint.read(path), path, classes)
+
+
+def of(content: Mapping[str, Any], path: Path, classes: Sequence[Any] = ()) -> Trained:
+    """The same, of what `checkpoint.read` returned for this path."""
     trained = Trained(*checkpoint.network(content, path, classes))
     trained.path, trained.epoch = path, content["epoch"] + 1
     trained.step = content["global_step"]

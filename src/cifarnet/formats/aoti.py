@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifarnet.errors import UserError
+from cifarnet.compiling import telling_no_compiler
 from cifarnet.evaluation.trained import Trained
 from cifarnet.formats.torch_export import traced
 
@@ -24,12 +24,8 @@ def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, A
     """
     settings = {"aot_inductor.metadata": {"cifarnet": json.dumps(facts)}}
     program = traced(classifier.network, images)
-    try:
+    with telling_no_compiler("format=aoti", "Install one (g++)."):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-    except Exception as error:
-        if "compiler" not in str(error):
-            raise
-        raise UserError("format=aoti: PyTorch finds no working C++ compiler. Install one (g++).") from error
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
