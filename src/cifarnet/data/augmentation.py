@@ -51,9 +51,10 @@ class Augment:
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
+            self.fill = self.fill.to(images)  # once: later steps copy nothing to a GPU, and wait for nothing
             row, column = hole.unbind(1)  # of its middle
             inside = self._in_hole(row, height)[:, :, None] & self._in_hole(column, width)[:, None]
-            images = torch.where(inside[..., None], self.fill.to(images), images)
+            images = torch.where(inside[..., None], self.fill, images)
         return images
 
     def _reflected(self, start: Tensor, size: int) -> Tensor:

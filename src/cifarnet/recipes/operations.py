@@ -28,18 +28,25 @@ def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     brightness, color, contrast and sharpness, what is added to a factor of 1; of posterize, bits that are dropped; of
     solarize, the part of all levels that is inverted.
     """
+    if images.device.type != "cpu":
+        return apply_all(images, operation, strength)
     order = operation.argsort(stable=True)
-    groups = order.split(operation.bincount(minlength=len(NAMES)).tolist())  # a GPU is waited for, once
+    groups = order.split(operation.bincount(minlength=len(NAMES)).tolist())
     changed = images.clone()
     if len(moved := torch.cat(groups[1:MOVES])):
         changed[moved] = _moved(images[moved], operation[moved], strength[moved])
-    changes = (_brightness, _color, _contrast, _sharpness, _posterize, _solarize)
-    for change, members in zip(changes, groups[MOVES:], strict=False):
+    for change, members in zip(CHANGES, groups[MOVES:], strict=True):
         if len(members):
             changed[members] = change(images[members], strength[members, None, None, None])
-    for change, members in zip((TF.autocontrast, TF.equalize), groups[-2:], strict=True):
-        if len(members):
-            changed[members] = change(images[members])
+    return changed
+
+
+def apply_all(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """As `apply`, by every operation on all images: more work, but the host need not wait for a GPU to count."""
+    changed = _moved(images, operation, strength)  # the others stay where they are
+    for number, change in enumerate(CHANGES, MOVES):
+        result = change(images, strength[:, None, None, None])
+        changed = torch.where((operation == number)[:, None, None, None], result, changed)
     return changed
 
 
@@ -101,3 +108,14 @@ def _posterize(images: Tensor, strength: Tensor) -> Tensor:
 
 def _solarize(images: Tensor, strength: Tensor) -> Tensor:
     return torch.where(images >= 255 * (1 - strength), 255 - images, images)
+
+
+def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
+    return TF.autocontrast(images)
+
+
+def _equalize(images: Tensor, strength: Tensor) -> Tensor:
+    return TF.equalize(images)
+
+
+CHANGES = (_brightness, _color, _contrast, _sharpness, _posterize, _solarize, _autocontrast, _equalize)
