@@ -1,5 +1,6 @@
 """The baseline's training step, as the benchmarks run it."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,8 @@ class Timer(Callback):
 
     @property
     def seconds_a_step(self) -> float:
+        if not self.start:
+            sys.exit(f"An epoch has fewer than {WARMUP + BATCHES} batches: give more images, or smaller batches.")
         return (self.end - self.start) / BATCHES
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -275,8 +275,9 @@ def test_resumed_csv_log_is_whole(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_run_is_one_with_the_same_checkpoint_names(config, tmp_path):
-    train(config("compile=true"))
+@pytest.mark.parametrize("mode", ["true", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_compiled_run_is_one_with_the_same_checkpoint_names(config, tmp_path, mode):
+    train(config(f"compile={mode}"))
     network, _ = cifarnet.load(tmp_path / "run")
     assert not any("_orig_mod" in name for name in network.state_dict())
     assert json.loads((tmp_path / "run/metrics.json").read_text())["compile_seconds"] > 0

@@ -137,7 +137,7 @@ def make_trainer(
     if len(averages := [type(one).__name__ for one in built if isinstance(one, WeightAveraging)]) > 1:
         raise UserError(f"{' and '.join(averages)} each put averaged weights in place of the network's: choose one.")
     if config.compile:
-        built.insert(0, Compile())  # before the clocks of others start
+        built.insert(0, Compile(config.compile))  # before the clocks of others start
     bars = [callback for callback in built if isinstance(callback, ProgressBar)]
     shown = config.trainer.get("enable_progress_bar") is not False
     for bar in [] if shown else bars:

@@ -85,7 +85,8 @@ class Classifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits in float32, whatever the precision of the network."""
-        return self.network(images.contiguous(memory_format=self.memory_format)).float()
+        logits = self.network(images.contiguous(memory_format=self.memory_format))
+        return logits.to(torch.float32, copy=True)  # a CUDA graph writes its next answer over this one
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         _, labels, index, *_ = batch

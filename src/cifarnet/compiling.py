@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet.errors import UserError
+from cifarnet.settings import Modes
 
 
 @contextlib.contextmanager
@@ -23,31 +24,42 @@ def telling_no_compiler(setting: str, remedy: str) -> Iterator[None]:
 
 
 class Compile(Callback):
-    """Compile the network, in place, and take a step on blank images of each size before training, to time it apart.
+    """Compile the network, in place, and warm it up before training, to time it apart.
 
-    Weights, statistics and random numbers are as before; so are the names in the checkpoint.
+    Args:
+        mode: torch.compile's; True: its default.
     """
 
-    def __init__(self) -> None:
-        self.seconds = 0.0  # the compilation and these steps
+    def __init__(self, mode: bool | Modes = True) -> None:
+        self.mode = "default" if mode is True else mode
+        self.seconds = 0.0  # the compilation and the steps of the warm-up
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         start = time.perf_counter()
-        loader = trainer.train_dataloader
-        channels = trainer.datamodule.source.train.images.shape[1]
-        state = {name: value.clone() for name, value in module.network.state_dict().items()}
-        module.network.compile()
-        with torch.random.fork_rng():
-            for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
-                shape = loader.batch_size, channels, size, size
-                images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
-                with telling_no_compiler("compile=true", "Install one (g++), or leave it out."):
-                    with trainer.precision_plugin.forward_context():
-                        logits = module(images.contiguous(memory_format=module.memory_format))
-                    logits.sum().backward()
-        module.zero_grad()
-        module.network.load_state_dict(state)
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
+        module.network.compile(mode=self.mode)
+        with telling_no_compiler("compile=true", "Install one (g++), or leave it out."):
+            warm_up(trainer, module)
         self.seconds = time.perf_counter() - start
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
+
+
+def warm_up(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Passes forward and backward on blank images of each size that training will have.
+
+    Weights, statistics and random numbers are as before.
+    """
+    loader = trainer.train_dataloader
+    channels = trainer.datamodule.source.train.images.shape[1]
+    state = {name: value.clone() for name, value in module.network.state_dict().items()}
+    with torch.random.fork_rng():
+        for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
+            shape = loader.batch_size, channels, size, size
+            images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
+            for _ in range(3):  # a CUDA graph is recorded in the second pass
+                with trainer.precision_plugin.forward_context():
+                    logits = module(images.contiguous(memory_format=module.memory_format))
+                logits.sum().backward()
+                module.zero_grad()
+    module.network.load_state_dict(state)
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)

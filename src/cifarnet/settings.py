@@ -7,7 +7,7 @@ import pydoc
 import re
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -28,6 +28,7 @@ SPEED = {
 }
 
 # whole numbers, from the least to the largest that works
+Modes = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 RANGES = {
     "seed": (0, 2**32 - 1),
     "threads": (1, 1024),
@@ -99,7 +100,7 @@ def check(config: DictConfig) -> None:
         for name, part in ({} if section == "logger" and _names_something(parts) else parts).items():
             if part is not None and not _names_something(part):
                 raise UserError(f"{section}.{name}={part} names nothing to build (no _target_).")
-    switches = dict.fromkeys(("compile", "keep_freed_memory", "channels_last"), bool)
+    switches = {"compile": bool | Modes, "keep_freed_memory": bool, "channels_last": bool}
     kept = {"sweep.keep_checkpoints": int | None, "sweep.resume": str | None}
     for name, hint in {"name": str, "seed": int, "threads": int | None, **switches, **kept}.items():
         check_type(name, OmegaConf.select(config, name), hint)

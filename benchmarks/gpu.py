@@ -1,0 +1,312 @@
+"""All that a GPU is asked for, in one command and at most 20 minutes.
+
+    python benchmarks/gpu.py [--peers <folder>/airbench94_muon.py …] -- data=folder data.root=…
+
+Each part is a process with a share of the time, and what it has measured is in `results/gpu.json` at once: one that
+fails, or whose time is over, takes nothing from the others.
+
+- tests: those that need a GPU
+- steps: `baseline` in images/s and ms a step, in a bare loop (the raw twin), in the Trainer, and compiled in each mode
+- networks: the same of `speedrun` and `resnet18`; peak memory
+- profile: where the time of a step of `baseline` and of `speedrun` goes
+- speedrun: time and accuracy of whole runs, uncompiled and in each mode of `compile`, taking turns with others' scripts
+- baseline: the same of `baseline`, uncompiled and compiled
+
+The clock is this harness's. Free: reading data, building, compiling, and a warm-up at every size of `data.train_sizes`.
+Timed: whitening, the data's way to the device, training, and the test with its test-time augmentation, whose seconds
+are given apart too. "above 94 %" is a one-sided t-test of the mean.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import common
+from steps import build_steps, compose_baseline, now, seconds_a_step
+from trainer_overhead import raw_twin
+
+HERE, RESULTS = Path(__file__).parent, common.RESULTS / "gpu.json"
+PARTS = {
+    "tests": 90,
+    "steps": 150,
+    "networks": 120,
+    "profile": 60,
+    "speedrun": 500,
+    "baseline": 280,
+}  # seconds, of 1,200
+MODES = ["false", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
+Measurement = tuple[str, dict[str, Any]]  # of what, and what came out
+
+
+def tests(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """Those that are skipped without a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", "tests/test_train.py", "tests/test_evaluate.py"]
+    result = subprocess.run([*command, "tests/data"], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    yield "tests", {"outcome": result.stdout.strip().splitlines()[-1], "status": result.returncode}
+
+
+def steps(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """Of `baseline`: milliseconds a step, images a second."""
+    sides: dict[str, Callable[[], float]] = {"raw twin": lambda: raw_twin(arguments.overrides) / 1000}
+    for mode in MODES:
+        sides[f"Trainer, compile={mode}"] = partial(_seconds_a_step, *arguments.overrides, f"compile={mode}")
+    size = compose_baseline(*arguments.overrides).data.batch_size
+    for turn in range(arguments.turns):
+        for name, measure in sides.items():
+            seconds = measure()
+            yield name, {"turn": turn, "ms a step": 1000 * seconds, "images/s": size / seconds, **_memory()}
+
+
+def networks(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """Of other experiments, in the Trainer: milliseconds a step, images a second, and the peak of the GPU's memory."""
+    for turn in range(arguments.turns):
+        for experiment in ("speedrun", "resnet18"):
+            for mode in MODES[:2]:
+                chosen = [f"+experiment={experiment}", *arguments.overrides, f"compile={mode}"]
+                size = compose_baseline(*chosen).data.batch_size
+                _memory()  # from here on
+                seconds = _seconds_a_step(*chosen)
+                measured = {"ms a step": 1000 * seconds, "images/s": size / seconds}
+                yield f"{experiment}, compile={mode}", {"turn": turn, **measured, **_memory()}
+
+
+def profile(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """What takes the time of training steps: the largest kernels, as shares."""
+    from lightning.pytorch.callbacks import Callback
+    from torch.profiler import ProfilerActivity
+
+    gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+
+    class Profile(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 20:
+                self.profiler = torch.profiler.profile(activities=activities)
+                self.profiler.start()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 29:
+                now(module.device)
+                self.profiler.stop()
+
+    for experiment in ("baseline", "speedrun"):
+        built = build_steps(compose_baseline(f"+experiment={experiment}", *arguments.overrides), [one := Profile()])
+        built.trainer.fit(built.classifier, datamodule=built.data)
+        time_of = {
+            event.key: getattr(event, f"self_{'device' if gpu else 'cpu'}_time_total")
+            for event in one.profiler.key_averages()
+        }
+        whole = sum(time_of.values())
+        largest = sorted(time_of, key=time_of.get, reverse=True)[:12]
+        yield experiment, {"ms in 10 steps": whole / 1000, **{key: f"{time_of[key] / whole:.1%}" for key in largest}}
+
+
+def speedrun(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """Whole runs of `speedrun` and of others' scripts."""
+    yield from _runs("speedrun", MODES, arguments.peers, arguments)
+
+
+def baseline(arguments: argparse.Namespace) -> Iterator[Measurement]:
+    """Whole runs of `baseline`."""
+    yield from _runs("baseline", MODES[:2], [], arguments)
+
+
+def _runs(
+    experiment: str, modes: Sequence[str], scripts: Sequence[Path], arguments: argparse.Namespace
+) -> Iterator[Measurement]:
+    """All sides take turns, each in a process that stays, so that it compiles once."""
+    own = [sys.executable, __file__, "--worker", experiment, "--runs", str(arguments.runs)]
+    commands = {
+        f"{experiment}, compile={mode}": [*own, "--", *arguments.overrides, f"compile={mode}"] for mode in modes
+    }
+    for script in scripts:
+        theirs = [sys.executable, str(HERE / "peer.py"), str(script), "--wait", f"--runs={arguments.runs}"]
+        commands[script.stem] = theirs
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}  # all compile at once
+    for name, worker in list(workers.items()):
+        if _answer(worker) is None:  # it says when it is ready
+            yield name, {"failed": f"it ended with status {workers.pop(name).wait()}"}
+    for _ in range(arguments.runs):
+        for name, worker in list(workers.items()):
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            if (measured := _answer(worker)) is None:
+                yield name, {"failed": f"it ended with status {workers.pop(name).wait()}"}
+            else:
+                yield name, measured
+
+
+def _answer(worker: subprocess.Popen) -> dict[str, Any] | None:
+    """Its next line of JSON; None if it has ended."""
+    for line in worker.stdout:
+        if line.startswith("{"):  # what else is printed is not for us
+            return json.loads(line)
+    return None
+
+
+def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
+    """One side: runs of one experiment in one process, whenever it is asked for one."""
+    from lightning.pytorch.callbacks import Callback
+
+    from cifarnet.build import build
+    from cifarnet.cli import compose
+    from cifarnet.compiling import Compile, warm_up
+
+    class WarmUp(Callback):
+        seconds = 0.0
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            start = now(module.device)
+            warm_up(trainer, module)
+            self.seconds = now(module.device) - start
+
+    def run(seed: int, **few: Any) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = [f"+experiment={experiment}", "callbacks=lean", "~logger", f"output_dir={folder}", f"seed={seed}"]
+            built = build(compose("train", [*chosen, *overrides]), [warming := WarmUp()], **few)
+            device = built.trainer.strategy.root_device
+            start = now(device)
+            built.trainer.fit(built.classifier, datamodule=built.data)
+            trained = now(device)
+            built.trainer.test(built.classifier, datamodule=built.data, verbose=False)
+            tested = now(device)
+        free = warming.seconds + sum(one.seconds for one in built.trainer.callbacks if isinstance(one, Compile))
+        means = built.classifier.means("test") | built.classifier.means("one_view")
+        return {
+            "seed": seed,
+            "accuracy": means["test/accuracy"],
+            "accuracy of one view": means["one_view/accuracy"],
+            "seconds": tested - start - free + built.fit_seconds,
+            "test_seconds": tested - trained,
+        }
+
+    run(0, limit_train_batches=2)
+    print(json.dumps({"ready": True}), flush=True)
+    for seed in range(runs):
+        if not sys.stdin.readline():  # who asks is gone
+            break
+        print(json.dumps(run(seed)), flush=True)
+
+
+def _seconds_a_step(*overrides: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        lean = [] if any(override.startswith("callbacks") for override in overrides) else ["callbacks=lean"]
+        return seconds_a_step(compose_baseline(*overrides, *lean, f"output_dir={folder}"), check_val_every_n_epoch=1)
+
+
+def _memory() -> dict[str, float]:
+    """The peak since it was last asked for."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return {"MiB at most": round(peak)}
+
+
+def measure_part(name: str, seconds: float, kept: dict[str, Any]) -> None:
+    """Run a part in a process of its own, and keep what it prints as it comes."""
+    kept["parts"][name] = found = {"measured": {}}
+    command, start = [sys.executable, __file__, "--part", name, *sys.argv[1:]], time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    clock = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGTERM))
+    clock.start()
+    for line in process.stdout:
+        print(f"{name}: {line}", end="", flush=True)
+        if line.startswith("{"):
+            content = json.loads(line)
+            found["measured"].setdefault(content["of"], []).append(content["measured"])
+            RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
+    status = process.wait()
+    clock.cancel()
+    found["seconds"] = round(time.monotonic() - start, 1)
+    found["ended"] = {0: "whole", -signal.SIGTERM: "its time was over"}.get(status, f"it failed with status {status}")
+    RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Markdown: a table for each part, medians of what was measured several times."""
+    lines = []
+    for part, found in kept["parts"].items():
+        lines += [f"\n## {part} ({found['ended']}, {found['seconds']:.0f} s)"]
+        for name, measured in found["measured"].items():
+            rows = [one for one in measured if "failed" not in one]
+            failed = [one["failed"] for one in measured if "failed" in one]
+            facts = [
+                f"{key} {_summary(key, [row[key] for row in rows])}"
+                for key in (rows[0] if rows else {})
+                if key not in ("turn", "seed")
+            ]
+            lines.append(f"- {name}: {'; '.join([*facts, *failed])} (n = {len(rows)})")
+            if len(rows) > 1 and "accuracy" in rows[0]:
+                lines.append(f"  {reaches([row['accuracy'] for row in rows], 0.94)}")
+    return "\n".join(lines)
+
+
+def reaches(accuracies: Sequence[float], goal: float) -> str:
+    """A one-sided t-test: is their mean above the goal?"""
+    from scipy.stats import ttest_1samp
+
+    p = ttest_1samp(accuracies, goal, alternative="greater").pvalue
+    return f"mean {statistics.mean(accuracies):.2%}; that it is above {goal:.0%}: p = {p:.3g}"
+
+
+def _summary(key: str, values: Sequence[Any]) -> str:
+    if not all(isinstance(value, int | float) for value in values):
+        return str(values[-1])
+    if key.startswith("accuracy"):
+        spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{100 * statistics.mean(values):.2f}{spread} %"
+    return f"{statistics.median(values):,.4g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="these alone")
+    parser.add_argument("--minutes", type=float, default=20, help="for all parts together")
+    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to run beside `speedrun`")
+    parser.add_argument("--runs", type=int, default=20, help="whole runs of each side, with seeds 0, 1, …")
+    parser.add_argument("--turns", type=int, default=3, help="how often a rate is measured")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="settings for all sides, such as data=folder")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(arguments.worker, arguments.runs, arguments.overrides)
+    if arguments.part:
+        for of, measured in globals()[arguments.part](arguments):
+            print(json.dumps({"of": of, "measured": measured}), flush=True)
+        return None
+
+    if arguments.peers:
+        from speedrun import write
+
+        for folder in {script.parent for script in arguments.peers}:
+            write(folder, arguments.overrides)
+    from cifarnet import hardware
+
+    machine = hardware.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = {"machine": machine, "versions": hardware.versions(), "date": time.strftime("%Y-%m-%d"), "parts": {}}
+    kept |= {"commit": hardware.git_commit(), "settings": arguments.overrides}
+    over = time.monotonic() + 60 * arguments.minutes
+    for place, name in enumerate(arguments.parts):  # what one leaves over is the others'
+        shares = [PARTS[part] for part in arguments.parts[place:]]
+        measure_part(name, (over - time.monotonic()) * shares[0] / sum(shares), kept)
+    print(f"\n{machine['name']}, {kept['versions']}, {kept['date']}, {kept['commit']}{table(kept)}")
+
+
+if __name__ == "__main__":
+    main()
