@@ -37,13 +37,20 @@ class Built(NamedTuple):
     fit_seconds: float  # what the network's own `fit` to training images took
 
 
-def build(config: DictConfig, callbacks: Sequence[Callback] = (), fresh: bool = True, **trainer_settings: Any) -> Built:
+def build(
+    config: DictConfig,
+    callbacks: Sequence[Callback] = (),
+    fresh: bool = True,
+    read: Callable[[ImageDataModule], None] | None = None,
+    **trainer_settings: Any,
+) -> Built:
     """All that a run is made of. The config is only read.
 
     Args:
         config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
         callbacks: more of them than the config has.
         fresh: whether the network begins with the weights of `config.start`; not where a checkpoint brings its own.
+        read: gives the images to those who need not read them themselves.
         trainer_settings: of Lightning's Trainer, in place of the config's.
 
     Raises:
@@ -58,6 +65,8 @@ def build(config: DictConfig, callbacks: Sequence[Callback] = (), fresh: bool = 
     L.seed_everything(config.seed, verbose=False)
 
     data = make_data(config)
+    if read is not None:
+        read(data)
     trainer = make_trainer(config, callbacks, data.validates, **trainer_settings)
     if config.threads is None and trainer.num_devices > 1:
         sharing = trainer.num_devices // hardware.slurm_tasks()  # srun gives each rank cores of its own

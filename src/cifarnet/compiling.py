@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet.errors import UserError
-from cifarnet.settings import Modes
 
 
 @contextlib.contextmanager
@@ -27,10 +26,10 @@ class Compile(Callback):
     """Compile the network, in place, and warm it up before training, to time it apart.
 
     Args:
-        mode: torch.compile's; True: its default.
+        mode: one of torch.compile's; True: "default".
     """
 
-    def __init__(self, mode: bool | Modes = True) -> None:
+    def __init__(self, mode: bool | str = True) -> None:
         self.mode = "default" if mode is True else mode
         self.seconds = 0.0  # the compilation and the steps of the warm-up
 

@@ -16,7 +16,7 @@ IMAGES = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.
 
 
 def captions(figure):
-    return [(axis.get_title(), to_hex(axis.title.get_color())) for axis in figure.axes if axis.get_title()]
+    return [(text.get_text(), to_hex(text.get_color())) for text in figure.axes[0].texts[: len(figure.axes[0].images)]]
 
 
 def test_mistakes_are_red_among_predictions():
@@ -26,8 +26,13 @@ def test_mistakes_are_red_among_predictions():
         ("✗ owl\n(is dog)", figures.WRONG),
         ("owl", figures.RIGHT),
     ]
-    assert "2 of 3 right" in figure.get_suptitle()
-    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert "2 of 3 right" in figure.axes[0].texts[-1].get_text()
+    shown = [image.get_array() for image in figure.axes[0].images]
+    places = [image.get_extent() for image in figure.axes[0].images]  # left, right, bottom, top
+    assert places[0][2:] == places[1][2:]
+    assert places[0][1] < places[1][0]
+    assert places[2][:2] == places[0][:2]
+    assert places[2][3] > places[0][2]
     assert all((IMAGES[i].permute(1, 2, 0).numpy() == shown[i]).all() for i in range(3))
 
 
@@ -48,7 +53,7 @@ def test_reliability_draws_the_gaps():
     empty = {"from": 0, "to": 0.5, "images": 0, "confidence": float("nan"), "accuracy": float("nan")}
     filled = {"from": 0.5, "to": 1, "images": 4, "confidence": 0.9, "accuracy": 0.75}
     figure = figures.reliability({"as trained": [empty, filled], "scaled": [empty, filled]})
-    assert [title for title, _ in captions(figure)] == ["as trained", "scaled"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["as trained", "scaled"]
     gaps = figure.axes[0].collections[0].get_segments()
     assert [gap.tolist() for gap in gaps] == [[[0.9, 0.9], [0.9, 0.75]]]
     assert [bar.get_height() for bar in figure.axes[2].patches] == [0, 1]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cifarnet import files
-from conftest import OWN, SMALL, signal_at
+from cifarnet.data import Synthetic
+from conftest import OWN, SMALL, assert_same_weights, signal_at
 
 TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger"]
 
@@ -43,6 +44,39 @@ def test_resuming_runs_only_what_is_missing(command, tmp_path):
     again = [json.loads((tmp_path / f"sweep/{job}/metrics.json").read_text()) for job in "012"]
     assert again[0]["finished"] == finished[0]
     assert [metrics["config"]["optimizer"]["lr"] for metrics in again] == [0.01, 0.02, 0.03]
+
+
+def test_jobs_with_the_same_images_read_them_once(command, tmp_path, monkeypatch):
+    read, reading = Synthetic.read, []
+    monkeypatch.setattr(Synthetic, "read", lambda self: reading.append(self.train_size) or read(self))
+    varied = ["data.crop_padding=0,2", "data.train_size=200,300", "seed=0,1"]
+    fixed = [setting for setting in TINY if not setting.startswith("data.train_size")]
+    assert command("-m", *fixed, *varied, f"hydra.sweep.dir={tmp_path / 'a'}")[0] == 0
+    assert reading == [200, 300, 200, 300]
+    for number, settings in [(1, ["seed=1"]), (7, ["data.train_size=300", "seed=1", "data.crop_padding=2"])]:
+        words = ["data.train_size=200", "data.crop_padding=0", *settings]
+        alone = tmp_path / f"alone{number}"
+        command(*fixed, *words, f"hydra.run.dir={alone}")
+        assert_same_weights(alone / "checkpoints/last.ckpt", tmp_path / f"a/{number}/checkpoints/last.ckpt")
+        records = [json.loads((folder / "metrics.json").read_text()) for folder in (alone, tmp_path / f"a/{number}")]
+        assert records[0]["data"] == records[1]["data"]
+    del reading[:]
+    assert command("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'b'}")[0] == 0
+    assert reading == [200]  # a sweep of its own: files may have changed
+
+
+def test_a_job_whose_images_were_read_before_is_refused_what_they_are_too_small_for(command, tmp_path):
+    swept = ["data.crop_padding=2,40", f"hydra.sweep.dir={tmp_path / 'a'}"]
+    status, _, told = command("-m", *TINY, *swept)
+    assert status == 1
+    assert "Job 1 failed: data.crop_padding=40 is too much for images of 32 pixels" in told
+
+
+def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
+    status, _, told = command("-m", *SMALL, "seed=0,1", "scheduler=cosine,nope", f"hydra.sweep.dir={tmp_path / 'a'}")
+    assert status == 1
+    assert "nope" in told
+    assert not (tmp_path / "a/0").exists()
 
 
 @pytest.mark.parametrize(

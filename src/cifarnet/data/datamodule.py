@@ -47,6 +47,29 @@ class Source:
     test: Split
     val: Split | None = None
 
+    @functools.cached_property
+    def channel_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
+        counts = torch.zeros(self.train.images.shape[1], 256, dtype=torch.int64)
+        for images in self.train.chunks():
+            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        share = counts.double() / counts.double().sum(1, keepdim=True)  # exact, and without a float copy of the images
+        levels = torch.arange(256).double() / 255
+        mean = share @ levels
+        return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+
+    @functools.cached_property
+    def checksum(self) -> str | None:
+        """Of all pixels and labels. None for images that are streamed, which would have to be read once more."""
+        if not isinstance(self.train.images, Tensor):
+            return None
+        checksum = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            for images in split.chunks():
+                checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
+            checksum.update(split.labels.numpy())
+        return checksum.hexdigest()
+
 
 class ImageDataModule(L.LightningDataModule):
     """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
@@ -97,6 +120,7 @@ class ImageDataModule(L.LightningDataModule):
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.workers: int | None = 0
+        self.given: Source | None = None  # what `read` would return, split already, where somebody has read it before
 
     def read(self) -> Source:
         """Return all images of the data set. Called once."""
@@ -109,7 +133,7 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             UserError: they cannot be read, or are too few or too small for the settings.
         """
-        source = self.read()
+        source = self.given or self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
         if self.batch_size > (count := max(1, round(self.hardest_share * len(source.train)))):
@@ -154,16 +178,10 @@ class ImageDataModule(L.LightningDataModule):
         """Height and width in pixels."""
         return self.source.train.images.shape[-1]
 
-    @functools.cached_property
+    @property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
-        counts = torch.zeros(self.source.train.images.shape[1], 256, dtype=torch.int64)
-        for images in self.source.train.chunks():
-            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        share = counts.double() / counts.double().sum(1, keepdim=True)  # exact, and without a float copy of the images
-        levels = torch.arange(256).double() / 255
-        mean = share @ levels
-        return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+        return self.source.channel_statistics
 
     def sample(self, count: int = 5000) -> Tensor:
         """Some training images, the same for every seed: uint8 [count, 3, H, W], or all if there are fewer."""
@@ -172,19 +190,10 @@ class ImageDataModule(L.LightningDataModule):
         return next(train[chosen].chunks(count))
 
     def describe(self) -> dict:
-        """What the images were, for the record: counts, and a checksum of all pixels and labels.
-
-        The checksum is None for images that are streamed, which would have to be read once more.
-        """
+        """What the images were, for the record: counts, and a checksum of all pixels and labels (None if streamed)."""
         splits = {"train": self.source.train, "val": self.source.val, "test": self.source.test}
-        in_memory = isinstance(self.source.train.images, Tensor)
-        checksum = hashlib.sha256()
-        for split in splits.values() if in_memory else ():
-            for images in split.chunks():
-                checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
-            checksum.update(split.labels.numpy())
         counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
-        return {"source": type(self).__name__, **counts, "sha256": checksum.hexdigest() if in_memory else None}
+        return {"source": type(self).__name__, **counts, "sha256": self.source.checksum}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)

@@ -1,5 +1,6 @@
 """A run as all its ranks build it: rank 0 from its arguments, the others from what it tells them."""
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet.build import Built, build
 from cifarnet.errors import UserError
 from cifarnet.ranks import Job
+from cifarnet.runs import images, sweep
 from cifarnet.runs.resume import Resume
 from cifarnet.runs.stopping import Prune
 
 
 def build_run(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Callback]) -> Built:
     """What trains, from the beginning or from that checkpoint."""
-    return build(config, [*callbacks, *([] if ckpt_path is None else [Resume(ckpt_path)])], fresh=ckpt_path is None)
+    resuming = [] if ckpt_path is None else [Resume(ckpt_path)]
+    read = functools.partial(images.read_before().give, config.data) if sweep.is_job() else None
+    return build(config, [*callbacks, *resuming], fresh=ckpt_path is None, read=read)
 
 
 def job(config: DictConfig, ckpt_path: str | Path | None, callbacks: Sequence[Callback], size: int) -> Job:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet import cli, files
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.permitted import located
-from cifarnet.runs import parallel, replay
+from cifarnet.runs import images, parallel, replay
 from cifarnet.runs.summary import clear_checkpoints, resuming
 from cifarnet.runs.tables import Run, read, read_run
 from cifarnet.settings import check_type
@@ -163,6 +163,7 @@ def check(config: DictConfig) -> None:
 def begin(config: DictConfig, folder: Path) -> None:
     """Write down what the sweep is, so that it can be gone on with."""
     stop_file(folder).unlink(missing_ok=True)
+    images.read_before.cache_clear()  # files may have changed since an earlier sweep
     files.write(folder / "multirun.yaml", OmegaConf.to_yaml(config))
 
 
