@@ -139,8 +139,8 @@ class Classifier(L.LightningModule):
         self._sums[stage] += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
 
     def means(self, stage: str) -> dict[str, float]:
-        """Cross-entropy and accuracy of a stage ("train", "val", "test" or "one_view") since the epoch began: of all ranks
-        when it is over, and until then of this one."""
+        """Cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began: of all ranks when
+        it is over, and until then of this one."""
         loss, correct, count = self._totals.get(stage, self._sums[stage]).tolist()
         count = count or float("nan")
         return {f"{stage}/cross_entropy": loss / count, f"{stage}/accuracy": correct / count}
