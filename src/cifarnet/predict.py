@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cifarnet import cli, files, settings
+from cifarnet import cli, files, hardware, settings
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range
@@ -58,6 +58,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     from cifarnet.quiet import quieten_lightning
 
     quieten_lightning()
+    hardware.keep_freed_memory()
     classifier = trained.load(run, located(config.classes))
     temperature = classifier.temperature(config.temperature, config.tta)
     sources, rows = listed(images)

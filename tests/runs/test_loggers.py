@@ -3,6 +3,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 from omegaconf import OmegaConf
@@ -115,7 +116,9 @@ def test_wandb_gets_all(config, tmp_path):
     for seed in (0, 1):  # as a sweep does, in one process
         train(config("logger=wandb", f"seed={seed}", folder=f"run{seed}"))
         [file] = (tmp_path / f"run{seed}/wandb").rglob("*.wandb")
-        records = list(offline_record(file))
+        records, over = [], time.monotonic() + 20  # a process of its own writes it, and `finish` does not wait for that
+        while time.monotonic() < over and not any(one.WhichOneof("record_type") == "exit" for one in records):
+            records = list(offline_record(file))
         config_ = {item.key: json.loads(item.value_json) for record in records for item in record.config.update}
         assert (config_["seed"], config_["optimizer"]["lr"]) == (seed, 0.05)
         rows = [

@@ -31,7 +31,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def accuracy(history: Sequence[Mapping[str, float]]) -> Figure:
     """Accuracy against epoch, train and validation. One row an epoch, with the keys of `Classifier`'s metrics."""
-    axis = Figure(figsize=(8, 4.5), dpi=150, layout="constrained").subplots()
+    axis = Figure(figsize=(8, 4.5), dpi=150).add_axes((0.09, 0.12, 0.89, 0.8))  # faster than a layout
     for key, name, colour in [("train/accuracy", "train", TRAIN), ("val/accuracy", "validation", VAL)]:
         if values := {row["epoch"]: row[key] for row in history if key in row}:
             label = f"{name}, last {list(values.values())[-1]:.1%}"

@@ -46,11 +46,21 @@ def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
     files.write(Path(trainer.default_root_dir, f"{name.rpartition('/')[2]}.png"), content.getbuffer())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, pixels, trainer.current_epoch, dataformats="HWC")
+            _log_image(logger, name, trainer.current_epoch, content.getvalue(), *pixels.shape)
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels])
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(logger.run_id, pixels, f"{name}.png")
+
+
+def _log_image(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, *shape: int) -> None:
+    """A file as it is: torch's `add_image` would encode it once more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    height, width, channels = shape
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+    summary = Summary(value=[Summary.Value(tag=name, image=image)])
+    logger.experiment._get_file_writer().add_summary(summary, epoch)  # opened again, if it was closed
 
 
 def log_results(metrics: Mapping[str, Any], loggers: Iterable[Logger]) -> None:
