@@ -101,6 +101,12 @@ def train(experiment: str, *overrides: str) -> dict[str, Any]:
         return json.loads(Path(folder, "metrics.json").read_text())
 
 
+def mean_and_deviation(shares: Sequence[float]) -> str:
+    """In percent; of one value itself alone."""
+    values = [100 * share for share in shares]
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -18,6 +18,7 @@ are given apart too. "above 94 %" is a one-sided t-test of the mean.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -28,25 +29,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import common
-from steps import build_steps, compose_baseline, now, seconds_a_step
-from trainer_overhead import raw_twin
+from steps import build_steps, compose_baseline, now
+from trainer_overhead import lean, raw_twin
 
 HERE, RESULTS = Path(__file__).parent, common.RESULTS / "gpu.json"
-PARTS = {
-    "tests": 90,
-    "steps": 150,
-    "networks": 120,
-    "profile": 60,
-    "speedrun": 500,
-    "baseline": 280,
-}  # seconds, of 1,200
+# seconds, of 1,200
+PARTS = {"tests": 90, "steps": 150, "networks": 120, "profile": 60, "speedrun": 500, "baseline": 280}
 MODES = ["false", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Measurement = tuple[str, dict[str, Any]]  # of what, and what came out
 
@@ -59,28 +53,30 @@ def tests(arguments: argparse.Namespace) -> Iterator[Measurement]:
 
 
 def steps(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Of `baseline`: milliseconds a step, images a second."""
-    sides: dict[str, Callable[[], float]] = {"raw twin": lambda: raw_twin(arguments.overrides) / 1000}
-    for mode in MODES:
-        sides[f"Trainer, compile={mode}"] = partial(_seconds_a_step, *arguments.overrides, f"compile={mode}")
-    size = compose_baseline(*arguments.overrides).data.batch_size
-    for turn in range(arguments.turns):
-        for name, measure in sides.items():
-            seconds = measure()
-            yield name, {"turn": turn, "ms a step": 1000 * seconds, "images/s": size / seconds, **_memory()}
+    """Of `baseline`, in a bare loop, in the Trainer, and compiled in each mode."""
+    sides = {f"Trainer, compile={mode}": (lean, [*arguments.overrides, f"compile={mode}"]) for mode in MODES}
+    yield from _rates({"raw twin": (raw_twin, arguments.overrides)} | sides, arguments.turns)
 
 
 def networks(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Of other experiments, in the Trainer: milliseconds a step, images a second, and the peak of the GPU's memory."""
-    for turn in range(arguments.turns):
-        for experiment in ("speedrun", "resnet18"):
-            for mode in MODES[:2]:
-                chosen = [f"+experiment={experiment}", *arguments.overrides, f"compile={mode}"]
-                size = compose_baseline(*chosen).data.batch_size
-                _memory()  # from here on
-                seconds = _seconds_a_step(*chosen)
-                measured = {"ms a step": 1000 * seconds, "images/s": size / seconds}
-                yield f"{experiment}, compile={mode}", {"turn": turn, **measured, **_memory()}
+    """Of other experiments, in the Trainer."""
+    chosen = itertools.product(("speedrun", "resnet18"), MODES[:2])
+    settings = {of: [f"+experiment={of[0]}", *arguments.overrides, f"compile={of[1]}"] for of in chosen}
+    sides = {f"{name}, compile={mode}": (lean, words) for (name, mode), words in settings.items()}
+    yield from _rates(sides, arguments.turns)
+
+
+def _rates(
+    sides: dict[str, tuple[Callable[[Sequence[str]], float], Sequence[str]]], turns: int
+) -> Iterator[Measurement]:
+    """Milliseconds a step, images a second, and the peak of the GPU's memory. A side measures the first."""
+    for turn in range(turns):
+        for name, (measure, settings) in sides.items():
+            size = compose_baseline(*settings).data.batch_size
+            _memory()  # from here on
+            milliseconds = measure(settings)
+            rates = {"ms a step": milliseconds, "images/s": 1000 * size / milliseconds}
+            yield name, {"turn": turn, **rates, **_memory()}
 
 
 def profile(arguments: argparse.Namespace) -> Iterator[Measurement]:
@@ -166,7 +162,7 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
     from cifarnet.cli import compose
     from cifarnet.compiling import Compile, warm_up
 
-    class WarmUp(Callback):
+    class WarmUp(Callback):  # Compile warms up what is compiled
         seconds = 0.0
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -177,14 +173,15 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
     def run(seed: int, **few: Any) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             chosen = [f"+experiment={experiment}", "callbacks=lean", "~logger", f"output_dir={folder}", f"seed={seed}"]
-            built = build(compose("train", [*chosen, *overrides]), [warming := WarmUp()], **few)
+            config = compose("train", [*chosen, *overrides])
+            built = build(config, [] if config.compile else [WarmUp()], **few)
             device = built.trainer.strategy.root_device
             start = now(device)
             built.trainer.fit(built.classifier, datamodule=built.data)
             trained = now(device)
             built.trainer.test(built.classifier, datamodule=built.data, verbose=False)
             tested = now(device)
-        free = warming.seconds + sum(one.seconds for one in built.trainer.callbacks if isinstance(one, Compile))
+        free = sum(one.seconds for one in built.trainer.callbacks if isinstance(one, Compile | WarmUp))
         means = built.classifier.means("test") | built.classifier.means("one_view")
         return {
             "seed": seed,
@@ -200,12 +197,6 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
         if not sys.stdin.readline():  # who asks is gone
             break
         print(json.dumps(run(seed)), flush=True)
-
-
-def _seconds_a_step(*overrides: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        lean = [] if any(override.startswith("callbacks") for override in overrides) else ["callbacks=lean"]
-        return seconds_a_step(compose_baseline(*overrides, *lean, f"output_dir={folder}"), check_val_every_n_epoch=1)
 
 
 def _memory() -> dict[str, float]:
@@ -268,8 +259,7 @@ def _summary(key: str, values: Sequence[Any]) -> str:
     if not all(isinstance(value, int | float) for value in values):
         return str(values[-1])
     if key.startswith("accuracy"):
-        spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{100 * statistics.mean(values):.2f}{spread} %"
+        return f"{common.mean_and_deviation(values)} %"
     return f"{statistics.median(values):,.4g}"
 
 

@@ -177,8 +177,7 @@ def accuracy(runs: list[Run]) -> str:
     """Mean ± standard deviation (number of runs), in percent."""
 
     def of(key: str) -> str:
-        values = [100 * run[key] for run in runs]
-        return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        return common.mean_and_deviation([run[key] for run in runs])
 
     one_view = f"; {of('test_accuracy_one_view')} without {runs[0]['tta']}" if runs[0]["tta"] != "none" else ""
     return f"{of('test_accuracy')} % ({len(runs)}{one_view})"

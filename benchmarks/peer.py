@@ -29,6 +29,7 @@ import torch
 
 from cifarnet import hardware
 from cifarnet.models.tta import Answers
+from steps import now
 
 FOR_CPU = {
     ".cuda()": "",
@@ -82,8 +83,10 @@ def main() -> None:
     if not Path("cifar10/train.pt").is_file():
         sys.exit(f"{path.parent}/cifar10/train.pt is missing: benchmarks/speedrun.py --write {path.parent} makes it.")
 
-    peer = load(path, arguments.device)
-    run = with_main(peer, arguments.device) if hasattr(peer, "main") else with_setup(peer, arguments.device)
+    peer, device = load(path, arguments.device), torch.device(arguments.device)
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+    run = with_main(peer, device) if hasattr(peer, "main") else with_setup(peer, device)
     if arguments.wait:
         print(json.dumps({"ready": True}), flush=True)
     for seed in range(arguments.seed, arguments.seed + arguments.runs):
@@ -93,7 +96,7 @@ def main() -> None:
         print(json.dumps({"seed": seed} | run(seed)), flush=True)
 
 
-def with_main(peer: types.ModuleType, device: str) -> Callable[[int], dict[str, float]]:
+def with_main(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
     """`main(run, model)`, which owns its clock: seconds, and how many of them its evaluation took."""
     model, took, evaluate = peer.CifarNet().to(device, memory_format=torch.channels_last), [], peer.evaluate
 
@@ -104,8 +107,7 @@ def with_main(peer: types.ModuleType, device: str) -> Callable[[int], dict[str, 
         return result
 
     peer.evaluate = timed_evaluate
-    if device == "cpu":
-        hardware.keep_freed_memory()
+    if device.type == "cpu":
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     else:
         model.compile(mode="max-autotune")
@@ -126,11 +128,10 @@ def with_main(peer: types.ModuleType, device: str) -> Callable[[int], dict[str, 
     return run
 
 
-def with_setup(peer: types.ModuleType, device: str) -> Callable[[int], dict[str, float]]:
+def with_setup(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
     """`setup()`, then for each run `reset_all(…)` and `train(…)`, which are timed, and our evaluation."""
     peer.DATA_PATH = "cifar10"
-    if device == "cpu":
-        hardware.keep_freed_memory()
+    if device.type == "cpu":
         peer.CifarNet.forward = torch.autocast("cpu", torch.bfloat16)(peer.CifarNet.forward)
     model, extra = peer.setup()
     loader, optimizers = extra["train_loader"], extra["optimizers"]
@@ -159,13 +160,6 @@ def with_setup(peer: types.ModuleType, device: str) -> Callable[[int], dict[str,
         return {"accuracy": right.float().mean().item()} | seconds
 
     return run
-
-
-def now(device: str) -> float:
-    """Seconds on a clock, once the device has done all that was asked of it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

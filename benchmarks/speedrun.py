@@ -82,8 +82,7 @@ def main() -> None:
 
     facts = {}
     for name, measured in accuracies.items():
-        spread = f" ± {100 * statistics.stdev(measured):.2f}" if len(measured) > 1 else ""
-        facts[f"{name}, accuracy"] = f"{100 * statistics.mean(measured):.2f}{spread} % (n = {len(measured)})"
+        facts[f"{name}, accuracy"] = f"{common.mean_and_deviation(measured)} % (n = {len(measured)})"
         facts[f"{name}, whole process"] = f"{statistics.median(whole[name]):.1f} s a run"
     common.report("speedrun", "seconds", seconds, **facts, accuracies=accuracies)
 

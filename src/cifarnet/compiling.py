@@ -54,7 +54,7 @@ def warm_up(trainer: L.Trainer, module: L.LightningModule) -> None:
         for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
             shape = loader.batch_size, channels, size, size
             images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
-            for _ in range(3):  # a CUDA graph is recorded in the second pass
+            for _ in range(3 if module.device.type == "cuda" else 1):  # a CUDA graph is recorded in the second pass
                 with trainer.precision_plugin.forward_context():
                     logits = module(images.contiguous(memory_format=module.memory_format))
                 logits.sum().backward()

@@ -27,8 +27,9 @@ SPEED = {
     *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
 }
 
-# whole numbers, from the least to the largest that works
 Modes = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
+
+# whole numbers, from the least to the largest that works
 RANGES = {
     "seed": (0, 2**32 - 1),
     "threads": (1, 1024),
