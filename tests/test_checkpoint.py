@@ -76,3 +76,14 @@ def test_config_is_kept_as_written_and_read_resolved(config, tmp_path):
         "precision",
         "config",
     }
+
+
+def test_a_folder_around_a_run_or_in_it_is_no_run(config, tmp_path):
+    train(config())
+    (tmp_path / "run/exported").mkdir()
+    for asked in (tmp_path, tmp_path / "run/exported", tmp_path / "run/checkpoints"):
+        with pytest.raises(UserError, match=rf"There is no checkpoint .* Did you mean {tmp_path}/run\?"):
+            cifarnet.load(asked)
+    (tmp_path / "network.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"network\.onnx was exported, for other programs to run\. Name the run"):
+        cifarnet.load(tmp_path / "network.onnx")

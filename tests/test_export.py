@@ -160,6 +160,21 @@ def test_what_cannot_be_used(run, command, monkeypatch, tmp_path):
     assert "format=onnx needs onnxruntime: pip install 'cifarnet[export]'" in command(str(run), main=main)[2]
 
 
+def test_without_the_run_s_images_random_pixels_are_compared(changed, command, tmp_path):
+    def alter(checkpoint):
+        data = checkpoint["hyper_parameters"]["config"]["data"]
+        data.update(_target_="cifarnet.data.folder.ImageFolder", root="/nowhere", image_size=32)
+
+    run = changed(alter)
+    status, out, err = command(str(run), f"output={tmp_path}/network.onnx", "images=20", main=main)
+    assert status == 0, err
+    assert "No test images to check with: " in out
+    assert "/nowhere, which is no folder here" in out
+    assert "network.onnx: 20 random images, in batches of 1, 7, 64, get the same answers." in out
+    status, _, err = command(str(run), "data=folder", "data.root=/neither", main=main)
+    assert (status, "/neither" in err) == (1, True), err
+
+
 def test_a_stranger_s_checkpoint_runs_nothing(changed, run, command):
     def alter(checkpoint):
         checkpoint["hyper_parameters"]["config"]["model"]["_target_"] = "os.system"
@@ -184,6 +199,20 @@ def test_a_folder_to_share_is_loaded_back(run, images, command, tmp_path):
     assert evaluated["test"]["images"] == 60
     with pytest.raises(UserError, match=r"does not say what it was trained on\. Say what to test on: data="):
         evaluate(folder)
+    assert Path(folder / "model.safetensors").stat().st_mode == Path(folder / "README.md").stat().st_mode
+    with pytest.raises(UserError, match=r"there is no .*Fit one: python -m cifarnet\.evaluate .* data=…"):
+        cifarnet.load(shutil.copytree(folder, tmp_path / "moved")).temperature("evaluation")
+
+
+def test_the_temperature_travels(run, tmp_path):
+    trained = shutil.copytree(run, tmp_path / "run")
+    measured = evaluate(trained, ["corruptions=false"])
+    shared = cifarnet.load(export(trained, ["format=hub", f"output={tmp_path}/shared"]))
+    assert shared.temperature("evaluation") == measured["temperature"] != 1
+    with pytest.raises(UserError, match=r"config\.json was fitted to shared with tta=mirror"):
+        shared.temperature("evaluation", tta="none")
+    again = evaluate(tmp_path / "shared", ["data=synthetic", "data.train_size=200", "corruptions=false"])
+    assert shared.temperature("evaluation") == again["temperature"] != measured["temperature"]
 
 
 def test_the_card_tells_what_was_measured(run, tmp_path):

@@ -85,6 +85,13 @@ def test_it_learns_more_than_the_head_at_a_smaller_rate(finetune, base):
     assert not torch.equal(before["network.blocks.0.conv1.weight"], after["network.blocks.0.conv1.weight"])
 
 
+def test_it_says_what_it_began_with_and_what_an_epoch_leaves_out(finetune, base, capsys):
+    train(finetune("data.batch_size=8"))
+    printed = capsys.readouterr().out
+    assert f"Begins with the weights of {base}/checkpoints/best.ckpt\n" in printed
+    assert "An epoch leaves 6 of these images out, others each time: batches have 8.\n" in printed
+
+
 def test_at_a_rate_of_nothing_the_head_alone_learns(finetune, base):
     before = weights(base / "checkpoints/best.ckpt")
     after = tuned(finetune("recipe.backbone.lr_scale=0", "+recipe=no_decay"))

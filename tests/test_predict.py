@@ -146,6 +146,17 @@ def test_what_is_no_picture_is_told(classifier, wrong):
         classifier.predict(wrong if isinstance(wrong, list) else [wrong])
 
 
+def test_one_picture_or_a_folder_is_as_good_as_a_list(classifier, tmp_path, caplog):
+    picture(tmp_path / "a.png")
+    of_list = [answer.logits for answer in classifier.answers([tmp_path / "a.png"])]
+    for given in (str(tmp_path / "a.png"), tmp_path):
+        assert torch.equal(next(classifier.answers(given)).logits, of_list[0])
+    with pytest.raises(UserError, match="A NoneType is no image: give a path"):
+        classifier.predict(None)
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\] are no batch: give \[B, C, H, W\]"):
+        classifier.network(torch.zeros(3, 32, 32))
+
+
 def test_load_is_still_a_pair(run):
     loaded = cifarnet.load(run)
     network, names = loaded
@@ -292,16 +303,19 @@ def test_the_temperature_is_evaluate_s(run, predict, changed, tmp_path):
         (["a.png", "precision=bf8"], 1, "precision=bf8"),
         (["a.png", "output=a.png"], 1, "output=a.png: name a file that ends with .csv or .json"),
         (["a.png", "output=a.png/b.csv"], 1, "output=a.png/b.csv cannot be written"),
+        (["a.png", "--top", "3"], 2, "--top is no flag. Settings have no dashes, such as top=…"),
+        (["run"], 1, "run is a run, which comes first: python -m cifarnet.predict <run> <files and folders>"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_told_in_one_line(predict, tmp_path, arguments, status, told):
     picture(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
     ended, printed, error = predict(*arguments)
     assert (ended, printed) == (status, "")
     assert told in error
-    assert error.count("\n") == 1
+    assert error.count("\n") == status  # after how it is used, where that is wrong
 
 
 def test_libraries_say_nothing(run, tmp_path):
@@ -436,5 +450,5 @@ def test_where_the_network_looked(predict, run, tmp_path):
 
 def test_an_explanation_shows_names_as_text(classifier):
     ranked = [("$\\frac$ <b>", 0.9), ("b" * 30, 0.1)]
-    figure = figures.explained(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked)
+    figure = figures.explained(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked, "$\\frac$ <b>.png")
     assert figures.as_image(figure).any()

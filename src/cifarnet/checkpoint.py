@@ -60,9 +60,13 @@ def read(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _read_shared(path)
     if not path.is_file():
+        runs = _runs_near(path)
+        meant = f" Did you mean {runs[-1]}?" if runs else ""
         raise UserError(
-            f"There is no checkpoint {path}. A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
+            f"There is no checkpoint {path}.{meant} A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
         )
+    if path.suffix in (".onnx", ".pt2"):
+        raise UserError(f"{path} was exported, for other programs to run. Name the run, or its checkpoint, instead.")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares the checksums that torch.save wrote
@@ -108,6 +112,14 @@ def _read_shared(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, error) from error
     _check_version(folder, written_by)
     return content | {"epoch": settings["epoch"] - 1, "global_step": 0}
+
+
+def _runs_near(path: Path) -> list[Path]:
+    """Of a checkpoint that is not there: the run around it, or the runs below the folder that was taken for one."""
+    asked = path.parent.parent if path.parent.name == "checkpoints" else path
+    above = [folder for folder in asked.parents if (folder / "checkpoints").is_dir() and folder.name]
+    below = asked.glob("*/checkpoints") if asked.is_dir() else []
+    return above[:1] or sorted(kept.parent for kept in below if any(kept.glob("*.ckpt")))
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -69,7 +69,10 @@ def parse(
     parser.set_defaults(against=[])
     if against:
         parser.add_argument("--against", nargs="+", metavar="PATH", help="compared with")
-    given = parser.parse_intermixed_args(arguments)
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        named = unknown[0].lstrip("-")
+        parser.error(f"{unknown[0]} is no flag. Settings have no dashes, such as {named}=…")
     settings = [argument for argument in given.arguments + given.against if is_setting(argument)]
     paths, baseline = (
         [argument for argument in of if not is_setting(argument)] for of in (given.arguments, given.against)

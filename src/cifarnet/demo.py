@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
 
-from cifarnet import cli, settings
+from cifarnet import cli
 from cifarnet.errors import UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range, Seed
@@ -59,9 +59,7 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
     from cifarnet.quiet import quieten_lightning
 
     quieten_lightning()
-    of_data = [override for override in overrides if cli.key_of(override).partition(".")[0] == "data"]
-    config = cli.compose("demo", [override for override in overrides if override not in of_data])
-    settings.check_own(config, TYPES, RANGES)
+    config, of_data = testdata.own("demo", overrides, TYPES, RANGES)
     paths = [checkpoint.find(run) for run in runs]
     contents = [checkpoint.read(path) for path in paths]
     classes = located(config.classes)
@@ -201,7 +199,8 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
                 prevent_thread_lock=True,
             )
         except OSError as error:
-            raise UserError(f"host={config.host} port={config.port} cannot be served: {error}") from error
+            asked = f"host={config.host} port={config.port}"
+            raise UserError(f"{asked} cannot be served, or is taken. Choose another, such as port=8000.") from error
         try:
             yield address
         finally:

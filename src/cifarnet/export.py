@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from cifarnet.permitted import located
 from cifarnet.ranges import Range, Seed
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import Tensor
 
     from cifarnet.evaluation.trained import Trained
@@ -57,12 +58,19 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     from cifarnet.quiet import quieten_lightning
 
     quieten_lightning()
-    config = testdata.configure("export", content, path, overrides, TYPES, RANGES)
+    config, of_data = testdata.own("export", overrides, TYPES, RANGES)
     form = chosen(config.format)
     classes = located(config.classes)
     classifier = trained.of(content, path, classes)
     target = place(config.output, path, form.FILE)
-    images, _ = testdata.some(config, content, config.images)
+    try:
+        of_run = testdata.configure("export", content, path, overrides, TYPES, RANGES)
+        kind, (images, _) = "test", testdata.some(of_run, content, config.images)
+    except UserError as error:  # whoever has but a checkpoint can do without
+        if of_data:
+            raise
+        print(printable(f"No test images to check with: {error}"))
+        kind, images = "random", noise(content, config)
     with _temporary(target) as draft:
         try:
             form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, facts(classifier, images.shape[1]))
@@ -79,7 +87,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     sizes = ", ".join(map(str, BATCH_SIZES))
     print(
         printable(
-            f"{os.path.relpath(target)}: {len(images):,} test images, in batches of {sizes}, get the same answers."
+            f"{os.path.relpath(target)}: {len(images):,} {kind} images, in batches of {sizes}, get the same answers."
         )
     )
     print(f"The largest difference of logits is {difference:.1e}.")
@@ -94,6 +102,14 @@ def _temporary(target: Path) -> Iterator[Path]:
             yield Path(folder) / target.name
     except OSError as error:
         raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another.") from error
+
+
+def noise(content: Mapping[str, Any], config: "DictConfig") -> "Tensor":
+    """Images of pixels that are drawn one by one, uint8 [N, 3, image_size, image_size]."""
+    import torch
+
+    size, drawn = int(content["hyper_parameters"]["image_size"]), torch.Generator().manual_seed(config.seed)
+    return torch.randint(256, (config.images, 3, size, size), dtype=torch.uint8, generator=drawn)
 
 
 def chosen(name: str) -> ModuleType:

@@ -39,6 +39,7 @@ RANGES |= {"batch_size": Annotated[int, Range(1, 1_000_000)]}
 ENDINGS = (".csv", ".json")
 SHOWN = 10  # classes beside a picture, at most
 WIDTH = 60  # of the column of names, at most
+TITLE = 100  # characters of a path above its picture, at most
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
@@ -151,7 +152,9 @@ def explain(
     stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
     taken[stem] += 1
     path = folder / (f"{stem}.png" if taken[stem] == 1 else f"{stem}_{taken[stem]}.png")
-    save(figures.explained(answer.pixels, classifier.heat(answer.pixels, answer.logits), ranked), path)
+    heat, source = classifier.heat(answer.pixels, answer.logits), shown(str(answer.source))
+    title = source if len(source) <= TITLE else f"…{source[-TITLE:]}"
+    save(figures.explained(answer.pixels, heat, ranked, title), path)
 
 
 def shown(text: str) -> str:
@@ -183,13 +186,16 @@ def save_rows(rows: Sequence[dict[str, Any]], output: Path, circumstances: dict[
         files.write(output, content)
     except OSError as error:
         raise UserError(f"output={output} cannot be written ({error.strerror}).") from error
-    print(printable(f"{output}: {len(rows):,} rows"))
+    print(printable(f"{output}: {len(rows):,} row{'s' * (len(rows) != 1)}"))
 
 
 def _command() -> None:
     paths, overrides, _ = cli.parse("predict", __doc__, EXAMPLES)
     if len(paths) == 1:
         raise UserError("Name pictures too: python -m cifarnet.predict <run> <files and folders>")
+    for path in paths[1:]:
+        if Path(path, "checkpoints").is_dir() and Path(paths[0]).suffix != ".ckpt":
+            raise UserError(f"{path} is a run, which comes first: python -m cifarnet.predict <run> <files and folders>")
     predict(paths[0], paths[1:], overrides)
 
 

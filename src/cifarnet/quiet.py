@@ -1,8 +1,10 @@
 """Libraries say what a user can act on, and no more."""
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from tensorboard.compat import tf
@@ -31,6 +33,18 @@ def quieten_lightning() -> None:
         ".*decompression bomb DOS attack.*",  # the largest pictures that are read
     ):
         warnings.filterwarnings("ignore", message)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Lightning's Fabric does not say meanwhile which precision it was asked for."""
+    logger = logging.getLogger("lightning.fabric")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def without_tensorflow() -> None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
+from cifarnet.quiet import quietly
 
 
 class Predictions(NamedTuple):
@@ -46,7 +47,8 @@ class Predictor:
     ) -> None:
         test_time.check(tta, tta_share)
         try:
-            fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+            with quietly():
+                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
         except Exception as error:  # Lightning raises many types for settings it cannot use
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."

@@ -15,6 +15,16 @@ from cifarnet.permitted import located
 SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
 
 
+def own(
+    command: str, overrides: Sequence[str], types: Mapping[str, Any], allowed: Mapping[str, Any]
+) -> tuple[DictConfig, bool]:
+    """`configs/<command>.yaml` without data, checked; and whether the user names data. For what can do without."""
+    of_data = [override for override in overrides if cli.key_of(override).partition(".")[0] == "data"]
+    config = cli.compose(command, [override for override in overrides if override not in of_data])
+    settings.check_own(config, types, allowed)
+    return config, bool(of_data)
+
+
 def configure(
     command: str,
     content: Mapping[str, Any],

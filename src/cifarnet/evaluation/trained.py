@@ -102,11 +102,9 @@ class Trained(NetworkAndNames):
         Raises:
             UserError: one cannot be read, or a setting cannot be used.
         """
-        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
-        listed = list(_listed([images] if single else images))
         divisor = self.temperature(temperature, settings.get("tta"))
         predictions = []
-        for answer in self.answers(listed, **settings):
+        for answer in self.answers(images, **settings):
             if answer.logits is None:
                 raise UserError(answer.error)
             ranked = self.ranked(answer.logits, divisor)
@@ -116,7 +114,7 @@ class Trained(NetworkAndNames):
 
     def answers(
         self,
-        sources: Sequence[Picture],
+        sources: Picture | Iterable[Picture],
         *,
         tta: str | None = None,
         batch_size: int = 256,
@@ -130,7 +128,7 @@ class Trained(NetworkAndNames):
         the run looked at again.
 
         Args:
-            sources: as `predict` takes them, but for folders.
+            sources: as `predict` takes them.
             tta: test-time augmentation, "none", "mirror" or "mirror_translate"; None: as the run was tested.
             batch_size: images at a time.
             workers: threads that decode; None: one a core.
@@ -141,7 +139,7 @@ class Trained(NetworkAndNames):
         """
         predictor = self.predictor(tta=tta, precision=precision, accelerator=accelerator)
         batch: list[tuple[Picture, np.ndarray | str]] = []
-        for part in _decoded(sources, self.image_size, batch_size, workers or cores()):
+        for part in _decoded(list(_listed(sources)), self.image_size, batch_size, workers or cores()):
             batch.append(part)
             if len(batch) == batch_size:
                 yield from self._answered(predictor, batch)
@@ -203,7 +201,12 @@ class Trained(NetworkAndNames):
         file = folder_for(self.path, "evaluation") / "metrics.json"
         command = f"python -m cifarnet.evaluate {self.path}"
         try:
-            record = json.loads(file.read_text("utf-8"))
+            if self.path.is_dir():  # a folder that was shared says what its maker fitted
+                command += " data=…"
+                shared = json.loads((self.path / checkpoint.SHARED[1]).read_text("utf-8")).get("evaluation")
+                if shared and not file.exists():
+                    file, shared = self.path / checkpoint.SHARED[1], shared | {"checkpoint": str(self.path)}
+            record = shared if file.parent == self.path else json.loads(file.read_text("utf-8"))
             fitted_with, named, found = record["tta"], Path(record["checkpoint"]).name, record["temperature"]
             if found is not None and not (isinstance(found, float) and 0 < found < math.inf):
                 raise ValueError(found)
@@ -302,11 +305,12 @@ def folder_for(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 
 
-def _listed(images: Iterable[Picture]) -> Iterator[Picture]:
-    """Images, with those of a folder in its place."""
+def _listed(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
+    """One, or several; those of a folder in its place."""
     from cifarnet.data.pixels import image_files
 
-    for image in images:
+    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+    for image in [images] if single or not isinstance(images, Iterable) else images:
         if isinstance(image, str | os.PathLike) and os.path.isdir(image):
             yield from image_files(os.fspath(image))
         else:

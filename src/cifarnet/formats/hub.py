@@ -6,6 +6,7 @@ Pushing it is the user's, with their own client: `hf upload <user>/<name> <folde
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name="cifarnet", tags=
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
     """Make the folder: `model.safetensors`, `config.json`, and the card as `README.md`."""
-    settings = {"model": shown_model(classifier), **classifier.tested, **facts}
+    evaluation = classifier.evaluation()
+    fitted = {key: evaluation[key] for key in ("tta", "temperature") if evaluation}
+    settings = {"model": shown_model(classifier), **classifier.tested, **facts, "evaluation": fitted or None}
     path.mkdir()
     path.joinpath("README.md").write_text(card(classifier), "utf-8")
     HubNetwork(network=classifier.network).save_pretrained(path, config=settings)
+    shutil.copymode(path / "README.md", path / checkpoint.SHARED[0])  # who may read one may read the other
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:

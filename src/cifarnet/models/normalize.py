@@ -28,6 +28,10 @@ class Normalize(nn.Module):
         self.std.copy_(torch.where(std > 1e-6, std, 1).view_as(self.std))  # a constant channel: nothing to scale
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4:
+            raise ValueError(
+                f"Images of shape {list(images.shape)} are no batch: give [B, C, H, W], as image[None] does."
+            )
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return (images - self.mean) / self.std
