@@ -451,4 +451,5 @@ def test_where_the_network_looked(predict, run, tmp_path):
 def test_an_explanation_shows_names_as_text(classifier):
     ranked = [("$\\frac$ <b>", 0.9), ("b" * 30, 0.1)]
     figure = figures.explained(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked, "$\\frac$ <b>.png")
+    assert figure.get_suptitle() == "$\\frac$ <b>.png"
     assert figures.as_image(figure).any()

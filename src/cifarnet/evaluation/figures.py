@@ -87,9 +87,9 @@ def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return ((grey * (1 - shade) + colormaps["inferno"](heat)[..., :3] * shade) * 255).round().astype(np.uint8)
 
 
-def explained(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str, float]], title: str = "") -> Figure:
+def explained(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str, float]], source: str = "") -> Figure:
     """An image as the network sees it, where it looked for the likeliest class, and probabilities, the highest first,
-    under a title.
+    under where it lies.
 
     Shapes: image uint8 [H, W, 3]; heat float [H, W] from 0 to 1.
     """
@@ -102,7 +102,7 @@ def explained(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str, f
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.suptitle(source, fontsize=9, parse_math=False)
     names, shares = zip(*ranked, strict=True)
     bars.barh(range(len(names)), shares, color=[BARS] + ["grey"] * (len(names) - 1))
     bars.set_yticks(range(len(names)), names, parse_math=False)
