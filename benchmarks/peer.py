@@ -43,6 +43,7 @@ FOR_CPU = {
     'torch.compile(_forward_step_raw, mode="max-autotune", fullgraph=True)': "_forward_step_raw",
     "torch.cuda.Event(enable_timing=True)": "_Clock()",
     "torch.cuda.synchronize()": "None",
+    ".pin_memory()": "",
 }
 
 

@@ -17,7 +17,8 @@ import cifarnet
 import common
 from cifarnet import cli, hardware
 from cifarnet.data.pixels import image_files
-from cifarnet.evaluation.trained import Trained, _decoded
+from cifarnet.evaluation.pictures import decoded
+from cifarnet.evaluation.trained import Trained
 from cifarnet.quiet import quieten_lightning
 
 MOST = 10_000  # images
@@ -37,7 +38,7 @@ def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, 
 
 
 def decoding(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
-    for _ in _decoded(files, classifier.image_size, BATCH, hardware.cores()):
+    for _ in decoded(files, classifier.image_size, BATCH, hardware.cores()):
         pass
 
 

@@ -81,9 +81,12 @@ def test_config_is_kept_as_written_and_read_resolved(config, tmp_path):
 def test_a_folder_around_a_run_or_in_it_is_no_run(config, tmp_path):
     train(config())
     (tmp_path / "run/exported").mkdir()
-    for asked in (tmp_path, tmp_path / "run/exported", tmp_path / "run/checkpoints"):
+    for asked in (tmp_path, *(tmp_path / "run" / part for part in ("exported", "checkpoints", "checkpoints/no.ckpt"))):
         with pytest.raises(UserError, match=rf"There is no checkpoint .* Did you mean {tmp_path}/run\?"):
             cifarnet.load(asked)
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"There is no checkpoint {tmp_path}/other/a\.ckpt\. A run keeps"):
+        cifarnet.load(tmp_path / "other/a.ckpt")
     (tmp_path / "network.onnx").write_bytes(b"x")
     with pytest.raises(UserError, match=r"network\.onnx was exported, for other programs to run\. Name the run"):
         cifarnet.load(tmp_path / "network.onnx")

@@ -7,7 +7,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet import checkpoint, cli
+from cifarnet import checkpoint, cli, demo
 from cifarnet.demo import choose, main, serving
 from cifarnet.errors import UserError
 from conftest import picture
@@ -62,6 +62,12 @@ def test_what_is_no_picture_is_told(client, tmp_path):
     tmp_path.joinpath("large.bmp").write_bytes(bytes(2**20))
     with pytest.raises(Exception, match="exceeds the maximum file size of 524288 bytes"):
         asked(client, tmp_path / "large.bmp")
+
+
+def test_a_folder_of_uploads_is_no_picture(run, tmp_path):
+    picture(tmp_path / "somebodys.png")
+    with pytest.raises(UserError, match="This picture is no file"):
+        demo.shown(cifarnet.load(run), str(tmp_path), cli.compose("demo", CPU))
 
 
 def test_pictures_to_choose_from(run, tmp_path):

@@ -173,6 +173,18 @@ def test_without_the_run_s_images_random_pixels_are_compared(changed, command, t
     assert "network.onnx: 20 random images, in batches of 1, 7, 64, get the same answers." in out
     status, _, err = command(str(run), "data=folder", "data.root=/neither", main=main)
     assert (status, "/neither" in err) == (1, True), err
+    shared = export(run, ["format=hub", f"output={tmp_path}/shared", "images=20"])
+    status, out, err = command(str(shared), f"output={tmp_path}/again.onnx", main=main)
+    assert (status, "shared does not say what it was trained on." in out) == (0, True), err
+
+
+def test_images_that_are_here_but_cannot_be_used_are_told(changed, command):
+    def alter(checkpoint):
+        checkpoint["hyper_parameters"]["config"]["data"]["_target_"] = "os.system"
+
+    status, out, err = command(str(changed(alter)), main=main)
+    assert (status, out) == (1, "")
+    assert "asks for the class os.system" in err
 
 
 def test_a_stranger_s_checkpoint_runs_nothing(changed, run, command):
@@ -209,10 +221,18 @@ def test_the_temperature_travels(run, tmp_path):
     measured = evaluate(trained, ["corruptions=false"])
     shared = cifarnet.load(export(trained, ["format=hub", f"output={tmp_path}/shared"]))
     assert shared.temperature("evaluation") == measured["temperature"] != 1
-    with pytest.raises(UserError, match=r"config\.json was fitted to shared with tta=mirror"):
+    again = export(tmp_path / "shared", ["format=hub", f"output={tmp_path}/again", "data=synthetic"])
+    assert cifarnet.load(again).temperature("evaluation") == measured["temperature"]
+    with pytest.raises(UserError, match=r"there is no .*shared_evaluation/metrics\.json\. Fit one: .* data=…"):
         shared.temperature("evaluation", tta="none")
-    again = evaluate(tmp_path / "shared", ["data=synthetic", "data.train_size=200", "corruptions=false"])
-    assert shared.temperature("evaluation") == again["temperature"] != measured["temperature"]
+    other = evaluate(tmp_path / "shared", ["data=synthetic", "data.train_size=200", "corruptions=false", "tta=none"])
+    assert shared.temperature("evaluation", tta="none") == other["temperature"]
+    assert shared.temperature("evaluation") == measured["temperature"]  # its maker's
+    settings = json.loads((tmp_path / "shared/config.json").read_text())
+    for wrong in ([1], 3, "x", {"tta": "mirror"}, *({"tta": "mirror", "temperature": of} for of in (True, -1.0, "1"))):
+        (tmp_path / "shared/config.json").write_text(json.dumps(settings | {"evaluation": wrong}))
+        with pytest.raises(UserError, match=r"config\.json is damaged .* Download it anew"):
+            shared.temperature("evaluation")
 
 
 def test_the_card_tells_what_was_measured(run, tmp_path):

@@ -86,10 +86,21 @@ def test_it_learns_more_than_the_head_at_a_smaller_rate(finetune, base):
 
 
 def test_it_says_what_it_began_with_and_what_an_epoch_leaves_out(finetune, base, capsys):
-    train(finetune("data.batch_size=8"))
+    config = finetune("data.batch_size=8", "scheduler=constant")
+    train(config)
     printed = capsys.readouterr().out
     assert f"Begins with the weights of {base}/checkpoints/best.ckpt\n" in printed
-    assert "An epoch leaves 6 of these images out, others each time: batches have 8.\n" in printed
+    assert "data.batch_size=8: an epoch leaves 6 of 22 images out, others each time.\n" in printed
+    config, last = resume(config.output_dir, ["trainer.max_epochs=2"])
+    train(config, last)
+    assert "Begins with" not in capsys.readouterr().out
+
+
+def test_what_it_says_of_small_data(finetune, capsys):
+    train(finetune("data.batch_size=32"))
+    printed = capsys.readouterr().out
+    assert "data.batch_size=32: an epoch's 22 images are one batch.\n" in printed
+    assert "leaves" not in printed
 
 
 def test_at_a_rate_of_nothing_the_head_alone_learns(finetune, base):

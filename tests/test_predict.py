@@ -20,8 +20,7 @@ import cifarnet
 from cifarnet.data import ImageFolder, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
-from cifarnet.evaluation import figures
-from cifarnet.evaluation import trained as trained_module
+from cifarnet.evaluation import figures, pictures
 from cifarnet.evaluation.predictor import Predictor
 from cifarnet.predict import main
 from conftest import picture
@@ -303,19 +302,27 @@ def test_the_temperature_is_evaluate_s(run, predict, changed, tmp_path):
         (["a.png", "precision=bf8"], 1, "precision=bf8"),
         (["a.png", "output=a.png"], 1, "output=a.png: name a file that ends with .csv or .json"),
         (["a.png", "output=a.png/b.csv"], 1, "output=a.png/b.csv cannot be written"),
-        (["a.png", "--top", "3"], 2, "--top is no flag. Settings have no dashes, such as top=…"),
-        (["run"], 1, "run is a run, which comes first: python -m cifarnet.predict <run> <files and folders>"),
+        (["a.png", "--batch-size=3"], 2, "Settings have no dashes: batch_size=3 ("),
+        (["a.png", "--top", "3"], 2, "--top is no flag. Settings have no dashes: top=… (and"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_told_in_one_line(predict, tmp_path, arguments, status, told):
     picture(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
     ended, printed, error = predict(*arguments)
     assert (ended, printed) == (status, "")
     assert told in error
     assert error.count("\n") == status  # after how it is used, where that is wrong
+
+
+def test_a_run_that_is_not_named_first(command, run, tmp_path):
+    picture(tmp_path / "pictures/a.png")
+    for first in ("pictures", "pictures/a.png"):
+        status, _, error = command(first, str(run), main=main)
+        assert (status, f"If {run} is the run, name it first, and pictures after it." in error) == (1, True), error
+    (tmp_path / "pictures/checkpoints").mkdir()
+    assert command(str(run), str(tmp_path / "pictures"), "accelerator=cpu", main=main)[0] == 0
 
 
 def test_libraries_say_nothing(run, tmp_path):
@@ -372,7 +379,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         for i in range(16):
             picture(tmp_path / f"{side}/{i:02}.png", size=(side, side))
         files = sorted(map(str, (tmp_path / str(side)).iterdir()))
-        assert [source for source, _ in trained_module._decoded(files, 8, 16, 4)] == files
+        assert [source for source, _ in pictures.decoded(files, 8, 16, 4)] == files
         assert (most[side] == 1) == (expected == 1), most
 
 
@@ -381,7 +388,7 @@ def test_only_so_many_wait_to_be_taken(monkeypatch):
     begun = []
     monkeypatch.setattr(pixels, "fitted", lambda image, size: begun.append(1) or Image.new("RGB", (size, size)))
     images = [np.zeros((4, 4), np.uint8)] * 4000
-    answers = trained_module._decoded(images, 4, 50, 2)
+    answers = pictures.decoded(images, 4, 50, 2)
     next(answers)
     threading.Event().wait(0.3)
     assert len(begun) <= 2 * 50 + 16 * 3

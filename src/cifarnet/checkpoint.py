@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import nn
 
 from cifarnet import __version__
-from cifarnet.errors import UserError
+from cifarnet.errors import NoImages, UserError
 from cifarnet.models import construct, try_on
 from cifarnet.permitted import class_path, located, permitted
 from cifarnet.upgrade import upgrade
@@ -61,7 +61,7 @@ def read(path: str | Path) -> dict[str, Any]:
         return _read_shared(path)
     if not path.is_file():
         runs = _runs_near(path)
-        meant = f" Did you mean {runs[-1]}?" if runs else ""
+        meant = f" Did you mean {runs[0]}?" if runs else ""
         raise UserError(
             f"There is no checkpoint {path}.{meant} A run keeps its own in <run>/checkpoints/, best.ckpt and last.ckpt."
         )
@@ -115,11 +115,12 @@ def _read_shared(folder: Path) -> dict[str, Any]:
 
 
 def _runs_near(path: Path) -> list[Path]:
-    """Of a checkpoint that is not there: the run around it, or the runs below the folder that was taken for one."""
+    """Of a checkpoint that is not there: the run around it, or the runs below the folder that was taken for one, the
+    latest first."""
     asked = path.parent.parent if path.parent.name == "checkpoints" else path
-    above = [folder for folder in asked.parents if (folder / "checkpoints").is_dir() and folder.name]
-    below = asked.glob("*/checkpoints") if asked.is_dir() else []
-    return above[:1] or sorted(kept.parent for kept in below if any(kept.glob("*.ckpt")))
+    around = [folder for folder in [asked, *asked.parents[:3]] if any(folder.glob("checkpoints/*.ckpt"))]
+    below = {file.parents[1]: file.stat().st_mtime for file in asked.glob("*/checkpoints/*.ckpt")}
+    return around[:1] or sorted(below, key=below.get, reverse=True)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -262,7 +263,7 @@ def check_data(
         if key in given:
             data[key] = None
         elif _outside("data", key, value):
-            raise UserError(f"{path}: its images lay in {value}, which is no folder here. Say where: data.{key}=…")
+            raise NoImages(f"{path}: its images lay in {value}, which is no folder here. Say where: data.{key}=…")
         elif not (plain and known) or "${" in str(value):
             raise UserError(
                 f"{path}: its setting data.{key}={value} is no plain value, and is not used. "

@@ -71,8 +71,9 @@ def parse(
         parser.add_argument("--against", nargs="+", metavar="PATH", help="compared with")
     given, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        named = unknown[0].lstrip("-")
-        parser.error(f"{unknown[0]} is no flag. Settings have no dashes, such as {named}=…")
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        setting = f"{key.replace('-', '_')}={value or '…'}"
+        parser.error(f"{unknown[0]} is no flag. Settings have no dashes: {setting} (and a file is ./{unknown[0]})")
     settings = [argument for argument in given.arguments + given.against if is_setting(argument)]
     paths, baseline = (
         [argument for argument in of if not is_setting(argument)] for of in (given.arguments, given.against)

@@ -133,6 +133,8 @@ def shown(classifier: "Trained", path: str | None, config: DictConfig) -> list[A
 
     if path is None:
         return [None, None, None]
+    if not os.path.isfile(path):  # whoever reaches the page may name a folder of uploads
+        raise UserError("This picture is no file.")
     (answer,) = classifier.answers([path], **asked(config))
     if answer.logits is None:
         raise UserError(answer.error.replace(path, "This picture"))
@@ -200,7 +202,8 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
             )
         except OSError as error:
             asked = f"host={config.host} port={config.port}"
-            raise UserError(f"{asked} cannot be served, or is taken. Choose another, such as port=8000.") from error
+            told = "the port is taken, or the host is none of this machine's addresses. port=null takes a free port."
+            raise UserError(f"{asked} cannot be served: {told}") from error
         try:
             yield address
         finally:

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something the user can mend: the message names the value that is wrong and what to do about it."""
 
 
+class NoImages(UserError):
+    """Those that a network was trained on are not here."""
+
+
 class Pruned(Exception):
     """A search has given this trial up; the message says after which epoch."""
 

@@ -1,7 +1,7 @@
 """Write a trained network as a file that runs without this project, or as a folder to share: pixels in, logits out.
 
-What is written is run on test images and compared with the network before it gets its place: it gives the same answers,
-or it is not there.
+What is written is run on test images, or on random pixels where the run's images are not here, and compared with the
+network before it gets its place: it gives the same answers, or it is not there.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cifarnet import __version__, cli, files
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import NoImages, UserError, printable
 from cifarnet.permitted import located
 from cifarnet.ranges import Range, Seed
 
@@ -66,7 +66,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     try:
         of_run = testdata.configure("export", content, path, overrides, TYPES, RANGES)
         kind, (images, _) = "test", testdata.some(of_run, content, config.images)
-    except UserError as error:  # whoever has but a checkpoint can do without
+    except NoImages as error:  # whoever has but a checkpoint can do without
         if of_data:
             raise
         print(printable(f"No test images to check with: {error}"))
@@ -109,7 +109,8 @@ def noise(content: Mapping[str, Any], config: "DictConfig") -> "Tensor":
     import torch
 
     size, drawn = int(content["hyper_parameters"]["image_size"]), torch.Generator().manual_seed(config.seed)
-    return torch.randint(256, (config.images, 3, size, size), dtype=torch.uint8, generator=drawn)
+    count = min(config.images, max(2, 2**28 // size**2))  # a stranger's size may be large
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=drawn)
 
 
 def chosen(name: str) -> ModuleType:

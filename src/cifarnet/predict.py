@@ -39,7 +39,7 @@ RANGES |= {"batch_size": Annotated[int, Range(1, 1_000_000)]}
 ENDINGS = (".csv", ".json")
 SHOWN = 10  # classes beside a picture, at most
 WIDTH = 60  # of the column of names, at most
-TITLE = 100  # characters of a path above its picture, at most
+TITLE = 70  # characters of a path above its picture, at most
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
@@ -60,7 +60,12 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
     quieten_lightning()
     hardware.keep_freed_memory()
-    classifier = trained.load(run, located(config.classes))
+    try:
+        classifier = trained.load(run, located(config.classes))
+    except UserError as error:
+        if runs := [path for path in images if Path(path, "checkpoints").is_dir()]:
+            raise UserError(f"{error} If {runs[0]} is the run, name it first, and pictures after it.") from error
+        raise
     temperature = classifier.temperature(config.temperature, config.tta)
     sources, rows = listed(images)
     folder, taken = explanations(classifier.path) if config.explain else None, Counter()
@@ -193,9 +198,6 @@ def _command() -> None:
     paths, overrides, _ = cli.parse("predict", __doc__, EXAMPLES)
     if len(paths) == 1:
         raise UserError("Name pictures too: python -m cifarnet.predict <run> <files and folders>")
-    for path in paths[1:]:
-        if Path(path, "checkpoints").is_dir() and Path(paths[0]).suffix != ".ckpt":
-            raise UserError(f"{path} is a run, which comes first: python -m cifarnet.predict <run> <files and folders>")
     predict(paths[0], paths[1:], overrides)
 
 

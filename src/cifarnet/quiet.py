@@ -30,6 +30,7 @@ def quieten_lightning() -> None:
         ".*`srun` command is available.*",  # one process needs none
         ".*sync_dist=True.*",  # metrics are of all ranks already
         ".*Total length of `list`.*",  # training without validation
+        ".*Glyph .* missing from font.*",  # in the name of a picture or a class
         ".*decompression bomb DOS attack.*",  # the largest pictures that are read
     ):
         warnings.filterwarnings("ignore", message)

@@ -56,7 +56,7 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
-    tell(record.heading(config, built))
+    tell(record.heading(config, built, fresh=ckpt_path is None))
     command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
     with ranks.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
         tested = fit_and_test(built)

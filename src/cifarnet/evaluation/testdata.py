@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cifarnet import build, checkpoint, cli, settings
-from cifarnet.errors import UserError
+from cifarnet.errors import NoImages, UserError
 from cifarnet.permitted import located
 
 SPLITTING = ("val_fraction", "split_seed", "eval_batch_size")  # another data set is split and batched as the run's was
@@ -46,7 +46,7 @@ def configure(
     if "data" in map(cli.key_of, overrides):
         saved = {key: recorded[key] for key in SPLITTING if isinstance(recorded.get(key), int | float)}
     elif not recorded:
-        raise UserError(
+        raise NoImages(
             f"{path} does not say what it was trained on. Say what to test on: data=cifar10, or data=folder …"
         )
     else:

@@ -4,21 +4,18 @@ import copy
 import json
 import math
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cifarnet import checkpoint, ranges
 from cifarnet.errors import UserError
 from cifarnet.evaluation.gradcam import grad_cam
+from cifarnet.evaluation.pictures import Picture, decoded, listed
 from cifarnet.hardware import cores
 
 if TYPE_CHECKING:
@@ -32,9 +29,8 @@ RECORDED |= dict.fromkeys(("data", "hardware", "versions"), dict) | {
     "overrides": list,
     "git_commit": str | None,
 }
-EVALUATED = {"checkpoint": str, "finished": str, "data": dict, "test": dict, "tta": str, "precision": str}
-CHUNK = 16  # images that a thread decodes in one go, where there are many: small ones take less time than handing over
-Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+EVALUATED = dict.fromkeys(("checkpoint", "finished", "tta", "precision"), str)
+EVALUATED |= {"data": dict, "test": dict, "temperature": float | None}
 
 
 class Prediction(NamedTuple):
@@ -139,7 +135,7 @@ class Trained(NetworkAndNames):
         """
         predictor = self.predictor(tta=tta, precision=precision, accelerator=accelerator)
         batch: list[tuple[Picture, np.ndarray | str]] = []
-        for part in _decoded(list(_listed(sources)), self.image_size, batch_size, workers or cores()):
+        for part in decoded(list(listed(sources)), self.image_size, batch_size, workers or cores()):
             batch.append(part)
             if len(batch) == batch_size:
                 yield from self._answered(predictor, batch)
@@ -199,14 +195,12 @@ class Trained(NetworkAndNames):
                 raise UserError(f"temperature={asked}: give a number above 0, or evaluation.")
             return 1.0 if asked is None else float(asked)
         file = folder_for(self.path, "evaluation") / "metrics.json"
-        command = f"python -m cifarnet.evaluate {self.path}"
+        command = f"python -m cifarnet.evaluate {self.path}" + (" data=…" if self.path.is_dir() else "")
+        tta = self.tested["tta"] if tta is None else tta
+        if (shared := self.shared_evaluation()) and shared["tta"] == tta:
+            return shared["temperature"]
         try:
-            if self.path.is_dir():  # a folder that was shared says what its maker fitted
-                command += " data=…"
-                shared = json.loads((self.path / checkpoint.SHARED[1]).read_text("utf-8")).get("evaluation")
-                if shared and not file.exists():
-                    file, shared = self.path / checkpoint.SHARED[1], shared | {"checkpoint": str(self.path)}
-            record = shared if file.parent == self.path else json.loads(file.read_text("utf-8"))
+            record = json.loads(file.read_text("utf-8"))
             fitted_with, named, found = record["tta"], Path(record["checkpoint"]).name, record["temperature"]
             if found is not None and not (isinstance(found, float) and 0 < found < math.inf):
                 raise ValueError(found)
@@ -214,7 +208,6 @@ class Trained(NetworkAndNames):
             raise UserError(f"temperature=evaluation: there is no {file}. Fit one: {command}") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"temperature=evaluation: {file} is damaged ({error}). Write it anew: {command}") from None
-        tta = self.tested["tta"] if tta is None else tta
         if found is None:
             raise UserError(f"temperature=evaluation: {file} has none, since the run had no validation images.")
         if (fitted_with, named) != (tta, self.path.name):
@@ -223,6 +216,20 @@ class Trained(NetworkAndNames):
                 f"{self.path.name} with tta={tta}. Fit it anew: {command} tta={tta}"
             )
         return found
+
+    def shared_evaluation(self) -> dict[str, Any]:
+        """What a folder that was shared says of its maker's evaluation: the "temperature", fitted with which "tta"."""
+        if not self.path.is_dir():
+            return {}
+        file = self.path / checkpoint.SHARED[1]
+        told = json.loads(file.read_text("utf-8")).get("evaluation") or {}
+        try:
+            tta, temperature = (told["tta"], told["temperature"]) if told else ("", 1.0)
+            if not isinstance(tta, str) or not isinstance(temperature, float) or not 0 < temperature < math.inf:
+                raise TypeError("its evaluation")
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{file} is damaged ({type(error).__name__}: {error}). Download it anew.") from None
+        return told
 
     def record(self) -> dict[str, Any]:
         """What the run's `metrics.json` says, if it is of these weights and of a whole test; else nothing."""
@@ -303,47 +310,3 @@ def folder_for(path: Path, name: str) -> Path:
     if path.parent.name == "checkpoints":
         return path.parent.with_name(name)
     return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
-
-
-def _listed(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
-    """One, or several; those of a folder in its place."""
-    from cifarnet.data.pixels import image_files
-
-    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
-    for image in [images] if single or not isinstance(images, Iterable) else images:
-        if isinstance(image, str | os.PathLike) and os.path.isdir(image):
-            yield from image_files(os.fspath(image))
-        else:
-            yield image
-
-
-def _decoded(
-    sources: Sequence[Picture], size: int, ahead: int, workers: int
-) -> Iterator[tuple[Picture, np.ndarray | str]]:
-    """Each source with its pixels, uint8 [size, size, 3], or why it cannot be read; in order, by `workers` threads
-    (Pillow decodes outside the interpreter's lock). About twice `ahead` images, and no more, wait to be taken."""
-    from cifarnet.data.pixels import as_image, decode, fitted  # on first use, as Lightning, which it brings along
-
-    large = threading.Lock()
-
-    def read(source: Picture) -> tuple[Picture, np.ndarray | str]:
-        try:
-            if isinstance(source, str | os.PathLike):
-                return source, np.asarray(decode(os.fspath(source), size, large))
-            return source, np.asarray(fitted(as_image(source), size))
-        except UserError as error:
-            return source, str(error)
-        except Exception as error:  # whatever Pillow makes of an image that it opened before
-            return source, f"An image cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
-
-    count = max(1, min(CHUNK, ahead, len(sources) // (4 * workers)))
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for start in range(0, len(sources), count):
-            waiting.append(pool.submit(lambda part: [*map(read, part)], sources[start : start + count]))
-            if len(waiting) * count >= 2 * ahead + count * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

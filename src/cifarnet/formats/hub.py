@@ -48,13 +48,19 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name="cifarnet", tags=
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
     """Make the folder: `model.safetensors`, `config.json`, and the card as `README.md`."""
-    evaluation = classifier.evaluation()
-    fitted = {key: evaluation[key] for key in ("tta", "temperature") if evaluation}
-    settings = {"model": shown_model(classifier), **classifier.tested, **facts, "evaluation": fitted or None}
+    settings = {"model": shown_model(classifier), **classifier.tested, **facts, "evaluation": fitted(classifier)}
     path.mkdir()
     path.joinpath("README.md").write_text(card(classifier), "utf-8")
     HubNetwork(network=classifier.network).save_pretrained(path, config=settings)
     shutil.copymode(path / "README.md", path / checkpoint.SHARED[0])  # who may read one may read the other
+
+
+def fitted(classifier: Trained) -> dict[str, Any] | None:
+    """The temperature that evaluate fitted, and with which test-time augmentation; None where it did not."""
+    evaluation = classifier.evaluation()
+    if evaluation.get("temperature") is None:
+        return classifier.shared_evaluation() or None
+    return {key: evaluation[key] for key in ("tta", "temperature")}
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:

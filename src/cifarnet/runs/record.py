@@ -17,21 +17,17 @@ from cifarnet.build import Built, planned
 from cifarnet.compiling import Compile
 from cifarnet.runs.progress import History, stretch
 
-NOTICED = 20  # one in so many images that an epoch leaves out is told
 
-
-def heading(config: DictConfig, built: Built) -> str:
-    """What is about to be trained, for the terminal."""
+def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
+    """What is about to be trained, for the terminal; `fresh`: from the beginning."""
     source, network = built.data.source, built.classifier.network
     name = config.model._target_.rpartition(".")[2]
     images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
     shared = f", on {size} ranks" if (size := built.trainer.world_size) > 1 else ""
-    rest = len(source.train) % built.data.batch_size
-    whole = f"An epoch leaves {rest} of these images out, others each time: batches have {built.data.batch_size}.\n"
-    begun = f"Begins with the weights of {config.start.checkpoint}\n" if config.get("start") else ""
+    begun = f"Begins with the weights of {config.start.checkpoint}\n" if fresh and config.get("start") else ""
     return (
         f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
-        f"{whole if NOTICED * rest > len(source.train) else ''}{begun}"
+        f"{begun}"
         f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}{shared}\n"
         f"{os.path.relpath(config.output_dir)}"
     )
