@@ -17,8 +17,6 @@ from cifarnet.errors import UserError
 from cifarnet.ranges import Pixels, Range, Seed, checked
 from cifarnet.seeding import generator
 
-NOTICED = 20  # one in so many images that an epoch leaves out is told
-
 
 @dataclass
 class Split:
@@ -140,8 +138,6 @@ class ImageDataModule(L.LightningDataModule):
             source.train, source.val = self._set_aside(source.train)
         if self.batch_size > (count := max(1, round(self.hardest_share * len(source.train)))):
             print(f"data.batch_size={self.batch_size}: an epoch's {count} images are one batch.", flush=True)
-        elif NOTICED * (rest := count % self.batch_size) > count:
-            print(f"data.batch_size={self.batch_size}: an epoch leaves {rest} of {count} images out, others each time.")
         size = source.train.images.shape[-1]
         for name, value, most in [
             ("crop_padding", self.augment.crop_padding, size - 1),

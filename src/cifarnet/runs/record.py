@@ -15,7 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet import files
 from cifarnet.build import Built, planned
 from cifarnet.compiling import Compile
+from cifarnet.data import ImageDataModule
 from cifarnet.runs.progress import History, stretch
+
+NOTICED = 20
 
 
 def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
@@ -27,10 +30,18 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     begun = f"Begins with the weights of {config.start.checkpoint}\n" if fresh and config.get("start") else ""
     return (
         f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
-        f"{begun}"
+        f"{left_out(built.data)}{begun}"
         f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}{shared}\n"
         f"{os.path.relpath(config.output_dir)}"
     )
+
+
+def left_out(data: ImageDataModule) -> str:
+    """That an epoch leaves images out, the last that fill no batch, where they are more than one in `NOTICED`."""
+    count = max(1, round(data.hardest_share * len(data.source.train)))
+    rest = count % min(data.batch_size, count)
+    told = f"data.batch_size={data.batch_size}: an epoch leaves {rest} of {count} images out, others each time.\n"
+    return told if NOTICED * rest > count else ""
 
 
 def parameters(network: torch.nn.Module) -> int:
