@@ -332,6 +332,9 @@ def test_libraries_say_nothing(run, tmp_path):
     result = subprocess.run([*program, "precision=bf16-mixed"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(str(tmp_path / "a.png"))
+    code = f"import cifarnet; cifarnet.load({str(run)!r}).predict({str(tmp_path / 'a.png')!r}, precision='bf16-mixed')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_an_empty_folder_among_others_is_told(predict, tmp_path):

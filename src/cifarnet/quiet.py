@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
+from lightning_utilities.core import rank_zero
 from tensorboard.compat import tf
 
 
@@ -39,13 +40,12 @@ def quieten_lightning() -> None:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Lightning's Fabric does not say meanwhile which precision it was asked for."""
-    logger = logging.getLogger("lightning.fabric")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    before = rank_zero.log.level  # that of whichever part of Lightning was imported last
+    rank_zero.log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        rank_zero.log.setLevel(before)
 
 
 def without_tensorflow() -> None:
