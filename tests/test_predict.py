@@ -145,7 +145,7 @@ def test_what_is_no_picture_is_told(classifier, wrong):
         classifier.predict(wrong if isinstance(wrong, list) else [wrong])
 
 
-def test_one_picture_or_a_folder_is_as_good_as_a_list(classifier, tmp_path, caplog):
+def test_one_picture_or_a_folder_is_as_good_as_a_list(classifier, tmp_path):
     picture(tmp_path / "a.png")
     of_list = [answer.logits for answer in classifier.answers([tmp_path / "a.png"])]
     for given in (str(tmp_path / "a.png"), tmp_path):

@@ -126,6 +126,10 @@ class ImageDataModule(L.LightningDataModule):
         """Return all images of the data set. Called once."""
         raise NotImplementedError(f"{type(self).__name__} must say where its images come from, in read()")
 
+    def images_an_epoch(self, source: Source) -> int:
+        """How many training images an epoch goes through, before they are split into batches."""
+        return max(1, round(self.hardest_share * len(source.train)))
+
     @functools.cached_property
     def source(self) -> Source:
         """The images, with the validation split made. Reads them on first use.
@@ -136,7 +140,7 @@ class ImageDataModule(L.LightningDataModule):
         source = self.given or self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
-        if self.batch_size > (count := max(1, round(self.hardest_share * len(source.train)))):
+        if self.batch_size > (count := self.images_an_epoch(source)):
             print(f"data.batch_size={self.batch_size}: an epoch's {count} images are one batch.", flush=True)
         size = source.train.images.shape[-1]
         for name, value, most in [

@@ -18,7 +18,7 @@ from cifarnet.compiling import Compile
 from cifarnet.data import ImageDataModule
 from cifarnet.runs.progress import History, stretch
 
-NOTICED = 20
+NOTICED = 20  # one in so many images that an epoch leaves out is told
 
 
 def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
@@ -38,7 +38,7 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
 
 def left_out(data: ImageDataModule) -> str:
     """That an epoch leaves images out, the last that fill no batch, where they are more than one in `NOTICED`."""
-    count = max(1, round(data.hardest_share * len(data.source.train)))
+    count = data.images_an_epoch(data.source)
     rest = count % min(data.batch_size, count)
     told = f"data.batch_size={data.batch_size}: an epoch leaves {rest} of {count} images out, others each time.\n"
     return told if NOTICED * rest > count else ""
