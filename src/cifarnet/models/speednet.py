@@ -100,5 +100,6 @@ class SpeedNet(nn.Module):
         self.whiten.fit(self.normalize(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.gelu(self.whiten(self.normalize(images)))
-        return self.head(self.blocks(x).amax((2, 3)))
+        x = self.blocks(F.gelu(self.whiten(self.normalize(images))))
+        # not amax: compiled, its gradient looks for bfloat16's maximum among float32's values, and divides by none
+        return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))
