@@ -89,7 +89,7 @@ def test_compiled_in_bfloat16_a_network_has_the_same_gradients(network):
             logits = one(images)
         nn.functional.cross_entropy(logits.float(), torch.arange(32) % 10).backward()
     for expected, actual in zip(eager.parameters(), compiled.parameters(), strict=True):
-        # by rounding to bfloat16 alone, eager gradients are up to 0.2 of their norm from those in float32
+        # by rounding to bfloat16 alone, eager gradients are some 0.2 of their norm from those in float32
         assert (actual.grad - expected.grad).norm() < 0.3 * expected.grad.norm()
 
 

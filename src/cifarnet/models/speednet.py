@@ -101,5 +101,5 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(F.gelu(self.whiten(self.normalize(images))))
-        # not amax: compiled, its gradient looks for bfloat16's maximum among float32's values, and divides by none
+        # not amax, whose gradient is NaN when compiled in bfloat16
         return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))
