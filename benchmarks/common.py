@@ -59,7 +59,7 @@ def report(name: str, unit: str, values: dict[str, list[float]], base: str | Non
     """Print medians, ranges and ratios to `base`, and keep them as JSON and as a plot."""
     import torch
 
-    from cifarnet import hardware
+    from cifarnet.system import hardware
 
     medians = {side: statistics.median(measured) for side, measured in values.items()}
     base = base if base in medians else next(iter(medians))

@@ -13,12 +13,12 @@ import torch
 
 import cifarnet
 import common
-from cifarnet import hardware
 from cifarnet.export import chosen
-from cifarnet.quiet import quieten_lightning
+from cifarnet.system import hardware
+from cifarnet.system.log_output import quieten_lightning
 
 SECONDS = 3.0
-FORMATS = ["PyTorch", "torch_export", "onnx", "aoti"]
+FORMATS = ["PyTorch", "torch_export", "onnx"]
 
 
 @torch.no_grad()

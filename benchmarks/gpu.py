@@ -159,8 +159,8 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
     from lightning.pytorch.callbacks import Callback
 
     from cifarnet.build import build
+    from cifarnet.callbacks.compilation import Compile, warm_up
     from cifarnet.cli import compose
-    from cifarnet.compiling import Compile, warm_up
 
     class WarmUp(Callback):  # Compile warms up what is compiled
         seconds = 0.0
@@ -286,7 +286,7 @@ def main() -> None:
 
         for folder in {script.parent for script in arguments.peers}:
             write(folder, arguments.overrides)
-    from cifarnet import hardware
+    from cifarnet.system import hardware
 
     machine = hardware.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     kept = {"machine": machine, "versions": hardware.versions(), "date": time.strftime("%Y-%m-%d"), "parts": {}}

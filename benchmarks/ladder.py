@@ -25,9 +25,10 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
-from cifarnet import checkpoint, cli, files, hardware
-from cifarnet.runs.figures import save
-from cifarnet.settings import deciding
+from cifarnet import checkpoint, cli
+from cifarnet.config import deciding
+from cifarnet.records.figures import save
+from cifarnet.system import files, hardware
 
 KEPT = common.RESULTS / "ladder.json"
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from cifarnet import hardware
 from cifarnet.models.tta import Answers
+from cifarnet.system import hardware
 from steps import now
 
 FOR_CPU = {

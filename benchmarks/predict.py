@@ -15,11 +15,12 @@ import torch
 
 import cifarnet
 import common
-from cifarnet import cli, hardware
+from cifarnet import cli
 from cifarnet.data.pixels import image_files
-from cifarnet.evaluation.pictures import decoded
-from cifarnet.evaluation.trained import Trained
-from cifarnet.quiet import quieten_lightning
+from cifarnet.inference.decoding import decoded
+from cifarnet.inference.trained import Trained
+from cifarnet.system import hardware
+from cifarnet.system.log_output import quieten_lightning
 
 MOST = 10_000  # images
 BATCH = 256

@@ -5,7 +5,7 @@ from torch import nn
 import cifarnet
 from cifarnet import checkpoint
 from cifarnet.errors import UserError
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OwnNetwork
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cifarnet import cli, files
+from cifarnet import cli
+from cifarnet.system import files
 from cifarnet.train import main
 from conftest import OWN, SMALL, signal_at
 

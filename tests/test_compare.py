@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from cifarnet.cli import CONFIGS, compose
 from cifarnet.compare import main
-from cifarnet.runs import comparison
-from cifarnet.runs.tables import varied
+from cifarnet.records import comparison
+from cifarnet.records.tables import varied
 from conftest import SMALL
 
 METRICS = {
@@ -33,7 +33,7 @@ METRICS = {
         "scheduler": {"max_lr": "${optimizer.lr}"},
         "module": {"seed": "${seed}"},
         "callbacks": {
-            "progress": {"_target_": "cifarnet.runs.progress.ProgressBar"},
+            "progress": {"_target_": "cifarnet.callbacks.history.ProgressBar"},
             "best": {"dirpath": "${output_dir}/checkpoints", "monitor": "val/accuracy"},
         },
         "trainer": {"precision": "auto"},

@@ -15,7 +15,8 @@ import torch
 from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifarnet import cli, settings
+from cifarnet import cli
+from cifarnet.config import validate
 from cifarnet.models import construct
 from conftest import picture
 
@@ -194,7 +195,7 @@ def spans(page: Path) -> list[str]:
 @pytest.mark.parametrize("span", spans(ROOT / "README.md"))
 def test_settings_of_the_readme_are_settings(span):
     config = cli.compose("train", ["data=synthetic", "output_dir=run", *shlex.split(span)])
-    settings.check(config)
+    validate(config)
 
 
 def test_the_readme_is_short():

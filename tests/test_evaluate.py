@@ -13,11 +13,12 @@ import torch
 
 import cifarnet
 from cifarnet import cli
+from cifarnet.config import CONFIGS
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main, make_folder
 from cifarnet.evaluation import report
-from cifarnet.evaluation.testdata import plain
+from cifarnet.inference.test_images import plain
 from cifarnet.train import train
 
 # enough to tell some of the shapes: 60 steps
@@ -385,7 +386,7 @@ def test_help_is_quick_and_complete():
     result = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < 3  # a second, on a machine that does nothing else
-    for line in (cli.CONFIGS / "evaluate.yaml").read_text().splitlines()[1:]:
+    for line in (CONFIGS / "evaluate.yaml").read_text().splitlines()[1:]:
         assert line in result.stdout
     assert "python -m cifarnet.evaluate lightning_logs" in result.stdout
 

@@ -15,9 +15,9 @@ import cifarnet
 from cifarnet import checkpoint, cli
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
-from cifarnet.evaluation import testdata
 from cifarnet.export import RANGES, TYPES, export, main
 from cifarnet.formats import hub, onnx
+from cifarnet.inference import test_images
 from cifarnet.train import train
 from conftest import LEARNS, picture
 
@@ -65,13 +65,6 @@ def test_torch_export_runs_where_this_project_is_not(run, images, tmp_path):
 
 
 @pytest.mark.slow  # it compiles
-def test_aoti_is_compiled_for_batches_of_any_size(run, images):
-    path = export(run, ["format=aoti"])
-    network = torch._inductor.aoti_load_package(str(path))
-    torch.testing.assert_close(network(images), logits(cifarnet.load(run).network, images), rtol=0, atol=1e-5)
-    assert json.loads(network.get_metadata()["cifarnet"])["class_names"] == cifarnet.load(run).class_names
-
-
 def test_images_that_are_decoded_when_they_are_needed(tmp_path):
     for split, count in {"train": 10, "test": 5}.items():
         for name in ("a", "b"):
@@ -89,8 +82,8 @@ def test_images_that_are_decoded_when_they_are_needed(tmp_path):
     assert export(tmp_path / "run", ["images=4"]).is_file()
     path = checkpoint.find(tmp_path / "run")
     content = checkpoint.read(path)
-    config = testdata.configure("export", content, path, [], TYPES, RANGES)
-    shown, labels = testdata.some(config, content, 4)
+    config = test_images.configure("export", content, path, [], TYPES, RANGES)
+    shown, labels = test_images.some(config, content, 4)
     assert shown.is_contiguous()  # AOTInductor's code does not look at strides
     assert labels == [0, 0, 1, 1]
 
@@ -144,7 +137,7 @@ def test_what_cannot_be_used(run, command, monkeypatch, tmp_path):
     tmp_path.joinpath("mine").mkdir()
     tmp_path.joinpath("mine/README.md").write_text("mine")
     for given, told in {
-        "format=onx": "format=onx is not known. Did you mean onnx? There are: aoti, hub, onnx, torch_export.",
+        "format=onx": "format=onx is not known. Did you mean onnx? There are: hub, onnx, torch_export.",
         "images=0": "images=0: give a number from 1.",
         "output=folder.onnx": "folder.onnx is a folder, which what is written is not.",
         "output=network": "output=network: name a file with .onnx: network.onnx",

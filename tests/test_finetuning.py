@@ -13,7 +13,7 @@ from cifarnet import cli
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.finetuning import expanded
 from cifarnet.recipes.backbone import head_of
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import main, train
 from conftest import LEARNS, assert_same_weights, picture, signal_at, weights
 

@@ -20,8 +20,9 @@ import cifarnet
 from cifarnet.data import ImageFolder, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
-from cifarnet.evaluation import figures, pictures
-from cifarnet.evaluation.predictor import Predictor
+from cifarnet.evaluation import figures
+from cifarnet.inference import decoding
+from cifarnet.inference.predictor import Predictor
 from cifarnet.predict import main
 from conftest import picture
 
@@ -382,7 +383,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         for i in range(16):
             picture(tmp_path / f"{side}/{i:02}.png", size=(side, side))
         files = sorted(map(str, (tmp_path / str(side)).iterdir()))
-        assert [source for source, _ in pictures.decoded(files, 8, 16, 4)] == files
+        assert [source for source, _ in decoding.decoded(files, 8, 16, 4)] == files
         assert (most[side] == 1) == (expected == 1), most
 
 
@@ -391,7 +392,7 @@ def test_only_so_many_wait_to_be_taken(monkeypatch):
     begun = []
     monkeypatch.setattr(pixels, "fitted", lambda image, size: begun.append(1) or Image.new("RGB", (size, size)))
     images = [np.zeros((4, 4), np.uint8)] * 4000
-    answers = pictures.decoded(images, 4, 50, 2)
+    answers = decoding.decoded(images, 4, 50, 2)
     next(answers)
     threading.Event().wait(0.3)
     assert len(begun) <= 2 * 50 + 16 * 3

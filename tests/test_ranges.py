@@ -3,9 +3,9 @@ from typing import Annotated
 
 import pytest
 
+from cifarnet.config import Range, check
 from cifarnet.data import ImageDataModule, ImageFolder, Synthetic
 from cifarnet.errors import UserError
-from cifarnet.ranges import Range, check
 from cifarnet.recipes.mixup import Mixup
 
 NAN, INF = float("nan"), float("inf")

@@ -16,11 +16,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import cifarnet
-from cifarnet import cli, settings
+from cifarnet import cli
 from cifarnet.build import build
 from cifarnet.cli import CONFIGS
+from cifarnet.config import validate
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, picture, signal_at, weights
 
@@ -460,7 +461,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
     ],
 )
 def test_what_is_chosen_anew_keeps_no_setting_of_what_an_experiment_had(experiment, choice):
-    settings.check(cli.compose("train", [f"+experiment={experiment}", choice, "output_dir=run"]))
+    validate(cli.compose("train", [f"+experiment={experiment}", choice, "output_dir=run"]))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cifarnet.evaluation.trained import load
+    from cifarnet.inference.trained import load
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "load"]
@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # on first use: importing torch takes seconds, and `--help` needs none of it
-        from cifarnet.evaluation.trained import load
+        from cifarnet.inference.trained import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

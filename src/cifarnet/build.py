@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet import __version__, checkpoint, finetuning, hardware, ranges, ranks, settings
+from cifarnet import __version__, checkpoint, finetuning
 from cifarnet.classifier import Classifier
-from cifarnet.compiling import Compile
+from cifarnet.config import Range, check_range, validate
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct, try_on
-from cifarnet.quiet import quieten_lightning, without_tensorflow
 from cifarnet.recipes.freeze import Freeze
-from cifarnet.saving import WholeCheckpoints
+from cifarnet.system import distributed, hardware
+from cifarnet.system.checkpoint_io import WholeCheckpoints
+from cifarnet.system.log_output import quieten_lightning, without_tensorflow
 
 Part = TypeVar("Part")
 
@@ -57,7 +58,7 @@ def build(
         UserError: a setting or the data cannot be used; the message says what to do.
     """
     quieten_lightning()
-    settings.check(config)
+    validate(config)
     if config.keep_freed_memory:
         hardware.keep_freed_memory()
     if (threads := config.threads or (hardware.slurm_cores() and hardware.cores())) is not None:
@@ -121,7 +122,7 @@ def _objective(config: DictConfig, classes: int) -> Callable[[Tensor, Tensor], T
     """Logits and labels -> each image's loss, of two images for a try."""
     objective = instantiate(config.objective)
     smoothing = getattr(objective, "label_smoothing", 0)  # torch takes a negative one for none
-    ranges.check("objective.label_smoothing", smoothing, Annotated[float, ranges.Range(0, 1)])
+    check_range("objective.label_smoothing", smoothing, Annotated[float, Range(0, 1)])
     try:
         losses = objective(torch.zeros(2, classes), torch.arange(2) % classes)
     except Exception as error:  # torch's objectives check their settings when they are called
@@ -146,23 +147,24 @@ def make_trainer(
     if len(averages := [type(one).__name__ for one in built if isinstance(one, WeightAveraging)]) > 1:
         raise UserError(f"{' and '.join(averages)} each put averaged weights in place of the network's: choose one.")
     if config.compile:
-        built.insert(0, Compile(config.compile))  # before the clocks of others start
+        compilation = {"_target_": "cifarnet.callbacks.compilation.Compile", "mode": config.compile}
+        built.insert(0, instantiate(compilation))  # before the clocks of others start
     bars = [callback for callback in built if isinstance(callback, ProgressBar)]
     shown = config.trainer.get("enable_progress_bar") is not False
     for bar in [] if shown else bars:
         bar.disable()  # its line an epoch stays
     accelerator, precision = config.trainer.accelerator, config.trainer.precision
     quiet = {"default_root_dir": config.output_dir, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by runs.progress.History
+    quiet |= {"log_every_n_steps": 10**6}  # metrics are logged once an epoch, by callbacks.history.History
     quiet |= {"use_distributed_sampler": False}  # the loader takes each rank's share
     given = {
         **{key: value for key, value in quiet.items() if key not in config.trainer},
         "precision": hardware.best_precision(accelerator) if precision == "auto" else precision,
         "callbacks": built,
-        "plugins": [WholeCheckpoints(), ranks.environment(), *instantiate(config.trainer.get("plugins") or [])],
+        "plugins": [WholeCheckpoints(), distributed.environment(), *instantiate(config.trainer.get("plugins") or [])],
         "logger": _loggers(config),
         "enable_progress_bar": shown or bool(bars),
-        **ranks.trainer_settings(config.trainer),
+        **distributed.trainer_settings(config.trainer),
     }
     try:
         trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(**(given | trainer_settings))

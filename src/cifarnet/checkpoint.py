@@ -16,10 +16,9 @@ from packaging.version import Version
 from torch import nn
 
 from cifarnet import __version__
+from cifarnet.allowlist import class_path, located, permitted
 from cifarnet.errors import NoImages, UserError
 from cifarnet.models import construct, try_on
-from cifarnet.permitted import class_path, located, permitted
-from cifarnet.upgrade import upgrade
 
 if TYPE_CHECKING:
     from cifarnet.data import ImageDataModule
@@ -75,7 +74,6 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = checkpoint["hyper_parameters"]
         written_by = Version(hparams["cifarnet"])
-        upgrade(checkpoint)
         checkpoint["resolved"] = resolved = _resolved(hparams["config"])
         checkpoint["state_dict"].items(), *(resolved[section].items() for section in ("data", "model", "module"))
         (

@@ -12,9 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
-from cifarnet.ranks import gathered, own_rank, world_size
 from cifarnet.seeding import derive
-from cifarnet.upgrade import upgrade
+from cifarnet.system.distributed import gathered, own_rank, world_size
 
 Batch = tuple[Tensor, ...]  # images, labels, index, and where images are mixed: partners' labels, own weight
 
@@ -267,7 +266,6 @@ class Classifier(L.LightningModule):
         checkpoint["middle_of_epoch"] = {"rng": first, "other_ranks": others, "train_sums": self._total("train")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        upgrade(checkpoint)
         saved = checkpoint["middle_of_epoch"]
         self._sums["train"] = saved["train_sums"] * (own_rank() == 0)
-        self._restored_rng = [saved["rng"], *saved.get("other_ranks", [])]
+        self._restored_rng = [saved["rng"], *saved["other_ranks"]]

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import errno
 import functools
 import logging
@@ -12,7 +11,7 @@ import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from cifarnet.config import CONFIGS, PACKAGE, did_you_mean
 from cifarnet.errors import Interrupted, UserError, printable
-
-PACKAGE = Path(__file__).parent
-CONFIGS = PACKAGE / "configs"  # in a wheel
-if not CONFIGS.is_dir():
-    CONFIGS = PACKAGE.parents[1] / "configs"  # in a checkout, installed as editable or by PYTHONPATH=src
 
 
 class Arguments(NamedTuple):
@@ -255,14 +250,6 @@ def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
     """All settings of a nested config, in full."""
     inner = (_keys(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, dict))
     return {f"{prefix}{key}" for key in config}.union(*inner)
-
-
-def did_you_mean(key: str, options: Iterable[str]) -> str:
-    """The option that is most like a wrong one, as a question; empty if none is."""
-    known = {option.rpartition(".")[2]: option for option in sorted(options, reverse=True)}
-    known |= {option: option for option in options}
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    return f" Did you mean {known[near[0]]}?" if near else ""
 
 
 def _unwritable(error: BaseException | None) -> OSError | None:

@@ -7,8 +7,8 @@ runs' `metrics.json`.
 from pathlib import Path
 
 from cifarnet import cli
+from cifarnet.config import check_type
 from cifarnet.errors import UserError, printable
-from cifarnet.settings import check_type
 
 EXAMPLES = """\
   python -m cifarnet.compare lightning_logs/quickstart
@@ -22,7 +22,7 @@ def _compare() -> None:
     check_type("metric", config.metric, str | None)
     check_type("output", config.output, str)
     # only now: scipy and matplotlib take a second
-    from cifarnet.runs import comparison, figures
+    from cifarnet.records import comparison, figures
 
     groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)
     metric, output = comparison.Metric(name, groups), Path(config.output)

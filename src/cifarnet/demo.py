@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 
 from cifarnet import cli
+from cifarnet.allowlist import located
+from cifarnet.config import Range, Seed
 from cifarnet.errors import UserError, printable
-from cifarnet.permitted import located
-from cifarnet.ranges import Range, Seed
 
 if TYPE_CHECKING:
     import gradio
     import numpy as np
 
-    from cifarnet.evaluation.trained import Trained
+    from cifarnet.inference.trained import Trained
 
 EXAMPLES = """\
   python -m cifarnet.demo lightning_logs/baseline/<date_time>
@@ -55,11 +55,11 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
     import numpy as np
 
     from cifarnet import checkpoint
-    from cifarnet.evaluation import testdata, trained
-    from cifarnet.quiet import quieten_lightning
+    from cifarnet.inference import test_images, trained
+    from cifarnet.system.log_output import quieten_lightning
 
     quieten_lightning()
-    config, of_data = testdata.own("demo", overrides, TYPES, RANGES)
+    config, of_data = test_images.own("demo", overrides, TYPES, RANGES)
     paths = [checkpoint.find(run) for run in runs]
     contents = [checkpoint.read(path) for path in paths]
     classes = located(config.classes)
@@ -71,7 +71,7 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
     examples, missing = [], ""
     if config.pictures:
         try:
-            data = testdata.configure("demo", contents[0], paths[0], overrides, TYPES, RANGES)
+            data = test_images.configure("demo", contents[0], paths[0], overrides, TYPES, RANGES)
             examples = choose(classifiers[0], contents[0], data, folder)
         except UserError as error:  # whoever has but a checkpoint can do without
             if of_data:
@@ -129,7 +129,7 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
 
 def shown(classifier: "Trained", path: str | None, config: DictConfig) -> list[Any]:
     """Probabilities by class, the picture as the network sees it, and where it looked."""
-    from cifarnet.evaluation.figures import heated
+    from cifarnet.inference.figures import heated
 
     if path is None:
         return [None, None, None]
@@ -161,9 +161,9 @@ def choose(
     wrong, as it comes, then the most confident mistakes. `content` is the checkpoint's."""
     from PIL import Image
 
-    from cifarnet.evaluation import testdata
+    from cifarnet.inference import test_images
 
-    images, labels = testdata.some(config, content, LOOKED_THROUGH)
+    images, labels = test_images.some(config, content, LOOKED_THROUGH)
     pixels = [image.permute(1, 2, 0).numpy() for image in images]
     temperature = classifier.temperature(config.temperature, config.tta)
     top = [classifier.ranked(answer.logits, temperature)[0] for answer in classifier.answers(pixels, **asked(config))]

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet import cli, files
+from cifarnet import cli
+from cifarnet.allowlist import located
+from cifarnet.config import Range, Seed
 from cifarnet.errors import printable
-from cifarnet.permitted import located
-from cifarnet.ranges import Range, Seed
+from cifarnet.system import files
 
 EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
@@ -44,13 +45,14 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path = checkpoint.find(path)
     content = checkpoint.read(path)
 
-    from cifarnet import build, hardware  # these take seconds more: a wrong path is told before
+    from cifarnet import build
     from cifarnet.evaluation import public_sets, report, sections, training
     from cifarnet.evaluation.figures import light_and_dark
-    from cifarnet.evaluation.predictor import Predictor
-    from cifarnet.quiet import quieten_lightning
-    from cifarnet.runs.figures import accuracy
-    from cifarnet.runs.record import aligned, parameters, write
+    from cifarnet.inference.predictor import Predictor
+    from cifarnet.records.figures import accuracy
+    from cifarnet.records.record import aligned, parameters, write
+    from cifarnet.system import hardware  # these take seconds more: a wrong path is told before
+    from cifarnet.system.log_output import quieten_lightning
 
     quieten_lightning()
     hardware.keep_freed_memory()
@@ -96,14 +98,14 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def configure(content: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> DictConfig:
     """`configs/evaluate.yaml`, with the checkpoint's own data unless other data are chosen."""
-    from cifarnet.evaluation import testdata
+    from cifarnet.inference import test_images
 
-    return testdata.configure("evaluate", content, path, overrides, TYPES, RANGES)
+    return test_images.configure("evaluate", content, path, overrides, TYPES, RANGES)
 
 
 def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
     """Precision and test-time augmentation: as in the run's own test, but for what is set."""
-    from cifarnet.evaluation.trained import as_tested
+    from cifarnet.inference.trained import as_tested
 
     saved = as_tested(content)
     return saved | {key: config[key] for key in saved if config[key] is not None}
@@ -111,7 +113,7 @@ def arithmetic(content: Mapping[str, Any], config: DictConfig) -> dict[str, Any]
 
 def make_folder(output_dir: str | None, path: Path) -> Path:
     """`output_dir`, else a folder in the run's own, or beside a checkpoint that was moved out of it."""
-    from cifarnet.evaluation.trained import folder_for
+    from cifarnet.inference.trained import folder_for
 
     folder = folder_for(path, "evaluation") if output_dir is None else Path(output_dir)
     if output_dir is None:

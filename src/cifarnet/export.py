@@ -13,16 +13,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cifarnet import __version__, cli, files
+from cifarnet import __version__, cli
+from cifarnet.allowlist import located
+from cifarnet.config import Range, Seed, did_you_mean
 from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.permitted import located
-from cifarnet.ranges import Range, Seed
+from cifarnet.system import files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
-    from cifarnet.evaluation.trained import Trained
+    from cifarnet.inference.trained import Trained
 
 EXAMPLES = """\
   python -m cifarnet.export lightning_logs/baseline/<date_time>
@@ -54,18 +55,18 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     path = checkpoint.find(path)
     content = checkpoint.read(path)
 
-    from cifarnet.evaluation import testdata, trained  # these take seconds more: a wrong path is told before
-    from cifarnet.quiet import quieten_lightning
+    from cifarnet.inference import test_images, trained  # these take seconds more: a wrong path is told before
+    from cifarnet.system.log_output import quieten_lightning
 
     quieten_lightning()
-    config, of_data = testdata.own("export", overrides, TYPES, RANGES)
+    config, of_data = test_images.own("export", overrides, TYPES, RANGES)
     form = chosen(config.format)
     classes = located(config.classes)
     classifier = trained.of(content, path, classes)
     target = place(config.output, path, form.FILE)
     try:
-        of_run = testdata.configure("export", content, path, overrides, TYPES, RANGES)
-        kind, (images, _) = "test", testdata.some(of_run, content, config.images)
+        of_run = test_images.configure("export", content, path, overrides, TYPES, RANGES)
+        kind, (images, _) = "test", test_images.some(of_run, content, config.images)
     except NoImages as error:  # whoever has but a checkpoint can do without
         if of_data:
             raise
@@ -123,7 +124,7 @@ def chosen(name: str) -> ModuleType:
 
     known = [path.stem for path in Path(formats.__file__).parent.glob("[a-z]*.py")]
     if name not in known:
-        meant = cli.did_you_mean(name, known)
+        meant = did_you_mean(name, known)
         raise UserError(f"format={name} is not known.{meant} There are: {', '.join(sorted(known))}.")
     try:
         return importlib.import_module(f"cifarnet.formats.{name}")
@@ -134,7 +135,7 @@ def chosen(name: str) -> ModuleType:
 def place(output: str | None, path: Path, file: str) -> Path:
     """Where to write: `output`, else in the run's folder `exported`, or beside a checkpoint that was moved."""
     from cifarnet.checkpoint import SHARED
-    from cifarnet.evaluation.trained import folder_for
+    from cifarnet.inference.trained import folder_for
 
     target = folder_for(path, "exported") / file if output is None else Path(output).resolve()
     if output is None:

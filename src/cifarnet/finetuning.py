@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cifarnet import checkpoint
+from cifarnet.allowlist import located
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
-from cifarnet.permitted import located
 from cifarnet.recipes.backbone import head_of
 
 

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cifarnet import cli, files, hardware, settings
+from cifarnet import cli
+from cifarnet.allowlist import located
+from cifarnet.config import Range, check_own
 from cifarnet.errors import UserError, printable
-from cifarnet.permitted import located
-from cifarnet.ranges import Range
+from cifarnet.system import files, hardware
 
 if TYPE_CHECKING:
-    from cifarnet.evaluation.trained import Answer, Trained
+    from cifarnet.inference.trained import Answer, Trained
 
 EXAMPLES = """\
   python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
@@ -55,8 +56,8 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
             cannot be read.
     """
     config = configure(overrides)
-    from cifarnet.evaluation import trained  # these take seconds: a wrong setting is told before
-    from cifarnet.quiet import quieten_lightning
+    from cifarnet.inference import trained  # these take seconds: a wrong setting is told before
+    from cifarnet.system.log_output import quieten_lightning
 
     quieten_lightning()
     hardware.keep_freed_memory()
@@ -98,7 +99,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 def configure(overrides: Sequence[str]) -> DictConfig:
     """`configs/predict.yaml`, checked."""
     config = cli.compose("predict", overrides)
-    settings.check_own(config, TYPES, RANGES)
+    check_own(config, TYPES, RANGES)
     if config.output is not None:
         output = Path(config.output)
         if output.suffix.lower() not in ENDINGS or output.is_dir():
@@ -136,7 +137,7 @@ def listed(images: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
 
 def explanations(checkpoint: Path) -> Path:
     """A new folder for pictures of where the network looked."""
-    from cifarnet.evaluation.trained import folder_for
+    from cifarnet.inference.trained import folder_for
 
     folder = folder_for(checkpoint, "explained") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     files.refuse_links(folder.parent.parent, [folder.parent])
@@ -151,8 +152,8 @@ def explain(
     classifier: "Trained", answer: "Answer", ranked: Sequence[tuple[str, float]], folder: Path, taken: Counter[str]
 ) -> None:
     """Write a PNG beside the others, under the picture's name, which `taken` counts."""
-    from cifarnet.evaluation import figures
-    from cifarnet.runs.figures import save
+    from cifarnet.inference import figures
+    from cifarnet.records.figures import save
 
     stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
     taken[stem] += 1

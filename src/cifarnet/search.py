@@ -8,8 +8,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cifarnet import cli, ranks, train
+from cifarnet import cli, train
 from cifarnet.errors import UserError
+from cifarnet.system import distributed
 
 DEFAULTS = (
     "hydra.mode=MULTIRUN",
@@ -20,7 +21,7 @@ DEFAULTS = (
 
 
 def search() -> None:
-    """`cifarnet.train` as a multirun whose jobs Optuna chooses (`runs.study`)."""
+    """`cifarnet.train` as a multirun whose jobs Optuna chooses (`sweeps.search`)."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
             "cifarnet.search needs Optuna: pip install 'cifarnet[search]' (in a checkout: pip install -e '.[search]')"
@@ -37,7 +38,7 @@ def study_name(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """The command `python -m cifarnet.search`."""
-    cli.run(lambda: ranks.run(search, train.follow))
+    cli.run(lambda: distributed.run(search, train.follow))
 
 
 if __name__ == "__main__":

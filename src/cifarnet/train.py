@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from cifarnet import cli, files, hardware, ranks
+from cifarnet import cli
 from cifarnet.errors import UserError
-from cifarnet.runs import sweep
+from cifarnet.sweeps import jobs
+from cifarnet.system import distributed, files, hardware
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
     from lightning.pytorch.callbacks import Callback
@@ -30,7 +31,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 
     Args:
         config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
-        ckpt_path: a last.ckpt of a run with this config, to go on from (`runs.resume.resume` gives both).
+        ckpt_path: a last.ckpt of a run with this config, to go on from (`resuming.resume` gives both).
         callbacks: of Lightning's, more than the config has (on several devices, only the config's act on all).
 
     Returns:
@@ -45,38 +46,38 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 
 
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
+    from cifarnet.callbacks.loggers import log_results
     from cifarnet.finetuning import expanded
-    from cifarnet.runs import record
-    from cifarnet.runs.job import build_run, job
-    from cifarnet.runs.loggers import log_results
-    from cifarnet.runs.progress import tell
-    from cifarnet.runs.resume import check_same_images
+    from cifarnet.records import record
+    from cifarnet.resuming import check_same_images
+    from cifarnet.sweeps.rank_job import build_run, job
+    from cifarnet.system.log_output import report
 
     config = expanded(config)
     built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
-    tell(record.heading(config, built, fresh=ckpt_path is None))
+    report(record.heading(config, built, fresh=ckpt_path is None))
     command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
-    with ranks.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
+    with distributed.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
         tested = fit_and_test(built)
     metrics = record.collect(config, built, *tested)
     record.write(metrics, Path(config.output_dir) / "metrics.json")
     log_results(metrics, built.trainer.loggers)
-    tell(record.table(metrics, config.output_dir))
+    report(record.table(metrics, config.output_dir))
     return metrics["val_accuracy"]
 
 
-def follow(job: ranks.Job) -> None:
+def follow(job: distributed.Job) -> None:
     """A run in a rank other than 0: its share of every batch, and no word or file."""
-    from cifarnet.runs.job import build_told
+    from cifarnet.sweeps.rank_job import build_told
 
     fit_and_test(build_told(job))
 
 
 def fit_and_test(built: "Built") -> tuple[int, int]:
     """Epoch, from 1, and step whose weights were tested."""
-    from cifarnet.runs.resume import Resume
+    from cifarnet.resuming import Resume
 
     trainer, classifier, data, _ = built
     resuming = next((callback for callback in trainer.callbacks if isinstance(callback, Resume)), None)
@@ -102,10 +103,10 @@ def load_best(built: "Built") -> tuple[int, int]:
 
 
 def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
-    if sweep.is_job():
-        return sweep.run(config, _begin, trial)
+    if jobs.is_job():
+        return jobs.run(config, _begin, trial)
     try:
-        sweep.refuse_launcher()
+        jobs.refuse_launcher()
         return _begin(config)
     except Exception:
         files.remove_if_unused(Path(config.output_dir))
@@ -121,21 +122,21 @@ def _begin(config: DictConfig, ckpt_path: Path | None = None, callbacks: "Sequen
 def command(arguments: Sequence[str]) -> None:
     """`python -m cifarnet.train` with these arguments."""
     if (path := cli.value_of("ckpt_path", arguments)) not in (None, "null"):
-        from cifarnet.runs.resume import resume
+        from cifarnet.resuming import resume
 
         config, last = resume(path, [argument for argument in arguments if cli.key_of(argument) != "ckpt_path"])
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         logging.basicConfig(filename=Path(config.output_dir, "train.log"), level="INFO", format=LOG)
         train(config, last)
     elif cli.value_of("sweep.resume", arguments) is not None:
-        cli.run_hydra(_task, sweep.resumed_sweep(arguments))
+        cli.run_hydra(_task, jobs.resumed_sweep(arguments))
     else:
         cli.run_hydra(_task, arguments)
 
 
 def main() -> None:
     """The command `python -m cifarnet.train`."""
-    cli.run(lambda: ranks.run(lambda: command(sys.argv[1:]), follow))
+    cli.run(lambda: distributed.run(lambda: command(sys.argv[1:]), follow))
 
 
 if __name__ == "__main__":

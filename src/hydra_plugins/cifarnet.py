@@ -5,22 +5,22 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from cifarnet.runs import combinations, study
+from cifarnet.sweeps import grid, search
 
 
 class Sweep(BasicSweeper):
     """Hydra's own sweeper: all combinations, and a table at the end, however it comes."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        return combinations.run(self, arguments)
+        return grid.run(self, arguments)
 
 
-class Search(study.Search):
-    __doc__ = study.Search.__doc__
+class Search(search.Search):
+    __doc__ = search.Search.__doc__
 
 
 with contextlib.suppress(ModuleNotFoundError):  # the extra [slurm]
-    from cifarnet.runs import slurm
+    from cifarnet.sweeps import slurm
 
     class Slurm(slurm.Slurm):
         __doc__ = slurm.Slurm.__doc__

@@ -157,7 +157,7 @@ def strangers(good: Path, folder: Path) -> Iterator[Input]:
         {"_target_": "pathlib.Path.touch", "_args_": ["exploded"]},
         {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "exploded"},
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}/../exploded"},
-        {"_target_": "cifarnet.files.write", "path": "exploded", "content": ""},
+        {"_target_": "cifarnet.system.files.write", "path": "exploded", "content": ""},
         {"_target_": "builtins.open", "file": "exploded", "mode": "w"},
         {"_target_": "hydra.utils.get_method", "path": "os.getcwd"},
     ]

@@ -7,7 +7,7 @@ from torch import nn
 from cifarnet.data import ImageDataModule, InMemoryLoader, Source, Split
 from cifarnet.errors import UserError
 from cifarnet.evaluation import public_sets, sections
-from cifarnet.evaluation.predictor import Predictor
+from cifarnet.inference.predictor import Predictor
 
 # how strongly each test image looks like red, green and blue, of 255; the third and fifth are mistaken for red
 STRENGTHS = [[200, 0, 0], [0, 150, 0], [250, 0, 100], [0, 0, 150], [120, 90, 0], [0, 200, 150]]

@@ -10,7 +10,7 @@ import cifarnet
 from cifarnet.build import build
 from cifarnet.errors import UserError
 from cifarnet.models.library import LibraryModel
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 
 

@@ -16,7 +16,7 @@ from cifarnet.models.convmixer import ConvMixer
 from cifarnet.models.mobilenetv2 import MobileNetV2
 from cifarnet.models.vgg import VGG
 from cifarnet.models.vit import ViT
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 
 # By hand, for 32×32 images, of one block at each of 16×16 places, the stem, and the head:

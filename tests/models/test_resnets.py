@@ -18,7 +18,7 @@ from cifarnet.models.densenet import DenseNet
 from cifarnet.models.resnet import CifarResNet, ResNet
 from cifarnet.models.resnext import ResNeXt
 from cifarnet.models.wide_resnet import WideResNet
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import assert_same_weights
 

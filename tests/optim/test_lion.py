@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from cifarnet.errors import Interrupted
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 

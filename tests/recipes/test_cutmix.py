@@ -51,12 +51,12 @@ def test_impossible_settings_are_refused():
 
 @pytest.mark.parametrize("order", ["mixup,cutmix", "cutmix,mixup"])
 def test_cutmix_and_mixup_as_two_recipes_are_refused(config, order):
-    from cifarnet import settings
+    from cifarnet.config import validate
 
     with pytest.raises(
         UserError, match=r"The recipes cutmix and mixup are both data\.mix: choose one\. \+recipe=.*blends"
     ):
-        settings.check(config(f"+recipe=[{order}]"))
+        validate(config(f"+recipe=[{order}]"))
 
 
 class Noted(Callback):

@@ -17,7 +17,7 @@ from cifarnet.errors import Interrupted, UserError
 from cifarnet.evaluate import evaluate
 from cifarnet.models import CNN
 from cifarnet.recipes.distillation import Teacher
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, SMALL, OwnNetwork, assert_same_weights, signal_at, small, weights
 

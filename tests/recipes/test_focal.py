@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from cifarnet import settings
 from cifarnet.build import build
+from cifarnet.config import validate
 from cifarnet.errors import UserError
 from cifarnet.recipes.focal import FocalLoss
 
@@ -25,7 +25,7 @@ def test_it_is_the_papers():
 @pytest.mark.parametrize("choice", ["objective=focal", "scheduler=warmup_cosine", "scheduler=step"])
 def test_choices_swap_in_the_baseline(config, choice):
     made = config("+experiment=baseline", "data=synthetic", choice, without="data")
-    settings.check(made)
+    validate(made)
     if choice.startswith("objective"):
         objective = build(made).classifier.objective
         assert (objective.gamma, objective.label_smoothing) == (2, 0.1)

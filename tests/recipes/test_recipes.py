@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from cifarnet import cli
+from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 
 # what needs more than its name, such as a teacher, has a test of its own
-RECIPES = sorted(path.stem for path in cli.CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
 
 
 @pytest.mark.slow

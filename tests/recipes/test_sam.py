@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from cifarnet.classifier import Classifier
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.recipes.sam import SAM
-from cifarnet.runs.resume import resume
+from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, SMALL, assert_same_weights, signal_at, weights
 from test_classifier import quiet_trainer

@@ -11,7 +11,7 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.errors import UserError
-from cifarnet.files import locked
+from cifarnet.system.files import locked
 
 SCRATCH = ".unfinished-"
 

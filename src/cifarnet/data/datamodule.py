@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cifarnet import hardware
+from cifarnet.config import Pixels, Range, Seed, checked
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, Mix, StreamingLoader
 from cifarnet.errors import UserError
-from cifarnet.ranges import Pixels, Range, Seed, checked
 from cifarnet.seeding import generator
+from cifarnet.system import hardware
 
 
 @dataclass

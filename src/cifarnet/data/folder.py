@@ -16,13 +16,13 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from cifarnet.config import Pixels, Range, checked
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.loader import LazyImages
 from cifarnet.data.pixels import decode, image_files
 from cifarnet.errors import UserError
-from cifarnet.files import whole
-from cifarnet.hardware import cores
-from cifarnet.ranges import Pixels, Range, checked
+from cifarnet.system.files import whole
+from cifarnet.system.hardware import cores
 
 CACHE_FORMAT = 3  # count up when what is cached changes
 

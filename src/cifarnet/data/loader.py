@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifarnet.data.augmentation import Augment
-from cifarnet.ranks import gathered
 from cifarnet.seeding import generator
+from cifarnet.system.distributed import gathered
 
 
 class LazyImages(Dataset):

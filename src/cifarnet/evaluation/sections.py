@@ -12,7 +12,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.evaluation import figures, metrics, public_sets, robustness
-from cifarnet.evaluation.predictor import Predictions, Predictor
+from cifarnet.inference import figures as predicted_figures
+from cifarnet.inference.predictor import Predictions, Predictor
 
 MISTAKES = 20  # are shown
 
@@ -81,12 +82,12 @@ def _on_test_images(predictor: Predictor, datamodule: ImageDataModule, people: T
         "cifar10h": None if people is None else metrics.against_people(test.logits, people[test.index], temperature),
     }
     drawn = {
-        "confusion": partial(figures.confusion, confusion, names),
+        "confusion": partial(predicted_figures.confusion, confusion, names),
         "reliability": partial(figures.reliability, panels),
     }
     if mistakes:
         images = torch.stack([datamodule.source.test.images[row["index"]] for row in mistakes])
-        drawn["mistakes"] = partial(figures.mistakes, images, mistakes)
+        drawn["mistakes"] = partial(predicted_figures.mistakes, images, mistakes)
     return record, drawn
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifarnet.settings import deciding, flat
+from cifarnet.config import deciding, flat
 
 LARGEST = 10**6  # an epoch or a metric beyond it is damage, and nothing to draw
 

@@ -19,8 +19,8 @@ import cifarnet
 from cifarnet import checkpoint, cli
 from cifarnet.errors import UserError, printable
 from cifarnet.evaluation import metrics, report
-from cifarnet.evaluation.trained import Trained
-from cifarnet.runs.record import aligned, parameters
+from cifarnet.inference.trained import Trained
+from cifarnet.records.record import aligned, parameters
 
 FILE = "hub"
 TITLE = "classifier"  # of a run whose record is not there

@@ -10,7 +10,7 @@ import onnxscript  # noqa: F401 - with which torch.onnx writes
 import torch
 from torch import Tensor
 
-from cifarnet.evaluation.trained import Trained
+from cifarnet.inference.trained import Trained
 
 FILE = "network.onnx"
 

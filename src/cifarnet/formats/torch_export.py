@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifarnet.evaluation.trained import Trained
+from cifarnet.inference.trained import Trained
 
 FILE = "network.pt2"
 FACTS = "cifarnet.json"  # in the file

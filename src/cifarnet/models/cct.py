@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from cifarnet.config import Range, checked
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 # B batch, N tokens, C width of a token, H heads
 Share = Annotated[float, Range(0, below=1)]

@@ -6,8 +6,8 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifarnet.config import Range, checked
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 Width = Annotated[int, Range(1, 65536)]
 

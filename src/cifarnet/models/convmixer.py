@@ -4,8 +4,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from cifarnet.config import Range, checked
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 
 class Block(nn.Module):

@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from cifarnet.config import Range, checked
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 
 def step(chans: int, out: int, kernel_size: int, drop_rate: float) -> list[nn.Module]:

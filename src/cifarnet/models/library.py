@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cifarnet.config import Range, checked
 from cifarnet.errors import UserError
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 Weights = dict[str, Tensor]
 Rate = Annotated[float, Range(0, below=1)] | None

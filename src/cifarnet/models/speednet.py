@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifarnet.config import Range, checked
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 
 class Whiten(nn.Module):

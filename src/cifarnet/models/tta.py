@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.errors import UserError
-from cifarnet.ranks import gathered, own_rank, world_size
+from cifarnet.system.distributed import gathered, own_rank, world_size
 
 
 class Answers:

@@ -5,8 +5,8 @@ from typing import Annotated
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from cifarnet.config import Range, checked
 from cifarnet.models.normalize import Normalize
-from cifarnet.ranges import Range, checked
 
 Rate = Annotated[float, Range(0, below=1)]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 Part = Annotated[float, Range(0, 1)]
 

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cifarnet.config import Range, checked
 from cifarnet.errors import UserError
-from cifarnet.ranges import Range, checked
 
 
 class Backbone(Callback):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 from cifarnet.recipes.mixup import Mixup
 from cifarnet.seeding import derive, generator
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 
 class Teacher:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 
 class EMA(WeightAveraging):

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 from cifarnet.seeding import generator
 
 ROW = 2**16  # bytes of noise, the same in all runs: each image begins somewhere in them

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 
 class FocalLoss(nn.Module):

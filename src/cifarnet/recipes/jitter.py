@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 from cifarnet.recipes.operations import blend, grey
 from cifarnet.seeding import generator
 

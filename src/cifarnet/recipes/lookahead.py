@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 
 class Lookahead(Callback):

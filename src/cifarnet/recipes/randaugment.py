@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 from cifarnet.recipes.operations import NAMES, apply, either_way
 from cifarnet.seeding import generator
 

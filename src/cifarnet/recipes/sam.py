@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cifarnet.config import Range, checked
 from cifarnet.errors import UserError
-from cifarnet.ranges import Range, checked
-from cifarnet.ranks import world_size
+from cifarnet.system.distributed import world_size
 
 
 class SAM(Callback):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from cifarnet.ranges import Range, checked
+from cifarnet.config import Range, checked
 
 
 class SWA(WeightAveraging):

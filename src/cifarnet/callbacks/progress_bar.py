@@ -1,0 +1,75 @@
+"""The progress bar: one line an epoch, which stays."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from cifarnet.system.log_output import report
+
+
+class ProgressBar(TQDMProgressBar):
+    """One line an epoch, which stays: loss, accuracy, images/s, and validation accuracy once it is known.
+
+    Where the output is no terminal (a file, a notebook) there is no moving bar, only the line.
+    """
+
+    BAR_FORMAT = "{l_bar}{bar:6}| [{elapsed}<{remaining}{postfix}]"  # short enough to leave room for the numbers
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, leave=True)
+        if not sys.stdout.isatty():
+            self.disable()
+        self._start: tuple[float, int] | None = None  # time and batch at which this epoch, or its rest, began
+        self._images_per_second = 0.0
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.train_progress_bar = Tqdm(disable=True)  # every epoch makes its own
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(_epoch(trainer))
+        self._start = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._start is None:
+            self._start = time.perf_counter(), batch_idx
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._start is not None
+        start, first_batch = self._start
+        self._images_per_second = (
+            (batch_idx + 1 - first_batch) * trainer.train_dataloader.batch_size / (time.perf_counter() - start)
+        )
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, module)
+        metrics = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+        report("  ".join([_epoch(trainer), *metrics]), on_terminal=self.is_disabled)
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+        means = module.means("train")
+        metrics = {
+            "loss": f"{means['train/cross_entropy']:.3f}",
+            "accuracy": f"{means['train/accuracy']:.1%}",
+        }
+        if "val/accuracy" in trainer.callback_metrics:
+            metrics["val"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
+        metrics["images/s"] = f"{self._images_per_second:,.0f}"
+        return metrics
+
+
+def _epoch(trainer: L.Trainer) -> str:
+    total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"Epoch {trainer.current_epoch + 1}{total}"

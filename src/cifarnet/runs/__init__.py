@@ -1,1 +1,0 @@
-"""Runs: their records, their sweeps, stopping and going on, tables over them."""

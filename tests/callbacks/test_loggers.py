@@ -1,0 +1,158 @@
+import json
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context
+
+from cifarnet.build import make_trainer
+from cifarnet.errors import Interrupted
+from cifarnet.resuming import resume
+from cifarnet.train import train
+from conftest import OWN, SMALL, signal_at
+
+PICTURES = ["train/augmented_batch", "whole_run/confusion_matrix", "whole_run/predictions"]
+RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")
+
+
+def results(folder) -> dict[str, float]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {f"whole_run/{key}": pytest.approx(metrics[key]) for key in RESULTS}
+
+
+def test_hparams_shows_what_was_varied_and_what_came_out(config, tmp_path):
+    """As TensorBoard itself finds it out."""
+    for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
+        train(config(*varied, folder=f"runs/{number}"))
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path / "runs"))
+    multiplexer.Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    rows = context.hparams_metadata(RequestContext(), "")
+    found = context.experiment_from_metadata(RequestContext(), "", True, rows, [])
+    assert [info.name for info in found.hparam_infos if info.differs] == ["model.hidden"]
+    assert {"data.mix.alpha", "optimizer.lr", "seed"} < {info.name for info in found.hparam_infos}
+    assert sorted(info.name.tag for info in found.metric_infos) == sorted(f"whole_run/{key}" for key in RESULTS)
+    tags = {tag for run in multiplexer.Runs().values() for tag in run["tensors"] if not tag.startswith("_hparams_")}
+    groups = {tag.partition("/")[0] for tag in tags}
+    assert sorted(groups) == ["train", "val", "whole_run"]  # in the order that TensorBoard shows them in
+
+
+def test_several_loggers_get_all_at_once(config, tmp_path):
+    train(config("logger=[tensorboard,csv]"))
+    run = tmp_path / "run"
+    header, *rows, last = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    curves = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [(row["step"], row["val/accuracy"] != "", row["whole_run/seconds"]) for row in curves] == [
+        ("1", True, ""),
+        ("2", True, ""),
+    ]
+    kept = {key: float(value) for key, value in zip(header, last, strict=True) if value and key != "step"}
+    assert kept == results(run)
+    assert list(run.glob("events.*"))
+    settings = OmegaConf.load(run / "hparams.yaml")
+    assert (settings.optimizer.lr, settings.scheduler.max_lr, settings.scheduler.total_steps) == (0.05, 0.05, 10)
+    assert "logger" not in settings
+    for picture in PICTURES:
+        assert (run / f"{picture.partition('/')[2]}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboards_hparams_file_has_the_settings(config, tmp_path):
+    train(config("trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null"))
+    settings = OmegaConf.load(tmp_path / "run/hparams.yaml")
+    assert (settings.optimizer.lr, settings.data.batch_size) == (0.05, 32)
+
+
+def test_one_logger_may_stand_in_the_section_itself(config):
+    settings = config("~logger", "+logger={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: logs}")
+    assert [type(logger).__name__ for logger in make_trainer(settings).loggers] == ["CSVLogger"]
+
+
+def test_mlflow_gets_all(config, tmp_path):
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
+    with pytest.raises(Interrupted):
+        train(config("logger=mlflow", signal_at(1, 1, signal.SIGTERM)))
+    train(*resume(tmp_path / "run", [OWN]))
+    [experiment] = [one for one in client.search_experiments() if one.name == "train"]
+    run, stopped = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, stopped.info.status) == ("FINISHED", "FAILED")
+    assert (run.data.params["optimizer/lr"], run.data.params["scheduler/total_steps"]) == ("0.05", "10")
+    assert run.data.metrics.items() >= results(tmp_path / "run").items()
+    curve = client.get_metric_history(run.info.run_id, "val/accuracy")
+    assert [point.step for point in curve] == [1, 2]  # of the first stretch too
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "whole_run")] == [
+        f"{name}.png" for name in PICTURES[1:]
+    ]
+    assert not (tmp_path / "mlruns").exists()
+
+
+def offline_record(file):
+    """The records in a file of Weights & Biases', which is in blocks as LevelDB's logs are."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, part = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        size, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        part += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(part)
+            part = b""
+
+
+def test_wandb_gets_all(config, tmp_path):
+    pytest.importorskip("wandb")
+    for seed in (0, 1):  # as a sweep does, in one process
+        train(config("logger=wandb", f"seed={seed}", folder=f"run{seed}"))
+        [file] = (tmp_path / f"run{seed}/wandb").rglob("*.wandb")
+        records, over = [], time.monotonic() + 20  # a process of its own writes it, and `finish` does not wait for that
+        while time.monotonic() < over and not any(one.WhichOneof("record_type") == "exit" for one in records):
+            records = list(offline_record(file))
+        config_ = {item.key: json.loads(item.value_json) for record in records for item in record.config.update}
+        assert (config_["seed"], config_["optimizer"]["lr"]) == (seed, 0.05)
+        rows = [
+            {"/".join([item.key, *item.nested_key]): json.loads(item.value_json) for item in record.history.item}
+            for record in records
+        ]
+        logged = [{key.strip("/"): value for key, value in row.items()} for row in rows]
+        assert [row["trainer/global_step"] for row in logged if "val/accuracy" in row] == [1, 2]
+        assert any(row.items() >= results(tmp_path / f"run{seed}").items() for row in logged)
+        files = [item.path for record in records for item in record.files.files]
+        assert all(any(name in file for file in files) for name in PICTURES)
+        assert records[-1].WhichOneof("record_type") == "exit"
+
+
+def test_tensorflow_is_left_alone(tmp_path):
+    """TensorBoard imports it where it is installed, and it talks."""
+    (tmp_path / "tensorflow.py").write_text("print('chatter')\nraise ImportError")
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from cifarnet.train import main; main()"
+    settings = [*SMALL, "hydra.run.dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *settings], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "chatter" not in done.stdout + done.stderr
+    assert list((tmp_path / "run").glob("events.*"))
+
+
+@pytest.mark.parametrize("going_on", [False, True])
+def test_reports_of_profilers_are_shown(command, going_on):
+    short = [*SMALL, "trainer.max_epochs=1", "callbacks.pictures=null", "scheduler=constant", "hydra.run.dir=run"]
+    if going_on:
+        command(*short)
+        short = ["ckpt_path=run", "trainer.max_epochs=2"]
+    status, printed, _ = command(*short, "+trainer.profiler=simple")
+    assert status == 0
+    assert printed.count("Profiler Report") == 2  # fit, test
+    assert "run_training_batch" in printed

@@ -1,0 +1,480 @@
+"""A search on a database: SQLite stands for it here, and with `-m postgres` a PostgreSQL of the tests' own."""
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.study import Study, create_study, load_study
+from optuna.trial import TrialState
+
+from cifarnet import search
+from cifarnet.errors import UserError
+from cifarnet.records.tables import read_run
+from cifarnet.sweeps import database
+from conftest import OWN, SMALL, assert_same_weights, signal_at
+
+RATE = "optimizer.lr=tag(log,interval(0.001,0.1))"
+LEAN = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "threads=1", RATE]
+SHORT = [*LEAN, "trainer.max_epochs=1", "hydra.sweeper.study_name=shared", "hydra.sweeper.heartbeat=1"]
+SPACE = {"optimizer.lr": FloatDistribution(0.001, 0.1, log=True)}
+PASSWORD = "it's @ secret"
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'shared.db'}"
+
+
+@pytest.fixture
+def run(command, url):
+    """A search in a folder, which stands for a machine."""
+
+    def start(folder: str, trials: int, *more: str):
+        own = [f"hydra.sweep.dir={folder}", f"hydra.sweeper.trials={trials}", f"hydra.sweeper.storage={url}"]
+        return command(*SHORT, *own, *more, main=search.main)
+
+    return start
+
+
+def study(url: str, name: str = "train/shared") -> Study:
+    return load_study(study_name=name, storage=url)
+
+
+def states(url: str) -> list[str]:
+    return [trial.state.name for trial in study(url).trials]
+
+
+def test_machines_share_a_search_and_each_tells_of_all(run, url, tmp_path):
+    assert run("one", 1)[0] == 0
+    status, printed, error = run("two", 2)
+    assert status == 0, error
+    assert "Trial 2 of 2" in printed
+    assert "2 of 2 jobs done, 1 elsewhere" in printed
+    assert "Run what is missing" not in printed
+    assert sorted(path.name for path in (tmp_path / "two").glob("[0-9]")) == ["1"]
+    assert f"{tmp_path}/one/0," in (tmp_path / "two/sweep.csv").read_text()
+    assert (tmp_path / "two/history.png").exists()
+    first, second = study(url).trials
+    assert first.params != second.params
+    assert first.value == read_run(tmp_path / "one/0").score
+
+
+def test_a_trial_of_another_machine_that_died_is_run_again_and_counts_once(run, url, tmp_path):
+    stop = signal_at(0, 2, signal.SIGTERM)
+    assert run("one", 1, stop)[0] == 143
+    [before] = study(url).trials
+    assert before.state == TrialState.RUNNING
+    status, printed, _ = run("two", 1, stop)
+    assert (status, "Trial 1 was cut off: goes on" in printed, "last.ckpt" in printed) == (143, True, False)
+    # on its own machine that is known at once, by its lock
+    status, printed, error = run("two", 1, stop, "hydra.sweeper.heartbeat=1000")
+    assert status == 0, error
+    assert "Waiting" not in printed
+    assert "Job 0 goes on from two/0/checkpoints/last.ckpt" in printed
+    [after] = study(url).trials
+    assert (after.state, after.params) == (TrialState.COMPLETE, before.params)
+    status, printed, _ = run("one", 1, stop)
+    assert (status, "Trial 1 of" in printed, "1 of 1 jobs done, 1 elsewhere" in printed) == (0, False, True)
+
+
+def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url):
+    storage = database.connect(url, 1)
+    trial = create_study(study_name="train/shared", storage=storage).ask(SPACE)
+    with storage.beating(trial._trial_id):
+        status, printed, error = run("one", 1)
+    assert status == 0, error
+    assert "Waiting for a sign of life" in printed
+    assert "Trial 1" not in printed
+    assert "0 of 1 jobs done, 1 running: " in printed
+    assert "Run what is missing" not in printed
+    assert states(url) == ["RUNNING"]
+
+
+def test_a_machine_of_the_same_name_and_path_is_another(run, url, tmp_path):
+    assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
+    (tmp_path / "one").rename(tmp_path / "on the other")
+    [trial] = study(url).trials
+    with database.connect(url, 1).beating(trial._trial_id):
+        status, printed, error = run("one", 1, signal_at(0, 2, signal.SIGTERM))
+    assert (status, "goes on" in printed) == (0, False), error
+    assert "Waiting for a sign of life" in printed
+    assert states(url) == ["RUNNING"]
+    name, _, path = trial.user_attrs["folder"].partition(":")
+    assert (name.partition("#")[0], path) == (platform.node(), str(tmp_path / "one"))
+
+
+def test_no_more_trials_than_asked_for_when_two_machines_draw_the_last(run, url, monkeypatch):
+    ask = Study.ask
+
+    def beside_another(self, *arguments):
+        monkeypatch.setattr(Study, "ask", ask)
+        other = study(url)
+        other.tell(other.ask(SPACE), 0.5)
+        return self.ask(*arguments)
+
+    monkeypatch.setattr(Study, "ask", beside_another)
+    status, printed, error = run("one", 1)
+    assert status == 0, error
+    assert "1 of 1 jobs done, 1 elsewhere" in printed
+    assert states(url) == ["COMPLETE", "WAITING"]
+    status, printed, error = run("one", 2)  # that one is run when there is room for it
+    assert status == 0, error
+    assert "Trial 2 of 2" in printed
+    assert states(url) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_trial_whose_process_died_before_it_had_settings_is_given_up(run, url):
+    create_study(study_name="train/shared", storage=url, direction="maximize").ask()  # no heartbeat either
+    status, printed, error = run("one", 1)
+    assert status == 0, error
+    assert "1 of 1 jobs done" not in printed
+    assert states(url) == ["FAIL"]
+
+
+def test_a_trial_that_another_finished_meanwhile_keeps_its_figure(run, url, monkeypatch):
+    tell = Study.tell
+
+    def late(self, trial, *arguments, **more):
+        monkeypatch.setattr(Study, "tell", tell)
+        study(url).tell(trial.number, 0.99)
+        self.tell(trial, *arguments, **more)
+
+    monkeypatch.setattr(Study, "tell", late)
+    status, _, error = run("one", 1)
+    assert status == 0, error
+    assert study(url).trials[0].value == 0.99
+
+
+def take_over_at_once(url: str) -> list[bool]:
+    first, second = (database.connect(url, 1) for _ in range(2))
+    trial_id = create_study(storage=first).ask()._trial_id
+    beats = [storage.heard(trial_id) for storage in (first, second)]
+    assert beats[0] == beats[1]
+    assert not beats[0][1]
+    time.sleep(2.1)  # SQLite's clock ticks once a second
+    (before, dead), _ = (storage.heard(trial_id) for storage in (first, second))
+    while not dead:
+        before, dead = first.heard(trial_id)
+    return [storage.take_over(trial_id, before) for storage in (first, second)]
+
+
+def test_one_takes_over(url):
+    assert take_over_at_once(url) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("storage", "named"),
+    [
+        ("postgresql://me:secret@127.0.0.1/db", "leave out the password"),
+        ("postgresql://me@127.0.0.1/db?password=secret", "leave out the password"),
+        ("mysql+pymysql://127.0.0.1/db?passwd=secret", "leave out the password"),
+        ("postgresql://me:secret@${oc.env:HOME}/db", "leave out the password"),
+        ("${oc.env:NONE,'postgresql://me:secret@127.0.0.1/db'}", "leave out the password"),
+        ("postgresql://me@127.0.0.1:1/db", "postgresql+psycopg://me@127.0.0.1:1/db cannot be used: connection failed"),
+        ("mysql+pymysql://127.0.0.1/db", "mysql+pymysql://127.0.0.1/db needs pymysql: pip install pymysql"),
+        ("sqlite:////nowhere/at/all.db", "cannot be used: unable to open database file."),
+        ("redis://127.0.0.1", "hydra.sweeper.storage=redis://127.0.0.1: there is no such kind of database"),
+        ("group", "hydra.sweeper.storage is no database's URL"),
+        ("''", "hydra.sweeper.storage is no database's URL"),
+        ("3", "hydra.sweeper.storage=3 has the wrong type"),
+        ("${oc.env:NONE}", "Environment variable 'NONE' not found"),
+    ],
+)
+def test_what_cannot_be_connected_to_is_told_in_one_line(command, tmp_path, storage, named):
+    quoted = storage if storage[0] in "$'3" else f"'{storage}'"
+    status, printed, error = command(*SHORT, f"hydra.sweeper.storage={quoted}", main=search.main)
+    assert (status, printed) == (1, "")
+    assert named in error
+    assert len(error.splitlines()) == 1
+    assert "secret" not in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_a_missing_driver_is_told(command, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    status, _, error = command(*SHORT, "hydra.sweeper.storage=postgresql://127.0.0.1/db", main=search.main)
+    assert (status, error) == (
+        1,
+        "Error: postgresql+psycopg://127.0.0.1/db needs psycopg: pip install 'cifarnet[postgres]'\n",
+    )
+
+
+@pytest.mark.parametrize("beats", ["0", "1.5"])
+def test_a_heartbeat_is_a_number_of_seconds(command, beats):
+    status, _, error = command(*LEAN, f"hydra.sweeper.heartbeat={beats}", main=search.main)
+    assert (status, f"hydra.sweeper.heartbeat={beats}" in error) == (1, True)
+
+
+def test_an_address_in_a_variable_is_nowhere_written(command, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUPS_STUDIES", url)
+    arguments = ["hydra.sweeper.storage=${oc.env:GROUPS_STUDIES}", "hydra.sweep.dir=one", "hydra.sweeper.trials=1"]
+    stop = signal_at(0, 2, signal.SIGTERM)
+    status, printed, error = command(*SHORT, stop, *arguments, main=search.main)
+    assert status == 143
+    assert arguments[0] in shlex.split(error.splitlines()[-1])
+    records = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "shared.db"]
+    assert {"multirun.yaml", "hydra.yaml", "last.ckpt"} <= {path.name for path in records}
+    assert not [path for path in records if url.encode() in path.read_bytes()]
+    assert url not in printed + error
+
+
+def test_a_record_is_let_connect_nowhere_by_itself(run, command, url):
+    assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
+    status, _, error = command("sweep.resume=one")
+    assert status == 1
+    given = f"hydra.sweeper.storage={url}"
+    assert f"one/multirun.yaml asks for {given}, which no record may. Give it in a command" in error
+    status, printed, error = command("sweep.resume=one", given, OWN)
+    assert status == 0, error
+    assert "Trial 1 was cut off: goes on" in printed
+    assert "1 of 1 jobs done" in printed
+    status, _, error = command("sweep.resume=one", given, "seed=1")
+    assert (status, "leave out" in error) == (1, True)
+
+
+@pytest.mark.parametrize("storage_first", [True, False])
+def test_trials_of_another_study_are_not_taken_for_ones_own(run, command, storage_first):
+    """The same search, whose folder has the same name, with a database and without."""
+    own = "hydra.sweeper.storage=null"
+    assert run("one", 1, *([] if storage_first else [own]))[0] == 0
+    status, printed, error = run("one", 2, *([own] if storage_first else []))
+    assert (status, printed) == (1, "")
+    assert error.startswith("Error: one/0 is no trial of the study ")
+    assert run("two", 1, *([own] if storage_first else []))[0] == 0
+
+
+def test_a_lost_connection_is_made_again(url, monkeypatch, capsys):
+    storage = database.connect(url, 1)
+    dialect, slept = storage.engine.dialect, []
+    connect, failures = dialect.connect, [dialect.loaded_dbapi.OperationalError("starting up")] * 3
+
+    def unreachable(*arguments, **settings):
+        if failures:
+            raise failures.pop()
+        return connect(*arguments, **settings)
+
+    monkeypatch.setattr(dialect, "connect", unreachable)
+    monkeypatch.setattr(database.time, "sleep", slept.append)
+    storage.engine.dispose()
+    create_study(storage=storage).ask()
+    assert slept == [1, 1, 1]
+    assert capsys.readouterr().out.count("starting up. Tried again for 300 seconds") == 1
+
+
+def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, monkeypatch):
+    storage, slept, left = database.connect(url, 1), [], 0
+    dialect = storage.engine.dialect
+    connect = dialect.connect
+
+    def unreachable(*arguments, **settings):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise dialect.loaded_dbapi.OperationalError("starting up")
+        return connect(*arguments, **settings)
+
+    def waited(outage: int) -> int | None:
+        """Seconds until there is a connection; None if it is given up."""
+        nonlocal left
+        left = outage
+        slept.clear()
+        storage.engine.dispose()
+        with contextlib.suppress(database.SQLAlchemyError), storage.engine.connect():
+            return len(slept)
+
+    monkeypatch.setattr(dialect, "connect", unreachable)
+    clock = SimpleNamespace(monotonic=lambda: len(slept), sleep=slept.append)
+    monkeypatch.setattr(database, "time", clock)
+    assert (waited(1000), len(slept)) == (None, database.PATIENCE)
+    assert (waited(1000), len(slept)) == (None, 0)  # it is still away: what ends the search need not wait again
+    assert (waited(0), waited(3)) == (0, 3)
+    with ThreadPoolExecutor(1) as heartbeat:
+        assert heartbeat.submit(waited, 1000).result() is None
+    assert waited(3) == 3
+
+
+def test_a_database_that_stays_away_ends_the_search_in_one_line(run, url, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise database.SQLAlchemyError("it is gone")
+
+    monkeypatch.setattr(Study, "tell", lost)
+    status, _, error = run("one", 1)
+    assert status == 1
+    assert error.splitlines()[-1].endswith(
+        "no longer answers: it is gone. What was trained is kept: give the command again."
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    status, printed, error = run("one", 1)
+    assert status == 0, error
+    assert "Job 0 is done" in printed
+    assert states(url) == ["COMPLETE"]
+
+
+# With a PostgreSQL
+
+
+class Server:
+    """A PostgreSQL in a folder of its own, which root may start too; its user's password is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        found = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+        if not any(found):
+            pytest.skip("no PostgreSQL: apt-get install postgresql")
+        self.folder, self.programs = folder, Path(next(filter(None, found))).resolve().parent
+        self.user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+        if self.user:
+            shutil.chown(folder, "nobody", "nogroup")
+        (folder / "password").write_text(PASSWORD)
+        (folder / "password").chmod(0o644)
+        self.call("initdb", "--username=me", "--auth=scram-sha-256", f"--pwfile={folder}/password", "--no-sync")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    def call(self, name: str, *arguments: str) -> None:
+        command = [self.programs / name, f"--pgdata={self.folder}/data", *arguments]
+        result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, **self.user)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c fsync=off"
+        self.call("pg_ctl", "start", "--wait", f"--log={self.folder}/log", f"--options={options}")
+
+    def stop(self) -> None:
+        self.call("pg_ctl", "stop", "--mode=immediate")
+
+    def url(self, name: str = "postgres") -> str:
+        return f"postgresql://me@127.0.0.1:{self.port}/{name}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="postgres") as name:  # pytest's own folders are closed to other users
+        server = Server(Path(name))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def empty(server, monkeypatch, tmp_path) -> str:
+    """The URL of a new database."""
+    import psycopg
+
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    name = f"db{abs(hash(tmp_path))}"
+    with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.url(name)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", "cifarnet.search", *LEAN, "hydra.sweeper.study_name=s", *arguments]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+LONG = ["data.train_size=600", "trainer.max_epochs=100", "callbacks.progress=null"]
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "a folder each"])
+def test_one_of_two_processes_is_killed(empty, server, tmp_path, shared):
+    storage = [f"hydra.sweeper.storage={empty}", "hydra.sweeper.heartbeat=1", "hydra.sweeper.trials=2"]
+    one, other, alone = tmp_path / "one", tmp_path / ("one" if shared else "other"), tmp_path / "alone"
+    for folder in {one, other, alone}:
+        folder.mkdir()
+    runs = [folder / "lightning_logs/train/s" for folder in (one, other, alone)]
+    killed = start(one, *LONG, *storage)
+    wait_for((runs[0] / "0.lock").exists)
+    left = start(other, *LONG, *storage)
+    wait_for(lambda: (runs[0] / "0/checkpoints/last.ckpt").exists() and (runs[1] / "1/.hydra").exists())
+    assert killed.poll() is None
+    killed.kill()
+    killed.communicate()
+    assert [trial.state.name for trial in study(empty, "train/s").trials] == ["RUNNING", "RUNNING"]
+
+    printed, _ = left.communicate()
+    assert left.returncode == 0, printed
+    assert "Trial 1 was cut off: goes on" in printed
+    assert ("Job 0 goes on from" in printed) == shared
+    assert "2 of 2 jobs done" in printed
+    assert "already reported" not in printed
+    server.stop()
+    server.start()
+    held = study(empty, "train/s").trials
+    assert [trial.state.name for trial in held] == ["COMPLETE", "COMPLETE"]
+
+    reference = start(alone, *LONG, "hydra.sweeper.trials=1")
+    assert reference.wait() == 0
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_same_weights(runs[1] / "0/checkpoints" / name, runs[2] / "0/checkpoints" / name)
+    values = load_values(runs[2])
+    assert (held[0].value, held[0].intermediate_values) == values
+    assert read_run(runs[1] / "0").metrics["test_accuracy"] == read_run(runs[2] / "0").metrics["test_accuracy"]
+
+
+def load_values(folder: Path) -> tuple[float, dict[int, float]]:
+    """Of the first trial in a folder's journal."""
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    journal = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    trial = load_study(study_name=folder.name, storage=journal).trials[0]
+    return trial.value, trial.intermediate_values
+
+
+@pytest.mark.postgres
+def test_a_server_that_is_started_again_ends_no_search(empty, server, tmp_path):
+    process = start(tmp_path, *LONG, f"hydra.sweeper.storage={empty}", "hydra.sweeper.trials=1")
+    wait_for((tmp_path / "lightning_logs/train/s/0/checkpoints/last.ckpt").exists)
+    server.stop()
+    time.sleep(3)
+    server.start()
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert "Tried again for 300 seconds" in printed
+    [trial] = study(empty, "train/s").trials
+    assert (trial.state.name, len(trial.intermediate_values)) == ("COMPLETE", 100)
+
+
+@pytest.mark.postgres
+def test_one_takes_over_on_a_server(empty):
+    assert take_over_at_once(empty) == [True, False]
+
+
+@pytest.mark.postgres
+def test_processes_that_start_together_make_the_tables_once(empty):
+    with ThreadPoolExecutor(8) as pool:
+        opened = list(pool.map(lambda _: database.connect(empty, 60), range(8)))
+    assert len({storage.get_current_version() for storage in opened}) == 1
+
+
+@pytest.mark.postgres
+def test_a_wrong_password_is_told_and_not_shown(empty, monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", "wrong one")
+    with pytest.raises(UserError, match=r"password authentication failed.*PGPASSWORD or ~/.pgpass") as told:
+        database.connect(empty, 60)
+    assert "wrong one" not in str(told.value)

@@ -1,0 +1,292 @@
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import Study, load_study
+
+from cifarnet import search
+from cifarnet.sweeps import search as study_module
+from cifarnet.sweeps.trials import differences
+from conftest import SMALL, signal_at
+
+TINY = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "hydra.sweep.dir=search"]
+RATE = "optimizer.lr=tag(log,interval(0.001,0.1))"
+
+
+@pytest.fixture
+def run(command):
+    return lambda *arguments: command(*TINY, *arguments, main=search.main)
+
+
+def study(folder: Path) -> Study:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return load_study(study_name=folder.name, storage=storage)
+
+
+def states(folder: Path) -> list[str]:
+    return [trial.state.name for trial in study(folder).trials]
+
+
+def test_search_and_its_continuation(run, command, tmp_path):
+    status, printed, error = run(RATE, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert "2 of 2 jobs done" in printed
+    first = [trial.params["optimizer.lr"] for trial in study(tmp_path / "search").trials]
+    used = [json.loads((tmp_path / f"search/{n}/metrics.json").read_text()) for n in (0, 1)]
+    assert [metrics["config"]["optimizer"]["lr"] for metrics in used] == first
+    assert [trial.value for trial in study(tmp_path / "search").trials] == [m["val_accuracy"] for m in used]
+
+    status, printed, error = run(RATE, "hydra.sweeper.trials=3")
+    assert status == 0, error
+    assert next(line for line in printed.splitlines() if line.startswith("Trial")).startswith("Trial 3 of 3")
+    rates = [trial.params["optimizer.lr"] for trial in study(tmp_path / "search").trials]
+    assert rates[:2] == first
+    assert len(set(rates)) == 3
+    assert len(list(csv.DictReader((tmp_path / "search/sweep.csv").open()))) == 3
+    for name in ("history", "importances", "slices"):
+        assert (tmp_path / f"search/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "search/sweep.png").exists()
+
+    status, printed, error = command("sweep.resume=search")  # as any other sweep
+    assert status == 0, error
+    assert "3 of 3 jobs done" in printed
+
+    status, _, error = run(RATE, "seed=1")
+    assert status == 1
+    assert "is about other settings: without seed=1" in error
+
+
+def test_the_seed_decides_what_is_tried(run, tmp_path):
+    for folder in ("one", "same"):
+        run(RATE, "hydra.sweeper.trials=2", f"hydra.sweep.dir={folder}", "trainer.max_epochs=1")
+    one, same = ([trial.params for trial in study(tmp_path / folder).trials] for folder in ("one", "same"))
+    assert one == same
+
+
+def test_a_trial_that_was_cut_off_goes_on(run, tmp_path):
+    stop = signal_at(1, 2, signal.SIGTERM)
+    status, _, _ = run(RATE, stop, "hydra.sweeper.trials=1")
+    assert status == 143
+    assert states(tmp_path / "search") == ["RUNNING"]
+
+    status, printed, error = run(RATE, stop, "hydra.sweeper.trials=1")  # that batch is past
+    assert status == 0, error
+    assert "Trial 1 was cut off: goes on" in printed
+    assert "Job 0 goes on from search/0/checkpoints/last.ckpt" in printed
+    assert states(tmp_path / "search") == ["COMPLETE"]
+
+
+def test_pruned_trials(run, tmp_path):
+    never = ["hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner", "+hydra.sweeper.pruner.lower=1.1"]
+    status, printed, error = run(RATE, *never, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert states(tmp_path / "search") == ["PRUNED", "PRUNED"]
+    assert "0 of 2 jobs done, 2 pruned" in printed
+    assert not list(tmp_path.glob("search/*/checkpoints"))
+    rows = list(csv.DictReader((tmp_path / "search/sweep.csv").open()))
+    assert [row["status"] for row in rows] == ["pruned", "pruned"]
+    assert rows[0]["note"].startswith("after epoch 1 of 2, validation accuracy")
+
+    status, printed, error = run(RATE, "hydra.sweeper.pruner=null", "hydra.sweeper.trials=3")
+    assert status == 0, error
+    assert states(tmp_path / "search")[2:] == ["COMPLETE"]
+
+
+def test_a_search_that_another_process_stopped_draws_no_trials(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module.sweep, "begin", lambda config, folder: (folder / "stop").touch())
+    status, _, error = run(RATE, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert states(tmp_path / "search") == []
+
+
+def test_a_failed_trial_stops_no_other_and_is_told(run, tmp_path):
+    status, printed, error = run("optimizer.lr=-1,-2", "hydra.sweeper.trials=2")
+    assert status == 1
+    assert "Invalid learning rate: -" in error
+    assert states(tmp_path / "search") == ["FAIL", "FAIL"]
+    assert "0 of 2 jobs done" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "Nothing to search"),
+        ([RATE, "hydra/launcher=parallel"], "one trial at a time"),
+        ([RATE, "data.val_fraction=0", "hydra.sweeper.trials=1"], "Sweeping optimizer.lr with data.val_fraction=0"),
+        ([RATE, "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0: give 1 or more"),
+        ([RATE, "hydra.sweeper.trials=-1"], "hydra.sweeper.trials=-1: give 1 or more"),
+        ([RATE, "hydra.sweeper.trials=1.5"], "hydra.sweeper.trials=1.5 has the wrong type: expected a whole number"),
+        ([RATE, "hydra.sweeper.trials=true"], "hydra.sweeper.trials=True has the wrong type"),
+        (["optimizer.lrr=interval(0,1)"], "optimizer.lrr is no setting. Did you mean optimizer.lr?"),
+        (["optimizer=sgd,adamw", "optimizer.momentum=0,0.9"], "optimizer.momentum is no setting"),
+        (["optimizer=sgd,none"], "There is no optimizer=none"),
+        (["optimizer.lr=choice()"], "empty choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused(run, arguments, named):
+    status, _, error = run(*arguments)
+    assert status == 1
+    assert named in error
+    assert error.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in error
+
+
+def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
+    """Until that process ends, however it does."""
+    assert run(RATE, "hydra.sweeper.trials=1")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module.Search, "_launch", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(RATE, "hydra.sweeper.trials=2")[0] == 130
+    assert states(tmp_path / "search") == ["COMPLETE", "RUNNING"]
+    hold = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold + "print(1, flush=True); input()", str(tmp_path / "search/1.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "1\n"
+    status, printed, error = run(RATE, "hydra.sweeper.trials=3")
+    assert status == 0, error
+    assert "Trial 3 of 3" in printed
+    assert states(tmp_path / "search") == ["COMPLETE", "RUNNING", "COMPLETE"]
+    assert "2 of 3 jobs done, 1 running: " in printed
+    assert "Run what is missing" not in printed
+    *_, last = csv.DictReader((tmp_path / "search/sweep.csv").open())
+    assert (last["status"], last["folder"]) == ("running", "1")
+    other.kill()
+    other.communicate()
+    status, printed, error = run(RATE, "hydra.sweeper.trials=3")
+    assert status == 0, error
+    assert "Trial 2 was cut off: goes on" in printed
+    assert states(tmp_path / "search") == ["COMPLETE"] * 3
+
+
+def test_the_printed_command_goes_on_with_the_search(command, tmp_path):
+    arguments = [*TINY[:-1], RATE, "hydra.sweeper.trials=1", signal_at(1, 2, signal.SIGINT)]
+    status, printed, error = command(*arguments, main=search.main)
+    assert status == 130
+    assert "0 of 1 jobs done" in printed
+    again = shlex.split(error.rpartition("python -m cifarnet.search ")[2])
+    assert again == arguments
+    status, printed, error = command(*again, main=search.main)
+    assert status == 0, error
+    assert "Trial 1 was cut off: goes on" in printed
+    assert "1 of 1 jobs done" in printed
+
+
+def test_each_search_has_a_folder_of_its_own(command, tmp_path):
+    lean = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger", "hydra.sweeper.trials=1"]
+    for more in ([], ["seed=1"], ["hydra.sweeper.study_name=mine"]):
+        status, printed, error = command(*lean, RATE, *more, main=search.main)
+        assert status == 0, error
+        assert "1 of 1 jobs done" in printed
+    names = sorted(path.name for path in (tmp_path / "lightning_logs/train").iterdir())
+    assert (len(names), names[0]) == (3, "mine")
+    status, printed, error = command(RATE, *lean, main=search.main)  # the same search
+    assert (status, "Trial" in printed) == (0, False)
+    status, printed, error = command(*lean, RATE, "seed=2", "hydra.sweeper.study_name=mine", main=search.main)
+    assert (status, printed) == (1, "")  # no table of the other study
+    assert "is about other settings: without seed=2" in error
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])
+def test_a_journal_whose_last_line_was_cut_off_is_mended(run, tmp_path, torn):
+    lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
+    assert run(*lean, "hydra.sweeper.trials=1")[0] == 0
+    with (tmp_path / "search/study.journal").open("ab") as file:
+        file.write(torn)
+    (tmp_path / "search/study.journal.lock").touch()  # as Optuna's own lock leaves it
+    start = time.monotonic()
+    status, _, error = run(*lean, "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert time.monotonic() - start < 25
+    assert states(tmp_path / "search") == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"[1]\n", b"{}\n", b'{"op_code": 99, "worker_id": "x"}\n', b"\xff\xfe\n"]
+)
+def test_a_journal_that_is_none_is_told_in_one_message(run, tmp_path, content):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/study.journal").write_bytes(content)
+    status, printed, error = run(RATE)
+    assert (status, printed) == (1, "")
+    assert error.startswith("Error: search/study.journal cannot be read as a study")
+
+
+def test_a_folder_that_was_renamed_keeps_its_study(run, tmp_path):
+    lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
+    assert run(*lean, "hydra.sweeper.trials=1")[0] == 0
+    (tmp_path / "search").rename(tmp_path / "renamed")
+    status, printed, error = run(*lean, "hydra.sweeper.trials=2", "hydra.sweep.dir=renamed")
+    assert status == 0, error
+    assert "Trial 2 of 2" in printed
+    assert "Trial 1 of 2" not in printed
+
+
+def test_processes_of_one_search_draw_other_trials_and_each_has_a_gpu(tmp_path):
+    """Started together; each says which GPU it sees."""
+    program = (
+        "import os, sys; from cifarnet.runs import study\n"
+        "def launch(self, trial, overrides):\n"
+        "    print('GPU', os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input(); sys.exit(0)\n"
+        "study.Search._launch = launch\n"
+        "from cifarnet.search import main; main()"
+    )
+    arguments = [setting for setting in TINY if setting != "trainer=cpu"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments, RATE],
+            cwd=tmp_path,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    gpus = {next(line for line in process.stdout if line.startswith("GPU")) for process in processes}
+    for process in processes:
+        process.communicate("\n")
+    assert gpus == {"GPU 3\n", "GPU 5\n"}
+    rates = [trial.params["optimizer.lr"] for trial in study(tmp_path / "search").trials]
+    assert len(set(rates)) == 2
+
+
+def test_where_data_lie_and_what_may_be_named_make_no_other_study():
+    one, same, other = (
+        {"fixed": fixed, "space": {}}
+        for fixed in (["data.root=a", "seed=1"], ["seed=1", "classes=[mine.Network]", "data.root=b"], ["seed=2"])
+    )
+    assert differences(one, same) == ""
+    assert differences(one, other) == "without seed=2 and with seed=1"
+
+
+def test_combinations_of_recipes_are_searched(run, tmp_path):
+    status, _, error = run(
+        "callbacks.progress=null", "trainer.max_epochs=1", "+search=recipe", "hydra.sweeper.trials=4"
+    )
+    assert status == 0, error
+    tried = [trial.params for trial in study(tmp_path / "search").trials]
+    assert len({settings["+recipe"] for settings in tried}) > 1
+    table = {row["folder"]: row for row in csv.DictReader((tmp_path / "search/sweep.csv").open())}
+    for job, settings in enumerate(tried):
+        config = json.loads((tmp_path / f"search/{job}/metrics.json").read_text())["config"]
+        parts = [config["data"]["mix"] or {}, *(config["data"]["transforms"] or {}).values()]
+        named = {part["_target_"].rpartition(".")[2].lower() for part in parts if part}
+        assert {*settings["+recipe"].strip("[]").split(",")} - {""} == named
+        assert table[str(job)]["+recipe"] == settings["+recipe"]
+        assert config["objective"]["label_smoothing"] == settings["objective.label_smoothing"]
+        assert [config["data"][key] for key in ("cutout", "crop_padding")] == [
+            int(settings[f"data.{key}"]) for key in ("cutout", "crop_padding")
+        ]

@@ -1,0 +1,52 @@
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from cifarnet.errors import UserError
+from cifarnet.sweeps import space
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a=1,2", CategoricalDistribution(["1", "2"])),
+        ("optimizer=sgd,adamw", CategoricalDistribution(["sgd", "adamw"])),
+        ("a=range(16,65,16)", IntDistribution(16, 64, step=16)),
+        ("a=range(0.0,0.5,0.1)", FloatDistribution(0.0, 0.4, step=0.1)),
+        ("a=interval(0,1)", FloatDistribution(0, 1)),
+        ("a=tag(log,interval(0.001,0.1))", FloatDistribution(0.001, 0.1, log=True)),
+        ("a=int(interval(2,8))", IntDistribution(2, 8)),
+        ("a=tag(log,range(1,65))", IntDistribution(1, 64, log=True)),
+        ("a=range(64,15,-16)", IntDistribution(16, 64, step=16)),
+        ("a=range(0,1000000000000)", IntDistribution(0, 999_999_999_999)),
+        ("a='x,y','it\\'s'", CategoricalDistribution(["'x,y'", "'it\\'s'"])),
+        ("a=[1,2],[3]", CategoricalDistribution(["[1,2]", "[3]"])),
+    ],
+)
+def test_sweeps_in_the_words_of_hydra(override, expected):
+    assert space.distribution(OverridesParser.create().parse_override(override)) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("a=interval(5,1)", "low"),
+        ("a=interval(nan,1)", "give finite numbers"),
+        ("a=interval(0,inf)", "give finite numbers"),
+        ("a=tag(log,interval(0,1))", "low"),
+        ("a=tag(log,range(1,10,2))", "step"),
+        ("a=tag(lgo,interval(1,2))", "only log is one"),
+        ("a=tag(log,choice(1,2))", "only intervals and ranges"),
+        ("a=range(0,1,0)", "names no value"),
+        ("a=range(0.0,1.0,0.0)", "names no value"),
+        ("a=range(5,1)", "names no value"),
+        ("a=range(0,inf)", "give finite numbers"),
+        (f"a=range(0,1{'0' * 400}.0)", "give finite numbers"),
+    ],
+)
+def test_what_cannot_be_searched_is_told_in_one_line(override, named):
+    with pytest.raises(UserError) as error:
+        space.distribution(OverridesParser.create().parse_override(override))
+    assert override in str(error.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)

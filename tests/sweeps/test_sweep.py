@@ -1,0 +1,327 @@
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from cifarnet.data import Synthetic
+from cifarnet.system import files
+from conftest import OWN, SMALL, assert_same_weights, signal_at
+
+TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger"]
+
+LEAN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger"]
+
+
+def test_a_failed_job_stops_no_other_and_is_told(command, tmp_path):
+    status, printed, error = command("-m", *TINY, "optimizer.lr=0.01,-1,0.02", "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "Invalid learning rate: -1" in error
+    assert "2 of 3 jobs done" in printed
+    assert "Invalid learning rate: -1" in (tmp_path / "sweep/1/error.txt").read_text()
+    assert [(tmp_path / f"sweep/{job}/metrics.json").is_file() for job in "012"] == [True, False, True]
+
+
+def test_resuming_runs_only_what_is_missing(command, tmp_path):
+    status, _, error = command("-m", *TINY, "optimizer.lr=0.01,0.02,0.03", "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    finished = [json.loads((tmp_path / f"sweep/{job}/metrics.json").read_text())["finished"] for job in "012"]
+    (tmp_path / "sweep/1/metrics.json").unlink()  # as if cut off after its last checkpoint
+    shutil.rmtree(tmp_path / "sweep/2")  # as if never begun
+
+    status, printed, error = command("sweep.resume=sweep")
+    assert status == 0, error
+    assert "Job 0 is done" in printed
+    assert "Job 1 goes on from sweep/1/checkpoints/last.ckpt" in printed
+    assert "3 of 3 jobs done" in printed
+    again = [json.loads((tmp_path / f"sweep/{job}/metrics.json").read_text()) for job in "012"]
+    assert again[0]["finished"] == finished[0]
+    assert [metrics["config"]["optimizer"]["lr"] for metrics in again] == [0.01, 0.02, 0.03]
+
+
+def test_jobs_with_the_same_images_read_them_once(command, tmp_path, monkeypatch):
+    read, reading = Synthetic.read, []
+    monkeypatch.setattr(Synthetic, "read", lambda self: reading.append(self.train_size) or read(self))
+    varied = ["data.crop_padding=0,2", "data.train_size=200,300", "seed=0,1"]
+    fixed = [setting for setting in TINY if not setting.startswith("data.train_size")]
+    assert command("-m", *fixed, *varied, f"hydra.sweep.dir={tmp_path / 'a'}")[0] == 0
+    assert reading == [200, 300, 200, 300]
+    for number, settings in [(1, ["seed=1"]), (7, ["data.train_size=300", "seed=1", "data.crop_padding=2"])]:
+        words = ["data.train_size=200", "data.crop_padding=0", *settings]
+        alone = tmp_path / f"alone{number}"
+        command(*fixed, *words, f"hydra.run.dir={alone}")
+        assert_same_weights(alone / "checkpoints/last.ckpt", tmp_path / f"a/{number}/checkpoints/last.ckpt")
+        records = [json.loads((folder / "metrics.json").read_text()) for folder in (alone, tmp_path / f"a/{number}")]
+        assert records[0]["data"] == records[1]["data"]
+    del reading[:]
+    assert command("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'b'}")[0] == 0
+    assert reading == [200]  # a sweep of its own: files may have changed
+
+
+def test_a_job_whose_images_were_read_before_is_refused_what_they_are_too_small_for(command, tmp_path):
+    swept = ["data.crop_padding=2,40", f"hydra.sweep.dir={tmp_path / 'a'}"]
+    status, _, told = command("-m", *TINY, *swept)
+    assert status == 1
+    assert "Job 1 failed: data.crop_padding=40 is too much for images of 32 pixels" in told
+
+
+def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
+    status, _, told = command("-m", *SMALL, "seed=0,1", "scheduler=cosine,nope", f"hydra.sweep.dir={tmp_path / 'a'}")
+    assert status == 1
+    assert "nope" in told
+    assert not (tmp_path / "a/0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["sweep.resume=nowhere"], "no sweep in that folder"),
+        (
+            ["-m", *TINY, "data.val_fraction=0", "optimizer.lr=0.1,0.2"],
+            "Sweeping optimizer.lr with data.val_fraction=0",
+        ),
+    ],
+    ids=["resume", "blind"],
+)
+def test_what_cannot_work_is_refused(command, arguments, named):
+    status, _, error = command(*arguments)
+    assert status == 1
+    assert named in error
+
+
+def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
+    status, printed, error = command("-m", *TINY, "data.val_fraction=0", "seed=range(2)", "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    assert "2 of 2 jobs done" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["seed=range(0)"], "seed=range(0) names no value: nothing to run."),
+        (["seed=range(5,1)"], "seed=range(5,1) names no value"),
+        (["optimizer=glob(x*)"], "optimizer=glob(x*) names no value"),
+        (["seed=range(0,3,0)"], "seed=range(0,3,0) names no value"),
+        (["seed=range(1000000000)"], "names 1,000,000,000 values"),
+        (["optimizer.lr=range(0.0,nan,0.1)"], "give finite numbers"),
+        (["seed=range(999)", "split=range(999)"], "998,001 combinations"),
+        (["optimizer.lr=interval(0,1)"], "Use cifarnet.search"),
+        (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe has the wrong type"),
+        (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1: give 0 or more"),
+        (["seed=0,1", "hydra/launcher=parallel", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: give"),
+        (["optimizer=sgd,none"], "There is no optimizer=none"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_sweep_of_nothing_is_refused_before_a_folder_is_made(command, tmp_path, arguments, named):
+    status, _, error = command("-m", *TINY, *arguments)
+    assert status == 1
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+REFUSED = ["-m", *LEAN, "data.val_fraction=0,0.1", "seed=range(2)", "optimizer.lr=0.01,0.02"]
+
+
+def test_a_job_that_is_refused_has_failed_and_may_stop_the_sweep(command, tmp_path):
+    status, printed, error = command(*REFUSED, "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "4 of 8 jobs done, 4 failed" in printed
+    assert "cut off" not in printed
+    assert "Job 0 failed: Sweeping data.val_fraction, optimizer.lr with data.val_fraction=0" in error
+    assert error.count("Error") == 1
+    status, printed, _ = command(*REFUSED, "hydra.sweep.dir=stopped", "sweep.stop_at_failure=true")
+    assert status == 1
+    assert "0 of 8 jobs done, 1 failed" in printed
+    assert not (tmp_path / "stopped/7").exists()
+    status, printed, error = command("sweep.resume=stopped")  # tries again
+    assert status == 1, error
+    assert "0 of 8 jobs done, 1 failed" in printed
+
+
+def test_parallel_jobs_tell_their_names_and_failures(tmp_path):
+    parallel = ["hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}/sweep", "threads=1"]
+    program = [sys.executable, "-m", "cifarnet.train", *REFUSED, *parallel]
+    result = subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "4 of 8 jobs done, 4 failed" in result.stdout
+    assert "[0] Job 0 failed: Sweeping data.val_fraction, optimizer.lr" in result.stderr
+    assert result.stderr.count("Error") == 1
+    assert sorted(re.findall(r"^\[(\d)\]   test accuracy ", result.stdout, re.MULTILINE)) == ["4", "5", "6", "7"]
+
+
+def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
+    begin = ["-m", *TINY, "optimizer.lr=0.01,0.02,0.03,0.04", "hydra.sweep.dir=sweep"]
+    assert command(*begin)[0] == 0
+    whole = (tmp_path / "sweep/2/metrics.json").read_text()
+    jobs = [tmp_path / "sweep" / name for name in "0123"]
+    (jobs[0] / "metrics.json").write_text('{"val_accuracy"')
+    (jobs[1] / ".hydra/overrides.yaml").write_bytes(b"{\xff")
+    (jobs[2] / "metrics.json").unlink()
+    (jobs[2] / "checkpoints/last.ckpt").write_bytes(b"PK\x03\x04")
+    (jobs[3] / "metrics.json").unlink()
+    (jobs[3] / "checkpoints/best.ckpt").write_bytes(b"")
+    status, printed, error = command("sweep.resume=sweep")
+    assert status == 0, error
+    assert "4 of 4 jobs done" in printed
+    assert "Job 0: sweep/0/metrics.json cannot be read" in printed.replace(f"{tmp_path}/", "")
+    for job in "23":
+        assert f"Job {job} is trained anew: " in printed
+        assert [path.name for path in (tmp_path / "sweep" / job).glob("damaged_*/*.ckpt")]
+    again = json.loads((jobs[2] / "metrics.json").read_text())
+    assert again["history"] == json.loads(whole)["history"]
+
+
+def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
+    own = [line for line in TINY if line != "~logger"]
+    begin = ["-m", *own, "logger=csv", "logger.csv.name=theirs", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert command(*begin)[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, printed, error = command("sweep.resume=sweep", "logger.csv.version=mine")
+    assert status == 0, error
+    assert "Not taken from the sweep: logger.csv.name=theirs. Give them in the command." in printed
+    assert "Job 0 is done" in printed
+    assert [path.name for path in (tmp_path / "sweep/1").glob("*/")].count("mine") == 1
+    assert not (tmp_path / "sweep/1/theirs").exists()
+
+
+def test_what_a_record_may_not_bring_along_is_given_anew(command, tmp_path):
+    (tmp_path / "conf/optimizer").mkdir(parents=True)
+    (tmp_path / "conf/optimizer/mine.yaml").write_text("{_target_: torch.optim.RMSprop, lr: 0.001}")
+    own, named = ["--config-dir", "conf"], ["hydra.job.name=mine"]
+    assert command("-m", *own, *LEAN, *named, "optimizer=mine", "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, _, error = command("sweep.resume=sweep", *own)
+    assert (status, "asks for hydra.job.name=mine" in error) == (1, True)
+    status, printed, error = command("sweep.resume=sweep", *own, *named)
+    assert status == 0, error
+    assert "Job 0 is done" in printed
+    assert "2 of 2 jobs done" in printed
+    status, _, error = command("sweep.resume=sweep", "hydra.sweep.dir=other", "seed=3")
+    assert (status, "leave out hydra.sweep.dir=other seed=3" in error) == (1, True)
+
+
+def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/multirun.yaml").touch()
+    (tmp_path / "sweep/0/.hydra").symlink_to(tmp_path)
+    status, _, error = command("sweep.resume=sweep")
+    assert status == 1
+    assert "sweep/0/.hydra is a link that leads out of sweep" in error
+
+
+@pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
+def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, content):
+    (tmp_path / "multirun.yaml").write_text(content)
+    status, _, error = command("sweep.resume=.")
+    assert status == 1
+    assert error.startswith("Error: multirun.yaml ")
+    assert error.count("\n") == 1
+
+
+def test_two_processes_do_not_work_on_one_sweep(command, tmp_path):
+    assert command("-m", *LEAN, "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    before = (tmp_path / "sweep/multirun.yaml").read_text()
+    with files.alone_in(tmp_path / "sweep"):
+        for arguments in (["sweep.resume=sweep"], ["-m", *TINY, "seed=5,6", "hydra.sweep.dir=sweep"]):
+            status, printed, error = command(*arguments)
+            assert (status, printed) == (1, "")
+            assert error.startswith("Error: Another process is at work in sweep.")
+    assert (tmp_path / "sweep/multirun.yaml").read_text() == before
+    assert command("sweep.resume=sweep")[0] == 0
+
+
+def test_the_command_printed_after_ctrl_c_goes_on_with_the_sweep(command, tmp_path):
+    name = "my sweep (a)"
+    begin = ["-m", *TINY, "trainer.max_epochs=2", "optimizer.lr=0.01,0.02", f"hydra.sweep.dir='{name}'"]
+    for arguments in ([*begin, signal_at(0, 2, signal.SIGINT)],):
+        status, _, error = command(*arguments)
+        assert status == 130
+    resume = shlex.split(error.split("cifarnet.train ")[-1])
+    assert resume == [f"sweep.resume='{name}'"]
+    status, printed, error = command(*resume, OWN)  # which stops job 1 at the same batch
+    assert status == 130, error
+    assert shlex.split(error.split("cifarnet.train ")[-1]) == resume
+    status, printed, error = command(*resume, OWN)
+    assert status == 0, error
+    assert "2 of 2 jobs done" in printed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send itself these signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
+    begin = ["-m", *TINY, "trainer.max_epochs=100000", "seed=range(3)", "threads=1", "hydra/launcher=parallel"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cifarnet.train",
+            *begin,
+            "hydra.launcher.n_jobs=2",
+            f"hydra.sweep.dir={tmp_path}/sweep",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    begun: set[str] = set()
+    for line in process.stdout:
+        if found := re.match(r"\[([01])\] Epoch 3/", line):
+            begun.add(found[1])
+        if begun == {"0", "1"}:
+            break
+    workers = psutil.Process(process.pid).children()
+    os.killpg(process.pid, number)  # as a terminal does
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert f"sweep.resume={os.path.relpath(tmp_path / 'sweep')}" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert "0 of 3 jobs done" in printed
+    for job in "01":
+        batch = torch.load(tmp_path / "sweep" / job / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert batch >= 12
+        assert f"[{job}] Finishing the batch" in error
+    assert not (tmp_path / "sweep/2").exists()
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes half a second")
+def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
+    job += "print('ready', flush=True); "
+    job += "import re; re.match('(a+)+b', 'a' * 100)"  # lets no other thread run
+    start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
+    parent = subprocess.Popen([sys.executable, "-c", start + "p.wait()"], stdout=subprocess.PIPE, text=True)
+    printed = {parent.stdout.readline().strip() for _ in range(2)}
+    child = psutil.Process(int((printed - {"ready"}).pop()))
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs([child], timeout=5)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def test_jobs_end_with_the_process_that_started_them():
+    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
+    job += "print('ready', flush=True); "
+    job += "import time; time.sleep(60)"
+    start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
+    parent = subprocess.Popen([sys.executable, "-c", start + "p.wait()"], stdout=subprocess.PIPE, text=True)
+    printed = {parent.stdout.readline().strip() for _ in range(2)}
+    pid = int((printed - {"ready"}).pop())
+    assert "ready" in printed
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not alive

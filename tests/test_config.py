@@ -1,0 +1,149 @@
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+from omegaconf import OmegaConf
+
+from cifarnet.cli import compose
+from cifarnet.config import check, check_type, deciding, flat
+from cifarnet.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (1, float),
+        (None, int | None),
+        ([1, 2], Sequence[int]),
+        ([0.9, 0.99], tuple[float, float]),
+        (OmegaConf.create([1, 2]), list[int]),
+        ("warn", bool | Literal["warn"] | None),
+        (True, Any),
+    ],
+)
+def test_values_that_fit(value, hint):
+    check_type("a", value, hint)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        (True, int, "a whole number"),
+        (1, bool, "true or false"),
+        (1.5, int, "a whole number"),
+        ("x", float | None, "a number or null"),
+        (3, Sequence[int], "a list like […, …] of whole numbers"),
+        ([1, "x"], Sequence[int] | None, "a list like […, …] of whole numbers or null"),
+        ("maybe", bool | Literal["warn"], "true or false or warn"),
+    ],
+)
+def test_values_that_do_not(value, hint, words):
+    with pytest.raises(UserError) as error:
+        check_type("a.b", value, hint)
+    assert str(error.value) == f"a.b={value} has the wrong type: expected {words}."
+
+
+@pytest.mark.parametrize("asks", ["${mine}", "${mine[0]}", "${oc.select:mine,3}"])
+def test_what_is_asked_for_may_be_added(config, asks):
+    check(config("+mine=[4]", f"+recipe.x={{_target_: builtins.dict, a: '{asks}'}}"))
+    with pytest.raises(UserError, match="mine is no setting"):
+        check(config("+mine=[4]", "+mines=1", "+recipe.x={_target_: builtins.dict, a: '${mines}'}"))
+
+
+def test_check_reads_no_more_than_it_must(config):
+    check(config())
+    check(config("trainer.precision=auto"))
+    with pytest.raises(UserError, match=r"optimizer\.lr=fast has the wrong type: expected a number"):
+        check(config("optimizer.lr=fast"))
+
+
+def composed(*overrides):
+    return OmegaConf.to_container(compose("train", overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "decides"),
+    [
+        ("optimizer.lr=0.3", {"optimizer.lr"}),
+        ("data.flip=none", {"data.flip"}),
+        ("+recipe=mixup", {"data.mix._target_", "data.mix.alpha"}),
+        ("callbacks.best.monitor=val/cross_entropy", {"callbacks.best.monitor"}),
+        ("seed=1", {"seed"}),
+        ("data.root=elsewhere", set()),
+        ("name=mine", set()),
+        ("threads=1", set()),
+        ("callbacks.pictures=null", set()),
+        ("callbacks.last=null", set()),
+        ("logger=csv", set()),
+        ("sweep.keep_checkpoints=1", set()),
+    ],
+)
+def test_which_settings_decide(override, decides):
+    before, after = deciding(composed()), deciding(composed(override))
+    assert {key for key in {**before, **after} if before.get(key) != after.get(key)} == decides
+
+
+def test_times_depend_on_more():
+    before, after = (deciding(composed(f"threads={n}"), times=True) for n in (1, 2))
+    assert {key for key in before if before[key] != after[key]} == {"threads"}
+
+
+def test_flat_writes_numbers_as_one():
+    assert flat({"a": {"b": 1.0, "c": [1, 2], "d": None}, "e": "x", "f": False}) == {
+        "a.b": "1",
+        "a.c": "[1, 2]",
+        "e": "x",
+        "f": "false",
+    }
+
+
+def test_the_list_of_settings_is_this_one():
+    """So that none appears unnoticed."""
+
+    def keys(node, prefix=""):
+        for key, value in node.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+
+    assert sorted(keys(composed("+experiment=baseline"))) == sorted(SETTINGS.split())
+
+
+def test_callbacks_of_a_stranger_may_be_a_list():
+    assert deciding({"callbacks": [[]], "seed": 1})["seed"] == "1"
+
+
+SETTINGS = """
+callbacks.best._target_ callbacks.best.dirpath callbacks.best.enable_version_counter callbacks.best.filename
+callbacks.best.mode callbacks.best.monitor callbacks.history._target_ callbacks.last._target_ callbacks.last.dirpath
+callbacks.last.enable_version_counter callbacks.last.filename callbacks.pictures._target_
+callbacks.progress._target_ callbacks.stop._target_
+channels_last
+ckpt_path
+classes
+compile
+data._target_ data.batch_size data.crop_padding data.cutout data.eval_batch_size data.flip data.hardest_share
+data.mix data.on_device data.root data.shuffle_seed data.split_seed data.train_sizes data.transforms data.url
+data.val_fraction
+keep_freed_memory
+logger.tensorboard._target_ logger.tensorboard.default_hp_metric logger.tensorboard.name
+logger.tensorboard.save_dir logger.tensorboard.version
+model._target_ model.drop_rate model.hidden model.widths
+module._target_ module.tta module.tta_share
+name
+objective._target_ objective.label_smoothing objective.reduction
+optimizer._target_ optimizer.fused optimizer.lr optimizer.momentum optimizer.nesterov optimizer.weight_decay
+output_dir
+recipe
+scheduler._target_ scheduler.cycle_momentum scheduler.max_lr scheduler.pct_start scheduler.total_steps
+seed
+start
+sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
+threads
+total_steps
+trainer._target_ trainer.accelerator trainer.deterministic trainer.devices trainer.max_epochs trainer.precision
+trainer.strategy
+"""
+
+
+def test_a_library_that_is_not_installed_is_named():
+    with pytest.raises(UserError, match=r"no such class or function, for there is no package nowhere: install it"):
+        check(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))
