@@ -15,7 +15,7 @@ import cifarnet
 import common
 from cifarnet.export import chosen
 from cifarnet.system import hardware
-from cifarnet.system.log_output import quieten_lightning
+from cifarnet.system.log_output import quiet_libraries
 
 SECONDS = 3.0
 FORMATS = ["PyTorch", "torch_export", "onnx"]
@@ -23,7 +23,7 @@ FORMATS = ["PyTorch", "torch_export", "onnx"]
 
 @torch.no_grad()
 def rate(overrides: Sequence[str], kind: str, batch: int) -> float:
-    quieten_lightning()
+    quiet_libraries()
     classifier = cifarnet.load(*overrides)
     images = torch.randint(0, 256, (batch, 3, classifier.image_size, classifier.image_size), dtype=torch.uint8)
     hardware.keep_freed_memory()

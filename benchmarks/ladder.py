@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from cifarnet import checkpoint, cli
-from cifarnet.config import deciding
+from cifarnet.config import deciding_settings
 from cifarnet.records.figures import save
 from cifarnet.system import files, hardware
 
@@ -91,7 +91,7 @@ def climb(kept: list[Run], only: list[str] | None, seeds: int, overrides: list[s
 def recipe(settings: Sequence[str]) -> str:
     """What these settings stand for now, as a checksum: an experiment that is changed is another one."""
     config = OmegaConf.to_container(cli.compose("train", [*settings, "output_dir=run"]), resolve=False)
-    written = json.dumps(deciding(config, times=True), sort_keys=True)
+    written = json.dumps(deciding_settings(config, times=True), sort_keys=True)
     return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 

@@ -20,14 +20,14 @@ from cifarnet.data.pixels import image_files
 from cifarnet.inference.decoding import decoded
 from cifarnet.inference.trained import Trained
 from cifarnet.system import hardware
-from cifarnet.system.log_output import quieten_lightning
+from cifarnet.system.log_output import quiet_libraries
 
 MOST = 10_000  # images
 BATCH = 256
 
 
 def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, Any]], None]) -> float:
-    quieten_lightning()
+    quiet_libraries()
     hardware.keep_freed_memory()
     path, folder = [given for given in overrides if not cli.is_setting(given)]
     settings = dict(given.split("=") for given in overrides if cli.is_setting(given))

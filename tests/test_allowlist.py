@@ -5,7 +5,7 @@ import pytest
 import timm.optim
 import torch
 
-from cifarnet.allowlist import PACKAGE, located, permitted
+from cifarnet.allowlist import PACKAGE, locate, permitted
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.models import CNN, SpeedNet
@@ -84,9 +84,9 @@ def test_a_new_file_in_the_models_folder_is_enough():
 
 
 def test_the_user_may_allow_more():
-    classes = located(["torch.nn.Linear"])
+    classes = locate(["torch.nn.Linear"])
     assert permitted("torch.nn.Linear", "model", classes) is torch.nn.Linear
     assert permitted("torch.nn.modules.linear.Linear", "model", classes) is torch.nn.Linear
     assert permitted("torch.nn.Conv2d", "model", classes) is None
     with pytest.raises(UserError, match=r"there is no class no.such. Give it as classes=\[module.Class\]"):
-        located(["no.such"])
+        locate(["no.such"])

@@ -182,7 +182,7 @@ def test_resuming_takes_a_runs_folder_and_its_choices(command, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(command, tmp_path):
-    with files.alone_in(tmp_path / "run"):
+    with files.exclusive(tmp_path / "run"):
         status, _, error = command(*SMALL, "hydra.run.dir=run")
     assert status == 1
     assert "Another process is at work in" in error

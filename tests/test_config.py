@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cifarnet.cli import compose
-from cifarnet.config import check, check_type, deciding, flat
+from cifarnet.config import check, check_type, deciding_settings, flat
 from cifarnet.errors import UserError
 
 
@@ -79,12 +79,12 @@ def composed(*overrides):
     ],
 )
 def test_which_settings_decide(override, decides):
-    before, after = deciding(composed()), deciding(composed(override))
+    before, after = deciding_settings(composed()), deciding_settings(composed(override))
     assert {key for key in {**before, **after} if before.get(key) != after.get(key)} == decides
 
 
 def test_times_depend_on_more():
-    before, after = (deciding(composed(f"threads={n}"), times=True) for n in (1, 2))
+    before, after = (deciding_settings(composed(f"threads={n}"), times=True) for n in (1, 2))
     assert {key for key in before if before[key] != after[key]} == {"threads"}
 
 
@@ -108,7 +108,7 @@ def test_the_list_of_settings_is_this_one():
 
 
 def test_callbacks_of_a_stranger_may_be_a_list():
-    assert deciding({"callbacks": [[]], "seed": 1})["seed"] == "1"
+    assert deciding_settings({"callbacks": [[]], "seed": 1})["seed"] == "1"
 
 
 SETTINGS = """

@@ -35,7 +35,7 @@ ROOMS = {
 }
 
 
-def located(names: Sequence[str]) -> list[Any]:
+def locate(names: Sequence[str]) -> list[Any]:
     """The classes and functions that the user names, as in `classes=[module.Class]`.
 
     Raises:

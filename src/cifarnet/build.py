@@ -26,7 +26,7 @@ from cifarnet.models import Normalize, construct, try_on
 from cifarnet.recipes.freeze import Freeze
 from cifarnet.system import distributed, hardware
 from cifarnet.system.checkpoint_io import WholeCheckpoints
-from cifarnet.system.log_output import quieten_lightning, without_tensorflow
+from cifarnet.system.log_output import quiet_libraries, without_tensorflow
 
 Part = TypeVar("Part")
 
@@ -57,7 +57,7 @@ def build(
     Raises:
         UserError: a setting or the data cannot be used; the message says what to do.
     """
-    quieten_lightning()
+    quiet_libraries()
     validate(config)
     if config.keep_freed_memory:
         hardware.keep_freed_memory()

@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import nn
 
 from cifarnet import __version__
-from cifarnet.allowlist import class_path, located, permitted
+from cifarnet.allowlist import class_path, locate, permitted
 from cifarnet.errors import NoImages, UserError
 from cifarnet.models import construct, try_on
 
@@ -305,6 +305,6 @@ def load_for(data: "ImageDataModule", path: str | Path, classes: Sequence[str] =
     content = read(path)
     teacher = f"the teacher {path}"
     check_same_task(content["hyper_parameters"], data.class_names, data.image_size, teacher)
-    made, names = network(content, path, located(classes))
+    made, names = network(content, path, locate(classes))
     try_on(made, data.train_sizes or [], len(names), teacher)
     return made.to(memory_format=torch.channels_last)  # as batches are

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
 from cifarnet.seeding import derive
-from cifarnet.system.distributed import gathered, own_rank, world_size
+from cifarnet.system.distributed import all_gather, rank, world_size
 
 Batch = tuple[Tensor, ...]  # images, labels, index, and where images are mixed: partners' labels, own weight
 
@@ -89,22 +89,22 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         _, labels, index, *_ = batch
-        logits, losses = self.look(batch)
+        logits, losses = self.forward_and_loss(batch)
         if self._observe is not None:
             self._observe(index, losses)
         loss = losses.mean()
         self._count("train", loss, logits, labels)
         self._totals.pop("train", None)
-        return self.share(loss, len(labels))
+        return self.scale_loss(loss, len(labels))
 
-    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, num_classes] and each image's loss [B], the teacher's part included."""
         images, labels, _, *mixed = batch
         logits = self(images)
         losses = self.losses(logits, labels, *mixed)
         return logits, losses if self.teacher is None else self.teacher(losses, logits, images)
 
-    def share(self, loss: Tensor, count: int) -> Tensor:
+    def scale_loss(self, loss: Tensor, count: int) -> Tensor:
         """What a rank that has `count` images of a batch minimises: gradients are averaged evenly."""
         ranks = world_size()
         return loss if ranks == 1 else loss * (ranks * count / self.trainer.train_dataloader.batch_size)
@@ -146,7 +146,7 @@ class Classifier(L.LightningModule):
 
     def _total(self, stage: str) -> Tensor:
         """The sums of all ranks."""
-        return self._totals[stage] if stage in self._totals else torch.stack(gathered(self._sums[stage])).sum(0)
+        return self._totals[stage] if stage in self._totals else torch.stack(all_gather(self._sums[stage])).sum(0)
 
     @torch.no_grad()
     def weight_decay(self) -> Tensor:
@@ -206,8 +206,8 @@ class Classifier(L.LightningModule):
         self._sums["train"] = self._sums["train"].to(self.device)  # those of a checkpoint were read before it moved
         loader = self.trainer.train_dataloader
         self._observe = loader.observe if getattr(loader, "chooses", False) else None
-        if own_rank() < len(self._restored_rng):
-            rng = self._restored_rng[own_rank()]
+        if rank() < len(self._restored_rng):
+            rng = self._restored_rng[rank()]
             torch.set_rng_state(rng["cpu"].cpu())
             if self.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
@@ -220,7 +220,7 @@ class Classifier(L.LightningModule):
         self._totals = {stage: total for stage, total in self._totals.items() if stage not in stages}
 
     def _seed(self) -> None:
-        torch.manual_seed(derive(self.seed, self.current_epoch, f"torch{own_rank() or ''}"))
+        torch.manual_seed(derive(self.seed, self.current_epoch, f"torch{rank() or ''}"))
 
     def on_train_epoch_start(self) -> None:
         self._seed()
@@ -254,18 +254,18 @@ class Classifier(L.LightningModule):
         for logits, labels in zip(answers, self._labels, strict=True):
             self._count("test", F.cross_entropy(logits, labels), logits, labels)
         self._totals |= {stage: self._total(stage) for stage in ("test", "one_view")}
-        self.tested = torch.cat(gathered(torch.cat(answers)))
-        self.tested_index = torch.cat(gathered(torch.cat(self._tested)))
+        self.tested = torch.cat(all_gather(torch.cat(answers)))
+        self.tested_index = torch.cat(all_gather(torch.cat(self._tested)))
         self.log_dict(self.means("test"), logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        rng = {"cpu": gathered(torch.get_rng_state())}
+        rng = {"cpu": all_gather(torch.get_rng_state())}
         if self.device.type == "cuda":
-            rng["cuda"] = gathered(torch.cuda.get_rng_state(self.device))
+            rng["cuda"] = all_gather(torch.cuda.get_rng_state(self.device))
         first, *others = [dict(zip(rng, states, strict=True)) for states in zip(*rng.values(), strict=True)]
         checkpoint["middle_of_epoch"] = {"rng": first, "other_ranks": others, "train_sums": self._total("train")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["middle_of_epoch"]
-        self._sums["train"] = saved["train_sums"] * (own_rank() == 0)
+        self._sums["train"] = saved["train_sums"] * (rank() == 0)
         self._restored_rng = [saved["rng"], *saved["other_ranks"]]

@@ -137,7 +137,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return settings
 
 
-def deciding(config: Mapping[str, Any], times: bool = False) -> dict[str, str]:
+def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[str, str]:
     """The settings, as `flat` writes them, on which a run's figures depend, or, with `times`, its seconds too."""
     without = PLACES | SHOWN | (set() if times else SPEED)
     callbacks = config.get("callbacks")

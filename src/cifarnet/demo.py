@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from omegaconf import DictConfig
 
 from cifarnet import cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import Range, Seed
 from cifarnet.errors import UserError, printable
 
@@ -56,13 +56,13 @@ def build(runs: Sequence[str], overrides: Sequence[str], folder: Path) -> "tuple
 
     from cifarnet import checkpoint
     from cifarnet.inference import test_images, trained
-    from cifarnet.system.log_output import quieten_lightning
+    from cifarnet.system.log_output import quiet_libraries
 
-    quieten_lightning()
+    quiet_libraries()
     config, of_data = test_images.own("demo", overrides, TYPES, RANGES)
     paths = [checkpoint.find(run) for run in runs]
     contents = [checkpoint.read(path) for path in paths]
-    classes = located(config.classes)
+    classes = locate(config.classes)
     classifiers = [trained.of(content, path, classes) for content, path in zip(contents, paths, strict=True)]
     for classifier in classifiers:
         classifier.temperature(config.temperature, config.tta)

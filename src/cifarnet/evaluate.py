@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import Range, Seed
 from cifarnet.errors import printable
 from cifarnet.system import files
@@ -52,12 +52,12 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet.records.figures import accuracy
     from cifarnet.records.record import aligned, parameters, write
     from cifarnet.system import hardware  # these take seconds more: a wrong path is told before
-    from cifarnet.system.log_output import quieten_lightning
+    from cifarnet.system.log_output import quiet_libraries
 
-    quieten_lightning()
+    quiet_libraries()
     hardware.keep_freed_memory()
     config = configure(content, path, overrides)
-    network, class_names = checkpoint.network(content, path, located(config.classes))
+    network, class_names = checkpoint.network(content, path, locate(config.classes))
     datamodule = build.make_data(config)
     checkpoint.check_same_task(content["hyper_parameters"], datamodule.class_names, datamodule.image_size)
     public = public_sets.read(datamodule, config.cifar10_c, config.cifar10_1, config.cifar10h)
@@ -118,7 +118,7 @@ def make_folder(output_dir: str | None, path: Path) -> Path:
     folder = folder_for(path, "evaluation") if output_dir is None else Path(output_dir)
     if output_dir is None:
         files.refuse_links(folder.parent, [folder])
-    files.make(folder, f"output_dir={folder} cannot be made")
+    files.make_folder(folder, f"output_dir={folder} cannot be made")
     return folder
 
 

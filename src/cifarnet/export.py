@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cifarnet import __version__, cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import Range, Seed, did_you_mean
 from cifarnet.errors import NoImages, UserError, printable
 from cifarnet.system import files
@@ -56,12 +56,12 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     content = checkpoint.read(path)
 
     from cifarnet.inference import test_images, trained  # these take seconds more: a wrong path is told before
-    from cifarnet.system.log_output import quieten_lightning
+    from cifarnet.system.log_output import quiet_libraries
 
-    quieten_lightning()
+    quiet_libraries()
     config, of_data = test_images.own("export", overrides, TYPES, RANGES)
     form = chosen(config.format)
-    classes = located(config.classes)
+    classes = locate(config.classes)
     classifier = trained.of(content, path, classes)
     target = place(config.output, path, form.FILE)
     try:
@@ -148,7 +148,7 @@ def place(output: str | None, path: Path, file: str) -> Path:
         raise UserError(f"output={target} is a {kind}, which what is written is not. Choose another, such as {file}.")
     if target.is_dir() and any(target.iterdir()) and not (target / SHARED[0]).is_file():
         raise UserError(f"output={target} holds other files, which might be overwritten. Choose a new folder.")
-    files.make(target.parent, f"output={target} cannot be written")
+    files.make_folder(target.parent, f"output={target} cannot be written")
     return target
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cifarnet import checkpoint
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.recipes.backbone import head_of
@@ -34,7 +34,7 @@ def expanded(config: DictConfig) -> DictConfig:
     recorded = dict(content["resolved"]["model"])
     if "checkpoint" in recorded:  # timm's: its weights come from this one now
         recorded["checkpoint"] = None
-    made = checkpoint.checked({"model": recorded}, path, located(config.classes))["model"]
+    made = checkpoint.checked({"model": recorded}, path, locate(config.classes))["model"]
     written: Any = OmegaConf.to_container(config, resolve=False)
     own = {key: value for key, value in written["model"].items() if key != "checkpoint"}
     weights = path / checkpoint.SHARED[0] if path.is_dir() else path

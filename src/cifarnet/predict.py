@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from cifarnet import cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import Range, check_own
 from cifarnet.errors import UserError, printable
 from cifarnet.system import files, hardware
@@ -57,12 +57,12 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     """
     config = configure(overrides)
     from cifarnet.inference import trained  # these take seconds: a wrong setting is told before
-    from cifarnet.system.log_output import quieten_lightning
+    from cifarnet.system.log_output import quiet_libraries
 
-    quieten_lightning()
+    quiet_libraries()
     hardware.keep_freed_memory()
     try:
-        classifier = trained.load(run, located(config.classes))
+        classifier = trained.load(run, locate(config.classes))
     except UserError as error:
         if runs := [path for path in images if Path(path, "checkpoints").is_dir()]:
             raise UserError(f"{error} If {runs[0]} is the run, name it first, and pictures after it.") from error
@@ -104,7 +104,7 @@ def configure(overrides: Sequence[str]) -> DictConfig:
         output = Path(config.output)
         if output.suffix.lower() not in ENDINGS or output.is_dir():
             raise UserError(f"output={output}: name a file that ends with .csv or .json.")
-        files.make(output.parent, f"output={output} cannot be written")
+        files.make_folder(output.parent, f"output={output} cannot be written")
     return config
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import checkpoint, cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.build import Built
 from cifarnet.config import CONFIGS, PLACES, SHOWN, SPEED, within
 from cifarnet.errors import UserError, printable
@@ -57,7 +57,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     # a stranger's, or of no more use, or given anew
     for key in ["data.url", "model.checkpoint", *(override.key_or_group for override in given)]:
         _forget(written, key)
-    checked = checkpoint.checked(written, path, located(allowed))
+    checked = checkpoint.checked(written, path, locate(allowed))
     recorded = OmegaConf.create(checked | {"logger": _own_loggers(checked.get("logger"))})
     config = _changed(recorded, given)
     _check_plan(recorded, config)

@@ -41,7 +41,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
         UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
-    with files.alone_in(Path(config.output_dir)), hardware.same_threads():
+    with files.exclusive(Path(config.output_dir)), hardware.same_threads():
         return _train(config, ckpt_path, callbacks)
 
 

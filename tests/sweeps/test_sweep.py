@@ -230,7 +230,7 @@ def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, c
 def test_two_processes_do_not_work_on_one_sweep(command, tmp_path):
     assert command("-m", *LEAN, "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
     before = (tmp_path / "sweep/multirun.yaml").read_text()
-    with files.alone_in(tmp_path / "sweep"):
+    with files.exclusive(tmp_path / "sweep"):
         for arguments in (["sweep.resume=sweep"], ["-m", *TINY, "seed=5,6", "hydra.sweep.dir=sweep"]):
             status, printed, error = command(*arguments)
             assert (status, printed) == (1, "")

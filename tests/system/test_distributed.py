@@ -53,7 +53,7 @@ class Asks(Callback):
     """Asks all ranks after each batch: one that acts elsewhere in their order would wait for ever."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        assert len(distributed.gathered(outputs["loss"])) == trainer.world_size
+        assert len(distributed.all_gather(outputs["loss"])) == trainer.world_size
 
 
 def in_rank(rank: int, epoch: int, batch: int, number: int) -> str:

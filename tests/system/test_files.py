@@ -34,7 +34,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def work(folder: Path, entered, leave):
-    with files.alone_in(folder):
+    with files.exclusive(folder):
         entered.set()
         leave.wait(60)
 
@@ -45,7 +45,7 @@ def test_one_process_works_in_a_folder(tmp_path):
     other = context.Process(target=work, args=(tmp_path, entered, leave))
     other.start()
     assert entered.wait(60)
-    with pytest.raises(UserError, match="Another process is at work"), files.alone_in(tmp_path):
+    with pytest.raises(UserError, match="Another process is at work"), files.exclusive(tmp_path):
         pass
     other.kill()  # the lock ends with it
     other.join()
@@ -54,7 +54,7 @@ def test_one_process_works_in_a_folder(tmp_path):
     for path in (gone, *kept):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    with files.alone_in(tmp_path):
+    with files.exclusive(tmp_path):
         assert not gone.exists()
         assert all(path.exists() for path in kept)  # of a process at work, and of another program
 

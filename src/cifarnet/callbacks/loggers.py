@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cifarnet.build import planned
-from cifarnet.config import deciding
+from cifarnet.config import deciding_settings
 from cifarnet.records.tables import number
 from cifarnet.system import files
 
@@ -69,7 +69,7 @@ def log_results(metrics: Mapping[str, Any], loggers: Iterable[Logger]) -> None:
     results = {f"whole_run/{key}": metrics[key] for key in RESULTS}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(Path(logger.log_dir, "hparams"), deciding(metrics["config"], times=True), results)
+            _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(metrics["config"], times=True), results)
         else:
             logger.log_metrics(results, step=metrics["epochs"])
         logger.finalize("success")

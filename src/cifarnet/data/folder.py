@@ -21,7 +21,7 @@ from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.loader import LazyImages
 from cifarnet.data.pixels import decode, image_files
 from cifarnet.errors import UserError
-from cifarnet.system.files import whole
+from cifarnet.system.files import atomic_file
 from cifarnet.system.hardware import cores
 
 CACHE_FORMAT = 3  # count up when what is cached changes
@@ -201,7 +201,7 @@ def _save(cache: Path, content: dict) -> None:
     try:
         for left in cache.parent.glob(f".{cache.name}.*.tmp"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        with whole(cache) as file:
+        with atomic_file(cache) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch raises its own where writing failed
         reason = error if isinstance(error, OSError) else error.__context__ or error

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cifarnet.data.augmentation import Augment
 from cifarnet.seeding import generator
-from cifarnet.system.distributed import gathered
+from cifarnet.system.distributed import all_gather
 
 
 class LazyImages(Dataset):
@@ -195,8 +195,8 @@ class BatchLoader:
         """Each image's last loss, whichever rank has observed it. All ranks must ask."""
         if self.ranks == 1 or not self.chooses:
             return self._observed
-        observed_by = gathered(self._own_observed.to(self._observed.device))
-        for observed, by_that_rank in zip(gathered(self._observed), observed_by, strict=True):
+        observed_by = all_gather(self._own_observed.to(self._observed.device))
+        for observed, by_that_rank in zip(all_gather(self._observed), observed_by, strict=True):
             self._observed = torch.where(by_that_rank, observed, self._observed)
         self._own_observed.zero_()
         return self._observed

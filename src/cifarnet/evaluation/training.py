@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifarnet.config import deciding, flat
+from cifarnet.config import deciding_settings, flat
 
 LARGEST = 10**6  # an epoch or a metric beyond it is damage, and nothing to draw
 
@@ -15,7 +15,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, str]:
     """Those on which figures and times depend; without the number of steps, which no config knows."""
     written = flat(content["hyper_parameters"]["config"])
     unknown = {key for key, text in written.items() if key == "total_steps" or "${total_steps}" in text}
-    return {key: text for key, text in deciding(content["resolved"], times=True).items() if key not in unknown}
+    return {key: text for key, text in deciding_settings(content["resolved"], times=True).items() if key not in unknown}
 
 
 def history(content: Mapping[str, Any], path: Path) -> list[dict[str, float]]:

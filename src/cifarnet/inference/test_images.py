@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cifarnet import build, checkpoint, cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import check_own, check_type, check_types
 from cifarnet.errors import NoImages, UserError
 
@@ -55,7 +55,7 @@ def configure(
         given = {cli.key_of(override).removeprefix("data.") for override in overrides}
         classes = cli.compose(command, named).classes
         check_type("classes", classes, types["classes"])
-        saved = checkpoint.check_data(content, path, located(classes), given)
+        saved = checkpoint.check_data(content, path, locate(classes), given)
         if "url" in recorded:
             saved["url"] = None  # no address of a stranger's; the user may give one
     saved["batch_size"] = 1  # nothing is trained: a small data set will do

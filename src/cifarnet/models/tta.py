@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.errors import UserError
-from cifarnet.system.distributed import gathered, own_rank, world_size
+from cifarnet.system.distributed import all_gather, world_size
 
 
 class Answers:
@@ -75,11 +75,11 @@ class Answers:
         """How many of this rank's images are among the least confident of all ranks."""
         if world_size() == 1:
             return math.ceil(self.share * len(logits))
-        confidence = gathered(logits.softmax(1).amax(1))
+        confidence = all_gather(logits.softmax(1).amax(1))
         most = math.ceil(self.share * sum(map(len, confidence)))
         rank = torch.arange(len(confidence)).repeat_interleave(torch.tensor([len(of) for of in confidence]))
         least = torch.cat(confidence).cpu().argsort(stable=True)[:most]
-        return int((rank[least] == own_rank()).sum())
+        return int((rank[least] == rank()).sum())
 
     def _least(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of all candidates, so many."""

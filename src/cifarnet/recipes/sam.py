@@ -49,8 +49,8 @@ class SAM(Callback):
             scale = self.rho / (torch.nn.utils.get_total_norm(gradients) + 1e-12)
             torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            _, losses = module.look(self.batch)
-            loss = module.share(losses.mean(), len(losses))
+            _, losses = module.forward_and_loss(self.batch)
+            loss = module.scale_loss(losses.mean(), len(losses))
         # not by backward, whose gradients DistributedDataParallel would wait for
         found = torch.autograd.grad(loss, weights, materialize_grads=True)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cifarnet.config import deciding, flat
+from cifarnet.config import deciding_settings, flat
 from cifarnet.errors import UserError
 from cifarnet.records.figures import TRAIN, VAL
 from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, interval, seeds_needed, welch
@@ -139,7 +139,7 @@ def _measured(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
         raise UserError(f"metric={metric}: {file} has no such number{has}.")
     for run in measured:
         precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _stretches(run))
-        run.settings = deciding(run.metrics["config"], times=is_time(metric))
+        run.settings = deciding_settings(run.metrics["config"], times=is_time(metric))
         run.settings["trainer.precision"] = " / ".join(precisions)
     without = [os.path.relpath(run.folder) for run in runs if run not in measured]
     return measured, [f"{folder} is left out: its {metric} is no number." for folder in without]

@@ -33,7 +33,7 @@ def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
     batches = sweeper.split_arguments(parsed, sweeper.max_batch_size)
     sweeper.validate_batch_is_legal(differing(sweeper, [job for batch in batches for job in batch]))
     folder = Path(sweeper.config.hydra.sweep.dir)
-    with files.alone_in(folder):
+    with files.exclusive(folder):
         jobs.begin(sweeper.config, folder)
         try:
             results = launch(sweeper, batches, folder)

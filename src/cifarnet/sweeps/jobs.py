@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import located
+from cifarnet.allowlist import locate
 from cifarnet.config import check_type
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.records.tables import Run, read, read_run
@@ -239,7 +239,7 @@ def resumed_sweep(arguments: Sequence[str]) -> list[str]:
         print(printable(f"Not taken from the sweep: {', '.join(left_out)}. Give them in the command."), flush=True)
     task = [line for line in task if line not in left_out]
     allowing = [argument for argument in own if cli.key_of(argument) == "classes"]
-    classes = located(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
+    classes = locate(OverridesParser.create().parse_override(allowing[-1]).value()) if allowing else []
     replay.checked([*hydra, *task], folder / "multirun.yaml", classes)
     place = cli.literal(str(folder))
     configs = [] if given.config_dir is None else ["--config-dir", given.config_dir]

@@ -31,7 +31,7 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     ]
     for run in runs:
         elsewhere.pop(run.folder.name, None)
-        if run.status == "cut off" and files.busy(run.folder / ".lock"):
+        if run.status == "cut off" and files.is_locked(run.folder / ".lock"):
             run.status = "running"
     runs += elsewhere.values()
     if not runs:

@@ -34,7 +34,7 @@ def told(study: "Study", folder: Path, place: str, database: "Database | None") 
     """The study's trials by number, as far as it knows them: the finished ones, and what other processes are at."""
 
     def running(trial: "FrozenTrial") -> bool:
-        if files.busy(folder / f"{trial.number}.lock"):
+        if files.is_locked(folder / f"{trial.number}.lock"):
             return True
         elsewhere = database is not None and trial.user_attrs.get(PLACE) != place  # where only a heartbeat tells
         return elsewhere and not database.heard(trial._trial_id)[1]

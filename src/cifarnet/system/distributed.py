@@ -305,14 +305,14 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def own_rank() -> int:
+def rank() -> int:
     """This process's, while it trains with others; else 0."""
     import torch
 
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def gathered(value: "Tensor") -> "list[Tensor]":
+def all_gather(value: "Tensor") -> "list[Tensor]":
     """Every rank's, in their order, which may have different lengths; of one process, its own. All ranks must ask."""
     import torch
 

@@ -14,13 +14,13 @@ from cifarnet.errors import UserError
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
-    """As `whole` does."""
-    with whole(Path(path)) as file:
+    """As `atomic_file` does."""
+    with atomic_file(Path(path)) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write beside its place, flush to the disk, then rename: there is the whole file, or what was there before.
 
     Raises:
@@ -41,7 +41,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def make(folder: Path, told: str) -> None:
+def make_folder(folder: Path, told: str) -> None:
     """Make a folder that the user chose, and those above it.
 
     Raises:
@@ -54,7 +54,7 @@ def make(folder: Path, told: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Work in this folder as its only process.
 
     Raises:
@@ -81,7 +81,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0.2)  # `busy` may hold it, for a moment
+        lock.acquire(timeout=0.2)  # `is_locked` may hold it, for a moment
     except NotImplementedError:
         pass  # a file system without locks
     except Timeout as error:
@@ -98,7 +98,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
         lock.release()
 
 
-def busy(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Does another process hold this lock?"""
     try:
         with FileLock(lock).acquire(blocking=False) if lock.exists() else contextlib.nullcontext():

@@ -13,7 +13,7 @@ from tensorboard.compat import tf
 from cifarnet.errors import printable
 
 
-def quieten_lightning() -> None:
+def quiet_libraries() -> None:
     """Warnings stay; notes about hardware found and advice that does not apply here go."""
     import lightning.fabric  # noqa: F401  importing it sets its loggers to talk: not after this
 
