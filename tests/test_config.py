@@ -1,12 +1,73 @@
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
 
 from cifarnet.cli import compose
-from cifarnet.config import check, check_type, deciding_settings, flat
+from cifarnet.config import Range, check, deciding_settings, flat, validate
+from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("limits", "inside", "outside", "words"),
+    [
+        (Range(0, 1), [0, 0.5, 1], [-1e-9, 1.1, NAN, INF, -INF], "from 0 to 1"),
+        (Range(above=0, most=9), [1e-9, 9], [0, -1, 10, NAN], "above 0 to 9"),
+        (Range(0, below=1), [0, 0.99], [1, NAN], "from 0 and below 1"),
+        (Range(least=3), [3, 2**62], [2, NAN, INF], "from 3"),
+    ],
+    ids=str,
+)
+def test_ranges(limits, inside, outside, words):
+    for number in inside:
+        check("a.b", number, Annotated[float, limits] | None)
+    for number in outside:
+        with pytest.raises(UserError) as error:
+            check("a.b", number, Annotated[float, limits] | None)
+        assert str(error.value) == f"a.b={number} is out of range: give a number {words}."
+
+
+def test_lists_and_what_is_no_number():
+    several = Sequence[Annotated[int, Range(1, 9)]] | None
+    check("a", [1, 9], several)
+    check("a", None, several)
+    for wrong in ([], [1, 0], (10,)):
+        with pytest.raises(UserError, match=r"give one or more numbers, each from 1 to 9"):
+            check("a", wrong, several)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.batch_size", [0, -1, 10**9]),
+        ("data.eval_batch_size", [0, 10**9]),
+        ("data.val_fraction", ["nan", -0.1, 1]),
+        ("data.hardest_share", ["nan", 0, 1.1]),
+        ("data.split_seed", [-1, 2**70]),
+        ("data.shuffle_seed", [-1, 2**32]),
+        ("data.crop_padding", [-1, 10**6]),
+        ("data.cutout", [-1, 10**6]),
+        ("data.train_sizes", ["[]", "[0]", "[1000000]"]),
+        ("data.seed", [-1, 2**64]),
+        ("data.train_size", [0, 3]),
+        ("data.test_size", [9, 10**7]),
+        ("model.drop_rate", [-0.1, 1, "inf"]),
+        ("model.widths", ["[0,4]"]),
+        ("seed", [-1, 2**32]),
+        ("threads", [0]),
+        ("trainer.devices", [-2]),
+        ("sweep.keep_checkpoints", [-1]),
+        ("module.tta_share", [-0.1, 1.1]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"^{name}="):
+            validate(compose("train", ["data=synthetic", "output_dir=run", f"{name}={value}"]))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +83,7 @@ from cifarnet.errors import UserError
     ],
 )
 def test_values_that_fit(value, hint):
-    check_type("a", value, hint)
+    check("a", value, hint)
 
 
 @pytest.mark.parametrize(
@@ -39,22 +100,22 @@ def test_values_that_fit(value, hint):
 )
 def test_values_that_do_not(value, hint, words):
     with pytest.raises(UserError) as error:
-        check_type("a.b", value, hint)
+        check("a.b", value, hint)
     assert str(error.value) == f"a.b={value} has the wrong type: expected {words}."
 
 
 @pytest.mark.parametrize("asks", ["${mine}", "${mine[0]}", "${oc.select:mine,3}"])
 def test_what_is_asked_for_may_be_added(config, asks):
-    check(config("+mine=[4]", f"+recipe.x={{_target_: builtins.dict, a: '{asks}'}}"))
-    with pytest.raises(UserError, match="mine is no setting"):
-        check(config("+mine=[4]", "+mines=1", "+recipe.x={_target_: builtins.dict, a: '${mines}'}"))
+    validate(config("+mine=[4]", f"+recipe.x={{_target_: builtins.dict, a: '{asks}'}}"))
+    with pytest.raises(UserError, match="mines: unknown setting"):
+        validate(config("+mines=[4]", "+recipe.x={_target_: builtins.dict, a: 1}"))
 
 
 def test_check_reads_no_more_than_it_must(config):
-    check(config())
-    check(config("trainer.precision=auto"))
+    validate(config())
+    validate(config("trainer.precision=auto"))
     with pytest.raises(UserError, match=r"optimizer\.lr=fast has the wrong type: expected a number"):
-        check(config("optimizer.lr=fast"))
+        validate(config("optimizer.lr=fast"))
 
 
 def composed(*overrides):
@@ -145,5 +206,17 @@ trainer.strategy
 
 
 def test_a_library_that_is_not_installed_is_named():
-    with pytest.raises(UserError, match=r"no such class or function, for there is no package nowhere: install it"):
-        check(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))
+    with pytest.raises(UserError, match=r"no such class or function: the package nowhere is not installed"):
+        validate(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"val_fraction": 0.9}, {"val_fraction": 0.1}, {"cutout": 33}, {"crop_padding": 32}]
+)
+def test_the_remedy_works(settings):
+    """The value that the message proposes works."""
+    with pytest.raises(UserError) as error:
+        assert Synthetic(train_size=20, test_size=20, **settings).source
+    name, value = str(error.value).rpartition("data.")[2].split()[0].rstrip(".").split("=")
+    proposed = {"val_fraction": 0, name: int(value)}
+    assert Synthetic(train_size=20, test_size=20, **proposed).source

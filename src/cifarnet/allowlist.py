@@ -1,45 +1,26 @@
-"""What a checkpoint may name: classes that are listed, that lie where only this project puts them, or that the user
-names in the command.
+"""Which classes a checkpoint file may name.
 
-Building anything else that a file asks for would let a stranger's file run code.
+Instantiating whatever a file names would let a stranger's file run code. Loading therefore accepts this project's own
+networks and data sets, and the classes that the user lists in the command.
 """
 
 import importlib
 import pydoc
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cifarnet.errors import UserError
 
 PACKAGE = Path(__file__).parent
-CALLBACK, MODULE, OPTIMIZER = "lightning.pytorch.callbacks.Callback", "torch.nn.Module", "torch.optim.Optimizer"
-SCHEDULER = "torch.optim.lr_scheduler.LRScheduler"
-CALLBACKS = {
-    "lightning.pytorch.callbacks": CALLBACK,
-    "cifarnet.callbacks": CALLBACK,
-    "cifarnet.recipes": "builtins.object",
-}
-# packages whose classes may stand in a section of a run's config, and what they must be
-ROOMS = {
-    "model": {"cifarnet.models": MODULE},
-    "data": {"cifarnet.data": "lightning.LightningDataModule", "cifarnet.recipes": "builtins.object"},
-    "optimizer": {"torch.optim": OPTIMIZER, "cifarnet.optim": OPTIMIZER, "timm.optim": OPTIMIZER},
-    "scheduler": {"torch.optim.lr_scheduler": SCHEDULER, "cifarnet.optim": SCHEDULER},
-    "objective": {"torch.nn": MODULE, "cifarnet.recipes": "builtins.object"},
-    "callbacks": CALLBACKS,
-    "recipe": CALLBACKS,
-    "logger": {"lightning.pytorch.loggers": "lightning.pytorch.loggers.Logger"},
-    "trainer": {"lightning": "lightning.Trainer"},
-    "module": {"cifarnet": "lightning.LightningModule", "cifarnet.recipes": "cifarnet.recipes.distillation.Teacher"},
-}
+LIBRARIES = {"cifarnet", "hydra_plugins", "lightning", "optuna", "timm", "torch", "torchvision"}
 
 
 def locate(names: Sequence[str]) -> list[Any]:
-    """The classes and functions that the user names, as in `classes=[module.Class]`.
+    """Import the classes and functions that the user lists, as in `classes=[module.Class]`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no class or function of that name.
     """
     found = []
     for name in names:
@@ -52,57 +33,63 @@ def locate(names: Sequence[str]) -> list[Any]:
     return found
 
 
-def permitted(name: Any, room: str, classes: Sequence[Any] = ()) -> Any:
-    """The class that a file asks for by this name, or None where it may not.
+def allowed_class(name: Any, package: str, path: Path, classes: Sequence[Any] = ()) -> Any:
+    """Return the class that a file names.
 
     Args:
-        name: as a config's `_target_` says it.
-        room: a section of a run's config, such as "model", which says where its classes lie.
-        classes: what the user allows beside them.
+        name: the value of `_target_` in the file.
+        package: the package of this project whose classes are allowed, such as "cifarnet.models".
+        path: the file, for the error message.
+        classes: classes and functions that the user allows in addition.
+
+    Raises:
+        UserError: the class is not allowed.
     """
-    if not isinstance(name, str):
-        return None
-    place, _, own = name.rpartition(".")
-    for package, base in ROOMS.get(room, {}).items():
-        if package.partition(".")[0] != place.partition(".")[0]:
-            continue
-        if package.partition(".")[0] == PACKAGE.name:
-            found = _of_this_project(package, place, own)
-        else:
-            module = _imported(package)
-            found = getattr(module, own, None) if own in _offered(module) else None
-            if place not in (package, getattr(found, "__module__", None)):
-                continue
-        if isinstance(found, type) and issubclass(found, pydoc.locate(base)):
+    module, _, class_name = str(name).rpartition(".")
+    folder = PACKAGE.joinpath(*package.split(".")[1:])
+    modules = {f"{package}.{file.stem}" for file in folder.glob("*.py")}
+    if module in {package, *modules}:
+        found = getattr(importlib.import_module(module), class_name, None)
+        if isinstance(found, type) and found.__module__ in modules:
             return found
-    # packages offer what their modules define: torchvision.models.resnet18 is that of torchvision.models.resnet
-    allowed = [cls for cls in classes if cls.__qualname__ == own]
-    exact = [cls for cls in allowed if f"{cls.__module__}.".startswith(f"{place}.")]
-    return next(iter(exact or allowed), None)
-
-
-def _imported(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        library = package.partition(".")[0]
-        raise UserError(f"{package} needs {library}: pip install 'cifarnet[{library}]' ({error})") from error
+    # a package may re-export what its modules define: torchvision.models.resnet18 is torchvision.models.resnet.resnet18
+    same_name = [allowed for allowed in classes if allowed.__qualname__ == class_name]
+    same_module = [allowed for allowed in same_name if f"{allowed.__module__}.".startswith(f"{module}.")]
+    for found in same_module or same_name:
+        return found
+    raise UserError(
+        f"{path} names the class {name}, which is not part of {package}. If it is your own class, allow it: "
+        "cifarnet.load(path, classes=[YourClass]), or classes=[module.YourClass] on the command line."
+    )
 
 
 def class_path(found: Any) -> str:
-    """The full name of a class or function."""
+    """Return the full name of a class or function."""
     return f"{found.__module__}.{found.__qualname__}"
 
 
-def _of_this_project(package: str, place: str, own: str) -> Any:
-    """A class defined directly in a file of this package's folder, whether the file or the package offers it."""
-    folder = PACKAGE.joinpath(*package.split(".")[1:])
-    files = {f"{package}.{path.stem}" for path in folder.glob("*.py")}
-    if place not in {package, *files}:
-        return None
-    found = getattr(importlib.import_module(place), own, None)
-    return found if getattr(found, "__module__", None) in files else None
+def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Sequence[str] = ()) -> None:
+    """Check that a recorded config, which is about to be repeated, names no class from outside the known libraries.
+
+    Args:
+        config: nested dictionaries and lists.
+        path: the file that holds the config, for the error message.
+        classes: full names of further classes that the user allows.
+
+    Raises:
+        UserError: the config names another class.
+    """
+    for name in _targets(config):
+        if name.partition(".")[0] not in LIBRARIES and name not in classes:
+            raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
 
 
-def _offered(module: Any) -> list[str]:
-    return list(getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]))
+def _targets(node: Any) -> Iterator[str]:
+    """Yield every `_target_` in a nested config."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        node = list(node.values())
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        for member in node:
+            yield from _targets(member)

@@ -1,63 +1,79 @@
-"""Fine-tuning: training that begins with the weights of a network that was trained on other classes or images."""
+"""Training that uses another run's network: fine-tuning, which starts from its weights, and distillation."""
 
-import hashlib
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from cifarnet import checkpoint
-from cifarnet.allowlist import locate
+from cifarnet.allowlist import allowed_class, class_path, locate
+from cifarnet.checkpoint import Checkpoint
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
+from cifarnet.models import try_on
 from cifarnet.recipes.backbone import head_of
 
 
-def expanded(config: DictConfig) -> DictConfig:
-    """A copy of the config of `model=trained model.checkpoint=RUN`, in which `model` says how that run's network is
-    made, but for what is set beside, and `start` which file its weights are from; any other config as it is.
+def expand(config: DictConfig) -> DictConfig:
+    """Replace `model=trained model.checkpoint=RUN` by the network's class and arguments in that run's checkpoint.
+
+    Arguments that are set beside `model.checkpoint` replace recorded ones. `start` records the checkpoint. Any other
+    config is returned as it is.
 
     Raises:
-        UserError: no such checkpoint, or one that asks for a class that it may not.
+        UserError: there is no such checkpoint, or it names a class that is not allowed.
     """
     model = config.get("model")
-    if not isinstance(model, DictConfig) or "_target_" in model:
+    if not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in model:
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
-        raise UserError("model.checkpoint is missing: say with which run to begin, model.checkpoint=<its folder>.")
-    if "checkpoint" not in model:
-        return config
-    path = checkpoint.find(os.path.expanduser(str(model.checkpoint)))
-    content = checkpoint.read(path)
-    recorded = dict(content["resolved"]["model"])
-    if "checkpoint" in recorded:  # timm's: its weights come from this one now
+        raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")
+    checkpoint = Checkpoint.open(str(model.checkpoint))
+    recorded = dict(checkpoint.model)
+    if "checkpoint" in recorded:  # the file that training of that run started from
         recorded["checkpoint"] = None
-    made = checkpoint.checked({"model": recorded}, path, locate(config.classes))["model"]
+    found = allowed_class(recorded["_target_"], "cifarnet.models", checkpoint.path, locate(config.classes))
+    recorded["_target_"] = class_path(found)
     written: Any = OmegaConf.to_container(config, resolve=False)
-    own = {key: value for key, value in written["model"].items() if key != "checkpoint"}
-    weights = path / checkpoint.SHARED[0] if path.is_dir() else path
-    start = {"checkpoint": str(path.resolve()), "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    return OmegaConf.create(written | {"model": made | own, "start": start})
+    changed = {key: value for key, value in written["model"].items() if key != "checkpoint"}
+    start = {"checkpoint": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256()}
+    expanded: Any = OmegaConf.create(written | {"model": recorded | changed, "start": start})
+    return expanded
 
 
-def take_over(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
-    """Give a network the weights, and the statistics of images, of the checkpoint in `config.start`. Where that knew
-    other classes, the head stays as it is, untrained.
+def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
+    """Copy the weights, and the statistics of the images, from the checkpoint in `config.start` into a network.
+
+    If that network was trained on other classes, the head keeps its initial weights.
 
     Raises:
-        UserError: it was trained on images of another size, or its weights do not fit.
+        UserError: the checkpoint was trained on images of another size, or its weights do not fit.
     """
-    path = Path(config.start.checkpoint)
-    content = checkpoint.read(path)
-    hparams, given = content["hyper_parameters"], checkpoint.weights(content)
-    checkpoint.check_same_size(hparams, data.image_size, str(path))
-    own = network.state_dict()
-    new = {f"{head_of(network)}.{key}" for key in network.get_submodule(head_of(network)).state_dict()}
-    if list(hparams["class_names"]) == list(data.class_names):
-        new = set()
-    misfits = [key for key in own if key not in new and getattr(given.get(key), "shape", None) != own[key].shape]
-    if misfits:
-        raise UserError(f"{path} does not fit this network: {', '.join(misfits[:3])} differ, of {len(misfits)}.")
-    network.load_state_dict({key: own[key] if key in new else given[key] for key in own})
+    checkpoint = Checkpoint.open(config.start.checkpoint)
+    checkpoint.check_image_size(data.image_size, str(checkpoint.path))
+    weights, initial, head = checkpoint.weights, network.state_dict(), head_of(network)
+    if checkpoint.class_names != list(data.class_names):
+        kept = {key: value for key, value in initial.items() if key.startswith(f"{head}.")}
+        weights = {key: value for key, value in weights.items() if key not in kept} | kept
+    checkpoint.check_weights(network, weights)
+    network.load_state_dict(weights)
+
+
+def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) -> nn.Module:
+    """Load the trained network of a run for distillation.
+
+    Args:
+        path: a run's folder or a checkpoint file.
+        data: the images that the student is trained on.
+        classes: names of classes from outside this project that the checkpoint may name.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or has other classes or another image size than the data.
+    """
+    checkpoint = Checkpoint.open(path)
+    name = f"the teacher {checkpoint.path}"
+    checkpoint.check_task(data.class_names, data.image_size, name)
+    network = checkpoint.network(locate(classes))
+    try_on(network, data.train_sizes or [], len(checkpoint.class_names), name)
+    return network.to(memory_format=torch.channels_last)  # as the batches are

@@ -1,142 +1,167 @@
-"""Compose, build, fit, test, record, and return the validation accuracy.
+"""Train a network: compose a config, build, fit, test, and record the result.
 
 python -m cifarnet.train +experiment=baseline
 """
 
 import contextlib
-import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
+from cifarnet.config import validate
 from cifarnet.errors import UserError
 from cifarnet.sweeps import jobs
 from cifarnet.system import distributed, files, hardware
+from cifarnet.system.log_output import log_to_file, quiet_libraries, report
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
     from lightning.pytorch.callbacks import Callback
-    from optuna import Trial
 
     from cifarnet.build import Built
+    from cifarnet.checkpoint import Checkpoint
+    from cifarnet.data.shared_images import SharedImages
 
-LOG = "[%(asctime)s] %(message)s"  # as in configs/train.yaml
 
-
-def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "Sequence[Callback]" = ()) -> float:
-    """Train, test the best checkpoint once, and write `metrics.json` into the run's folder.
+def train(
+    config: DictConfig,
+    ckpt_path: "str | Path | Checkpoint | None" = None,
+    callbacks: "Sequence[Callback]" = (),
+    images: "SharedImages | None" = None,
+) -> float:
+    """Train a network, test its best checkpoint once, and write `metrics.json` into the run's folder.
 
     Args:
-        config: as composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
-        ckpt_path: a last.ckpt of a run with this config, to go on from (`resuming.resume` gives both).
-        callbacks: of Lightning's, more than the config has (on several devices, only the config's act on all).
+        config: as composed from `configs/train.yaml`; outside of `python -m cifarnet.train`, set `output_dir`.
+        ckpt_path: a last.ckpt of a run with this config to resume from (`resuming.resume` returns both).
+        callbacks: callbacks in addition to those of the config, on a single device.
+        images: images that the previous run of this process has read.
 
     Returns:
-        The best validation accuracy, from 0 to 1.
+        The best validation accuracy, from 0 to 1; NaN if nothing is validated, and on ranks other than 0.
 
     Raises:
         UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
-        Interrupted: stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
+        Interrupted: training was stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
-    with files.exclusive(Path(config.output_dir)), hardware.same_threads():
-        return _train(config, ckpt_path, callbacks)
-
-
-def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
+    from cifarnet.build import build, num_processes
     from cifarnet.callbacks.loggers import log_results
-    from cifarnet.finetuning import expanded
-    from cifarnet.records import record
-    from cifarnet.resuming import check_same_images
-    from cifarnet.sweeps.rank_job import build_run, job
-    from cifarnet.system.log_output import report
+    from cifarnet.checkpoint import Checkpoint
+    from cifarnet.finetuning import expand
+    from cifarnet.records import collect
+    from cifarnet.records.record import Record
 
-    config = expanded(config)
-    built = build_run(config, ckpt_path, callbacks)
-    if ckpt_path is not None:
-        check_same_images(ckpt_path, built)
-    report(record.heading(config, built, fresh=ckpt_path is None))
-    command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
-    with distributed.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
-        tested = fit_and_test(built)
-    metrics = record.collect(config, built, *tested)
-    record.write(metrics, Path(config.output_dir) / "metrics.json")
-    log_results(metrics, built.trainer.loggers)
-    report(record.table(metrics, config.output_dir))
-    return metrics["val_accuracy"]
-
-
-def follow(job: distributed.Job) -> None:
-    """A run in a rank other than 0: its share of every batch, and no word or file."""
-    from cifarnet.sweeps.rank_job import build_told
-
-    fit_and_test(build_told(job))
-
-
-def fit_and_test(built: "Built") -> tuple[int, int]:
-    """Epoch, from 1, and step whose weights were tested."""
-    from cifarnet.resuming import Resume
-
-    trainer, classifier, data, _ = built
-    resuming = next((callback for callback in trainer.callbacks if isinstance(callback, Resume)), None)
-    with resuming.blamed_for_errors() if resuming else contextlib.nullcontext():
-        trainer.fit(classifier, datamodule=data, ckpt_path=resuming and resuming.path, weights_only=True)
-    tested = load_best(built)  # in rank 0: testing begins with its weights everywhere
-    trainer.test(classifier, datamodule=data, verbose=False)
-    return tested
+    quiet_libraries()
+    config = expand(config)
+    validate(config)
+    folder, leads = Path(config.output_dir), distributed.placement().rank == 0
+    checkpoint = Checkpoint.open(ckpt_path) if isinstance(ckpt_path, str | Path) else ckpt_path
+    run = {"config": cli.without_resolvers(config), "ckpt_path": checkpoint and str(checkpoint.path)}
+    if (processes := num_processes(config, callbacks)) > 1:
+        distributed.launch(run, folder, processes)
+        return Record.read(folder / "metrics.json").val_accuracy
+    with files.exclusive(folder) if leads else contextlib.nullcontext(), hardware.prepared_process(config):
+        built = build(config, callbacks, checkpoint, images)
+        trainer, classifier, data, _ = built
+        if checkpoint is not None:
+            checkpoint.check_images(classifier.hparams)
+            checkpoint.check_weights(classifier.network)
+        if leads:
+            report(collect.heading(config, built, resumes=checkpoint is not None))
+            distributed.broadcast_run(run)
+        trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
+        tested = load_best(built)  # on rank 0; the test begins by sending its weights to the others
+        trainer.test(classifier, datamodule=data, verbose=False)
+        if not leads:
+            return math.nan
+        record = collect.collect(config, built, *tested)
+        record.write(folder / "metrics.json")
+        log_results(record, trainer.loggers)
+        report(collect.table(record, folder))
+        return record.val_accuracy
 
 
 def load_best(built: "Built") -> tuple[int, int]:
-    """Take over the weights with the best validation accuracy, where there are any; their epoch, from 1, and step."""
-    from cifarnet import checkpoint
+    """Load the weights with the best validation accuracy, if there are any; return their epoch, from 1, and step."""
+    from cifarnet.checkpoint import Checkpoint
 
     trainer, classifier, *_ = built
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best or not trainer.is_global_zero:
         return trainer.current_epoch, trainer.global_step
-    # not by trainer.test(ckpt_path=best), which would turn the callbacks back to that epoch as well
-    content = checkpoint.read(best)
-    classifier.load_state_dict(content["state_dict"])
-    return content["epoch"] + 1, content["global_step"]
+    # trainer.test(ckpt_path=best) would restore the callbacks' states of that epoch, too
+    checkpoint = Checkpoint.open(best)
+    classifier.network.load_state_dict(checkpoint.weights)
+    return checkpoint.epoch, checkpoint.step
 
 
-def _task(config: DictConfig, trial: "Trial | None" = None) -> float:
-    if jobs.is_job():
-        return jobs.run(config, _begin, trial)
-    try:
-        jobs.refuse_launcher()
-        return _begin(config)
-    except Exception:
-        files.remove_if_unused(Path(config.output_dir))
-        raise
+class Task:
+    """The function that Hydra calls with a composed config: for a single run, or for each job of a sweep."""
+
+    def __init__(self) -> None:
+        self.images: SharedImages | None = None  # of the previous job
+        self.called = False
+        self.error: Exception | None = None  # of a single run: Hydra would print the overrides before raising it
+
+    def __call__(self, config: DictConfig, trial: Any = None) -> Any:
+        self.called = True
+        if config.ckpt_path is not None:
+            raise UserError("ckpt_path is not a setting of a config: give it on the command line, for one run.")
+        if jobs.is_job():
+            from cifarnet.data.shared_images import SharedImages
+
+            self.images = self.images or SharedImages()
+            return jobs.run_job(config, train, trial, self.images)
+        try:
+            jobs.refuse_launcher()
+            return train(config)
+        except Exception as error:
+            files.remove_if_unused(Path(config.output_dir))
+            self.error = error
 
 
-def _begin(config: DictConfig, ckpt_path: Path | None = None, callbacks: "Sequence[Callback]" = ()) -> float:
-    if config.ckpt_path is not None:
-        raise UserError("ckpt_path is no setting of a config: give it in the command, for one run.")
-    return train(config, ckpt_path, callbacks)
-
-
-def command(arguments: Sequence[str]) -> None:
-    """`python -m cifarnet.train` with these arguments."""
+def command(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m cifarnet.train` with these arguments; None: those of this process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if (path := cli.value_of("ckpt_path", arguments)) not in (None, "null"):
         from cifarnet.resuming import resume
 
-        config, last = resume(path, [argument for argument in arguments if cli.key_of(argument) != "ckpt_path"])
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        logging.basicConfig(filename=Path(config.output_dir, "train.log"), level="INFO", format=LOG)
-        train(config, last)
-    elif cli.value_of("sweep.resume", arguments) is not None:
-        cli.run_hydra(_task, jobs.resumed_sweep(arguments))
-    else:
-        cli.run_hydra(_task, arguments)
+        config, checkpoint = resume(path, [argument for argument in arguments if cli.key_of(argument) != "ckpt_path"])
+        log_to_file(Path(config.output_dir, "train.log"))
+        train(config, checkpoint)
+        return
+    if cli.value_of("sweep.resume", arguments) is not None:
+        arguments = jobs.resumed_sweep(arguments)
+    task = Task()
+    try:
+        cli.run_hydra(task, arguments)
+    except OSError as error:
+        if task.called:
+            raise
+        remedy = "Choose another folder: hydra.run.dir=…, or hydra.sweep.dir=… for a sweep."
+        raise UserError(f"{error.filename} cannot be created: {error.strerror}. {remedy}") from error
+    if task.error is not None:
+        raise task.error
+
+
+def train_run(run: dict[str, Any]) -> None:
+    """Train a run that another process has described: rank 0 under torchrun or srun, or the one that starts the ranks."""
+    config: Any = OmegaConf.create(run["config"])
+    if distributed.placement().rank == 0:
+        log_to_file(Path(config.output_dir, "train.log"))
+    train(config, run["ckpt_path"])
 
 
 def main() -> None:
-    """The command `python -m cifarnet.train`."""
-    cli.run(lambda: distributed.run(lambda: command(sys.argv[1:]), follow))
+    """Run `python -m cifarnet.train`."""
+    if distributed.placement().world_size > 1:
+        cli.run(lambda: distributed.run_ranks(command, train_run))
+    else:
+        cli.run(command)
 
 
 if __name__ == "__main__":

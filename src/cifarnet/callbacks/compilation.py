@@ -1,60 +1,63 @@
-"""torch.compile, whose time is told apart from training's."""
+"""torch.compile, whose time is measured apart from training."""
 
-import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+# raised, inside of other errors, if there is no working C++ compiler; torch has no public name for it
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+from cifarnet.classifier import Classifier
+from cifarnet.data.loader import BatchLoader
 from cifarnet.errors import UserError
 
 
-@contextlib.contextmanager
-def telling_no_compiler(setting: str, remedy: str) -> Iterator[None]:
-    """What PyTorch raises where it finds no compiler becomes a message about the setting that needs one."""
-    try:
-        yield
-    except Exception as error:
-        if "compiler" not in str(error):
-            raise
-        raise UserError(f"{setting}: PyTorch finds no working C++ compiler. {remedy}") from error
-
-
 class Compile(Callback):
-    """Compile the network, in place, and warm it up before training, to time it apart.
+    """Compiles the network in place, and warms it up before training.
 
     Args:
-        mode: one of torch.compile's; True: "default".
+        mode: a mode of torch.compile; True: "default".
+
+    Raises:
+        UserError: PyTorch finds no C++ compiler.
     """
 
     def __init__(self, mode: bool | str = True) -> None:
-        self.mode = "default" if mode is True else mode
+        self.mode = "default" if mode is True else str(mode)
         self.seconds = 0.0  # the compilation and the steps of the warm-up
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
         start = time.perf_counter()
-        module.network.compile(mode=self.mode)
-        with telling_no_compiler("compile=true", "Install one (g++), or leave it out."):
-            warm_up(trainer, module)
+        pl_module.network.compile(mode=self.mode)
+        try:
+            warm_up(trainer, pl_module)
+        except Exception as error:
+            if not any(isinstance(cause, CppCompileError | InvalidCxxCompiler) for cause in _causes(error)):
+                raise
+            raise UserError(
+                "compile: PyTorch finds no working C++ compiler. Install g++, or set compile=false."
+            ) from error
         self.seconds = time.perf_counter() - start
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
 
 
-def warm_up(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Passes forward and backward on blank images of each size that training will have.
-
-    Weights, statistics and random numbers are as before.
-    """
+def warm_up(trainer: L.Trainer, module: Classifier) -> None:
+    """Run forward and backward passes on blank images of each size that training uses. Weights, statistics and random
+    generators are left as they were."""
     loader = trainer.train_dataloader
-    channels = trainer.datamodule.source.train.images.shape[1]
+    assert isinstance(loader, BatchLoader)
+    data: Any = trainer
+    num_chans = data.datamodule.source.train.images.shape[1]
     state = {name: value.clone() for name, value in module.network.state_dict().items()}
     with torch.random.fork_rng():
         for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training
-            shape = loader.batch_size, channels, size, size
-            images = torch.zeros(shape, dtype=torch.uint8, device=module.device)
-            for _ in range(3 if module.device.type == "cuda" else 1):  # a CUDA graph is recorded in the second pass
+            images = torch.zeros(loader.batch_size, num_chans, size, size, dtype=torch.uint8, device=module.device)
+            for _ in range(3 if module.device.type == "cuda" else 1):  # the second pass records a CUDA graph
                 with trainer.precision_plugin.forward_context():
                     logits = module(images.contiguous(memory_format=module.memory_format))
                 logits.sum().backward()
@@ -62,3 +65,10 @@ def warm_up(trainer: L.Trainer, module: L.LightningModule) -> None:
     module.network.load_state_dict(state)
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that caused it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__

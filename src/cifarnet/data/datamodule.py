@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cifarnet.config import Pixels, Range, Seed, checked
 from cifarnet.data.augmentation import Augment
-from cifarnet.data.loader import BatchLoader, InMemoryLoader, LazyImages, Mix, StreamingLoader
+from cifarnet.data.loader import BatchLoader, InMemoryLoader, Mix
+from cifarnet.data.streaming import LazyImages, StreamingLoader
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 from cifarnet.system import hardware
@@ -120,7 +121,7 @@ class ImageDataModule(L.LightningDataModule):
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.workers: int | None = 0
-        self.given: Source | None = None  # what `read` would return, split already, where somebody has read it before
+        self.preloaded: Source | None = None  # the images, with their validation split, if they were read before
 
     def read(self) -> Source:
         """Return all images of the data set. Called once."""
@@ -137,7 +138,7 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             UserError: they cannot be read, or are too few or too small for the settings.
         """
-        source = self.given or self.read()
+        source = self.preloaded or self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
         if self.batch_size > (count := self.images_an_epoch(source)):
@@ -217,7 +218,7 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"{size} devices share batches of {least} images: use {least} devices or fewer.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
         settings |= {"transforms": self.transforms}
-        settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "ranks": size}
+        settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device
         if not isinstance(split.images, Tensor):

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from cifarnet.config import Pixels, Range, checked
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.data.loader import LazyImages
 from cifarnet.data.pixels import decode, image_files
+from cifarnet.data.streaming import LazyImages
 from cifarnet.errors import UserError
 from cifarnet.system.files import atomic_file
 from cifarnet.system.hardware import cores

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cifarnet.errors import UserError
 from cifarnet.system.distributed import all_gather, world_size
+
+TTA = Literal["none", "mirror", "mirror_translate"]
 
 
 class Answers:
@@ -26,15 +28,11 @@ class Answers:
     Args:
         network: images [B, C, H, W] -> logits [B, num_classes].
         batches: how many all ranks have at most, of the size of the first one.
-
-    Raises:
-        UserError: another `tta`, or a share out of range.
     """
 
     def __init__(
-        self, network: Callable[[Tensor], Tensor], batches: int, tta: str = "mirror_translate", share: float = 1.0
+        self, network: Callable[[Tensor], Tensor], batches: int, tta: TTA = "mirror_translate", share: float = 1.0
     ) -> None:
-        check(tta, share)
         self.network, self.batches = network, batches
         self.tta, self.share = tta, share
         self.first: list[Tensor] = []  # logits of one view [B, num_classes], batch by batch
@@ -94,14 +92,6 @@ class Answers:
             shifted = sum(self.network(view) + self.network(view.flip(3)) for view in _shifted(images))
             averaged = (averaged + shifted / 2) / 2
         return averaged / 2
-
-
-def check(tta: str, share: float) -> None:
-    """Refuse settings that mean nothing."""
-    if tta not in ("none", "mirror", "mirror_translate"):
-        raise UserError(f"tta={tta}: choose one of none, mirror, mirror_translate")
-    if not 0 <= share <= 1:
-        raise UserError(f"tta_share={share}: give a share from 0 to 1")
 
 
 def _shifted(images: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""How a run's checkpoints are written."""
+"""Reading and writing of a run's checkpoints, as a plugin for Lightning."""
 
 import io
 from pathlib import Path
@@ -10,14 +10,26 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from cifarnet.system import files
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """A checkpoint is written beside its place, flushed to the disk, and renamed: until then the former one stays.
+class CheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically, and lets Lightning resume from a checkpoint that has been read already.
 
-    (Lightning's way writes to the temporary folder and copies from there, if that is on another disk.) `torch.save`
-    makes a zip archive, which holds a checksum of each member: `checkpoint.read` compares them.
+    A checkpoint is written to a temporary file, flushed to the disk and renamed; until then the previous one stays.
+    (Lightning would write to the temporary folder and copy from there, if it is on another disk.)
+
+    Args:
+        content: the content of a checkpoint that was read, which is handed out once; None: read files.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        files.write(path, content.getbuffer())
+    def __init__(self, content: dict[str, Any] | None = None) -> None:
+        self.content = content
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        files.write(Path(path), buffer.getbuffer())
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self.content is None:
+            return super().load_checkpoint(path, *args, **kwargs)
+        content, self.content = self.content, None  # free the memory afterwards
+        return content

@@ -1,323 +1,275 @@
-"""Ranks: processes that train one network together, a device each, on one machine or on several.
+"""Several processes (ranks) that train one network together, one device each, on one machine or several.
 
-Rank 0 leads: it reads the command, owns the run's folder, prints, writes, and draws a search's trials. The others
-follow: job by job they are told a config, and train their share of every batch by it. `trainer=ddp` starts them for a
-job of its own (`leading`); torchrun and srun have started all of them before (`run`).
+`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). With torchrun or srun on the
+command line, they have been started already: rank 0 reads the command and broadcasts each run to the other ranks. In both
+cases every rank builds and trains; rank 0 alone prints and writes.
 """
 
 import contextlib
-import itertools
+import json
+import logging
 import os
-import re
+import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
+import psutil
 
 from cifarnet.errors import Interrupted, UserError
+from cifarnet.system import files
 from cifarnet.system.hardware import end_with_parent, slurm_tasks
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import
-    import lightning as L
     from lightning.pytorch.plugins.environments import ClusterEnvironment
     from torch import Tensor
-    from torch.distributed import Store
 
-LEADER = "CIFARNET_LEADER"  # the process that started this one, which ends with it
-GRACE = timedelta(seconds=10)  # in which ranks hear of each other
-FOREVER = timedelta(days=365)  # until the next job begins
-Job = dict[str, Any]  # plain data
+LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` has started
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
-class Place(NamedTuple):
-    """Where a process is among those that torchrun, srun or a leading process started."""
+class Placement(NamedTuple):
+    """The position of this process among those that torchrun, srun or `launch` started."""
 
     rank: int = 0
-    size: int = 1
-    local_size: int = 1  # on this machine
+    world_size: int = 1
+    local_world_size: int = 1  # on this machine
 
 
-def place() -> Place:
-    """That of this process, by its environment."""
+def placement() -> Placement:
+    """Return the position of this process, according to its environment variables."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
-    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun, not in a batch script
-    return Place(int(env["SLURM_PROCID"]), size, slurm_tasks()) if size > 1 else Place()
+        return Placement(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
+    world_size = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun, but not in a batch script
+    return Placement(int(env["SLURM_PROCID"]), world_size, slurm_tasks()) if world_size > 1 else Placement()
 
 
-def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's words for the place of this process; `given` is a config's section `trainer`.
+def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of Lightning's Trainer that describe the processes that were started.
+
+    Args:
+        section: the section `trainer` of a run's config.
 
     Raises:
-        UserError: the section asks for other processes than there are.
+        UserError: the section asks for other processes.
     """
-    size, local_size = place()[1:]
-    if LEADER in os.environ:  # started by that section
+    _, world_size, local_world_size = placement()
+    if world_size == 1:
+        if (nodes := section.get("num_nodes", 1)) != 1:
+            raise UserError(f"trainer.num_nodes={nodes}: start runs on several machines with torchrun or srun.")
         return {}
-    if size == 1:
-        if (nodes := given.get("num_nodes", 1)) != 1:
-            raise UserError(f"trainer.num_nodes={nodes}: on several machines, start it with torchrun or srun.")
-        return {}
-    if (devices := given.get("devices", 1)) not in (1, -1, "auto", local_size):
+    if (devices := section.get("devices", 1)) not in (1, -1, "auto", local_world_size):
         raise UserError(
-            f"trainer.devices={devices}: torchrun or srun has started {local_size} processes on this machine. "
-            "Leave it out, or give the same number."
+            f"trainer.devices={devices}: {local_world_size} processes were started on this machine. "
+            "Remove the setting, or give the same number."
         )
-    chosen = given.get("strategy", "auto")
-    strategy = "ddp" if chosen == "auto" else chosen
-    return {"devices": local_size, "num_nodes": size // local_size, "strategy": strategy}
+    strategy = section.get("strategy", "auto")
+    strategy = "ddp" if strategy == "auto" else strategy
+    return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}
 
 
 def environment() -> "ClusterEnvironment":
-    """Who starts the processes, for Lightning: never itself, which would begin a sweep once a rank.
+    """Return Lightning's description of who started the processes. Lightning itself starts none: it would run the whole
+    command again in each of them.
 
     Raises:
-        UserError: srun was not told how many there are on each machine.
+        UserError: srun has no --ntasks-per-node, which Lightning requires.
     """
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-    class Leading(LightningEnvironment):
+    class SingleProcess(LightningEnvironment):
         creates_processes_externally = True
 
-    if place().size == 1:
-        return Leading()
+    if placement().world_size == 1:
+        return SingleProcess()
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning's demand
-        raise UserError(f"Several processes by srun: give --ntasks-per-node={slurm_tasks()} in place of --ntasks.")
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(f"srun: give --ntasks-per-node={slurm_tasks()} in place of --ntasks.")
     return SLURMEnvironment(auto_requeue=False)
 
 
-def run(lead: Callable[[], Any], work: Callable[[Job], Any]) -> Any:
-    """A command: `lead` in rank 0, and `work`, for each job that it begins, in the others."""
-    rank, size, _ = place()
-    if size == 1:
-        return lead()
-    if LEADER in os.environ:
-        end_with_parent(int(os.environ[LEADER]))
-    _join(environment(), rank, size)
-    if rank > 0:
-        return _follow(rank, work)
-    try:
-        result = lead()  # if it fails, its end breaks the connection, which ends the others
-    except SystemExit as ended:
-        if not ended.code:  # --help
-            _tell(None)
-        raise
-    _tell(None)
-    _leave()
-    return result
-
-
 @contextlib.contextmanager
-def leading(trainer: "L.Trainer", job: Job, command: str) -> Iterator[None]:
-    """Meanwhile all other ranks do this job too; `command` goes on with it, once it has saved.
-
-    Raises:
-        UserError: one of them has ended.
-    """
-    from lightning.pytorch.strategies import DDPStrategy
-
-    if not isinstance(trainer.strategy, DDPStrategy):
+def process_group() -> Iterator[None]:
+    """Connect the processes that torchrun or srun started, until this process is done; Lightning uses the connection."""
+    rank, world_size, _ = placement()
+    if world_size == 1:
         yield
-    elif place().size > 1:
-        with _job(job, place().size):
-            yield
-    else:
-        with _started(trainer, command), _job(job, trainer.world_size):
-            yield
+        return
+    import torch
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo: CPU tensors do not wait for a GPU
+    cluster = environment()
+    uses_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+    address = "env://" if uses_agent else f"tcp://{cluster.main_address}:{cluster.main_port}"
+    torch.distributed.init_process_group(backend, address, rank=rank, world_size=world_size)
+    yield  # if it raises, the process ends, and its launcher ends the others
+    torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _job(job: Job, size: int) -> Iterator[None]:
-    store = _store()
-    number = _tell(job)
-    connected = True
-    try:
-        yield
-    except RuntimeError as error:
-        if "find_unused_parameters" in str(error):
-            raise UserError("Some weights got no gradient: trainer.strategy=ddp_find_unused_parameters_true") from error
-        if connected := not is_lost(error):
-            raise
-        raise UserError("Another rank has ended, and the connection to it with it.") from error
-    finally:
-        if connected:  # let the others come to the same end, which may be a failure
-            with contextlib.suppress(_dist_error()):
-                store.set(f"over{number}", "")
-                store.wait([f"ended{number}/{rank}" for rank in range(1, size)], GRACE)
+def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], Any]) -> None:
+    """Run a command in one of several processes that have been started.
 
-
-def _tell(job: Job | None) -> int:
-    """Begin a job in the other ranks, or, with None, end them. Its number, from 1.
-
-    Raises:
-        UserError: they are still at work on one that has failed here.
+    Args:
+        command: the whole command, for rank 0 under torchrun or srun; its runs are broadcast to the other ranks.
+        train_run: trains a run, described by plain data; for the other ranks, and for all ranks that `launch` started.
     """
-    store = _store()
-    number = store.add("jobs", 1)
-    if number > 1 and not store.check([f"ended{number - 1}/{rank}" for rank in range(1, place().size)]):
-        raise UserError("The other ranks do not answer since a job has failed: start the command again.")
-    store.set(f"job{number}", yaml.safe_dump(job, sort_keys=False))  # callbacks act in one order on all ranks
-    return number
-
-
-def _follow(rank: int, work: Callable[[Job], Any]) -> None:
-    """Take part in each job that rank 0 begins, until it says that there is none."""
-    store = _store()
-    for number in itertools.count(1):
-        try:
-            store.wait([f"job{number}"], FOREVER)
-        except _dist_error():
-            sys.exit(1)  # rank 0 has failed, and said why
-        job = yaml.safe_load(store.get(f"job{number}"))
-        if job is None:
-            return _leave()
-        try:
+    with process_group():
+        if LAUNCHED in os.environ:
+            end_with_parent(int(os.environ[LAUNCHED]))
+            train_run(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+        elif placement().rank == 0:
+            try:
+                command()
+            except SystemExit as end:  # such as --help; after an error, torchrun ends the others
+                if end.code:
+                    raise
+            broadcast_run(None)
+        else:
             with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-                work(job)
-        except Interrupted as stopped:  # told by rank 0
-            store.set(f"ended{number}/{rank}", "")
-            sys.exit(stopped.status)
-        except Exception as error:
-            try:  # what fails on all ranks alike is told by rank 0
-                store.wait([f"over{number}"], GRACE)
-            except _dist_error():
-                raise error from None
-        store.set(f"ended{number}/{rank}", "")
+                while (run := receive_run()) is not None:
+                    train_run(run)
+
+
+def broadcast_run(run: Mapping[str, Any] | None) -> None:
+    """Let the other ranks under torchrun or srun train a run, described by plain data; None ends them."""
+    import torch
+
+    if placement().world_size > 1 and LAUNCHED not in os.environ:
+        torch.distributed.broadcast_object_list([run])
+
+
+def receive_run() -> Any:
+    """Wait for the next run that rank 0 broadcasts; None: there is none."""
+    import torch
+
+    received: list[Any] = [None]
+    torch.distributed.broadcast_object_list(received)
+    return received[0]
+
+
+def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
+    """Train a run in several processes that torchrun's launcher starts on this machine, and wait for them.
+
+    Signals that this process receives are passed on to them.
+
+    Args:
+        run: the run, described by plain data; it is written to a file in `folder` for the processes.
+
+    Raises:
+        Interrupted: they were stopped by a signal, after saving a checkpoint.
+        UserError: one of them failed.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below says the same
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+        signals_to_handle="SIGABRT",  # others are passed on below: the launcher would kill the processes after 30 s
+    )
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
+    file = folder / "run.json"
+    files.write(file, json.dumps(run))
+    try:
+        with _environment(PYTHONPATH=paths, **{LAUNCHED: str(os.getpid())}), forwarded_signals():
+            elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise UserError(f"Rank {rank} was ended by {failure.signal_name()}.{_resume_hint(folder)}") from None
+        if failure.exitcode > 128:
+            raise Interrupted(failure.message, failure.exitcode) from None
+        reason = failure.message if Path(failure.error_file).is_file() else f"exit status {failure.exitcode}"
+        raise UserError(reason if rank == 0 else f"Rank {rank} failed: {reason}") from None
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def report_to_launcher(message: str) -> bool:
+    """Write an error where torchrun's launcher expects it; return whether `launch` started this process, and so prints
+    the error."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
+    return LAUNCHED in os.environ
+
+
+def _resume_hint(folder: Path) -> str:
+    if not (folder / "checkpoints" / "last.ckpt").is_file():
+        return ""
+    return f" Resume the run with:\n  python -m cifarnet.train ckpt_path={shlex.quote(folder.as_posix())}"
 
 
 @contextlib.contextmanager
-def _started(trainer: "L.Trainer", command: str) -> Iterator[None]:
-    """Processes for the ranks of a job, on this machine, which end with it."""
-    cluster, size = trainer.strategy.cluster_environment, trainer.world_size
-    address = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    env = os.environ | address | sizes | {"TORCHELASTIC_RUN_ID": "cifarnet", LEADER: str(os.getpid())}
-    env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the same classes are found
-    over, followers = threading.Event(), []
-    with contextlib.ExitStack() as said:
-        for rank in range(1, size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            words = said.enter_context(tempfile.TemporaryFile("w+"))
-            program = [sys.executable, "-m", "cifarnet.train"]
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": words}
-            followers.append(Follower(rank, subprocess.Popen(program, env=env | own, **quiet), words))
-        watcher = threading.Thread(target=_watch, args=(followers, over), daemon=True)
-        watcher.start()
-        try:
-            _join(cluster, 0, size)
-            yield
-            _tell(None)
-        except UserError as error:
-            time.sleep(0.5)  # until it is known how it ended
-            saved = Path(trainer.default_root_dir, "checkpoints", "last.ckpt").is_file()
-            raise UserError(f"{_death(followers) or error}{f' Go on with: {command}' if saved else ''}") from error
-        finally:
-            over.set()
-            watcher.join()
-            for follower in followers:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    follower.process.wait(GRACE.seconds)
-                follower.process.kill()
-                follower.process.wait()
-            _leave()
+def forwarded_signals() -> Iterator[None]:
+    """Pass signals that this process receives on to its child processes, and go on waiting for them."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        previous = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-class Follower(NamedTuple):
-    rank: int
-    process: subprocess.Popen
-    words: IO[str]  # its errors
-
-
-def _watch(followers: Sequence[Follower], over: threading.Event) -> None:
-    """End this process if one of the others has ended and nothing else says so: NCCL waits for it."""
-    while not over.wait(0.2):
-        if (message := _death(followers)) and not over.wait(3 * GRACE.seconds):
-            print(f"Error: {message}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-def _death(followers: Sequence[Follower]) -> str | None:
-    """What is to be told of one that has ended, if one has."""
-    for rank, process, words in followers:
-        if (status := process.poll()) is not None and status < 0:
-            return f"Rank {rank} was ended by {signal.Signals(-status).name}."
-        if status:
-            words.seek(0)
-            told = words.read().strip()
-            # an exception's line, though more of its message may follow
-            errors = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+: .+)$", told, re.MULTILINE)
-            return f"Rank {rank} failed: {(errors or told.splitlines() or ['it says nothing'])[-1]}"
-    return None
-
-
-def _join(cluster: "ClusterEnvironment", rank: int, size: int) -> None:
-    """Connect with the others; Lightning finds it done."""
-    import torch
-
-    # both, for numbers on a CPU do not make a GPU wait
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    by_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ  # torchrun's, to be found by its variables
-    address = "env://" if by_agent else f"tcp://{cluster.main_address}:{cluster.main_port}"
-    torch.distributed.init_process_group(backend, address, rank=rank, world_size=size)
-
-
-def _leave() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _store() -> "Store":
-    """What all ranks can read and write."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return PrefixStore("jobs", _get_default_store())
-
-
-def is_lost(error: Exception) -> bool:
-    """Does it say that the connection to another rank is?"""
-    return isinstance(error, _dist_error()) or "gloo" in str(error)
-
-
-def _dist_error() -> type[Exception]:
-    from torch.distributed import DistError
-
-    return DistError
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the child processes that are started meanwhile."""
+    previous = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def world_size() -> int:
-    """How many train together at this moment."""
+    """Return the number of ranks that train together; 1 without a process group."""
     import torch
 
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's, while it trains with others; else 0."""
+    """Return the rank of this process; 0 without a process group."""
     import torch
 
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def all_gather(value: "Tensor") -> "list[Tensor]":
-    """Every rank's, in their order, which may have different lengths; of one process, its own. All ranks must ask."""
+    """Return the tensors of all ranks, which may differ in length, in the order of the ranks. All ranks must call it."""
     import torch
 
     if not torch.distributed.is_initialized():
         return [value]
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, value.detach().cpu())
-    return [of.to(value.device) for of in every]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value.detach().cpu())
+    return [member.to(value.device) for member in values]

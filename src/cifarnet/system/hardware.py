@@ -1,8 +1,8 @@
 """The machine: its precision, threads, memory and GPUs, and what figures say of it."""
 
+import atexit
 import contextlib
 import ctypes
-import functools
 import getpass
 import os
 import platform
@@ -23,9 +23,11 @@ from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:  # a sweep that starts its jobs elsewhere does without
     import torch
+    from omegaconf import DictConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+CLAIMED = "CIFARNET_GPU"  # the environment variable that names the GPU of this process
 
 
 def keep_freed_memory() -> bool:
@@ -59,15 +61,26 @@ def best_precision(accelerator: str) -> str:
 
 
 @contextlib.contextmanager
-def same_threads() -> Iterator[None]:
-    """Afterwards, as many as before: what a job of a sweep sets is not the next one's."""
+def prepared_process(config: "DictConfig") -> Iterator[None]:
+    """Set memory allocation and the number of threads for a run; the number of threads is restored afterwards."""
     import torch
 
-    before = torch.get_num_threads()
+    if config.keep_freed_memory:
+        keep_freed_memory()
+    previous = torch.get_num_threads()
+    torch.set_num_threads(config.threads or default_threads() or previous)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
+
+
+def default_threads() -> int | None:
+    """Return the number of threads for each of several processes on this machine; None: PyTorch's default."""
+    if slurm_cores() is not None:  # SLURM gives each of its tasks cores of its own
+        return max(1, cores() * slurm_tasks() // max(slurm_tasks(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores() // local_world_size) if local_world_size > 1 else None
 
 
 def cores() -> int:
@@ -101,12 +114,11 @@ def gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(re.findall(r"^GPU ", listed, re.MULTILINE))]
 
 
-@functools.cache  # once for all jobs of this process
-def claim_gpu() -> FileLock | None:
-    """Let this process see one GPU alone, which no other job has; more processes than GPUs share them evenly.
-
-    The lock is held as long as the process lives, however it ends.
-    """
+def claim_gpu() -> None:
+    """Make one GPU visible to this process, which no other job uses; if there are more processes than GPUs, they share
+    them evenly. The claim ends with the process, however it ends."""
+    if CLAIMED in os.environ:
+        return
     folder = Path(tempfile.gettempdir(), f"cifarnet-{getpass.getuser()}")
     present = gpus()
     for turn in range(1000 if present else 0):
@@ -115,9 +127,9 @@ def claim_gpu() -> FileLock | None:
             lock = FileLock(folder / f"gpu-{name}-{turn}.lock")
             with contextlib.suppress(Timeout):
                 lock.acquire(blocking=False)
-                os.environ["CUDA_VISIBLE_DEVICES"] = name
-                return lock
-    return None
+                atexit.register(lock.release)  # keeps the lock as long as the process lives
+                os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[CLAIMED] = name
+                return
 
 
 def describe(device: "torch.device", ranks: int = 1) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from lightning_utilities.core import rank_zero
@@ -63,3 +64,9 @@ def report(lines: str, on_terminal: bool = True) -> None:
     logging.getLogger("cifarnet").info(lines)
     if on_terminal:
         print(printable(lines), flush=True)
+
+
+def log_to_file(path: Path) -> None:
+    """Write what `report` prints to a file as well, as Hydra's logging does (configs/train.yaml)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=path, level="INFO", format="[%(asctime)s] %(message)s")

@@ -1,0 +1,79 @@
+"""The state of training that Lightning does not save, so that a resumed run equals one that was never stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from cifarnet.classifier import Classifier
+from cifarnet.data.loader import Batch, BatchLoader
+from cifarnet.system.distributed import all_gather, rank
+
+
+class TrainingState(Callback):
+    """Passes the losses of each batch to the loader, and saves and restores, for the middle of an epoch: the position of
+    the loader, the sums of the metrics, and the state of torch's random generators on every rank.
+
+    `build` adds it to every run, as the first callback: others may save a checkpoint at the end of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.loader: BatchLoader | None = None
+        self.module: Classifier | None = None
+        self.restored: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        assert isinstance(trainer.train_dataloader, BatchLoader)
+        self.module, self.loader = pl_module, trainer.train_dataloader
+        if self.restored is None:
+            return
+        self.loader.restore(self.restored["loader"])
+        sums: Tensor = self.restored["train_sums"]  # of all ranks
+        self.module.sums["train"] = sums.to(self.module.device) * (rank() == 0)
+        generators = self.restored["generators"]
+        if rank() < len(generators):
+            torch.set_rng_state(generators[rank()]["cpu"].cpu())
+            if self.module.device.type == "cuda" and "cuda" in generators[rank()]:
+                torch.cuda.set_rng_state(generators[rank()]["cuda"].cpu(), self.module.device)
+        else:  # fewer ranks trained it before
+            self.module.seed_epoch()
+        self.restored = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.loader is not None and self.loader.selects:
+            self.loader.observe(batch.index, outputs["losses"])
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.loader is None or self.module is None:
+            return {}
+        states = {"cpu": all_gather(torch.get_rng_state())}
+        if self.module.device.type == "cuda":
+            states["cuda"] = all_gather(torch.cuda.get_rng_state(self.module.device))
+        return {
+            "loader": self.loader.position(),
+            "train_sums": self.module.total("train"),
+            "generators": [dict(zip(states, one_rank, strict=True)) for one_rank in zip(*states.values(), strict=True)],
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace the recorded paths of the run's checkpoints: the run's folder may have been moved."""
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+
+        def moved(path: str) -> str:
+            return str(folder / Path(path).name) if path else ""
+
+        for state in checkpoint["callbacks"].values():
+            if "best_model_path" in state:
+                for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[name] = moved(state.get(name, ""))
+                state["dirpath"] = str(folder)
+                state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict or None
