@@ -48,7 +48,7 @@ def train(config: DictConfig, ckpt_path: str | Path | None = None, callbacks: "S
 def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequence[Callback]") -> float:
     from cifarnet.callbacks.loggers import log_results
     from cifarnet.finetuning import expanded
-    from cifarnet.records import record
+    from cifarnet.records.collect import collect, heading, summary
     from cifarnet.resuming import check_same_images
     from cifarnet.sweeps.rank_job import build_run, job
     from cifarnet.system.log_output import report
@@ -57,15 +57,15 @@ def _train(config: DictConfig, ckpt_path: str | Path | None, callbacks: "Sequenc
     built = build_run(config, ckpt_path, callbacks)
     if ckpt_path is not None:
         check_same_images(ckpt_path, built)
-    report(record.heading(config, built, fresh=ckpt_path is None))
+    report(heading(config, built, fresh=ckpt_path is None))
     command = f"python -m cifarnet.train {cli.quoted('ckpt_path', config.output_dir)}"
     with distributed.leading(built.trainer, job(config, ckpt_path, callbacks, built.trainer.world_size), command):
         tested = fit_and_test(built)
-    metrics = record.collect(config, built, *tested)
-    record.write(metrics, Path(config.output_dir) / "metrics.json")
-    log_results(metrics, built.trainer.loggers)
-    report(record.table(metrics, config.output_dir))
-    return metrics["val_accuracy"]
+    record = collect(config, built, *tested)
+    record.write(Path(config.output_dir) / "metrics.json")
+    log_results(record, built.trainer.loggers)
+    report(summary(record, config.output_dir))
+    return record.val_accuracy
 
 
 def follow(job: distributed.Job) -> None:
