@@ -293,20 +293,20 @@ def test_seeds_of_a_recipe_are_one_group_and_a_rate_is_told_alone(run, choice):
     assert varied(groups) == ["optimizer.lr"]
 
 
-@pytest.mark.parametrize("stretches", [None, [{"precision": "32-true"}, {"precision": "bf16-mixed"}]])
-def test_the_precision_that_was_used_decides(run, stretches):
+@pytest.mark.parametrize("sessions", [None, [{"precision": "32-true"}, {"precision": "bf16-mixed"}]])
+def test_the_precision_that_was_used_decides(run, sessions):
     """Not the one written, which may be `auto`; of each stretch, where a run was resumed elsewhere."""
-    other = {"stretches": stretches} if stretches else {"precision": "bf16-mixed"}
+    other = {"sessions": sessions} if sessions else {"precision": "bf16-mixed"}
     places = [str(run(f"{seed}", seed, 0.9, other if seed % 2 else {})) for seed in range(4)]
     groups, *_ = comparison.load(places, [], None)
     assert varied(groups) == ["trainer.precision"]
-    assert groups[1].settings["trainer.precision"] == ("32-true / bf16-mixed" if stretches else "bf16-mixed")
+    assert groups[1].settings["trainer.precision"] == ("32-true / bf16-mixed" if sessions else "bf16-mixed")
 
 
 def test_where_each_stretch_of_a_run_ran_is_told(run, compared):
-    stretches = [{"versions": {"torch": "2.15.0"}}, {"versions": {"torch": "2.16.0"}, "git_commit": "d7600ac0-dirty"}]
+    sessions = [{"versions": {"torch": "2.15.0"}}, {"versions": {"torch": "2.16.0"}, "git_commit": "d7600ac0-dirty"}]
     run("a/0", 0, 0.9)
-    run("a/1", 1, 0.8, {"stretches": stretches})
+    run("a/1", 1, 0.8, {"sessions": sessions})
     _, printed, _ = compared("a")
     assert "warning: PyTorch differs: 2.15.0 (a); 2.16.0 (a)" in printed
     assert "-dirty" in printed
@@ -408,8 +408,8 @@ DAMAGED = {
     [
         *({key: None} for key in ("versions", "hardware", "tta", "data", "config", "precision", "resolved")),
         *({key: []} for key in ("versions", "hardware", "tta", "data.sha256", "data.train", "git_commit")),
-        {"stretches": [1]},
-        {"stretches": [{"versions": None}]},
+        {"sessions": [1]},
+        {"sessions": [{"versions": None}]},
         {"config.callbacks": [1]},
         *DAMAGED,
     ],
@@ -472,7 +472,7 @@ def test_a_trial_run_is_left_out(command, run, compared, tmp_path):
     assert "warning: runs/dev: left out, a trial run (fast_dev_run=True)." in printed
     assert "warning: runs/few: left out, a trial run (limit_train_batches=1)." in printed
     assert re.search(r"a +train +[\d.]+ % +1\b", printed)
-    assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["shortened"] is None
+    assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["partial"] is None
 
 
 def test_axis_of_accuracies_ends_at_100_percent(run):

@@ -262,7 +262,7 @@ def test_an_evaluation_of_other_images_or_of_earlier_weights_is_not_told(run, tm
     assert told not in card_of(copy, finished="9000-01-01T00:00:00+00:00", checkpoint="last.ckpt")
 
 
-@pytest.mark.parametrize("changed", [{"shortened": "limit_test_batches=1"}, {"tested_step": 1}])
+@pytest.mark.parametrize("changed", [{"partial": "limit_test_batches=1"}, {"tested_step": 1}])
 def test_a_run_that_was_cut_short_and_other_steps_weights_have_no_result(run, tmp_path, changed):
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "metrics.json").write_text(json.dumps(record(run) | changed))

@@ -138,6 +138,6 @@ def test_a_killed_ladder_goes_on_where_it_was(ladder, tmp_path):
     runs = json.loads(ladder.KEPT.read_text())
     assert runs[0] == json.loads(before)[0]
     assert [(run["seed"], run["epochs"], run["images"]) for run in runs] == [(0, 12, "Synthetic"), (1, 12, "Synthetic")]
-    assert len(json.loads((folder / "metrics.json").read_text())["stretches"]) == 2
+    assert len(json.loads((folder / "metrics.json").read_text())["sessions"]) == 2
     assert "(2)" in ladder.PAGE.read_text()
     assert "`+experiment=quickstart trainer.max_epochs=12 data=synthetic" in ladder.PAGE.read_text()

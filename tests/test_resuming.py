@@ -91,7 +91,7 @@ def test_epochs_may_be_added_where_the_schedule_allows_it(run, config, tmp_path)
     assert all(torch.equal(weight, parts["state_dict"][name]) for name, weight in whole["state_dict"].items())
     metrics = json.loads((tmp_path / "parts/metrics.json").read_text())
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
-    assert [stretch["from_step"] for stretch in metrics["stretches"]] == [0, 5]
+    assert [session["from_step"] for session in metrics["sessions"]] == [0, 5]
 
 
 def test_numbers_may_be_keys(config, tmp_path):
@@ -114,9 +114,9 @@ def test_another_precision_is_told_and_recorded(config, tmp_path, capsys):
     train(*resume(tmp_path / "run", [OWN, "trainer.precision=bf16-mixed"]))
     assert "precision was 32-true, now bf16-mixed" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert [stretch["precision"] for stretch in metrics["stretches"]] == ["32-true", "bf16-mixed"]
+    assert [session["precision"] for session in metrics["sessions"]] == ["32-true", "bf16-mixed"]
     assert metrics["precision"] == "bf16-mixed"
-    assert all(stretch["hardware"]["device"] == "cpu" and "git_commit" in stretch for stretch in metrics["stretches"])
+    assert all(session["hardware"]["device"] == "cpu" and "git_commit" in session for session in metrics["sessions"])
 
 
 def test_missing_and_damaged_checkpoints_are_told(run):

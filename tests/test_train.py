@@ -48,7 +48,7 @@ def test_run_leaves_what_it_should(config, tmp_path, capsys):
     assert (metrics["data"]["train"], metrics["data"]["val"]) == (180, 20)
     assert metrics["config"]["data"]["shuffle_seed"] == "${seed}"  # as written
     assert (metrics["resolved"]["data"]["shuffle_seed"], metrics["resolved"]["scheduler"]["total_steps"]) == (0, 10)
-    assert [stretch["precision"] for stretch in metrics["stretches"]] == ["32-true"]
+    assert [session["precision"] for session in metrics["sessions"]] == ["32-true"]
     assert metrics["versions"]["torch"]
     for name in ("predictions.png", "accuracy.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -137,8 +137,8 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, precision, e
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
     assert whole["history"] == parts["history"]
     assert whole["test_accuracy"] == parts["test_accuracy"]
-    assert [stretch["from_step"] for stretch in parts["stretches"]] == ([0, begun] if begun < 15 else [0])
-    assert len(whole["stretches"]) == 1
+    assert [session["from_step"] for session in parts["sessions"]] == ([0, begun] if begun < 15 else [0])
+    assert len(whole["sessions"]) == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(config, tmp_path, monkeypatch):

@@ -49,8 +49,9 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet.evaluation import public_sets, report, sections, training
     from cifarnet.evaluation.figures import light_and_dark
     from cifarnet.inference.predictor import Predictor
+    from cifarnet.records.collect import aligned, parameters
     from cifarnet.records.figures import accuracy
-    from cifarnet.records.record import aligned, parameters, write
+    from cifarnet.records.json_file import write_json
     from cifarnet.system import hardware  # these take seconds more: a wrong path is told before
     from cifarnet.system.log_output import quiet_libraries
 
@@ -90,7 +91,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     pictures = {name: light_and_dark(draw) for name, draw in drawn.items()}
     for name, (light, _) in pictures.items():
         files.write(folder / f"{name}.png", light)
-    write(record, folder / "metrics.json")
+    write_json(record, folder / "metrics.json")
     files.write(folder / "report.html", report.render(record, pictures))
     print(printable(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")})))
     return record

@@ -111,8 +111,8 @@ def logged(cluster: Path, pattern: str) -> list[str]:
     return lines
 
 
-def stretches(run: Path) -> int:
-    return len(json.loads((run / "metrics.json").read_text())["stretches"])
+def sessions(run: Path) -> int:
+    return len(json.loads((run / "metrics.json").read_text())["sessions"])
 
 
 def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_path):
@@ -132,7 +132,7 @@ def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_pat
     assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
     for job in "013":
         same_run(whole / job, sweep / job)
-    assert [stretches(sweep / job) for job in "013"] == [2, 1, 1]
+    assert [sessions(sweep / job) for job in "013"] == [2, 1, 1]
 
     allowed = "classes=[slurm.slow.Slow]"
     status, told = finish(
@@ -142,7 +142,7 @@ def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_pat
     assert told.count("is done") == 3
     assert "4 of 4 jobs done" in told
     same_run(whole / "2", sweep / "2")
-    assert stretches(sweep / "2") == 2
+    assert sessions(sweep / "2") == 2
 
 
 def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
@@ -163,7 +163,7 @@ def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
     )
     assert logged(cluster, rf"warning signal 12 to JobId={job}|JobId={job}.*requeue|requeue.*JobId={job}")
     same_run(whole / "0", tmp_path / "sweep/0")
-    assert stretches(tmp_path / "sweep/0") >= 2
+    assert sessions(tmp_path / "sweep/0") >= 2
 
 
 def test_jobs_outlive_who_waits_and_have_the_cores_they_were_given(cluster, tmp_path):
@@ -209,5 +209,5 @@ def test_two_tasks_train_one_network(cluster, tmp_path):
     for number in "01":
         assert json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())["hardware"]["ranks"] == 2
     same_run(tmp_path / "sweep/1", tmp_path / "sweep/0")
-    assert stretches(tmp_path / "sweep/0") == 2
+    assert sessions(tmp_path / "sweep/0") == 2
     logged(cluster, r"launch task StepId=\S+ request|DUE TO JOB REQUEUE")

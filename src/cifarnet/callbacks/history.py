@@ -20,7 +20,7 @@ class History(Callback):
     """Metrics against epoch: for the logger, for `accuracy.png`, and kept in the checkpoint.
 
     Lightning would log them against the training step and add a series named "epoch". A run that was stopped and gone
-    on with has several stretches; what each was trained with is kept too.
+    on with has several sessions; what each was trained with is kept too.
     """
 
     def __init__(self) -> None:
@@ -28,22 +28,22 @@ class History(Callback):
         self.images = 0  # trained on
         self.seconds = 0.0  # spent in training batches
         self.test_seconds = 0.0
-        self.stretches: list[dict[str, Any]] = []
+        self.sessions: list[dict[str, Any]] = []
         self.validations: list[dict[str, float]] = []  # all, those within an epoch too (trainer.val_check_interval)
         self._start = 0.0
         self._validation: dict[str, float] = {}  # of this epoch, if it was validated
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"epochs": self.epochs, "images": self.images, "seconds": self.seconds}
-        return kept | {"stretches": self.stretches, "validations": self.validations}
+        return kept | {"sessions": self.sessions, "validations": self.validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.images, self.seconds = list(state["epochs"]), state["images"], state["seconds"]
-        self.stretches = list(state["stretches"])
+        self.sessions = list(state["sessions"])
         self.validations = list(state["validations"])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin_stretch(trainer)
+        self._begin_session(trainer)
         log_settings(trainer, module.hparams["config"])
         # TensorBoard's goes on with a resumed run's curves; others begin anew
         anew = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
@@ -51,14 +51,14 @@ class History(Callback):
             self._log(anew, row)
         self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
 
-    def _begin_stretch(self, trainer: L.Trainer) -> None:
-        now = stretch(trainer)
-        if self.stretches:
+    def _begin_session(self, trainer: L.Trainer) -> None:
+        now = session(trainer)
+        if self.sessions:
             for what in ("precision", "hardware", "git_commit"):
-                if (before := self.stretches[-1][what]) != now[what]:
+                if (before := self.sessions[-1][what]) != now[what]:
                     was, is_now = _changed(before, now[what])
                     report(f"{what.replace('_', ' ')} was {was}, now {is_now}")
-        self.stretches.append(now)
+        self.sessions.append(now)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -123,7 +123,7 @@ class History(Callback):
         return [row for row in self.validations if row["epoch"] % 1]
 
 
-def stretch(trainer: L.Trainer) -> dict[str, Any]:
+def session(trainer: L.Trainer) -> dict[str, Any]:
     """What a run is trained with from here on, as plain data."""
     return {
         "from_step": trainer.global_step,

@@ -18,6 +18,7 @@ from PIL import Image
 
 from cifarnet.build import planned
 from cifarnet.config import deciding_settings
+from cifarnet.records.record import Record
 from cifarnet.records.tables import number
 from cifarnet.system import files
 
@@ -64,14 +65,14 @@ def _log_image(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, *sh
     logger.experiment._get_file_writer().add_summary(summary, epoch)  # opened again, if it was closed
 
 
-def log_results(metrics: Mapping[str, Any], loggers: Iterable[Logger]) -> None:
+def log_results(record: Record, loggers: Iterable[Logger]) -> None:
     """The final figures of a run's record; nothing is logged after them."""
-    results = {f"whole_run/{key}": metrics[key] for key in RESULTS}
+    results = {f"whole_run/{key}": getattr(record, key) for key in RESULTS}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(metrics["config"], times=True), results)
+            _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(record.config, times=True), results)
         else:
-            logger.log_metrics(results, step=metrics["epochs"])
+            logger.log_metrics(results, step=record.epochs)
         logger.finalize("success")
         if isinstance(logger, WandbLogger):  # the next job of a sweep has its own
             logger.experiment.finish()

@@ -20,7 +20,7 @@ from cifarnet import checkpoint, cli
 from cifarnet.errors import UserError, printable
 from cifarnet.evaluation import metrics, report
 from cifarnet.inference.trained import Trained
-from cifarnet.records.record import aligned, parameters
+from cifarnet.records.collect import aligned, parameters
 
 FILE = "hub"
 TITLE = "classifier"  # of a run whose record is not there

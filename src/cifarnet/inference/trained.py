@@ -237,7 +237,7 @@ class Trained(NetworkAndNames):
         if self.path.parent.name != "checkpoints":
             return {}
         record = self._written(self.path.parent.with_name("metrics.json"), "tested_epoch", RECORDED)
-        of_these = not record.get("shortened") and record.get("tested_step", self.step) == self.step
+        of_these = not record.get("partial") and record.get("tested_step", self.step) == self.step
         return record if of_these else {}
 
     def evaluation(self) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def _usable(found: dict[Path, Record]) -> tuple[list[Run], list[str]]:
             old.append(os.path.relpath(file.parent))
         elif damage := _damage(record):
             left_out.append(f"{os.path.relpath(file)}: left out, {damage}.")
-        elif record.get("shortened"):
-            left_out.append(f"{os.path.relpath(file.parent)}: left out, a trial run ({record['shortened']}).")
+        elif record.get("partial"):
+            left_out.append(f"{os.path.relpath(file.parent)}: left out, a trial run ({record['partial']}).")
         else:
             runs.append(Run(file.parent, {}, record))
     if old:
@@ -111,11 +111,11 @@ def _usable(found: dict[Path, Record]) -> tuple[list[Run], list[str]]:
 
 def _damage(record: Record) -> str | None:
     """Why a record cannot be compared."""
-    stretches = record.get("stretches") or [{}]
-    if not isinstance(stretches, list) or not all(isinstance(stretch, dict) for stretch in stretches):
-        return "its stretches are no list of what each ran on"
+    sessions = record.get("sessions") or [{}]
+    if not isinstance(sessions, list) or not all(isinstance(stretch, dict) for stretch in sessions):
+        return "its sessions are no list of what each ran on"
     for key, kind in NEEDED.items():
-        for value in (record | stretch for stretch in stretches):
+        for value in (record | stretch for stretch in sessions):
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
             if not isinstance(value, kind):
@@ -138,16 +138,16 @@ def _measured(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
         file = os.path.relpath(first.folder / "metrics.json")
         raise UserError(f"metric={metric}: {file} has no such number{has}.")
     for run in measured:
-        precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _stretches(run))
+        precisions = dict.fromkeys(str(stretch["precision"]) for stretch in _sessions(run))
         run.settings = deciding_settings(run.metrics["config"], times=is_time(metric))
         run.settings["trainer.precision"] = " / ".join(precisions)
     without = [os.path.relpath(run.folder) for run in runs if run not in measured]
     return measured, [f"{folder} is left out: its {metric} is no number." for folder in without]
 
 
-def _stretches(run: Run) -> list[Record]:
+def _sessions(run: Run) -> list[Record]:
     """Its record, once for each stretch of training: where it was resumed, hardware and versions may change."""
-    return [run.metrics | stretch for stretch in run.metrics.get("stretches") or [{}]]
+    return [run.metrics | stretch for stretch in run.metrics.get("sessions") or [{}]]
 
 
 def letter(number: int) -> str:
@@ -268,7 +268,7 @@ def warnings(groups: Sequence[Group], metric: str) -> list[str]:
             lines.append(f"a seed counts once: of {group.label}, {folders} {why}.")
         if len(group.values) == 1:
             lines.append(f"{group.label} has one seed: no deviation and no interval. Train at least 2.")
-    records = [(group.label, record) for group in groups for run in group.counted for record in _stretches(run)]
+    records = [(group.label, record) for group in groups for run in group.counted for record in _sessions(run)]
     circumstances = [(label, _circumstances(record, metric)) for label, record in records]
     for what in circumstances[0][1]:
         where: dict[str, dict[str, None]] = {}  # each description, with the groups it holds for

@@ -1,147 +1,89 @@
-"""A run's record: `metrics.json`, with its figures and what they depend on, and the table at the end."""
+"""A run's record: `metrics.json`, with its figures and what they depend on."""
 
-import json
-import math
-import os
-from collections.abc import Mapping
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
-import lightning as L
-import torch
-from omegaconf import DictConfig, OmegaConf
-
-from cifarnet.build import Built, planned
-from cifarnet.callbacks.compilation import Compile
-from cifarnet.callbacks.history import History, stretch
-from cifarnet.data import ImageDataModule
-from cifarnet.system import files
-
-NOTICED = 20  # one in so many images that an epoch leaves out is told
+from cifarnet.records.json_file import JsonFile
 
 
-def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
-    """What is about to be trained, for the terminal; `fresh`: from the beginning."""
-    source, network = built.data.source, built.classifier.network
-    name = config.model._target_.rpartition(".")[2]
-    images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
-    shared = f", on {size} ranks" if (size := built.trainer.world_size) > 1 else ""
-    begun = f"Begins with the weights of {config.start.checkpoint}\n" if fresh and config.get("start") else ""
-    return (
-        f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes\n"
-        f"{left_out(built.data)}{begun}"
-        f"{name}: {parameters(network):,} parameters, in {built.trainer.precision}{shared}\n"
-        f"{os.path.relpath(config.output_dir)}"
-    )
+class Data(TypedDict):
+    """The images of a run or an evaluation: counts, and a checksum of all pixels and labels (None if streamed)."""
+
+    source: str
+    classes: int
+    train: int
+    val: int
+    test: int
+    sha256: str | None
 
 
-def left_out(data: ImageDataModule) -> str:
-    """That an epoch leaves images out, the last that fill no batch, where they are more than one in `NOTICED`."""
-    count = data.images_an_epoch(data.source)
-    rest = count % min(data.batch_size, count)
-    told = f"data.batch_size={data.batch_size}: an epoch leaves {rest} of {count} images out, others each time.\n"
-    return told if NOTICED * rest > count else ""
+class Device(TypedDict):
+    """A device, such as "cpu" or "cuda", the name of its chip, and the number of threads."""
+
+    device: str
+    name: str
+    threads: int
+    system: str
 
 
-def parameters(network: torch.nn.Module) -> int:
-    """How many numbers are learned."""
-    return sum(parameter.numel() for parameter in network.parameters())
+class Hardware(Device, total=False):
+    """A device, and on how many of its kind a run was trained, if on several."""
+
+    ranks: int
 
 
-def collect(config: DictConfig, built: Built, epoch: int, step: int) -> dict[str, Any]:
-    """All that is worth keeping about a finished run, as plain data. Accuracies from 0 to 1, times in seconds.
+class Session(TypedDict):
+    """An uninterrupted stretch of a run's training. A resumed run has several."""
 
-    `epoch`, from 1, and `step` say when the weights that were tested came about; the validation accuracy is theirs.
+    from_step: int
+    precision: str
+    hardware: Hardware
+    versions: dict[str, str]
+    git_commit: str | None
+    started: str
+
+
+@dataclass(kw_only=True)
+class Record(JsonFile):
+    """The content of a run's `metrics.json`. Accuracies are from 0 to 1, times in seconds.
+
+    Attributes:
+        val_accuracy: of the tested weights; NaN without validation images.
+        tested_epoch, tested_step: after which the tested weights were saved. Epochs count from 1.
+        partial: the settings with which the run skipped images, such as "fast_dev_run=True"; None: it skipped none.
+        test_accuracy_one_view: without test-time augmentation.
+        seconds: of training batches; `fit_seconds` is until the first one.
+        precision, hardware, versions, git_commit: of the last session.
+        config: as composed, with `${…}`; in `resolved`, these are replaced.
+        history: the metrics of each epoch; `within_epochs` are validations before an epoch's end.
     """
-    trainer, classifier, data, fit_seconds = built
-    history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), History())
-    validations = {row["step"]: row for row in history.validations}
-    by_epoch = {row["epoch"]: row for row in history.epochs}  # enough where an older version kept no validations
-    tested = validations.get(step) or by_epoch.get(epoch) or {"epoch": epoch, **classifier.means("val")}
-    test = classifier.means("test")
-    stretches = history.stretches or [stretch(trainer)]
-    return {
-        "name": config.name,
-        "val_accuracy": tested.get("val/accuracy", math.nan),
-        "tested_epoch": tested["epoch"],
-        "tested_step": step,
-        "test_accuracy": test["test/accuracy"],
-        "test_cross_entropy": test["test/cross_entropy"],
-        "shortened": shortened(trainer),
-        "tta": classifier.tta,
-        "test_accuracy_one_view": classifier.means("one_view")["one_view/accuracy"],
-        "epochs": trainer.current_epoch,
-        "fit_seconds": fit_seconds,
-        "seconds": history.seconds,
-        "test_seconds": history.test_seconds,
-        "compile_seconds": sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Compile)),
-        "images_per_second": history.images / history.seconds if history.seconds else math.nan,
-        "parameters": parameters(classifier.network),
-        "seed": config.seed,
-        **{key: stretches[-1][key] for key in ("precision", "hardware", "versions", "git_commit")},
-        "stretches": stretches,
-        "data": data.describe(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "overrides": overrides(Path(config.output_dir)),
-        "config": OmegaConf.to_container(config, resolve=False),
-        "resolved": OmegaConf.to_container(planned(config, classifier.planned_steps), resolve=True),
-        "history": history.epochs,
-        "within_epochs": history.within_epochs,
-    }
 
-
-def shortened(trainer: L.Trainer) -> str | None:
-    """Lightning's settings that let a run skip images, to try something out: its figures are not to be compared."""
-    for name in ("fast_dev_run", "overfit_batches"):
-        if value := getattr(trainer, name):
-            return f"{name}={value}"
-    limits = {f"limit_{of}_batches": getattr(trainer, f"limit_{of}_batches") for of in ("train", "val", "test")}
-    # 1.0 is all of an epoch's batches, 1 is one
-    return ", ".join(f"{name}={value}" for name, value in limits.items() if str(value) != "1.0") or None
-
-
-def overrides(folder: Path) -> list[str]:
-    """What was typed to start the run, as Hydra keeps it."""
-    kept = folder / ".hydra" / "overrides.yaml"
-    return [str(line) for line in OmegaConf.load(kept)] if kept.is_file() else []
-
-
-def write(metrics: dict[str, Any], path: Path) -> None:
-    """As `metrics.json`. NaN and infinity become null."""
-    files.write(path, json.dumps(_finite(metrics), indent=2, ensure_ascii=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(member) for key, member in value.items()}
-    if isinstance(value, list):
-        return [_finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def table(metrics: dict[str, Any], folder: str) -> str:
-    """The end of a run, for the terminal."""
-    epoch, images = f"epoch {metrics['tested_epoch']} of {metrics['epochs']}", f"{metrics['data']['test']:,} images"
-    if metrics["shortened"]:
-        images = f"no result: {metrics['shortened']}"
-    validation = metrics["val_accuracy"]
-    tested = f"{images}, with that epoch's weights"
-    if metrics["tta"] != "none":
-        tested += f"; {metrics['test_accuracy_one_view']:.2%} without tta={metrics['tta']}"
-    rows = {
-        "validation accuracy": f"{validation:.2%}  ({epoch})" if math.isfinite(validation) else f"none  ({epoch})",
-        "test accuracy": f"{metrics['test_accuracy']:.2%}  ({tested})",
-        "training": f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:,.0f} images/s",
-        "folder": os.path.relpath(folder),
-    }
-    if metrics["history"] and not math.isfinite(metrics["history"][-1]["train/cross_entropy"]):
-        rows["diverged"] = "the training loss is not a number any more: try a smaller optimizer.lr"
-    return aligned(rows)
-
-
-def aligned(rows: Mapping[str, str]) -> str:
-    """Names and values in two columns, between empty lines."""
-    width = max(map(len, rows))
-    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])
+    name: str
+    val_accuracy: float
+    tested_epoch: float
+    tested_step: int
+    test_accuracy: float
+    test_cross_entropy: float
+    partial: str | None = None
+    tta: str
+    test_accuracy_one_view: float
+    epochs: int
+    fit_seconds: float
+    seconds: float
+    test_seconds: float
+    compile_seconds: float
+    images_per_second: float
+    parameters: int
+    seed: int
+    precision: str
+    hardware: Hardware
+    versions: dict[str, str]
+    git_commit: str | None
+    sessions: list[Session] = field(default_factory=list)
+    data: Data
+    finished: str
+    overrides: list[str]
+    config: dict[str, Any]
+    resolved: dict[str, Any]
+    history: list[dict[str, float]]
+    within_epochs: list[dict[str, float]]

@@ -1,0 +1,67 @@
+"""An evaluation's record: the `metrics.json` that `cifarnet.evaluate` writes."""
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from cifarnet.records.json_file import JsonFile
+from cifarnet.records.record import Data, Hardware
+
+
+class Calibration(TypedDict):
+    cross_entropy: float
+    calibration_error: float
+    brier: float
+
+
+class Summary(Calibration):
+    """Metrics on a set of images. `interval` is the 95 % interval of the accuracy."""
+
+    images: int
+    accuracy: float
+    interval: list[float]
+    top2_accuracy: float
+
+
+@dataclass(kw_only=True)
+class Evaluation(JsonFile):
+    """The content of an evaluation's `metrics.json`. Accuracies are from 0 to 1.
+
+    Attributes:
+        epoch: after which the checkpoint was saved, from 1.
+        test_accuracy_one_view: without test-time augmentation.
+        val: None without validation images, as are `temperature` and `test_with_temperature`.
+        temperature: fitted on the validation images; it divides the logits.
+        calibration_bins, classes: a row for each; accuracies are NaN in rows without images.
+        confusion: number of images, [true class][predicted class].
+        cifar10h, corruptions, cifar10_c, cifar10_1: None if not measured.
+    """
+
+    checkpoint: str
+    network: str
+    parameters: int
+    epoch: int
+    class_names: list[str]
+    tta: str
+    tta_share: float
+    precision: str | int
+    data: Data
+    training_settings: dict[str, str]
+    hardware: Hardware
+    versions: dict[str, str]
+    git_commit: str | None
+    command: str
+    config: dict[str, Any]
+    test: Summary
+    test_accuracy_one_view: float
+    val: Summary | None
+    temperature: float | None
+    test_with_temperature: Calibration | None
+    calibration_bins: list[dict[str, float]]
+    classes: list[dict[str, Any]]
+    confusion: list[list[int]]
+    mistakes: list[dict[str, Any]]
+    cifar10h: dict[str, float] | None
+    corruptions: dict[str, Any] | None
+    cifar10_c: dict[str, Any] | None
+    cifar10_1: dict[str, Summary] | None
+    finished: str
