@@ -121,7 +121,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
 
 
 def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the objective, and try it on two images, because torch's losses check their settings when they are called."""
+    """Build the objective, and try it on two images: torch's losses check their settings when they are called."""
     objective = instantiate(config.objective)
     with _explained("objective"):
         losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
@@ -139,7 +139,7 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
     **trainer_settings: Any,
 ) -> L.Trainer:
-    """Build Lightning's Trainer with its callbacks and loggers; `validates` says whether there are validation images."""
+    """Build Lightning's Trainer with callbacks and loggers; `validates`: whether there are validation images."""
     all_callbacks = [*_callbacks(config, validates), *callbacks]
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False

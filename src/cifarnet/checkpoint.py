@@ -218,7 +218,7 @@ class Checkpoint:
         for name in ("class_names", "image_size", "num_images"):
             if recorded[name] != hparams[name]:
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]}, and is {hparams[name]} now. "
+                    f"{self.path} was trained on other images: {name} was {recorded[name]}, now {hparams[name]}. "
                     "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
                 )
 

@@ -38,7 +38,10 @@ def study_name(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """The command `python -m cifarnet.search`."""
-    cli.run(lambda: distributed.run(search, train.follow))
+    if distributed.placement().world_size > 1:
+        cli.run(lambda: distributed.run_ranks(search, train.train_run))
+    else:
+        cli.run(search)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def train(
             checkpoint.check_images(classifier.hparams)
             checkpoint.check_weights(classifier.network)
         if leads:
-            report(collect.heading(config, built, resumes=checkpoint is not None))
+            report(collect.heading(config, built, fresh=checkpoint is None))
             distributed.broadcast_run(run)
         trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
         tested = load_best(built)  # on rank 0; the test begins by sending its weights to the others
@@ -81,7 +81,7 @@ def train(
         record = collect.collect(config, built, *tested)
         record.write(folder / "metrics.json")
         log_results(record, trainer.loggers)
-        report(collect.table(record, folder))
+        report(collect.summary(record, config.output_dir))
         return record.val_accuracy
 
 
@@ -149,7 +149,7 @@ def command(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_run(run: dict[str, Any]) -> None:
-    """Train a run that another process has described: rank 0 under torchrun or srun, or the one that starts the ranks."""
+    """Train a run that another process has described: rank 0 under torchrun or srun, or the one that starts ranks."""
     config: Any = OmegaConf.create(run["config"])
     if distributed.placement().rank == 0:
         log_to_file(Path(config.output_dir, "train.log"))

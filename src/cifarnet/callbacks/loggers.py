@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from omegaconf import OmegaConf
 from PIL import Image
 
-from cifarnet.build import planned
+from cifarnet.build import with_total_steps
 from cifarnet.config import deciding_settings
 from cifarnet.records.record import Record
 from cifarnet.records.tables import number
@@ -27,7 +27,7 @@ RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # 
 
 def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
     """The run's config, as recorded, with `${…}` replaced; without the loggers' own, which may hold addresses."""
-    known = planned(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
+    known = with_total_steps(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
     resolved = OmegaConf.to_container(known, resolve=True)
     resolved.pop("logger", None)
     for logger in trainer.loggers:

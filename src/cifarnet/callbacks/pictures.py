@@ -33,7 +33,7 @@ class Pictures(Callback):
         if not trainer.is_global_zero:
             return
         test, class_names = trainer.datamodule.source.test, trainer.datamodule.class_names
-        predicted, index = module.tested.argmax(1).cpu(), module.tested_index.cpu()
+        predicted, index = module.test_logits.argmax(1).cpu(), module.test_index.cpu()
         # fewer than all under trainer.limit_test_batches
         shown = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: self.count]
         images = torch.stack([test.images[i] for i in index[shown].tolist()])

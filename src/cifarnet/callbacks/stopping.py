@@ -1,4 +1,4 @@
-"""What ends a run before its last epoch: a signal, or a search that gives it up."""
+"""A signal ends a run after the current batch, and the run can be resumed."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifarnet import cli
 from cifarnet.errors import Interrupted
@@ -21,11 +21,11 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR2 finish the batch and save `last.ckpt`, from which training goes on bit by bit the
-    same.
+    """Stops after the current batch on Ctrl-C, SIGTERM and SIGUSR2, and saves `last.ckpt`. A run that is resumed from
+    it equals one that was never stopped.
 
-    A second signal stops at once (in a SLURM job, a second Ctrl-C). What one rank has received, all ranks hear of, and
-    stop after the same batch.
+    A second signal stops at once, without saving (in a SLURM job, only a second Ctrl-C). A signal to one rank stops all
+    ranks after the same batch.
 
     Raises:
         Interrupted: after saving; its status is 130 (Ctrl-C), 143 (SIGTERM) or 140 (SIGUSR2).
@@ -33,67 +33,66 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self._received: int | None = None  # by this process
-        self._agreed: int | None = None  # by any rank, and all know
-        self._at = 0.0
+        self._agreed: int | None = None  # by any rank, and known to all
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = self._agreed = None
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
 
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.on_train_start(trainer, module)
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        kills = number != signal.SIGINT and "SLURM_JOB_ID" in os.environ  # SLURM does, some time after it signals twice
+        # SLURM signals twice, and kills the job some time later: its second signal does not stop at once
+        is_slurms = number != signal.SIGINT and "SLURM_JOB_ID" in os.environ
         if self._received is None:
-            self._received, self._at = number, time.monotonic()
-            more = "" if kills else " Once more stops at once, without saving."
-            print(f"\nFinishing the batch.{more}", file=sys.stderr, flush=True)
-            if distributed.place().size == 1 and not kills:
-                self._restore()
-        elif not kills and time.monotonic() - self._at > 1:  # else a terminal's, passed on by torchrun
-            self._restore()
+            self._received, self._received_at = number, time.monotonic()
+            hint = "" if is_slurms else " Press Ctrl-C again to stop at once, without saving."
+            print(f"\nFinishing the batch.{hint}", file=sys.stderr, flush=True)
+            if distributed.placement().world_size == 1 and not is_slurms:
+                self._restore_handlers()
+        elif not is_slurms and time.monotonic() - self._received_at > 1:  # torchrun repeats a Ctrl-C of the terminal
+            self._restore_handlers()
             os.kill(os.getpid(), number)
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
-            # Lightning's own handler for SIGTERM only waits for the epoch's end
+            # Lightning's own handler of SIGTERM waits for the end of the epoch
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else handler)
         self._previous = {}
 
     def _agree(self, trainer: L.Trainer) -> int | None:
-        """The signal that any rank has received. All ranks must ask."""
+        """Return the signal that any rank has received. All ranks must call it."""
         self._agreed = self._received
-        if trainer.world_size > 1:  # numbers of a CPU: no GPU is waited for
-            told = torch.tensor(self._received or 0)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self._agreed = int(told) or None
+        if trainer.world_size > 1:  # a CPU tensor: it does not wait for a GPU
+            number = torch.tensor(self._received or 0)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self._agreed = int(number) or None
         return self._agreed
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # after an epoch's last batch come validation and its checkpoint: then stop at the next epoch's start
-        if self._agree(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            if (last := self._last_checkpoint(trainer)) is not None:
-                trainer.save_checkpoint(last)
+        # the last batch of an epoch is followed by validation and its checkpoint: stop when the next epoch starts
+        if self._agree(trainer) and not trainer.is_last_batch:
+            self._save(trainer)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"
             self._stop(trainer, f"batch {batch_idx + 1} of epoch {trainer.current_epoch + 1}: {complete}")
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # the last checkpoint is older where this epoch was not validated
-        if self._agree(trainer) and (last := self._last_checkpoint(trainer)) is not None:
-            trainer.save_checkpoint(last)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._agree(trainer):
+            self._save(trainer)  # last.ckpt is older if this epoch was not validated
 
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._agree(trainer):
             self._stop(trainer, f"epoch {trainer.current_epoch}, which is complete")
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._restore()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
         if self._agree(trainer):
             self._stop(trainer, f"epoch {trainer.current_epoch}, the last one")
 
@@ -101,29 +100,33 @@ class StopOnSignal(Callback):
         if trainer.world_size == 1:
             self._stop_in_test(trainer)
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._restore()
-        if trainer.world_size > 1:  # several ranks finish it first
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
+        if trainer.world_size > 1:  # several ranks complete the test first
             self._stop_in_test(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
 
     def _stop_in_test(self, trainer: L.Trainer) -> None:
         last = self._last_checkpoint(trainer)
-        if self._agree(trainer) and last is not None and last.is_file():  # else the test is finished
-            self._restore()
+        if self._agree(trainer) and last is not None and last.is_file():  # otherwise the test is completed
+            self._restore_handlers()
             self._stop(trainer, "training, in the test")
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
+    def _save(self, trainer: L.Trainer) -> None:
+        if (last := self._last_checkpoint(trainer)) is not None:
+            trainer.save_checkpoint(last)
 
     @staticmethod
     def _last_checkpoint(trainer: L.Trainer) -> Path | None:
-        """Where `last.ckpt` belongs; None for a run that keeps no checkpoints."""
-        checkpoint = trainer.checkpoint_callback
-        return None if checkpoint is None else Path(checkpoint.dirpath) / "last.ckpt"
+        """Return the path of `last.ckpt`; None if the run saves no checkpoints."""
+        callback = trainer.checkpoint_callback
+        return Path(callback.dirpath or "", "last.ckpt") if isinstance(callback, ModelCheckpoint) else None
 
-    def _stop(self, trainer: L.Trainer, where: str) -> None:
+    def _stop(self, trainer: L.Trainer, place: str) -> None:
         assert self._agreed is not None
-        what, command = f"Stopped by {signal.Signals(self._agreed).name} after {where}.", None
+        message, command = f"Stopped by {signal.Signals(self._agreed).name} after {place}.", None
         if (last := self._last_checkpoint(trainer)) is not None:
             command = f"python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
-        raise Interrupted(what, 128 + self._agreed, command)
+        raise Interrupted(message, 128 + self._agreed, command)

@@ -14,8 +14,8 @@ from cifarnet.system.distributed import all_gather, rank
 
 
 class TrainingState(Callback):
-    """Passes the losses of each batch to the loader, and saves and restores, for the middle of an epoch: the position of
-    the loader, the sums of the metrics, and the state of torch's random generators on every rank.
+    """Passes the losses of each batch to the loader, and saves what is needed to resume in the middle of an epoch: the
+    position of the loader, the sums of the metrics, and the state of torch's random generators on every rank.
 
     `build` adds it to every run, as the first callback: others may save a checkpoint at the end of a batch.
     """

@@ -126,7 +126,7 @@ class BatchLoader:
         self.epoch = epoch
 
     def order(self) -> Tensor:
-        """Return the indices of this epoch's images, int64 [length]: a permutation for training, or its hardest part."""
+        """Return the indices of this epoch's images, int64 [length]: for training, a permutation or its hardest part."""
         count, device = len(self.labels), self.labels.device
         if not self.train:
             return self._part(torch.arange(count, device=device))
@@ -192,7 +192,7 @@ class BatchLoader:
         return scaled.round().to(torch.uint8)
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each batch of indices: pixels uint8 [M, H, W, C], and the positions of the batch's images in them."""
+        """Yield for each batch of indices: pixels uint8 [M, H, W, C], and the positions of the batch in them."""
         raise NotImplementedError
 
     def observe(self, index: Tensor, losses: Tensor) -> None:

@@ -11,8 +11,8 @@ from cifarnet.data.loader import BatchLoader
 
 
 class LazyImages(Dataset):
-    """Images that are decoded on access: an int returns one image, uint8 [C, H, W]; a slice, a tensor of indices or a mask
-    returns the selected images, not yet decoded."""
+    """Images that are decoded on access: an int returns one image, uint8 [C, H, W]; a slice, a tensor of indices or a
+    mask returns the selected images, not yet decoded."""
 
     shape: tuple[int, int, int, int]  # N, C, H, W, as of a tensor
 
@@ -22,7 +22,7 @@ class LazyImages(Dataset):
 
 
 class StreamingLoader(BatchLoader):
-    """A loader of images that do not fit in memory: `workers` processes, or this one if 0, decode them while training."""
+    """A loader of images that do not fit in memory: `workers` processes decode them while training; 0: this process."""
 
     def __init__(self, images: LazyImages, labels: Tensor, batch_size: int, *, workers: int, **settings: Any) -> None:
         super().__init__(labels, images.shape[-1], batch_size, **settings)

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet.build import Built, planned
+from cifarnet.build import Built, with_total_steps
 from cifarnet.callbacks.compilation import Compile
 from cifarnet.callbacks.history import History, session
 from cifarnet.data import ImageDataModule
@@ -82,7 +82,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         overrides=overrides(Path(config.output_dir)),
         config=OmegaConf.to_container(config, resolve=False),
-        resolved=OmegaConf.to_container(planned(config, classifier.planned_steps), resolve=True),
+        resolved=OmegaConf.to_container(with_total_steps(config, classifier.total_steps), resolve=True),
         history=history.epochs,
         within_epochs=history.within_epochs,
     )

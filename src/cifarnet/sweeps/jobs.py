@@ -6,6 +6,7 @@ in the end, `metrics.json`, `pruned.txt` or `error.txt`: `records.tables` reads 
 
 import argparse
 import contextlib
+import functools
 import io
 import math
 import os
@@ -29,7 +30,7 @@ from cifarnet.allowlist import locate
 from cifarnet.config import check_type
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.records.tables import Run, read, read_run
-from cifarnet.sweeps import parallel, replay, shared_images
+from cifarnet.sweeps import parallel, replay
 from cifarnet.sweeps.summary import clear_checkpoints, resuming
 from cifarnet.system import files
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 Train = Callable[..., float]
+
+
+def run_job(config: DictConfig, train: Train, trial: "Trial | None", images: Any) -> float:
+    return run(config, functools.partial(train, images=images), trial)
 
 
 def is_job() -> bool:
@@ -83,9 +88,9 @@ def run(config: DictConfig, train: Train, trial: "Trial | None" = None) -> float
 
 
 def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
-    from cifarnet.finetuning import expanded  # it brings torch along
+    from cifarnet.finetuning import expand  # it brings torch along
 
-    config = expanded(config)  # as it is recorded
+    config = expand(config)  # as it is recorded
     folder = Path(config.output_dir)
     (folder / "error.txt").unlink(missing_ok=True)
     if config.data.get("val_fraction") == 0:
@@ -164,7 +169,6 @@ def check(config: DictConfig) -> None:
 def begin(config: DictConfig, folder: Path) -> None:
     """Write down what the sweep is, so that it can be gone on with."""
     stop_file(folder).unlink(missing_ok=True)
-    shared_images.read_before.cache_clear()  # files may have changed since an earlier sweep
     files.write(folder / "multirun.yaml", OmegaConf.to_yaml(config))
 
 

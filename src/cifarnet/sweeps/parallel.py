@@ -39,7 +39,7 @@ def side_by_side(config: DictConfig, name: str) -> Iterator[bool]:
     if jobs == 1:
         yield False
         return
-    if config.trainer.devices != 1 or distributed.place().size > 1:
+    if config.trainer.devices != 1 or distributed.placement().world_size > 1:
         raise UserError("Runs on several devices are trained one after the other: leave out hydra/launcher.")
     if config.trainer.accelerator != "cpu":
         hardware.claim_gpu()

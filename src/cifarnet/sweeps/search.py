@@ -120,7 +120,7 @@ class Search(Sweeper):
     ) -> None:
         """Trial after trial; then what all have found."""
         jobs.begin(self.config, folder)
-        alone = self.config.trainer.devices == 1 and distributed.place().size == 1
+        alone = self.config.trainer.devices == 1 and distributed.placement().world_size == 1
         if self.config.trainer.accelerator != "cpu" and alone and not self.shared:
             hardware.claim_gpu()
         failures = []

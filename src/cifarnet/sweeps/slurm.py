@@ -63,7 +63,7 @@ class Slurm(SlurmLauncher):
         task = partial(_search, self.hydra_context, self.task_function, config, arguments, state)
         self._run(dict.fromkeys(range(min(most, self.params["array_parallelism"])), task), None, resumed=True)
 
-    def follow(self, job: distributed.Job) -> None:
+    def follow(self, job: Any) -> None:
         """What ranks other than 0 do for a run."""
         raise NotImplementedError
 
@@ -171,7 +171,7 @@ class Task:
         most: restarts, after which time that is over ends the job.
     """
 
-    def __init__(self, work: Callable[[], None], follow: Callable[[distributed.Job], None], most: int) -> None:
+    def __init__(self, work: Callable[[], None], follow: Callable[[Any], None], most: int) -> None:
         self.work, self.follow, self.most = work, follow, most
 
     def __call__(self) -> None:

@@ -1,8 +1,8 @@
 """Several processes (ranks) that train one network together, one device each, on one machine or several.
 
-`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). With torchrun or srun on the
-command line, they have been started already: rank 0 reads the command and broadcasts each run to the other ranks. In both
-cases every rank builds and trains; rank 0 alone prints and writes.
+`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). With torchrun or srun on
+the command line, they have been started already: rank 0 reads the command and broadcasts each run to the other ranks.
+In both cases every rank builds and trains; rank 0 alone prints and writes.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def environment() -> "ClusterEnvironment":
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the processes that torchrun or srun started, until this process is done; Lightning uses the connection."""
+    """Connect the processes that torchrun or srun started until this one is done; Lightning uses the connection."""
     rank, world_size, _ = placement()
     if world_size == 1:
         yield
@@ -265,7 +265,7 @@ def rank() -> int:
 
 
 def all_gather(value: "Tensor") -> "list[Tensor]":
-    """Return the tensors of all ranks, which may differ in length, in the order of the ranks. All ranks must call it."""
+    """Return the tensors of all ranks, in order; they may differ in length. All ranks must call it."""
     import torch
 
     if not torch.distributed.is_initialized():
