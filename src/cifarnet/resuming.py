@@ -33,7 +33,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
             the schedule does not depend on it.
 
     Raises:
-        UserError: there is no such checkpoint, it names a class that is not allowed, or an override affects the weights.
+        UserError: there is no such checkpoint, it names a class that is not allowed, or an override affects weights.
     """
     path = Path(path).expanduser()
     checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
@@ -104,7 +104,7 @@ def _check_max_epochs(recorded: DictConfig, config: DictConfig) -> None:
     depends = re.search(r"\$\{(total_steps|trainer\.max_epochs)\}", str(schedule))
     if depends and config.trainer.max_epochs != recorded.trainer.max_epochs:
         raise UserError(
-            f"trainer.max_epochs={config.trainer.max_epochs}: the schedule "
-            f"{schedule['_target_'].rpartition('.')[2]} was planned for {recorded.trainer.max_epochs} epochs. Remove the "
-            "setting, or start a new run; only a run with scheduler=constant can be extended."
+            f"trainer.max_epochs={config.trainer.max_epochs}: the schedule {schedule['_target_']} was planned for "
+            f"{recorded.trainer.max_epochs} epochs. Remove the setting, or start a new run; only a run with "
+            "scheduler=constant can be extended."
         )

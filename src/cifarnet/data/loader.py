@@ -126,7 +126,7 @@ class BatchLoader:
         self.epoch = epoch
 
     def order(self) -> Tensor:
-        """Return the indices of this epoch's images, int64 [length]: for training, a permutation or its hardest part."""
+        """Return the indices of this epoch's images, int64 [length]: for training, permuted or the hardest part."""
         count, device = len(self.labels), self.labels.device
         if not self.train:
             return self._part(torch.arange(count, device=device))
