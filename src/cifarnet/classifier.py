@@ -71,7 +71,8 @@ class Classifier(L.LightningModule):
         self.network = network.to(memory_format=self.memory_format)
         self.objective = objective or nn.CrossEntropyLoss(reduction="none")
         self.make_optimizer, self.make_scheduler, self.teacher = optimizer, scheduler, teacher
-        self.tta, self.tta_share, self.no_decay = tta, tta_share, no_decay
+        self.tta: TTA = tta
+        self.tta_share, self.no_decay = tta_share, no_decay
         self.seed = seed
         # sums of (loss, correct, 1) over an epoch's images on this rank; not buffers, which EMA and DDP would change
         self.sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}

@@ -40,7 +40,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     if not checkpoint.content:
         raise UserError(f"{path} holds no training state: use it with model=trained model.checkpoint={path}.")
     parsed = _parse(overrides)
-    allowed = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
+    allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
     recorded: Any = OmegaConf.create(written | {"output_dir": str(_folder(checkpoint)), "classes": []})

@@ -5,10 +5,10 @@ import torch
 
 
 def derive(seed: int, epoch: int, purpose: str) -> int:
-    """A seed for this epoch; `purpose` keeps draws for different uses independent of each other."""
+    """Return a seed for this epoch; different values of `purpose` give independent random numbers."""
     return int(np.random.SeedSequence([seed, epoch, *purpose.encode()]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    """A generator on the CPU (its draws are then the same for every device)."""
+    """Return a generator on the CPU, whose random numbers are the same for every device."""
     return torch.Generator().manual_seed(derive(seed, epoch, purpose))

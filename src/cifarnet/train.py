@@ -17,7 +17,7 @@ from cifarnet.config import validate
 from cifarnet.errors import UserError
 from cifarnet.sweeps import jobs
 from cifarnet.system import distributed, files, hardware
-from cifarnet.system.log_output import log_to_file, quiet_libraries, report
+from cifarnet.system.log_output import disable_tensorflow, log_to_file, quiet_libraries, report
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
     from lightning.pytorch.callbacks import Callback
@@ -56,6 +56,7 @@ def train(
     from cifarnet.records.record import Record
 
     quiet_libraries()
+    disable_tensorflow()
     config = expand(config)
     validate(config)
     folder, leads = Path(config.output_dir), distributed.placement().rank == 0

@@ -1,4 +1,4 @@
-"""The one DataModule: a source reads images, everything after that is shared."""
+"""The LightningDataModule: subclasses read the images; splitting and batching are shared."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ from cifarnet.system import hardware
 
 @dataclass
 class Split:
-    """Images uint8 [N, 3, H, W], in memory or read one by one, and their labels int64 [N]."""
+    """Images, uint8 [N, 3, H, W], in memory or decoded on access, and their labels, int64 [N]."""
 
     images: Tensor | LazyImages
     labels: Tensor
@@ -33,7 +33,7 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def chunks(self, size: int = 1000) -> Iterator[Tensor]:
-        """All images, so many at a time: uint8 [size, 3, H, W]."""
+        """Yield all images in chunks, uint8 [size, 3, H, W]."""
         for start in range(0, len(self), size):
             images = self.images[start : start + size]
             yield images if isinstance(images, Tensor) else images.read()
@@ -41,58 +41,65 @@ class Split:
 
 @dataclass
 class Source:
-    """What a data set consists of. Without `val`, a part of `train` is set aside for validation."""
+    """The parts of a data set. If `val` is None, a part of `train` is set aside for validation."""
 
     class_names: list[str]
     train: Split
     test: Split
     val: Split | None = None
 
+    @property
+    def validation(self) -> Split:
+        """The validation images, once they have been set aside."""
+        assert self.val is not None
+        return self.val
+
     @functools.cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
+        """Mean and standard deviation of each channel of the training images, for values from 0 to 1."""
         counts = torch.zeros(self.train.images.shape[1], 256, dtype=torch.int64)
         for images in self.train.chunks():
             counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        share = counts.double() / counts.double().sum(1, keepdim=True)  # exact, and without a float copy of the images
+        frequencies = counts.double() / counts.double().sum(
+            1, keepdim=True
+        )  # exact, without a float copy of the images
         levels = torch.arange(256).double() / 255
-        mean = share @ levels
-        return mean, (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+        mean = frequencies @ levels
+        return mean, (frequencies @ levels.square() - mean.square()).clamp_min(0).sqrt()
 
     @functools.cached_property
     def checksum(self) -> str | None:
-        """Of all pixels and labels. None for images that are streamed, which would have to be read once more."""
+        """A checksum of all pixels and labels; None for streamed images, which would have to be decoded again."""
         if not isinstance(self.train.images, Tensor):
             return None
         checksum = hashlib.sha256()
-        for split in (self.train, self.val, self.test):
+        for split in (self.train, self.validation, self.test):
             for images in split.chunks():
-                checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy())
-            checksum.update(split.labels.numpy())
+                checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy().data)
+            checksum.update(split.labels.numpy().data)
         return checksum.hexdigest()
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Images, split and batched. A subclass only says where they come from: `read()`, which is called on first use.
+    """Splits and batches images. Subclasses implement `read()`, which is called on first use.
 
     Args:
-        batch_size, eval_batch_size: images a step, in training and in validation and test, of all devices together.
-        val_fraction: share of the training images of each class that validation gets, where the source has no
-            validation images of its own; 0 trains on all, without validation.
-        split_seed: chooses these images; apart from `seed`, so that runs of all seeds share one split.
+        batch_size, eval_batch_size: images per step in training, and in validation and test, over all devices.
+        val_fraction: the fraction of each class's training images that is set aside for validation, if the source has
+            no validation images; 0: train on all images, without validation.
+        split_seed: selects these images. It is independent of `seed`, so that all seeds share one split.
         crop_padding, flip, cutout: see `Augment`.
-        train_sizes: height and width to which training images are scaled, one value an epoch; the last one stays.
-            Small images make the first epochs faster. None: as they are.
-        hardest_share: part of the training images that an epoch goes through: those whose loss was highest when they
-            were last trained on, and before them those that never were. Easy ones teach less, and are left out (with
-            losses of earlier epochs, as StaleSB does: Jiang et al., 2019, https://arxiv.org/abs/1910.00762). Wrongly
-            labelled images are hard as well: where there are many, keep all.
-        transforms: what else changes single training images, by any names, such as `recipes.erasing.RandomErasing`;
-            one after another, after the crop, the mirroring and the hole.
-        mix: what is made of two training images, such as `recipes.mixup.Mixup`; None: each is shown by itself.
-        shuffle_seed: order and augmentation.
-        on_device: keep the images in the memory of the GPU that trains; else they stay on the host, and batches are
-            copied while the GPU computes.
+        train_sizes: height and width to which training images are resized, one value per epoch; the last value is used
+            for all further epochs. Small images make the first epochs faster. None: no resizing.
+        hardest_share: the fraction of training images in an epoch: those with the highest loss when they were last
+            trained on, and before them those that never were (StaleSB, Jiang et al., 2019,
+            https://arxiv.org/abs/1910.00762). Images with wrong labels have high losses, too.
+        transforms: changes of single training images, such as `recipes.erasing.RandomErasing`, by any names; they are
+            applied in order, after crop, flip and cutout.
+        mix: mixes pairs of training images, such as `recipes.mixup.Mixup`; None: no mixing.
+        shuffle_seed: determines order and augmentation.
+        on_device: keep the images in the memory of the GPU; otherwise they stay on the host, and batches are copied
+            while the GPU computes.
     """
 
     @checked("data")
@@ -124,25 +131,25 @@ class ImageDataModule(L.LightningDataModule):
         self.preloaded: Source | None = None  # the images, with their validation split, if they were read before
 
     def read(self) -> Source:
-        """Return all images of the data set. Called once."""
-        raise NotImplementedError(f"{type(self).__name__} must say where its images come from, in read()")
+        """Read all images of the data set. It is called once."""
+        raise NotImplementedError(f"{type(self).__name__} must implement read()")
 
-    def images_an_epoch(self, source: Source) -> int:
-        """How many training images an epoch goes through, before they are split into batches."""
+    def images_per_epoch(self, source: Source) -> int:
+        """Return the number of training images in an epoch, before they are divided into batches."""
         return max(1, round(self.hardest_share * len(source.train)))
 
     @functools.cached_property
     def source(self) -> Source:
-        """The images, with the validation split made. Reads them on first use.
+        """The images, with the validation split; they are read on first use.
 
         Raises:
-            UserError: they cannot be read, or are too few or too small for the settings.
+            UserError: they cannot be read, or there are too few or too small ones for the settings.
         """
         source = self.preloaded or self.read()
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
-        if self.batch_size > (count := self.images_an_epoch(source)):
-            print(f"data.batch_size={self.batch_size}: an epoch's {count} images are one batch.", flush=True)
+        if self.batch_size > (count := self.images_per_epoch(source)):
+            print(f"data.batch_size={self.batch_size}: the {count} images of an epoch form one batch.", flush=True)
         size = source.train.images.shape[-1]
         for name, value, most in [
             ("crop_padding", self.augment.crop_padding, size - 1),
@@ -150,17 +157,17 @@ class ImageDataModule(L.LightningDataModule):
         ]:
             if value > most:
                 raise UserError(
-                    f"data.{name}={value} is too much for images of {size} pixels. Choose data.{name}={most} or less."
+                    f"data.{name}={value} is too large for images of {size} pixels. Choose data.{name}={most} or less."
                 )
         return source
 
     @property
     def validates(self) -> bool:
-        """Are there validation images? They are read where nothing else can tell."""
-        return self.val_fraction > 0 or len(self.source.val) > 0
+        """Whether there are validation images; the images are read if nothing else tells."""
+        return self.val_fraction > 0 or len(self.source.validation) > 0
 
     def _set_aside(self, train: Split) -> tuple[Split, Split]:
-        """A stratified split of the training images: the rest, and `val_fraction` of each class."""
+        """Split the training images by class: return those to train on, and `val_fraction` of each class."""
         shuffled = torch.randperm(len(train), generator=generator(self.split_seed, 0, "split"))
         is_val = torch.zeros(len(train), dtype=torch.bool)
         for label in train.labels.unique():
@@ -168,9 +175,9 @@ class ImageDataModule(L.LightningDataModule):
             is_val[members[: round(len(members) * self.val_fraction)]] = True
         if self.val_fraction and (is_val.all() or not is_val.any()):
             raise UserError(
-                f"data.val_fraction={self.val_fraction} of each class leaves none of {len(train)} images to "
-                f"{'train on' if is_val.all() else 'validate on'}. Choose another share, add images, or validate "
-                "nothing, with data.val_fraction=0."
+                f"data.val_fraction={self.val_fraction} leaves none of {len(train)} images to "
+                f"{'train' if is_val.all() else 'validate'} on. Choose another fraction, add images, or train without "
+                "validation: data.val_fraction=0."
             )
         return train[~is_val], train[is_val]
 
@@ -185,18 +192,18 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
+        """Mean and standard deviation of each channel of the training images, for values from 0 to 1."""
         return self.source.channel_statistics
 
     def sample(self, count: int = 5000) -> Tensor:
-        """Some training images, the same for every seed: uint8 [count, 3, H, W], or all if there are fewer."""
+        """Return `count` training images (or all, if there are fewer), the same for every seed: uint8 [N, 3, H, W]."""
         train = self.source.train
         chosen = torch.randperm(len(train), generator=generator(0, 0, "sample"))[:count]
         return next(train[chosen].chunks(count))
 
     def describe(self) -> dict:
-        """What the images were, for the record: counts, and a checksum of all pixels and labels (None if streamed)."""
-        splits = {"train": self.source.train, "val": self.source.val, "test": self.source.test}
+        """Describe the images for the record: counts, and a checksum of all pixels and labels (None if streamed)."""
+        splits = {"train": self.source.train, "val": self.source.validation, "test": self.source.test}
         counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
         return {"source": type(self).__name__, **counts, "sha256": self.source.checksum}
 
@@ -204,7 +211,8 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(self.source.train, self.batch_size, train=True)
 
     def val_dataloader(self) -> BatchLoader | list:
-        return self._loader(self.source.val, self.eval_batch_size) if len(self.source.val) else []
+        images = self.source.validation
+        return self._loader(images, self.eval_batch_size) if len(images) else []
 
     def test_dataloader(self) -> BatchLoader:
         return self._loader(self.source.test, self.eval_batch_size)
@@ -215,21 +223,21 @@ class ImageDataModule(L.LightningDataModule):
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:
-            raise UserError(f"{size} devices share batches of {least} images: use {least} devices or fewer.")
+            raise UserError(f"{size} devices cannot share batches of {least} images: use {least} devices or fewer.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
         settings |= {"transforms": self.transforms}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device
         if not isinstance(split.images, Tensor):
-            here = self.trainer.num_devices if self.trainer else 1  # ranks of this machine share its cores
-            workers = max(1, hardware.cores() // here) if self.workers is None else self.workers
+            num_devices = self.trainer.num_devices if self.trainer else 1  # ranks on one machine share its cores
+            workers = max(1, hardware.cores() // num_devices) if self.workers is None else self.workers
             return StreamingLoader(split.images, split.labels, batch_size, workers=workers, **settings)
         if settings["device"].type == "cuda":
             free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
             if needed > free:
                 raise UserError(
-                    f"The images take {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} GiB left. "
-                    "Keep them on the host with data.on_device=false."
+                    f"The images need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU's are free. "
+                    "Keep them on the host: data.on_device=false."
                 )
         return InMemoryLoader(split.images, split.labels, batch_size, **settings)

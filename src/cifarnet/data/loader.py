@@ -30,7 +30,9 @@ class Batch(NamedTuple):
     lam: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
-        return Batch(*(member if member is None else member.pin_memory() for member in self))
+        partners = None if self.partners is None else self.partners.pin_memory()
+        lam = None if self.lam is None else self.lam.pin_memory()
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), partners, lam)
 
 
 class Mix(Protocol):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cifarnet.errors import UserError
 from cifarnet.models import tta as test_time
-from cifarnet.system.log_output import quietly
+from cifarnet.system.log_output import quiet_fabric
 
 
 class Predictions(NamedTuple):
@@ -47,7 +47,7 @@ class Predictor:
     ) -> None:
         test_time.check(tta, tta_share)
         try:
-            with quietly():
+            with quiet_fabric():
                 fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
         except Exception as error:  # Lightning raises many types for settings it cannot use
             raise UserError(

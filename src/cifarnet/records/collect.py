@@ -23,7 +23,7 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     """What is about to be trained, for the terminal; `fresh`: from the beginning."""
     source, network = built.data.source, built.classifier.network
     name = config.model._target_.rpartition(".")[2]
-    images = " / ".join(f"{len(split):,}" for split in (source.train, source.val, source.test))
+    images = " / ".join(f"{len(split):,}" for split in (source.train, source.validation, source.test))
     shared = f", on {size} ranks" if (size := built.trainer.world_size) > 1 else ""
     begun = f"Begins with the weights of {config.start.checkpoint}\n" if fresh and config.get("start") else ""
     return (
@@ -36,7 +36,7 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
 
 def left_out(data: ImageDataModule) -> str:
     """That an epoch leaves images out, the last that fill no batch, where they are more than one in `NOTICED`."""
-    count = data.images_an_epoch(data.source)
+    count = data.images_per_epoch(data.source)
     rest = count % min(data.batch_size, count)
     told = f"data.batch_size={data.batch_size}: an epoch leaves {rest} of {count} images out, others each time.\n"
     return told if NOTICED * rest > count else ""

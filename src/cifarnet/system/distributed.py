@@ -27,7 +27,7 @@ from cifarnet.system import files
 from cifarnet.system.hardware import end_with_parent, slurm_tasks
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import
-    from lightning.pytorch.plugins.environments import ClusterEnvironment
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from torch import Tensor
 
 LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` has started
@@ -82,10 +82,12 @@ def environment() -> "ClusterEnvironment":
     Raises:
         UserError: srun has no --ntasks-per-node, which Lightning requires.
     """
-    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class SingleProcess(LightningEnvironment):
-        creates_processes_externally = True
+        creates_processes_externally = True  # pyright: ignore[reportAssignmentType]
 
     if placement().world_size == 1:
         return SingleProcess()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders in which one process works at a time."""
+"""Atomic writes, and locks of folders."""
 
 import contextlib
 import os
@@ -14,17 +14,18 @@ from cifarnet.errors import UserError
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
-    """As `atomic_file` does."""
+    """Write a file atomically, as `atomic_file` does."""
     with atomic_file(Path(path)) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write beside its place, flush to the disk, then rename: there is the whole file, or what was there before.
+    """Open a temporary file, which is flushed to the disk and renamed at the end: readers see the previous file or the
+    complete new one.
 
     Raises:
-        OSError: it could not be written, on a full disk for one; it names the file.
+        OSError: the file could not be written; the error names it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,27 +42,27 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def make_folder(folder: Path, told: str) -> None:
-    """Make a folder that the user chose, and those above it.
+def make_folder(folder: Path, message: str) -> None:
+    """Create a folder that the user chose, and its parents.
 
     Raises:
-        UserError: `told`, and why.
+        UserError: `message`, and the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{told} ({error.strerror}). Choose another.") from error
+        raise UserError(f"{message} ({error.strerror}). Choose another one.") from error
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Work in this folder as its only process.
+    """Use a folder as the only process.
 
     Raises:
-        UserError: another one is at work there.
+        UserError: another process uses it.
     """
     with locked(folder):
-        for path in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+        for path in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
             left = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
             if left and not psutil.pid_exists(int(left[1])) and path.is_file():
                 path.unlink(missing_ok=True)
@@ -70,25 +71,25 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
-    """Hold the lock of a folder, which is made; it ends with the process, however it ends.
+    """Create a folder if necessary, and hold its lock, which the system releases when the process ends.
 
     Args:
-        waiting: what to print before waiting for a process that holds it; None: it is refused.
+        waiting: the message to print before waiting for another process that holds the lock; None: do not wait.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0.2)  # `is_locked` may hold it, for a moment
+        lock.acquire(timeout=0.2)  # `is_locked` may hold it for a moment
     except NotImplementedError:
         pass  # a file system without locks
     except Timeout as error:
         if waiting is None:
             raise UserError(
-                f"Another process is at work in {folder}. Wait until it ends, or choose another folder: "
-                "hydra.run.dir=… (of a sweep: hydra.sweep.dir=…)"
+                f"Another process uses {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… (for a "
+                "sweep: hydra.sweep.dir=…)"
             ) from error
         print(waiting, flush=True)
         lock.acquire()
@@ -99,25 +100,25 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
 
 
 def is_locked(lock: Path) -> bool:
-    """Does another process hold this lock?"""
+    """Whether another process holds this lock."""
     try:
         with FileLock(lock).acquire(blocking=False) if lock.exists() else contextlib.nullcontext():
             return False
-    except (OSError, NotImplementedError) as error:  # the others: another user's, or a file system without locks
+    except (OSError, NotImplementedError) as error:  # otherwise: another user's lock, or a file system without locks
         return isinstance(error, Timeout)
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove a run's folder in which nothing was done but noting what was asked for, and no file that another made."""
+    """Remove the folder of a run that failed before it started: it holds nothing but the record of the command."""
     names = {"train.log", ".lock", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
 
-    def noted(path: Path) -> bool:
+    def is_record(path: Path) -> bool:
         header_only = path.name.startswith("events.out.") and path.lstat().st_size < 100
         return header_only or path.name == "hparams.yaml" or path.relative_to(folder).as_posix() in names
 
     found = sorted(folder.rglob("*"), reverse=True)
     files = [path for path in found if path.is_symlink() or not path.is_dir()]
-    if all(map(noted, files)):
+    if all(map(is_record, files)):
         for path in files:
             path.unlink(missing_ok=True)
         for place in [*(path for path in found if path not in files), folder]:
@@ -126,14 +127,14 @@ def remove_if_unused(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
-    """Refuse a folder, of a stranger's maybe, in which writing would write elsewhere.
+    """Check that no link in a folder would make a command write outside of it.
 
     Args:
-        among: the paths to look at; None: all in it.
+        among: the paths to check; None: all in the folder.
 
     Raises:
-        UserError: one is a link that leads out of the folder.
+        UserError: a link leads out of the folder.
     """
     for path in folder.rglob("*") if among is None else among:
         if path.is_symlink() and folder.resolve() not in path.resolve().parents:
-            raise UserError(f"{path} is a link that leads out of {folder}. Remove it, or put there what it leads to.")
+            raise UserError(f"{path} is a link that leads out of {folder}. Replace it by the file that it leads to.")

@@ -1,4 +1,4 @@
-"""The machine: its precision, threads, memory and GPUs, and what figures say of it."""
+"""The machine: precision, threads, memory and GPUs, and their description for records."""
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:  # a sweep that starts its jobs elsewhere does without
+if TYPE_CHECKING:  # torch takes seconds to import
     import torch
     from omegaconf import DictConfig
 
@@ -31,31 +31,31 @@ CLAIMED = "CIFARNET_GPU"  # the environment variable that names the GPU of this 
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep freed memory, instead of giving it back to the kernel.
+    """Let glibc's allocator keep freed memory instead of returning it to the kernel.
 
-    Every training step frees and allocates the same large tensors. By default glibc maps each of them anew, and the
-    kernel clears its pages at the first touch, which can cost a third of the time. The process's memory then stays
-    at its peak, which a training run reaches at its first step.
+    Every training step frees and allocates the same large tensors. By default, glibc maps each of them again, and the
+    kernel clears its pages at the first access, which can take a third of the time. With this setting, the memory of
+    the process stays at its peak, which training reaches in its first step.
 
     Returns:
-        Whether it was done: only where the C library is glibc.
+        Whether the setting was made; it needs glibc.
     """
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
-        return False  # musl, for one
+        return False  # such as musl
     return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def best_precision(accelerator: str) -> str:
-    """bf16-mixed where the hardware computes in bfloat16, else 32-true."""
+    """Return bf16-mixed if the hardware computes in bfloat16, and 32-true otherwise."""
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
-    # elsewhere bf16 on a CPU is emulated, and slower than float32
+    # on other CPUs, bfloat16 is emulated and slower than float32
     fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if on_cpu and fast_on_cpu else "32-true"
 
@@ -76,38 +76,41 @@ def prepared_process(config: "DictConfig") -> Iterator[None]:
 
 
 def default_threads() -> int | None:
-    """Return the number of threads for each of several processes on this machine; None: PyTorch's default."""
-    if slurm_cores() is not None:  # SLURM gives each of its tasks cores of its own
-        return max(1, cores() * slurm_tasks() // max(slurm_tasks(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores() // local_world_size) if local_world_size > 1 else None
+    """Return the number of threads for a process under SLURM, or for one of several under torchrun; None: PyTorch's
+    default."""
+    local_world_size = int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # set by torchrun; SLURM gives each task its own cores
+    if slurm_cores() is None and local_world_size == 1:
+        return None
+    return max(1, cores() // local_world_size)
 
 
 def cores() -> int:
-    """How many this process may use, which a cluster or a container may have fewer of than the machine."""
+    """Return the number of cores that this process may use, which a cluster or a container may limit."""
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(may_use, slurm_cores() or may_use)
 
 
 def slurm_cores() -> int | None:
-    """How many SLURM gave to this process, which it need not bind to them; None where SLURM did not start it."""
+    """Return the number of cores that SLURM assigned to this process; None if SLURM did not start it."""
     env = os.environ
-    if (given := env.get("SLURM_CPUS_PER_TASK")) is not None:
-        return int(given)
+    if (count := env.get("SLURM_CPUS_PER_TASK")) is not None:
+        return int(count)
     return max(1, int(env["SLURM_CPUS_ON_NODE"]) // slurm_tasks()) if "SLURM_CPUS_ON_NODE" in env else None
 
 
 def slurm_tasks() -> int:
-    """How many processes srun has started on this machine together with this one."""
+    """Return the number of processes that srun started on this machine."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
 
 
 def gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Return the NVIDIA GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() and not name.startswith("-")]
-    try:  # not by torch, which takes seconds to import
+    try:  # torch takes seconds to import
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
@@ -133,12 +136,12 @@ def claim_gpu() -> None:
 
 
 def describe(device: "torch.device", ranks: int = 1) -> dict[str, Any]:
-    """What figures were measured on: one device, of so many ranks alike."""
+    """Describe the device of a measurement, and the number of ranks that use one each."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    share = {"threads": torch.get_num_threads(), **({"ranks": ranks} if ranks > 1 else {})}
-    return {"device": device.type, "name": name, **share, "system": platform.platform()}
+    counts = {"threads": torch.get_num_threads(), **({"ranks": ranks} if ranks > 1 else {})}
+    return {"device": device.type, "name": name, **counts, "system": platform.platform()}
 
 
 def _cpu_name() -> str:
@@ -150,13 +153,13 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages on which figures depend."""
+    """Return the versions of Python and of the packages that results depend on."""
     packages = ("torch", "torchvision", "lightning", "hydra-core")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "-dirty" if it was changed since."""
+    """Return the commit of this checkout, with "-dirty" if it has changes; None if it was installed from a wheel."""
     checkout = Path(__file__).parents[2]
     if not (checkout / "configs").is_dir():
         return None  # installed from a wheel
@@ -168,12 +171,12 @@ def git_commit() -> str | None:
 
 
 def end_with_parent(parent: int) -> None:
-    """A sweep that was killed leaves no job at work behind, whose folder another sweep may go on with."""
-    if sys.platform == "linux":  # at once; what follows is for other systems, and for a parent that is gone already
+    """End this process when its parent ends: another sweep may resume in the folder of a job."""
+    if sys.platform == "linux":  # at once; the thread is for other systems, and for a parent that has ended already
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the former stays as it was
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows, getppid does not change
             time.sleep(0.5)
         os._exit(1)
 

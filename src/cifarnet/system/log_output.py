@@ -1,4 +1,4 @@
-"""Libraries say what a user can act on, and no more."""
+"""Log output: messages of libraries that a user cannot act on are suppressed; a run's own lines go to its log."""
 
 import contextlib
 import logging
@@ -15,15 +15,15 @@ from cifarnet.errors import printable
 
 
 def quiet_libraries() -> None:
-    """Warnings stay; notes about hardware found and advice that does not apply here go."""
+    """Suppress notes about the hardware and advice that does not apply; other warnings are shown."""
     import lightning.fabric  # noqa: F401  importing it sets its loggers to talk: not after this
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()  # under Hydra every line would appear twice
         logger.setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # that it makes what is not there yet
-    profilers = logging.getLogger("lightning.pytorch.profilers")  # their reports are asked for
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # it announces what it creates
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # the user enabled them
     profilers.handlers[:] = [logging.StreamHandler(sys.stdout)]
     profilers.setLevel(logging.INFO)
     for message in (
@@ -31,19 +31,20 @@ def quiet_libraries() -> None:
         ".*smaller than the logging interval.*",  # metrics are logged once an epoch
         ".*does not have many workers.*",
         ".*treespec.*",
-        ".*`srun` command is available.*",  # one process needs none
-        ".*sync_dist=True.*",  # metrics are of all ranks already
+        ".*`srun` command is available.*",  # a single process does not need it
+        ".*sync_dist=True.*",  # the metrics cover all ranks
+        ".*your dataloader is not resumable.*",  # callbacks.training_state.TrainingState resumes it
         ".*Total length of `list`.*",  # training without validation
-        ".*Glyph .* missing from font.*",  # in the name of a picture or a class
-        ".*decompression bomb DOS attack.*",  # the largest pictures that are read
+        ".*Glyph .* missing from font.*",  # in the name of an image or a class
+        ".*decompression bomb DOS attack.*",  # raised only for larger images
     ):
         warnings.filterwarnings("ignore", message)
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Lightning's Fabric does not say meanwhile which precision it was asked for."""
-    before = rank_zero.log.level  # that of whichever part of Lightning was imported last
+def quiet_fabric() -> Iterator[None]:
+    """Suppress the message of Lightning's Fabric about the precision that was chosen."""
+    before = rank_zero.log.level  # it depends on which part of Lightning was imported last
     rank_zero.log.setLevel(logging.WARNING)
     try:
         yield
@@ -51,9 +52,9 @@ def quietly() -> Iterator[None]:
         rank_zero.log.setLevel(before)
 
 
-def without_tensorflow() -> None:
-    """TensorBoard would import it where it is installed: seconds and chatter, for files that it can write without."""
-    stub = "tensorboard.compat.notf"  # TensorBoard's own sign to do without
+def disable_tensorflow() -> None:
+    """Let TensorBoard do without TensorFlow, which takes seconds to import if it is installed."""
+    stub = "tensorboard.compat.notf"  # TensorBoard looks for this module
     sys.modules[stub] = ModuleType(stub)
     tf.io  # noqa: B018  it is decided on first use
     del sys.modules[stub]
