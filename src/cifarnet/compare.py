@@ -27,11 +27,11 @@ def _compare() -> None:
     groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)
     metric, output = comparison.Metric(name, groups), Path(config.output)
     print(printable(f"\n{comparison.table(groups, metric)}\n"))
-    lines = comparison.verdicts(groups, metric)
-    lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, metric.name)]
+    lines = comparison.conclusions(groups, metric)
+    lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, name)]
     print(printable("\n".join(f"  {line}" for line in lines)))
     try:
-        figures.save(comparison.draw(groups, metric.name), output)
+        figures.save(figures.comparison(groups, name, comparison.differences(groups)), output)
     except (OSError, ValueError) as error:
         raise UserError(f"output={output} cannot be written: {error}") from error
     print(f"  {output}\n")

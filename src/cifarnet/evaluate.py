@@ -49,9 +49,10 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet.evaluation import public_sets, report, sections, training
     from cifarnet.evaluation.figures import light_and_dark
     from cifarnet.inference.predictor import Predictor
-    from cifarnet.records.collect import aligned, parameters
+    from cifarnet.records.collect import num_parameters
     from cifarnet.records.figures import accuracy
     from cifarnet.records.json_file import write_json
+    from cifarnet.records.tables import row_table
     from cifarnet.system import hardware  # these take seconds more: a wrong path is told before
     from cifarnet.system.log_output import quiet_libraries
 
@@ -70,7 +71,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     record: dict[str, Any] = {
         "checkpoint": str(path),
         "network": type(network).__name__,
-        "parameters": parameters(network),
+        "parameters": num_parameters(network),
         "epoch": content["epoch"] + 1,
         "class_names": class_names,
         **asked,
@@ -93,7 +94,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         files.write(folder / f"{name}.png", light)
     write_json(record, folder / "metrics.json")
     files.write(folder / "report.html", report.render(record, pictures))
-    print(printable(aligned({**report.rows(record), "report": os.path.relpath(folder / "report.html")})))
+    print(printable(row_table({**report.rows(record), "report": os.path.relpath(folder / "report.html")})))
     return record
 
 

@@ -1,9 +1,9 @@
-"""What is kept of a run's epochs: a row each in the history."""
+"""The history of a run: the metrics of its epochs."""
 
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -11,78 +11,86 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from cifarnet.callbacks.loggers import log_settings
+from cifarnet.classifier import Classifier
 from cifarnet.records import figures
+from cifarnet.records.record import Session
 from cifarnet.system import hardware
 from cifarnet.system.log_output import report
 
+STATE = ("epochs", "images", "seconds", "sessions", "validations")  # saved in checkpoints
+
 
 class History(Callback):
-    """Metrics against epoch: for the logger, for `accuracy.png`, and kept in the checkpoint.
+    """Logs the metrics of each epoch, draws `accuracy.png`, and keeps both for the run's record.
 
-    Lightning would log them against the training step and add a series named "epoch". A run that was stopped and gone
-    on with has several sessions; what each was trained with is kept too.
+    Metrics are logged against the epoch. (Lightning logs them against the training step, and adds a series "epoch".)
+
+    Attributes:
+        epochs: a row of metrics for each epoch; "epoch" counts from 1.
+        images: number of images trained on.
+        seconds: time spent in training batches; `test_seconds` in the test.
+        sessions: one, and one more each time the run was resumed.
+        validations: metrics of all validations, also of those within an epoch (trainer.val_check_interval).
     """
 
     def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []  # a row each, "epoch" counts from 1
-        self.images = 0  # trained on
-        self.seconds = 0.0  # spent in training batches
+        self.epochs: list[dict[str, float]] = []
+        self.images = 0
+        self.seconds = 0.0
         self.test_seconds = 0.0
-        self.sessions: list[dict[str, Any]] = []
-        self.validations: list[dict[str, float]] = []  # all, those within an epoch too (trainer.val_check_interval)
+        self.sessions: list[Session] = []
+        self.validations: list[dict[str, float]] = []
         self._start = 0.0
-        self._validation: dict[str, float] = {}  # of this epoch, if it was validated
+        self._validation: dict[str, float] = {}  # metrics at the end of this epoch
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"epochs": self.epochs, "images": self.images, "seconds": self.seconds}
-        return kept | {"sessions": self.sessions, "validations": self.validations}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epochs, self.images, self.seconds = list(state["epochs"]), state["images"], state["seconds"]
-        self.sessions = list(state["sessions"])
-        self.validations = list(state["validations"])
+        for name in STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin_session(trainer)
         log_settings(trainer, module.hparams["config"])
-        # TensorBoard's goes on with a resumed run's curves; others begin anew
-        anew = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
+        # TensorBoard's logger appends to the curves of a resumed run; the others begin anew
+        new = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         for row in self.epochs:
-            self._log(anew, row)
-        self._start = time.perf_counter()  # a run that is resumed in the middle of an epoch does not start it
+            self._log(new, row)
+        self._start = time.perf_counter()  # on_train_epoch_start is not called if a run resumes within an epoch
 
     def _begin_session(self, trainer: L.Trainer) -> None:
-        now = session(trainer)
+        session = new_session(trainer)
         if self.sessions:
-            for what in ("precision", "hardware", "git_commit"):
-                if (before := self.sessions[-1][what]) != now[what]:
-                    was, is_now = _changed(before, now[what])
-                    report(f"{what.replace('_', ' ')} was {was}, now {is_now}")
-        self.sessions.append(now)
+            before, now = _circumstances(self.sessions[-1]), _circumstances(session)
+            for key in before | now:
+                if before.get(key) != now.get(key):
+                    report(f"{key} was {before.get(key)}, now {now.get(key)}")
+        self.sessions.append(session)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images += trainer.train_dataloader.batch_size
+        self.images += cast("Any", trainer.train_dataloader).batch_size
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)  # it may still be at work
+            torch.cuda.synchronize(module.device)  # the GPU may still be busy
         now = time.perf_counter()
         self.seconds += now - self._start
         self._start = now
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._keep_validation(trainer, module.means("val"))
+            self._keep_validation(trainer, cast("Classifier", module).means("val"))
         self._start = time.perf_counter()
 
     def _keep_validation(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
         batches = trainer.fit_loop.epoch_loop.batch_progress
-        part = 1 if batches.is_last_batch else batches.current.ready / trainer.num_training_batches
-        self.validations.append({"epoch": trainer.current_epoch + part, "step": trainer.global_step, **metrics})
-        if part == 1:
+        fraction = 1 if batches.is_last_batch else batches.current.ready / trainer.num_training_batches
+        self.validations.append({"epoch": trainer.current_epoch + fraction, "step": trainer.global_step, **metrics})
+        if fraction == 1:
             self._validation = metrics
             return
         for logger in trainer.loggers:
@@ -92,12 +100,12 @@ class History(Callback):
         self._start = time.perf_counter()
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.test_seconds = time.perf_counter() - self._start  # the metrics have been read: nothing is still at work
+        self.test_seconds = time.perf_counter() - self._start  # the GPU is idle, since the metrics have been read
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         row = {
             "epoch": trainer.current_epoch + 1,
-            **module.training_metrics(),
+            **cast("Classifier", module).training_metrics(),
             **self._validation,
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
         }
@@ -106,10 +114,10 @@ class History(Callback):
         self._log(trainer.loggers, row)
 
     def _log(self, loggers: list[Logger], row: dict[str, float]) -> None:
-        names = {"learning_rate": "train/learning_rate"}
-        shown = {names.get(key, key): value for key, value in row.items() if key != "epoch"}
+        metrics = {key: value for key, value in row.items() if key not in ("epoch", "learning_rate")}
+        metrics["train/learning_rate"] = row["learning_rate"]
         for logger in loggers:
-            logger.log_metrics(shown, step=row["epoch"])
+            logger.log_metrics(metrics, step=int(row["epoch"]))
             logger.save()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -119,12 +127,12 @@ class History(Callback):
 
     @property
     def within_epochs(self) -> list[dict[str, float]]:
-        """The validations that are in no row of an epoch's."""
+        """The validations before the end of an epoch."""
         return [row for row in self.validations if row["epoch"] % 1]
 
 
-def session(trainer: L.Trainer) -> dict[str, Any]:
-    """What a run is trained with from here on, as plain data."""
+def new_session(trainer: L.Trainer) -> Session:
+    """Describe the training that begins."""
     return {
         "from_step": trainer.global_step,
         "precision": str(trainer.precision),
@@ -135,10 +143,6 @@ def session(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def _changed(*values: Any) -> list[str]:
-    """Both for the terminal: of dictionaries, what differs."""
-    if not all(isinstance(value, dict) for value in values):
-        return list(map(str, values))
-    before, now = values
-    keys = [key for key in before | now if before.get(key) != now.get(key)]
-    return [", ".join(f"{key} {value.get(key)}" for key in keys) for value in values]
+def _circumstances(session: Session) -> dict[str, Any]:
+    hardware = {f"hardware {key}": value for key, value in session["hardware"].items()}
+    return {"precision": session["precision"], **hardware, "git commit": session["git_commit"]}

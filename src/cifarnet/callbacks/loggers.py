@@ -1,6 +1,6 @@
-"""What a run's loggers get beside its curves: its settings, its pictures, and what came out of it.
+"""What a run logs besides its curves: settings, pictures and final results.
 
-Names begin with `train/`, `val/` and `whole_run/`: TensorBoard sorts by name and shows the curves first.
+The names begin with `train/`, `val/` and `whole_run/`. TensorBoard sorts by name and therefore shows the curves first.
 """
 
 import io
@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -19,29 +19,30 @@ from PIL import Image
 from cifarnet.build import with_total_steps
 from cifarnet.config import deciding_settings
 from cifarnet.records.record import Record
-from cifarnet.records.tables import number
+from cifarnet.records.tables import parse_number
 from cifarnet.system import files
 
-RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # of metrics.json
+RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # fields of Record
 
 
 def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
-    """The run's config, as recorded, with `${…}` replaced; without the loggers' own, which may hold addresses."""
+    """Log the config with `${…}` replaced, without the section `logger`, which may contain addresses."""
     known = with_total_steps(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
-    resolved = OmegaConf.to_container(known, resolve=True)
-    resolved.pop("logger", None)
+    settings = cast("dict[str, Any]", OmegaConf.to_container(known, resolve=True))
+    settings.pop("logger", None)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # it keeps the file that it wrote when it knew none
+        if isinstance(logger, TensorBoardLogger):  # it does not replace the file that it wrote without settings
             Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-        logger.log_hyperparams(resolved)
+        logger.log_hyperparams(settings)
         logger.save()
 
 
 def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
-    """A picture, uint8 [H, W, 3]: a PNG file in the run's folder, and in its loggers.
+    """Log a picture, and save it in the run's folder as a PNG file.
 
     Args:
-        name: such as "train/augmented_batch", whose file is augmented_batch.png.
+        name: such as "train/augmented_batch"; the file is augmented_batch.png.
+        pixels: uint8 [H, W, 3].
     """
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "png")
@@ -56,17 +57,21 @@ def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
 
 
 def _log_image(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, *shape: int) -> None:
-    """A file as it is: torch's `add_image` would encode it once more."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    """Log a PNG file unchanged. torch's `add_image` would encode it again."""
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     height, width, channels = shape
     image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
-    summary = Summary(value=[Summary.Value(tag=name, image=image)])
-    logger.experiment._get_file_writer().add_summary(summary, epoch)  # opened again, if it was closed
+    _add_summary(logger.experiment, Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
+
+
+def _add_summary(writer: Any, summary: Any, step: int | None = None) -> None:
+    """Write a message of TensorBoard's. torch's SummaryWriter has no public method for this."""
+    writer._get_file_writer().add_summary(summary, step)
 
 
 def log_results(record: Record, loggers: Iterable[Logger]) -> None:
-    """The final figures of a run's record; nothing is logged after them."""
+    """Log the results of a finished run and close the loggers."""
     results = {f"whole_run/{key}": getattr(record, key) for key in RESULTS}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -74,24 +79,25 @@ def log_results(record: Record, loggers: Iterable[Logger]) -> None:
         else:
             logger.log_metrics(results, step=record.epochs)
         logger.finalize("success")
-        if isinstance(logger, WandbLogger):  # the next job of a sweep has its own
+        if isinstance(logger, WandbLogger):  # otherwise the next job of a sweep would log to the same run
             logger.experiment.finish()
 
 
-def _log_hparams(folder: Path, columns: Mapping[str, str], results: Mapping[str, float]) -> None:
-    """A row in TensorBoard's HParams, which finds out by itself what was varied.
+def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str, float]) -> None:
+    """Log a row for TensorBoard's HParams tab.
 
-    It would not if the row named its columns, as torch's `add_hparams` does: then those of an arbitrary run are shown.
-    It takes all curves beside the row for results: so it has a folder of its own.
+    The row does not declare its columns, as torch's `add_hparams` does, so that TensorBoard finds the settings that
+    differ between runs; otherwise it would show the columns of an arbitrary run. It has a folder of its own because
+    TensorBoard lists all curves in the same folder as results.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    shutil.rmtree(folder, ignore_errors=True)  # of this run, before more epochs were added
-    values = {key: number(text) if math.isfinite(number(text)) else text for key, text in columns.items()}
+    shutil.rmtree(folder, ignore_errors=True)  # written before the run was resumed
+    values = {key: parse_number(text) if math.isfinite(parse_number(text)) else text for key, text in settings.items()}
     with SummaryWriter(str(folder)) as writer:
         _, start, end = hparams(values, dict(results))
         for summary in (start, end):
-            writer._get_file_writer().add_summary(summary)
+            _add_summary(writer, summary)
         for name, value in results.items():
             writer.add_scalar(name, value)

@@ -1,6 +1,6 @@
-"""Pictures of a run, for its folder and its loggers."""
+"""Pictures of a run, saved in its folder and logged."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -9,16 +9,15 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
 from cifarnet.callbacks.loggers import log_picture
+from cifarnet.classifier import Classifier
 from cifarnet.inference import figures
 
 
 class Pictures(Callback):
-    """What a table of numbers hides: the augmented batch, predictions with mistakes, the confusion matrix.
-
-    All are files in the run's folder, and go to its loggers.
+    """Draws the first augmented batch, predictions on test images, and the confusion matrix.
 
     Args:
-        count: how many test pictures are shown.
+        count: number of test images that are shown.
     """
 
     def __init__(self, count: int = 40) -> None:
@@ -32,12 +31,16 @@ class Pictures(Callback):
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        test, class_names = trainer.datamodule.source.test, trainer.datamodule.class_names
-        predicted, index = module.test_logits.argmax(1).cpu(), module.test_index.cpu()
-        # fewer than all under trainer.limit_test_batches
+        datamodule, classifier = cast("Any", trainer).datamodule, cast("Classifier", module)
+        test, class_names = datamodule.source.test, datamodule.class_names
+        assert classifier.test_logits is not None
+        assert classifier.test_index is not None
+        predicted, index = classifier.test_logits.argmax(1).cpu(), classifier.test_index.cpu()
+        # trainer.limit_test_batches may leave fewer than all test images
         shown = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: self.count]
         images = torch.stack([test.images[i] for i in index[shown].tolist()])
-        figure = figures.predictions(images, test.labels[index[shown]], predicted[shown], class_names)
+        predictions = figures.predictions(images, test.labels[index[shown]], predicted[shown], class_names)
         matrix = multiclass_confusion_matrix(predicted, test.labels[index], num_classes=len(class_names))
-        for name, drawn in [("predictions", figure), ("confusion_matrix", figures.confusion(matrix, class_names))]:
-            log_picture(trainer, f"whole_run/{name}", figures.as_image(drawn))
+        confusion = figures.confusion(matrix, class_names)
+        for name, figure in {"predictions": predictions, "confusion_matrix": confusion}.items():
+            log_picture(trainer, f"whole_run/{name}", figures.as_image(figure))

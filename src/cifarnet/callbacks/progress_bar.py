@@ -1,20 +1,21 @@
-"""The progress bar: one line an epoch, which stays."""
+"""A progress bar that leaves one line for each epoch."""
 
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from cifarnet.classifier import Classifier
 from cifarnet.system.log_output import report
 
 
 class ProgressBar(TQDMProgressBar):
-    """One line an epoch, which stays: loss, accuracy, images/s, and validation accuracy once it is known.
+    """Shows loss, accuracy, images per second, and the validation accuracy, in a line for each epoch.
 
-    Where the output is no terminal (a file, a notebook) there is no moving bar, only the line.
+    If the output is not a terminal but a file or a notebook, only the final line of each epoch is printed.
     """
 
     BAR_FORMAT = "{l_bar}{bar:6}| [{elapsed}<{remaining}{postfix}]"  # short enough to leave room for the numbers
@@ -23,34 +24,32 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=10, leave=True)
         if not sys.stdout.isatty():
             self.disable()
-        self._start: tuple[float, int] | None = None  # time and batch at which this epoch, or its rest, began
+        self._start = 0.0
+        self._images = 0  # since the epoch began or was resumed
         self._images_per_second = 0.0
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.train_progress_bar = Tqdm(disable=True)  # every epoch makes its own
+        self.train_progress_bar = Tqdm(disable=True)  # each epoch makes its own
         if trainer.fit_loop.restarted_mid_epoch:
             self.on_train_epoch_start(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(_epoch(trainer))
-        self._start = None
+        self._images = 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._start is None:
-            self._start = time.perf_counter(), batch_idx
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if not self._images:
+            self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._start is not None
-        start, first_batch = self._start
-        self._images_per_second = (
-            (batch_idx + 1 - first_batch) * trainer.train_dataloader.batch_size / (time.perf_counter() - start)
-        )
+        self._images += cast("Any", trainer.train_dataloader).batch_size
+        self._images_per_second = self._images / (time.perf_counter() - self._start)
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -58,12 +57,9 @@ class ProgressBar(TQDMProgressBar):
         metrics = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
         report("  ".join([_epoch(trainer), *metrics]), on_terminal=self.is_disabled)
 
-    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-        means = module.means("train")
-        metrics = {
-            "loss": f"{means['train/cross_entropy']:.3f}",
-            "accuracy": f"{means['train/accuracy']:.1%}",
-        }
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        means = cast("Classifier", module).means("train")
+        metrics = {"loss": f"{means['train/cross_entropy']:.3f}", "accuracy": f"{means['train/accuracy']:.1%}"}
         if "val/accuracy" in trainer.callback_metrics:
             metrics["val"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
         metrics["images/s"] = f"{self._images_per_second:,.0f}"

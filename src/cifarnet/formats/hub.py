@@ -20,7 +20,8 @@ from cifarnet import checkpoint, cli
 from cifarnet.errors import UserError, printable
 from cifarnet.evaluation import metrics, report
 from cifarnet.inference.trained import Trained
-from cifarnet.records.collect import aligned, parameters
+from cifarnet.records.collect import num_parameters
+from cifarnet.records.tables import row_table
 
 FILE = "hub"
 TITLE = "classifier"  # of a run whose record is not there
@@ -97,13 +98,13 @@ def card(classifier: Trained) -> str:
     return Template(text, undefined=StrictUndefined, **spacing).render(
         head=head,
         network=type(classifier.network).__name__,
-        parameters=parameters(classifier.network),
+        parameters=num_parameters(classifier.network),
         classes=block(", ".join(classifier.class_names)),
         image_size=classifier.image_size,
         model=block(json.dumps(shown_model(classifier), indent=1)),
-        measured=block(aligned(measured)) if measured else "",
+        measured=block(row_table(measured)) if measured else "",
         evaluated=bool(evaluation),
-        trained=block(aligned(trained)) if trained else "",
+        trained=block(row_table(trained)) if trained else "",
         version=cifarnet.__version__,
     )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from cifarnet.records.json_file import JsonFile
-from cifarnet.records.record import Data, Hardware
+from cifarnet.records.record import Data
 
 
 class Calibration(TypedDict):
@@ -31,7 +31,7 @@ class Evaluation(JsonFile):
         test_accuracy_one_view: without test-time augmentation.
         val: None without validation images, as are `temperature` and `test_with_temperature`.
         temperature: fitted on the validation images; it divides the logits.
-        calibration_bins, classes: a row for each; accuracies are NaN in rows without images.
+        calibration_bins, classes: a row for each; accuracies are None in rows without images.
         confusion: number of images, [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1: None if not measured.
     """
@@ -46,7 +46,7 @@ class Evaluation(JsonFile):
     precision: str | int
     data: Data
     training_settings: dict[str, str]
-    hardware: Hardware
+    hardware: dict[str, Any]
     versions: dict[str, str]
     git_commit: str | None
     command: str
@@ -56,7 +56,7 @@ class Evaluation(JsonFile):
     val: Summary | None
     temperature: float | None
     test_with_temperature: Calibration | None
-    calibration_bins: list[dict[str, float]]
+    calibration_bins: list[dict[str, float | None]]
     classes: list[dict[str, Any]]
     confusion: list[list[int]]
     mistakes: list[dict[str, Any]]

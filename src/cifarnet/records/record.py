@@ -1,7 +1,9 @@
 """A run's record: `metrics.json`, with its figures and what they depend on."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 from cifarnet.records.json_file import JsonFile
 
@@ -17,27 +19,12 @@ class Data(TypedDict):
     sha256: str | None
 
 
-class Device(TypedDict):
-    """A device, such as "cpu" or "cuda", the name of its chip, and the number of threads."""
-
-    device: str
-    name: str
-    threads: int
-    system: str
-
-
-class Hardware(Device, total=False):
-    """A device, and on how many of its kind a run was trained, if on several."""
-
-    ranks: int
-
-
 class Session(TypedDict):
     """An uninterrupted stretch of a run's training. A resumed run has several."""
 
     from_step: int
     precision: str
-    hardware: Hardware
+    hardware: dict[str, Any]
     versions: dict[str, str]
     git_commit: str | None
     started: str
@@ -53,9 +40,11 @@ class Record(JsonFile):
         partial: the settings with which the run skipped images, such as "fast_dev_run=True"; None: it skipped none.
         test_accuracy_one_view: without test-time augmentation.
         seconds: of training batches; `fit_seconds` is until the first one.
-        precision, hardware, versions, git_commit: of the last session.
+        precision, hardware, versions, git_commit: of the last session. The keys of `hardware` are device, name,
+            threads, system, and ranks if there were several.
         config: as composed, with `${…}`; in `resolved`, these are replaced.
         history: the metrics of each epoch; `within_epochs` are validations before an epoch's end.
+            A value that was not finite is None when the file is read.
     """
 
     name: str
@@ -76,7 +65,7 @@ class Record(JsonFile):
     parameters: int
     seed: int
     precision: str
-    hardware: Hardware
+    hardware: dict[str, Any]
     versions: dict[str, str]
     git_commit: str | None
     sessions: list[Session] = field(default_factory=list)
@@ -85,5 +74,12 @@ class Record(JsonFile):
     overrides: list[str]
     config: dict[str, Any]
     resolved: dict[str, Any]
-    history: list[dict[str, float]]
-    within_epochs: list[dict[str, float]]
+    history: Sequence[Mapping[str, float | None]]
+    within_epochs: Sequence[Mapping[str, float | None]]
+
+    def numbers(self) -> dict[str, float]:
+        """The finite numbers of the record, by which runs can be compared."""
+        return {name: getattr(self, name) for name in NUMBERS if math.isfinite(getattr(self, name))}
+
+
+NUMBERS = tuple(name for name, hint in get_type_hints(Record).items() if hint in (int, float))

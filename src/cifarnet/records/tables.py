@@ -1,148 +1,145 @@
-"""Runs as the files in their folders tell of them, grouped by what they share, and tables of text.
+"""Runs as their folders describe them, groups of runs that differ only by seed, and tables as text.
 
-A run's folder holds `metrics.json` in the end. A sweep's job has Hydra's record of its overrides there from the start,
-and `error.txt` or `pruned.txt` where it came to nothing.
+The folder of a finished run holds `metrics.json`. The folder of a job of a sweep holds Hydra's record of its overrides
+from the beginning, and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cifarnet.errors import UserError
+from cifarnet.records.json_file import read
+from cifarnet.records.record import Record
 
 
 @dataclass(eq=False)
 class Run:
-    """`settings` is what tells it from others: a job's overrides, or the part of a config that decides its figures.
+    """A run and what is known about it.
 
-    `metrics` is its `metrics.json`; `status` is done, failed, pruned, damaged, running or cut off, and `note` says more
-    of it.
+    Attributes:
+        settings: what distinguishes the run: the overrides of a job, or the part of a config that decides its results.
+        status: done, failed, pruned, damaged, running or cut off; `note` says why.
+        record: of a run that is done, unless it ran on another machine.
+        numbers: results by their names in `metrics.json`.
     """
 
     folder: Path
     settings: dict[str, str]
-    metrics: dict[str, Any]
     status: str = "done"
     note: str = ""
+    record: Record | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.record is not None:
+            self.numbers = self.record.numbers()
 
     def value(self, metric: str) -> float:
-        """A number in `metrics.json`; NaN where there is none."""
-        value = self.metrics.get(metric)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return math.nan
-        try:
-            return float(value)
-        except OverflowError:  # JSON's whole numbers have no end
-            return math.nan
+        """A number in `metrics.json`; NaN if the run has none."""
+        return self.numbers.get(metric, math.nan)
 
     @property
     def score(self) -> float:
-        """Validation accuracy, from 0 to 1; NaN where there is none."""
+        """The validation accuracy, from 0 to 1; NaN if the run has none."""
         return self.value("val_accuracy")
 
 
+@dataclass(eq=False)
 class Group:
-    """Runs that differ only by seed, and their values of a metric, with mean and deviation (NaN where there is none).
+    """Runs that differ only by seed, with mean and standard deviation of a metric (NaN if there are too few values).
 
-    Of each seed only the run that finished last is `counted`: the others are no further samples, but `repeats`. Times
-    are another matter: they vary between runs of one seed too.
+    Of several runs with the same seed, only the one that finished last is `counted`, because the others are not
+    independent samples; they are `repeats`. Times are an exception: they vary between runs of the same seed.
+
+    Attributes:
+        label, name, is_baseline: set in comparisons only.
     """
 
-    def __init__(self, settings: dict[str, str], runs: Sequence[Run], metric: str) -> None:
-        self.settings, self.runs = settings, runs
-        self.label, self.name, self.baseline = "", "", False  # until it is compared
-        measured = [run for run in runs if math.isfinite(run.value(metric))]
-        by_time = sorted(measured, key=lambda run: str(run.metrics.get("finished", "")))
-        last = {str(run.metrics.get("seed", run.settings.get("seed"))): run for run in by_time}
-        self.counted = measured if is_time(metric) else list(last.values())
+    settings: dict[str, str]
+    runs: Sequence[Run]
+    metric: str
+    label: str = ""
+    name: str = ""
+    is_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        measured = [run for run in self.runs if self.metric in run.numbers]
+        measured_by_date = sorted(measured, key=lambda run: run.record.finished if run.record else "")
+        last = {str(run.record.seed if run.record else run.settings.get("seed")): run for run in measured_by_date}
+        self.counted = measured if is_time(self.metric) else list(last.values())
         self.repeats = [run for run in measured if run not in self.counted]
-        self.values = [run.value(metric) for run in self.counted]
+        self.values = [run.value(self.metric) for run in self.counted]
         self.mean = statistics.mean(self.values) if self.values else math.nan
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
 def is_time(metric: str) -> bool:
-    """Does it depend on the hardware?"""
+    """Whether a metric depends on the hardware."""
     return "second" in metric
 
 
-def best_first(value: float, metric: str = "val_accuracy") -> float:
-    """The key to sort by: NaN last."""
+def sort_key(value: float, metric: str = "val_accuracy") -> float:
+    """The key that sorts the best value of a metric first and NaN last."""
     lower_is_better = metric.endswith(("cross_entropy", "seconds", "epochs", "parameters"))
     return math.inf if math.isnan(value) else value if lower_is_better else -value
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """A `metrics.json`; empty if it is no dictionary, and so no run's.
+def overrides(folder: Path) -> list[str]:
+    """The overrides in the command that started a run, as Hydra recorded them; empty if Hydra did not start it.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: Hydra's record cannot be read.
     """
-    content = read(path, json.loads)
-    return content if isinstance(content, dict) else {}
-
-
-def read(path: Path, parse: Callable[[str], Any]) -> Any:
-    """What a text file holds.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    path = folder / ".hydra/overrides.yaml"
+    return read(path, lambda text: list(map(str, yaml.safe_load(text) or []))) if path.exists() else []
 
 
 def read_run(folder: Path) -> Run:
-    """What there is to know about a job of a sweep; its settings are its overrides, but for `sweep.…`."""
-    damage = []
-
-    def part(name: str, parse: Callable[[str], Any], kind: type) -> Any:
-        try:
-            content = read(folder / name, parse) if (folder / name).exists() else None
-        except UserError as error:
-            damage.append(str(error))
-            content = None
-        return content if isinstance(content, kind) else kind()
-
-    metrics, note = part("metrics.json", json.loads, dict), ""
-    status = "done" if metrics else "damaged" if damage else "cut off"
-    lines = part(".hydra/overrides.yaml", yaml.safe_load, list) or metrics.get("overrides")
-    pairs = (str(line).partition("=") for line in lines) if isinstance(lines, list) else ()
-    settings = {key: value for key, _, value in pairs if not key.startswith("sweep.") and key != "classes"}
-    for name, meaning in [("pruned", "pruned"), ("error", "failed")]:
-        if status == "cut off" and (folder / f"{name}.txt").exists():
-            status, note = meaning, part(f"{name}.txt", str.strip, str)
-    return Run(folder, settings, metrics, status, " ".join([note, *damage]).strip())
+    """Return a job of a sweep. Its settings are its overrides, except for those of the sweep itself."""
+    settings: dict[str, str] = {}
+    try:
+        pairs = (line.partition("=") for line in overrides(folder))
+        settings = {key: value for key, _, value in pairs if not key.startswith("sweep.") and key != "classes"}
+        if (path := folder / "metrics.json").exists():
+            return Run(folder, settings, record=Record.read(path))
+        for name, status in [("pruned.txt", "pruned"), ("error.txt", "failed")]:
+            if (path := folder / name).exists():
+                return Run(folder, settings, status, read(path, str.strip))
+    except UserError as error:
+        return Run(folder, settings, "damaged", str(error))
+    return Run(folder, settings, "cut off")
 
 
 def read_sweep(folder: Path) -> list[Run]:
-    """All jobs of a sweep that were begun, in order; hydra.sweep.subdir may give them other names than numbers."""
+    """Return all jobs of a sweep that have begun, sorted; hydra.sweep.subdir may give them other names than numbers."""
     names = [path.parent.name for path in folder.glob("*/.hydra")]
     return [read_run(folder / name) for name in sorted(names, key=lambda name: (name.isdigit(), len(name), name))]
 
 
-def grouped(runs: Sequence[Run], metric: str, alike: Callable[[Run], Any] = lambda run: None) -> list[Group]:
-    """Runs that differ only by seed, and are `alike`, together: the best mean first, those without a value last."""
-    together: dict[tuple, tuple[dict[str, str], list[Run]]] = {}
+def grouped(runs: Sequence[Run], metric: str, key: Callable[[Run], Any] = lambda run: None) -> list[Group]:
+    """Group runs that differ only by seed and have the same `key`. The group with the best mean comes first."""
+    members: dict[tuple, list[Run]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key != "seed"}
-        together.setdefault((frozenset(settings.items()), alike(run)), (settings, []))[1].append(run)
-    groups = [Group(settings, members, metric) for settings, members in together.values()]
-    return sorted(groups, key=lambda group: best_first(group.mean, metric))
+        settings = frozenset(_without_seed(run.settings).items())
+        members.setdefault((settings, key(run)), []).append(run)
+    groups = [Group(_without_seed(group[0].settings), group, metric) for group in members.values()]
+    return sorted(groups, key=lambda group: sort_key(group.mean, metric))
+
+
+def _without_seed(settings: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if name != "seed"}
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
-    """The settings that are not the same in all runs or groups.
+    """The settings that differ between runs or groups.
 
-    Where different classes are built, a setting that only one of them has is named by the class alone.
+    If runs use different classes, a setting that only one of these classes has is left out: the class says enough.
     """
     settings, keys = [group.settings for group in groups], []
     for key in dict.fromkeys(key for one in settings for key in one):
@@ -154,26 +151,32 @@ def varied(groups: Sequence[Run | Group]) -> list[str]:
 
 
 def _builder(key: str, settings: dict[str, str]) -> str:
-    """The class or function that takes this setting."""
+    """The class or function whose argument a setting is."""
     section = key.rpartition(".")[0]
     return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
 
 
-def aligned(table: Mapping[str, Sequence[str]]) -> str:
-    """Columns, by their heads, as lines of text."""
-    columns = [[head, *cells] for head, cells in table.items()]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True))
+def column_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """A table as text: a heading and cells for each column."""
+    cells = [[heading, *column] for heading, column in columns.items()]
+    widths = [max(map(len, column)) for column in cells]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*cells, strict=True))
 
 
-def number(text: str) -> float:
-    """Infinity for what is none."""
+def row_table(rows: Mapping[str, str]) -> str:
+    """Names and values in two columns as text, between empty lines."""
+    width = max(map(len, rows))
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])
+
+
+def parse_number(text: str) -> float:
+    """The number that a text stands for; infinity if it is not a finite number."""
     try:
         return float(text) if math.isfinite(float(text)) else math.inf
     except ValueError:
         return math.inf
 
 
-def short(value: str) -> str:
-    """A number with four digits."""
-    return f"{number(value):.4g}" if len(value) >= 8 and math.isfinite(number(value)) else value
+def shorten(value: str) -> str:
+    """A long number with four digits; any other text unchanged."""
+    return f"{parse_number(value):.4g}" if len(value) >= 8 and math.isfinite(parse_number(value)) else value

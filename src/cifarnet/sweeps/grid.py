@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn
 
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.sweeps import jobs, parallel, space
-from cifarnet.sweeps.summary import resuming, summarize
+from cifarnet.sweeps.summary import resume_command, summarize
 from cifarnet.system import files
 
 
@@ -38,7 +38,7 @@ def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
         try:
             results = launch(sweeper, batches, folder)
         finally:
-            summarize(folder, sum(map(len, batches)), resuming(folder))
+            summarize(folder, sum(map(len, batches)), resume_command(folder))
     for result in results:
         jobs.raise_failure(result)
     return results
@@ -81,5 +81,5 @@ def launch(sweeper: BasicSweeper, batches: Sequence[Sequence[Sequence[str]]], fo
                 raise
     if received:
         what = f"Stopped by {signal.Signals(received[0]).name}."
-        raise Interrupted(what, 128 + received[0], resuming(folder))
+        raise Interrupted(what, 128 + received[0], resume_command(folder))
     return results

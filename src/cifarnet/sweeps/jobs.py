@@ -29,9 +29,10 @@ from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import check_type
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
-from cifarnet.records.tables import Run, read, read_run
+from cifarnet.records.json_file import read
+from cifarnet.records.tables import Run, read_run
 from cifarnet.sweeps import parallel, replay
-from cifarnet.sweeps.summary import clear_checkpoints, resuming
+from cifarnet.sweeps.summary import clear_checkpoints, resume_command
 from cifarnet.system import files
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def run(config: DictConfig, train: Train, trial: "Trial | None" = None) -> float
         except Interrupted as stopped:
             if beside:  # the process that started this one tells it, when the others have saved too
                 return math.nan
-            raise Interrupted(stopped.what, stopped.status, resuming(folder.parent)) from None
+            raise Interrupted(stopped.what, stopped.status, resume_command(folder.parent)) from None
         except Exception as error:
             message = fail(folder, error)
             if config.sweep.stop_at_failure:
@@ -109,7 +110,7 @@ def _run(config: DictConfig, train: Train, trial: "Trial | None") -> float:
 
 def is_done(job: Run, config: dict[str, Any]) -> bool:
     """Has it come to its end, with these settings?"""
-    return "config" in job.metrics and _asked(job.metrics["config"]) == _asked(config)
+    return job.record is not None and _asked(job.record.config) == _asked(config)
 
 
 def fail(folder: Path, error: Exception) -> str:

@@ -32,7 +32,7 @@ from cifarnet.records.tables import Run, read_run, read_sweep
 from cifarnet.sweeps import jobs, replay, search_figures
 from cifarnet.sweeps.journal import JournalLock
 from cifarnet.sweeps.space import asked
-from cifarnet.sweeps.summary import resuming, summarize
+from cifarnet.sweeps.summary import resume_command, summarize
 from cifarnet.sweeps.trials import COMMON, PLACE, check_folder, differences, here, told
 from cifarnet.system import distributed, hardware
 
@@ -172,7 +172,7 @@ class Search(Sweeper):
         """What goes on with this search: what began it, or went on with it."""
         if self.config.sweep.resume is not None:
             storage = "" if self.storage is None else f" {shlex.quote(f'hydra.sweeper.storage={self._written()}')}"
-            return resuming(folder) + storage
+            return resume_command(folder) + storage
         return shlex.join(["python", "-m", "cifarnet.search", *sys.argv[1:]])
 
     def _launch(self, trial: "Trial", overrides: list[str]) -> JobReturn:

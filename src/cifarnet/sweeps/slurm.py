@@ -27,10 +27,11 @@ from omegaconf import OmegaConf
 
 from cifarnet import cli
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.records.tables import Run, read, read_run
+from cifarnet.records.json_file import read
+from cifarnet.records.tables import Run, read_run
 from cifarnet.sweeps import jobs
 from cifarnet.sweeps.parallel import SIGNALS
-from cifarnet.sweeps.summary import resuming
+from cifarnet.sweeps.summary import resume_command
 from cifarnet.system import distributed, files
 
 RECORD = "slurm.json"  # in the sweep's folder: each job's number and SLURM's name for it
@@ -78,7 +79,7 @@ class Slurm(SlurmLauncher):
 
     def _is_done(self, overrides: Sequence[str], folder: Path) -> bool:
         """A job of a sweep that is resumed, which needs no place in the queue."""
-        if self.config.sweep.resume is None or not (run := read_run(folder)).metrics:
+        if self.config.sweep.resume is None or not (run := read_run(folder)).record:
             return False
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         if done := jobs.is_done(run, OmegaConf.to_container(config)):
@@ -114,7 +115,7 @@ class Slurm(SlurmLauncher):
         except Interrupted as stopped:
             cancel = f"scancel {' '.join(sorted({name.partition('_')[0] for name in names.values()}))}"
             what = f"{stopped.what} The jobs go on in SLURM's queue; they save and end with {cancel}."
-            raise Interrupted(what, stopped.status, resuming(self._folder())) from None
+            raise Interrupted(what, stopped.status, resume_command(self._folder())) from None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

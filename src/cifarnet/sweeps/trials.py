@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cifarnet import cli
 from cifarnet.errors import UserError
-from cifarnet.records.tables import Run, read, read_sweep
+from cifarnet.records.json_file import read
+from cifarnet.records.tables import Run, read_sweep
 from cifarnet.system import files
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def told(study: "Study", folder: Path, place: str, database: "Database | None") 
         if status := "running" if state == "RUNNING" and running(trial) else OUTCOMES.get(state):
             lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
             settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
+            numbers = {} if trial.value is None else {"val_accuracy": trial.value}
             own = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(own, settings, {"val_accuracy": trial.value}, status)
+            runs[str(trial.number)] = Run(own, settings, status, numbers=numbers)
     return runs
 
 
