@@ -201,7 +201,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
 
 
-OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md")]
+OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md")]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}_{page.stem}")
@@ -220,3 +220,10 @@ def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub derives from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_workflow_runs_the_commands_of_the_readme():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python3 -m venv")]
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    assert [line in workflow for line in lines] == [True, True]
