@@ -1,9 +1,9 @@
-"""What each part of a recipe brings: `+experiment=speedrun_fast` with one thing changed at a time.
+"""Ablation of the speedrun: `+experiment=speedrun_fast` with one change at a time.
 
     python benchmarks/ablation.py [--turns 2] [data=folder data.root=…]
 
-A tenth of the training images is set aside, and accuracy is that on them, so that nothing is chosen by the test set.
-The last column is of the test: what test-time augmentation adds to the accuracy of a single look.
+The accuracy is measured on a tenth of the training images, which are set aside, so that nothing is selected on the test
+set. The last column is the gain from test-time augmentation in test accuracy.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from cifarnet.models.convolution import Conv3x3
 
 
 class RandomFilters(SpeedNet):
-    """Random first filters in place of whitening ones, of the same mean size of activations, and not learned either."""
+    """Random fixed first filters instead of whitening filters, with the same mean magnitude of the activations."""
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
@@ -30,7 +30,7 @@ class RandomFilters(SpeedNet):
 
 
 class NoIdentity(SpeedNet):
-    """Convolutions begin with random weights alone."""
+    """Convolutions with random initial weights, without the identity."""
 
     def __init__(self, num_classes: int = 10, image_size: int = 32, **settings) -> None:
         super().__init__(num_classes, image_size, **settings)
@@ -59,7 +59,7 @@ PARTS = {
 
 
 def run(overrides: list[str]) -> dict[str, float]:
-    """Validation accuracy without test-time augmentation and what that adds in the test, in percent; seconds."""
+    """Return the validation accuracy and the gain from test-time augmentation, in percent, and the seconds."""
     metrics = common.train("speedrun_fast", "data.val_fraction=0.1", *overrides)
     gain = metrics["test_accuracy"] - metrics["test_accuracy_one_view"]
     return {"accuracy": 100 * metrics["val_accuracy"], "tta": 100 * gain, "seconds": metrics["seconds"]}

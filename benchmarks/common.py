@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides that take turns, each in a process of its own; table, plot and JSON."""
+"""Shared code of the benchmarks: alternating measurements, each in its own process; table, plot and JSON."""
 
 import argparse
 import json
@@ -20,13 +20,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
-    """The arguments that all benchmarks take."""
+    """Return a parser with the arguments of all benchmarks."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--turns", type=int, default=turns, help="how often each side is measured")
-    arguments.add_argument("--only", nargs="*", help="measure these sides alone")
-    arguments.add_argument("--measure", help=argparse.SUPPRESS)  # one side, in the process of its own
+    arguments.add_argument("--turns", type=int, default=turns, help="measurements of each variant")
+    arguments.add_argument("--only", nargs="*", help="measure only these variants")
+    arguments.add_argument("--measure", help=argparse.SUPPRESS)  # measures one variant, in a process of its own
     arguments.add_argument(
-        "overrides", nargs="*", help="settings for all sides, such as trainer=gpu or data.batch_size=128"
+        "overrides", nargs="*", help="settings of all variants, such as trainer=gpu or data.batch_size=128"
     )
     return arguments
 
@@ -34,10 +34,12 @@ def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
 def take_turns(
     sides: dict[str, Callable[[Sequence[str]], float]], arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Measure all sides once, then all again, and so on: what slows the machine down for a while slows all of them.
+    """Measure all variants once, then all again, and so on, so that a temporary load on the machine affects them all.
 
-    Each measurement is a new process, because the allocator's settings and warm caches outlive the side they are for.
-    A side is a function of the overrides.
+    Each measurement uses a new process, because allocator settings and warm caches would affect the next variant.
+
+    Args:
+        sides: the variants, as functions of the overrides.
     """
     if arguments.measure:
         print(json.dumps({"value": sides[arguments.measure](arguments.overrides)}))
@@ -56,7 +58,7 @@ def take_turns(
 
 
 def report(name: str, unit: str, values: dict[str, list[float]], base: str | None = None, **facts: Any) -> None:
-    """Print medians, ranges and ratios to `base`, and keep them as JSON and as a plot."""
+    """Print medians, ranges and ratios to `base`, and write them as JSON and as a plot."""
     import torch
 
     from cifarnet.system import hardware
@@ -91,18 +93,18 @@ def report(name: str, unit: str, values: dict[str, list[float]], base: str | Non
 
 
 def train(experiment: str, *overrides: str) -> dict[str, Any]:
-    """The metrics of a run with nothing beside training, in a process of its own, whose folder is not kept."""
+    """Run an experiment with `callbacks=lean` in a new process and a temporary folder, and return its metrics."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cifarnet.train", f"+experiment={experiment}", "callbacks=lean", "~logger"]
         command += [*overrides, f"hydra.run.dir={folder}"]
         here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": here}  # for networks that a benchmark defines
+        environment = os.environ | {"PYTHONPATH": here}  # to import networks that a benchmark defines
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(Path(folder, "metrics.json").read_text())
 
 
 def mean_and_deviation(shares: Sequence[float]) -> str:
-    """In percent; of one value itself alone."""
+    """Format the mean and the standard deviation in percent; for a single value, only the value."""
     values = [100 * share for share in shares]
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 

@@ -1,20 +1,21 @@
-"""All that a GPU is asked for, in one command and at most 20 minutes.
+"""All measurements on a GPU, in one command that takes at most 20 minutes.
 
     python benchmarks/gpu.py [--peers <folder>/airbench94_muon.py …] -- data=folder data.root=…
 
-Each part is a process with a share of the time, and what it has measured is in `results/gpu.json` at once: one that
-fails, or whose time is over, takes nothing from the others.
+Each part runs in its own process and has a share of the time. Each measurement is written to `results/gpu.json`
+immediately, so a part that fails or exceeds its time does not affect the others.
 
-- tests: those that need a GPU
-- steps: `baseline` in images/s and ms a step, in a bare loop (the raw twin), in the Trainer, and compiled in each mode
-- networks: the same of `speedrun` and `resnet18`; peak memory
-- profile: where the time of a step of `baseline` and of `speedrun` goes
-- speedrun: time and accuracy of whole runs, uncompiled and in each mode of `compile`, taking turns with others' scripts
-- baseline: the same of `baseline`, uncompiled and compiled
+- tests: the tests that require a GPU
+- steps: `baseline` in images/s and ms per step, in a bare loop (raw twin), in the Trainer, and compiled in each mode
+- networks: the same for `speedrun` and `resnet18`, and peak memory
+- profile: how the time of a step of `baseline` and of `speedrun` is spent
+- speedrun: time and accuracy of complete runs, not compiled and in each mode of `compile`, alternating with the
+  scripts of other projects
+- baseline: the same for `baseline`, not compiled and compiled
 
-The clock is this harness's. Free: reading data, building, compiling, and a warm-up at every size of `data.train_sizes`.
-Timed: whitening, the data's way to the device, training, and the test with its test-time augmentation, whose seconds
-are given apart too. "above 94 %" is a one-sided t-test of the mean.
+All times are measured by this script. They exclude reading data, building, compiling, and a warm-up at every size of
+`data.train_sizes`. They include whitening, the transfer of the data to the device, training, and the test with
+test-time augmentation, which is also reported separately. "above 94 %" is a one-sided t-test of the mean.
 """
 
 import argparse
@@ -39,27 +40,27 @@ from steps import build_steps, compose_baseline, now
 from trainer_overhead import lean, raw_twin
 
 HERE, RESULTS = Path(__file__).parent, common.RESULTS / "gpu.json"
-# seconds, of 1,200
+# in seconds; 1,200 in total
 PARTS = {"tests": 90, "steps": 150, "networks": 120, "profile": 60, "speedrun": 500, "baseline": 280}
 MODES = ["false", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
-Measurement = tuple[str, dict[str, Any]]  # of what, and what came out
+Measurement = tuple[str, dict[str, Any]]  # (name, results)
 
 
 def tests(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Those that are skipped without a GPU."""
+    """Run the tests that are skipped without a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", "tests/test_train.py", "tests/test_evaluate.py"]
     result = subprocess.run([*command, "tests/data"], cwd=HERE.parent, capture_output=True, text=True, check=False)
     yield "tests", {"outcome": result.stdout.strip().splitlines()[-1], "status": result.returncode}
 
 
 def steps(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Of `baseline`, in a bare loop, in the Trainer, and compiled in each mode."""
+    """Measure `baseline` in a bare loop, in the Trainer, and compiled in each mode."""
     sides = {f"Trainer, compile={mode}": (lean, [*arguments.overrides, f"compile={mode}"]) for mode in MODES}
     yield from _rates({"raw twin": (raw_twin, arguments.overrides)} | sides, arguments.turns)
 
 
 def networks(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Of other experiments, in the Trainer."""
+    """Measure other experiments in the Trainer."""
     chosen = itertools.product(("speedrun", "resnet18"), MODES[:2])
     settings = {of: [f"+experiment={of[0]}", *arguments.overrides, f"compile={of[1]}"] for of in chosen}
     sides = {f"{name}, compile={mode}": (lean, words) for (name, mode), words in settings.items()}
@@ -69,18 +70,18 @@ def networks(arguments: argparse.Namespace) -> Iterator[Measurement]:
 def _rates(
     sides: dict[str, tuple[Callable[[Sequence[str]], float], Sequence[str]]], turns: int
 ) -> Iterator[Measurement]:
-    """Milliseconds a step, images a second, and the peak of the GPU's memory. A side measures the first."""
+    """Measure ms per step, images/s and the peak of the GPU's memory. `sides` are functions that return ms per step."""
     for turn in range(turns):
         for name, (measure, settings) in sides.items():
             size = compose_baseline(*settings).data.batch_size
-            _memory()  # from here on
+            _memory()  # resets the peak
             milliseconds = measure(settings)
             rates = {"ms a step": milliseconds, "images/s": 1000 * size / milliseconds}
             yield name, {"turn": turn, **rates, **_memory()}
 
 
 def profile(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """What takes the time of training steps: the largest kernels, as shares."""
+    """Profile training steps: the largest kernels and their shares of the time."""
     from lightning.pytorch.callbacks import Callback
     from torch.profiler import ProfilerActivity
 
@@ -111,19 +112,19 @@ def profile(arguments: argparse.Namespace) -> Iterator[Measurement]:
 
 
 def speedrun(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Whole runs of `speedrun` and of others' scripts."""
+    """Measure complete runs of `speedrun` and of the scripts of other projects."""
     yield from _runs("speedrun", MODES, arguments.peers, arguments)
 
 
 def baseline(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """Whole runs of `baseline`."""
+    """Measure complete runs of `baseline`."""
     yield from _runs("baseline", MODES[:2], [], arguments)
 
 
 def _runs(
     experiment: str, modes: Sequence[str], scripts: Sequence[Path], arguments: argparse.Namespace
 ) -> Iterator[Measurement]:
-    """All sides take turns, each in a process that stays, so that it compiles once."""
+    """Alternate between all variants, each in its own persistent process, so that each compiles once."""
     own = [sys.executable, __file__, "--worker", experiment, "--runs", str(arguments.runs)]
     commands = {
         f"{experiment}, compile={mode}": [*own, "--", *arguments.overrides, f"compile={mode}"] for mode in modes
@@ -134,7 +135,7 @@ def _runs(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}  # all compile at once
     for name, worker in list(workers.items()):
-        if _answer(worker) is None:  # it says when it is ready
+        if _answer(worker) is None:  # a worker reports when it is ready
             yield name, {"failed": f"it ended with status {workers.pop(name).wait()}"}
     for _ in range(arguments.runs):
         for name, worker in list(workers.items()):
@@ -147,22 +148,22 @@ def _runs(
 
 
 def _answer(worker: subprocess.Popen) -> dict[str, Any] | None:
-    """Its next line of JSON; None if it has ended."""
+    """Return the next line of JSON; None if the process has ended."""
     for line in worker.stdout:
-        if line.startswith("{"):  # what else is printed is not for us
+        if line.startswith("{"):  # ignore other output
             return json.loads(line)
     return None
 
 
 def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
-    """One side: runs of one experiment in one process, whenever it is asked for one."""
+    """Run one experiment repeatedly in one process, once per line of input."""
     from lightning.pytorch.callbacks import Callback
 
     from cifarnet.build import build
     from cifarnet.callbacks.compilation import Compile, warm_up
     from cifarnet.cli import compose
 
-    class WarmUp(Callback):  # Compile warms up what is compiled
+    class WarmUp(Callback):  # for networks that are not compiled; otherwise Compile warms up
         seconds = 0.0
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -194,13 +195,13 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
     run(0, limit_train_batches=2)
     print(json.dumps({"ready": True}), flush=True)
     for seed in range(runs):
-        if not sys.stdin.readline():  # who asks is gone
+        if not sys.stdin.readline():  # the parent process has ended
             break
         print(json.dumps(run(seed)), flush=True)
 
 
 def _memory() -> dict[str, float]:
-    """The peak since it was last asked for."""
+    """Return the peak since the last call."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 2**20
@@ -209,7 +210,7 @@ def _memory() -> dict[str, float]:
 
 
 def measure_part(name: str, seconds: float, kept: dict[str, Any]) -> None:
-    """Run a part in a process of its own, and keep what it prints as it comes."""
+    """Run a part in its own process and save its measurements immediately."""
     kept["parts"][name] = found = {"measured": {}}
     command, start = [sys.executable, __file__, "--part", name, *sys.argv[1:]], time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -229,7 +230,7 @@ def measure_part(name: str, seconds: float, kept: dict[str, Any]) -> None:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """Markdown: a table for each part, medians of what was measured several times."""
+    """Return a Markdown list for each part, with medians of repeated measurements."""
     lines = []
     for part, found in kept["parts"].items():
         lines += [f"\n## {part} ({found['ended']}, {found['seconds']:.0f} s)"]
@@ -248,7 +249,7 @@ def table(kept: dict[str, Any]) -> str:
 
 
 def reaches(accuracies: Sequence[float], goal: float) -> str:
-    """A one-sided t-test: is their mean above the goal?"""
+    """Test with a one-sided t-test whether the mean is above the goal."""
     from scipy.stats import ttest_1samp
 
     p = ttest_1samp(accuracies, goal, alternative="greater").pvalue
@@ -265,14 +266,14 @@ def _summary(key: str, values: Sequence[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="these alone")
-    parser.add_argument("--minutes", type=float, default=20, help="for all parts together")
-    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to run beside `speedrun`")
-    parser.add_argument("--runs", type=int, default=20, help="whole runs of each side, with seeds 0, 1, …")
-    parser.add_argument("--turns", type=int, default=3, help="how often a rate is measured")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="run only these parts")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit of all parts together")
+    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to compare with `speedrun`")
+    parser.add_argument("--runs", type=int, default=20, help="complete runs of each variant, with seeds 0, 1, …")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each rate")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="settings for all sides, such as data=folder")
+    parser.add_argument("overrides", nargs="*", help="settings of all variants, such as data=folder")
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker, arguments.runs, arguments.overrides)
@@ -292,7 +293,7 @@ def main() -> None:
     kept = {"machine": machine, "versions": hardware.versions(), "date": time.strftime("%Y-%m-%d"), "parts": {}}
     kept |= {"commit": hardware.git_commit(), "settings": arguments.overrides}
     over = time.monotonic() + 60 * arguments.minutes
-    for place, name in enumerate(arguments.parts):  # what one leaves over is the others'
+    for place, name in enumerate(arguments.parts):  # unused time goes to the remaining parts
         shares = [PARTS[part] for part in arguments.parts[place:]]
         measure_part(name, (over - time.monotonic()) * shares[0] / sum(shares), kept)
     print(f"\n{machine['name']}, {kept['versions']}, {kept['date']}, {kept['commit']}{table(kept)}")

@@ -1,8 +1,8 @@
-"""The in-memory loader alone beside torchvision's per-image transforms in a DataLoader.
+"""The in-memory loader compared with torchvision's per-image transforms in a DataLoader.
 
     python benchmarks/loader.py
 
-Both shuffle, crop and flip the same pictures in the baseline's batch size; nothing is trained.
+Both shuffle, crop and flip the same images with the baseline's batch size, without training.
 """
 
 import time

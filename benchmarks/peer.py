@@ -1,17 +1,18 @@
-"""Run a speedrun script of somebody else's, n times, on a GPU as it is, or ported to a CPU.
+"""Run a speedrun script of another project n times, unchanged on a GPU or ported to the CPU.
 
     python benchmarks/peer.py <folder>/airbench94_muon.py --runs 3 [--device cpu]
 
-`<folder>` also holds `cifar10/train.pt` and `cifar10/test.pt`, which `benchmarks/speedrun.py` writes. Prints one line
-of JSON a run: accuracy with test-time augmentation, and seconds by the script's own clock (whitening, training and
-that last evaluation; neither reading data nor the warm-up run), and how many of them that evaluation took.
+`<folder>` must also contain `cifar10/train.pt` and `cifar10/test.pt`, which `benchmarks/speedrun.py` writes. The
+output is one line of JSON per run: the accuracy with test-time augmentation, the seconds as measured by the script
+(whitening, training and the final evaluation, without reading data and the warm-up run), and the seconds of this
+evaluation.
 
-A script without a `main` may have what Fulcrum's have instead, `setup`, `reset_all` and `train`
-(https://github.com/fulcrumresearch/cifar-10-speedrun): of it the last two are timed, and the evaluation, with six views
-of each image, is ours.
+Instead of `main`, a script can have `setup`, `reset_all` and `train`, like Fulcrum's
+(https://github.com/fulcrumresearch/cifar-10-speedrun). In this case, the last two are timed, and this module evaluates
+the network with six views of each image.
 
-The port to a CPU is what such a script needs to run well there: bfloat16 autocast in place of half precision, freed
-memory kept, no compilation. Its recipe is untouched.
+The port to the CPU makes the changes that such a script needs to run well: bfloat16 autocast instead of half
+precision, no return of freed memory to the kernel, no compilation. The recipe is unchanged.
 """
 
 import argparse
@@ -48,25 +49,25 @@ FOR_CPU = {
 
 
 class _Clock:
-    """What `torch.cuda.Event` is on a GPU."""
+    """Replacement for `torch.cuda.Event` on a CPU."""
 
     def record(self) -> None:
         self.time = time.perf_counter()
 
     def elapsed_time(self, end: "_Clock") -> float:
-        """Milliseconds."""
+        """Return the time in milliseconds."""
         return 1000 * (end.time - self.time)
 
 
 def load(path: Path, device: str) -> types.ModuleType:
-    """The script as a module; what it runs as a command is left out."""
+    """Return the script as a module, without running its command."""
     source = path.read_text(encoding="utf-8")
     if device == "cpu":
         for there, here in FOR_CPU.items():
             source = source.replace(there, here)
     module = types.ModuleType("peer")
     module.__dict__["_Clock"] = _Clock
-    sys.argv[0] = str(path)  # such scripts read themselves
+    sys.argv[0] = str(path)  # the scripts read their own source
     exec(compile(source, path, "exec"), module.__dict__)
     return module
 
@@ -75,14 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count on")
-    parser.add_argument("--wait", action="store_true", help="for a line of input before each run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; later runs count up")
+    parser.add_argument("--wait", action="store_true", help="wait for a line of input before each run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     path = arguments.script.resolve()
     os.chdir(path.parent)
     if not Path("cifar10/train.pt").is_file():
-        sys.exit(f"{path.parent}/cifar10/train.pt is missing: benchmarks/speedrun.py --write {path.parent} makes it.")
+        sys.exit(f"{path.parent}/cifar10/train.pt is missing. Run benchmarks/speedrun.py --write {path.parent}")
 
     peer, device = load(path, arguments.device), torch.device(arguments.device)
     if device.type == "cpu":
@@ -92,13 +93,13 @@ def main() -> None:
         print(json.dumps({"ready": True}), flush=True)
     for seed in range(arguments.seed, arguments.seed + arguments.runs):
         if arguments.wait and not sys.stdin.readline():
-            break  # who asks is gone
+            break  # the parent process has ended
         torch.manual_seed(seed)
         print(json.dumps({"seed": seed} | run(seed)), flush=True)
 
 
 def with_main(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
-    """`main(run, model)`, which owns its clock: seconds, and how many of them its evaluation took."""
+    """Return a function that calls `main(run, model)` and returns its accuracy, its seconds and those of its test."""
     model, took, evaluate = peer.CifarNet().to(device, memory_format=torch.channels_last), [], peer.evaluate
 
     def timed_evaluate(*arguments, **settings):
@@ -130,7 +131,7 @@ def with_main(peer: types.ModuleType, device: torch.device) -> Callable[[int], d
 
 
 def with_setup(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
-    """`setup()`, then for each run `reset_all(…)` and `train(…)`, which are timed, and our evaluation."""
+    """Call `setup()` and return a function that times `reset_all(…)`, `train(…)` and the evaluation."""
     peer.DATA_PATH = "cifar10"
     if device.type == "cpu":
         peer.CifarNet.forward = torch.autocast("cpu", torch.bfloat16)(peer.CifarNet.forward)
@@ -142,11 +143,11 @@ def with_setup(peer: types.ModuleType, device: torch.device) -> Callable[[int], 
     def run(seed: int) -> dict[str, float]:
         start = now(device)
         loader.epoch = 0
-        if hasattr(peer, "_CACHE"):  # its second `setup` prepares a run
+        if hasattr(peer, "_CACHE"):  # a second `setup` prepares a run
             peer.setup()
         else:
             peer.reset_all(model, loader, *optimizers)
-            loader.proc_images.clear()  # what an epoch begins with is a run's work
+            loader.proc_images.clear()  # so that each run prepares the images itself
         peer.train(model, extra, types.SimpleNamespace(validate=lambda *_, **__: None))
         trained = now(device)
         model.eval()

@@ -1,8 +1,8 @@
-"""Predicting from image files: images/s, beside decoding alone and the network alone, with as many threads.
+"""Prediction from image files compared with decoding alone and the network alone: images/s with as many threads.
 
     python benchmarks/predict.py RUN FOLDER [tta=none] [--turns 5]
 
-On a processor all three share its cores: no more than 1 / (1/decoding + 1/network) can be had there.
+On a CPU, decoding and the network share the cores, which limits prediction to 1 / (1/decoding + 1/network).
 """
 
 import statistics
@@ -32,7 +32,7 @@ def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, 
     path, folder = [given for given in overrides if not cli.is_setting(given)]
     settings = dict(given.split("=") for given in overrides if cli.is_setting(given))
     classifier, files = cifarnet.load(path), list(image_files(folder))[:MOST]
-    run(classifier, files[: 2 * BATCH], settings)  # threads start, kernels are chosen
+    run(classifier, files[: 2 * BATCH], settings)  # starts threads and selects kernels
     start = time.perf_counter()
     run(classifier, files, settings)
     return len(files) / (time.perf_counter() - start)

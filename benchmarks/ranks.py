@@ -1,8 +1,8 @@
-"""Two processes with one thread each beside one process with two: what sharing a batch on one CPU costs and brings.
+"""Two processes with one thread each compared with one process with two threads, on one CPU.
 
     python benchmarks/ranks.py [data=folder data.root=<the JPEG copy of CIFAR-10>]
 
-Prints the time of the gradients' exchange by itself, too: an all-reduce of as many numbers as the network has.
+Also prints the time of exchanging the gradients: an all-reduce with as many numbers as the network has parameters.
 On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one with two.
 """
 
@@ -31,7 +31,7 @@ def images_a_second(overrides: Sequence[str], side: Sequence[str]) -> float:
 
 
 def exchange(numbers: int, times: int = 20) -> float:
-    """Seconds that an all-reduce of so many float32 takes between two processes of this machine's CPU, median."""
+    """Return the median seconds of an all-reduce of float32 numbers between two processes on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", sys.argv[0]]
     told = subprocess.run(
         [*command, "--exchange", str(numbers), str(times)], capture_output=True, text=True, check=True

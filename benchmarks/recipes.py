@@ -1,4 +1,4 @@
-"""What each recipe costs: milliseconds a step of the baseline, with one recipe added at a time.
+"""Cost of each recipe: ms per step of the baseline, with one recipe at a time.
 
 python benchmarks/recipes.py [--turns 5]
 """
@@ -10,7 +10,7 @@ import common
 from cifarnet.cli import CONFIGS
 from steps import compose_baseline, seconds_a_step
 
-# those that need a file, such as a teacher's, are measured where it is named: +recipe=distillation module.teacher…
+# recipes with a mandatory setting, such as a teacher's checkpoint, are left out
 RECIPES = {
     file.stem: [f"+recipe={file.stem}"]
     for file in sorted((CONFIGS / "recipe").glob("*.yaml"))

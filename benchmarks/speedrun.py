@@ -1,17 +1,17 @@
-"""Time to accuracy: `+experiment=speedrun` beside the record scripts of others, taking turns.
+"""Time to accuracy: `+experiment=speedrun` compared with the record scripts of other projects, measured alternately.
 
     python benchmarks/speedrun.py --runs 20 [--peers <folder>/airbench94_muon.py <folder>/cifar10_speedrun.py] [data=…]
     python benchmarks/speedrun.py --write <folder> [data=…]
 
-The scripts are not part of this project: name where they are (https://github.com/KellerJordan/cifar10-airbench,
-https://github.com/hiverge/cifar10-speedrun). All train on the same images, which `data=…` chooses and which are written
-beside each script in the format that it reads.
+Download the scripts yourself (https://github.com/KellerJordan/cifar10-airbench,
+https://github.com/hiverge/cifar10-speedrun). All variants train on the same images, which `data=…` selects. They are
+written next to each script, in the format that it reads.
 
-The clock is airbench's: whitening, training, and the last evaluation with its test-time augmentation; neither reading
-data nor compilation. `whole process` is what a user waits for: command to end, a script's warm-up run included,
-divided by the runs of that process. On a CPU, the scripts run as `benchmarks/peer.py` ports them.
+Times are measured as in airbench: whitening, training, and the final evaluation with test-time augmentation, without
+reading data and compilation. `whole process` is the time from the start to the end of the process, including a
+script's warm-up run, divided by the number of runs in it. On a CPU, `benchmarks/peer.py` ports the scripts.
 
-On a GPU use --runs-a-process, because each process of a script first compiles for a minute.
+On a GPU, use --runs-a-process, because each process of a script first compiles for a minute.
 """
 
 import json
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 
 
 def write(folder: Path, overrides: list[str]) -> None:
-    """`cifar10/train.pt` and `cifar10/test.pt`, in a mixed order: the scripts whiten by the first images."""
+    """Write `cifar10/train.pt` and `cifar10/test.pt`, shuffled because the scripts whiten by the first images."""
     data = make_data(compose("train", ["+experiment=speedrun", "output_dir=/nowhere", *overrides]))
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in (("train", data.source.train), ("test", data.source.test)):
@@ -42,7 +42,7 @@ def write(folder: Path, overrides: list[str]) -> None:
 
 
 def ours(experiment: str, seeds: range, overrides: list[str]) -> list[dict[str, float]]:
-    """Accuracy and seconds of each run."""
+    """Return the accuracy and the seconds of each run."""
     runs = [common.train(experiment, *overrides, f"seed={seed}") for seed in seeds]
     seconds = [run["fit_seconds"] + run["seconds"] + run["test_seconds"] for run in runs]
     return [{"accuracy": run["test_accuracy"], "seconds": s} for run, s in zip(runs, seconds, strict=True)]
@@ -56,11 +56,11 @@ def theirs(script: Path, seeds: range) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = common.parser(__doc__, turns=1)
-    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to run beside ours")
+    parser.add_argument("--peers", nargs="*", type=Path, default=[], help="scripts to compare with")
     parser.add_argument("--ours", nargs="*", default=["speedrun"], help="experiments to run")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each, with seeds 0, 1, …")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each variant, with seeds 0, 1, …")
     parser.add_argument("--runs-a-process", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="write the data for scripts into this folder, and stop")
+    parser.add_argument("--write", type=Path, help="only write the data of the scripts into this folder")
     arguments = parser.parse_args()
     if arguments.write:
         return write(arguments.write, arguments.overrides)

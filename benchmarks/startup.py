@@ -1,9 +1,9 @@
-"""Seconds from command to first training step, and to `--help`; peak memory of a run.
+"""Seconds from the command to the first training step and to `--help`; peak memory of a run.
 
     python benchmarks/startup.py [data=folder data.root=…]
 
-Overrides are passed on to `python -m cifarnet.train +experiment=baseline`. The first run fills what caches
-there are; it is not measured.
+Overrides are passed to `python -m cifarnet.train +experiment=baseline`. A first run, which is not measured, fills the
+caches.
 """
 
 import os
@@ -23,7 +23,7 @@ PEAK = "peak memory"
 
 
 class FirstStep(Callback):
-    """Writes down when the first training step was over, and ends the process."""
+    """Write the time at the end of the first training step to a file and end the process."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -38,7 +38,7 @@ def train(*overrides: str) -> list[str]:
 
 
 def first_step(overrides: Sequence[str]) -> float:
-    """Seconds."""
+    """Return the seconds from the command to the end of the first training step."""
     with tempfile.TemporaryDirectory() as folder:
         clock = f"+callbacks.first={{_target_: startup.FirstStep, path: '{folder}/time'}}"
         command = train(*overrides, clock, f"hydra.run.dir={folder}/run")
@@ -49,14 +49,14 @@ def first_step(overrides: Sequence[str]) -> float:
 
 
 def run(command: list[str]) -> float:
-    """Seconds."""
+    """Run a command and return its seconds."""
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
 def peak_memory(overrides: Sequence[str]) -> float:
-    """MiB that one epoch, its validation and the test need at most (Linux and macOS)."""
+    """Return the peak memory of one epoch with validation and test, in MiB (Linux and macOS)."""
     import resource
 
     with tempfile.TemporaryDirectory() as folder:

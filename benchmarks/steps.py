@@ -1,4 +1,4 @@
-"""The baseline's training step, as the benchmarks run it."""
+"""The training step of the baseline, for the benchmarks."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 from cifarnet.build import Built, build
 from cifarnet.cli import compose, key_of
 
-WARMUP, BATCHES = 20, 200  # steps: first those that are not measured
+WARMUP, BATCHES = 20, 200  # numbers of steps; the warm-up is not measured
 
 
 def compose_baseline(*overrides: str) -> DictConfig:
-    """An experiment, the baseline if none is named, on pictures that need no download; training and nothing else."""
+    """Compose an experiment (by default, the baseline) on synthetic images, with training only."""
     given = {key_of(override) for override in overrides}
     usual = ["+experiment=baseline", "data=synthetic", "trainer=cpu", "output_dir=/nowhere", "~callbacks", "~logger"]
     chosen = [setting for setting in usual if key_of(setting) not in given] + list(overrides)
@@ -27,21 +27,21 @@ def compose_baseline(*overrides: str) -> DictConfig:
 
 
 def build_steps(config: DictConfig, callbacks: Sequence[Callback] = (), **settings: Any) -> Built:
-    """What trains for WARMUP + BATCHES steps, without validation."""
+    """Build a run of WARMUP + BATCHES steps, without validation."""
     few = {"max_epochs": 1, "limit_train_batches": WARMUP + BATCHES, "limit_val_batches": 0}
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False}
     return build(config, callbacks, **(few | quiet | settings))
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that was asked of it."""
+    """Wait for the device and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Timer(Callback):
-    """Seconds a step, from the end of the warm-up to the end of the last step."""
+    """Measure the seconds per step, from the end of the warm-up to the end of the last step."""
 
     def __init__(self) -> None:
         self.start = self.end = 0.0
@@ -49,7 +49,7 @@ class Timer(Callback):
     @property
     def seconds_a_step(self) -> float:
         if not self.start:
-            sys.exit(f"An epoch has fewer than {WARMUP + BATCHES} batches: give more images, or smaller batches.")
+            sys.exit(f"An epoch has fewer than {WARMUP + BATCHES} batches. Use more images or smaller batches.")
         return (self.end - self.start) / BATCHES
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -58,7 +58,7 @@ class Timer(Callback):
 
 
 def seconds_a_step(config: DictConfig, **settings: Any) -> float:
-    """Of Lightning's Trainer, as a run has it."""
+    """Return the seconds per step of Lightning's Trainer."""
     timer = Timer()
     built = build_steps(config, [timer], **settings)
     built.trainer.fit(built.classifier, datamodule=built.data)

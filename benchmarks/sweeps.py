@@ -1,10 +1,10 @@
-"""What a job of a sweep costs beside its training, and what several at a time bring.
+"""The time of a sweep's job beyond its training, and of several jobs at a time.
 
     python benchmarks/sweeps.py [data=folder data.root=…]
 
-A sweep over 24 seeds of `+experiment=quickstart` with one epoch: jobs of a few seconds. "beside training" is what a
-job adds to the sweep (composing, building, validation and test, figures, checkpoints) but for its seconds in training
-batches: of all jobs but one, which begins with imports and reading the images.
+The sweep has 24 seeds of `+experiment=quickstart` with one epoch, so that a job takes a few seconds. "beside training"
+is the time that a job adds to the sweep (composing, building, validation and test, figures, checkpoints), without its
+seconds in training batches. It excludes the first job, which also imports libraries and reads the images.
 """
 
 import json
@@ -22,7 +22,7 @@ JOBS = 24
 
 
 def sweep(overrides: Sequence[str], jobs: int, launcher: Sequence[str] = ()) -> tuple[float, float]:
-    """Seconds of the whole, and of a job's training."""
+    """Return the seconds of the sweep, and the mean seconds of training per job."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cifarnet.train", "-m", "+experiment=quickstart", "trainer=cpu"]
         command += ["trainer.max_epochs=1", f"seed=range({jobs})", *overrides, *launcher, f"hydra.sweep.dir={folder}"]
@@ -34,7 +34,7 @@ def sweep(overrides: Sequence[str], jobs: int, launcher: Sequence[str] = ()) -> 
 
 
 def beside_training(overrides: Sequence[str]) -> float:
-    """Seconds a job, one at a time."""
+    """Return the seconds per job, one at a time."""
     (whole, training), (alone, first) = sweep(overrides, JOBS), sweep(overrides, 1)
     return (whole - alone - (JOBS * training - first)) / (JOBS - 1)
 

@@ -1,4 +1,4 @@
-"""What each switch brings: the baseline's training throughput with one thing changed at a time.
+"""Effect of each setting: training throughput of the baseline with one change at a time.
 
 python benchmarks/switches.py
 """

@@ -1,16 +1,15 @@
-"""Training throughput of `+experiment=baseline` beside plain loops of the same network, and beside the machine's limit.
+"""Training throughput of `+experiment=baseline` compared with plain loops and with the machine's limit.
 
     python benchmarks/throughput.py [data.batch_size=128]
 
-All train the same network on the same pictures, cropped and flipped, with SGD and momentum, at one batch size.
+All train the same network on the same images, cropped and flipped, with SGD and momentum and the same batch size.
 
-- cifarnet: Lightning's Trainer as `python -m cifarnet.train` sets it up
-- plain PyTorch: float32, NCHW, SGD as it comes, a DataLoader with two workers and torchvision's transforms for each
-  image
-- keras: Keras on TensorFlow with its own augmentation layers, where both are installed
+- cifarnet: Lightning's Trainer as in `python -m cifarnet.train`
+- plain PyTorch: float32, NCHW, default SGD, a DataLoader with two workers and torchvision's per-image transforms
+- keras: Keras on TensorFlow with its own augmentation layers, if both are installed
 
-`matmul` is the rate of a 2048 x 2048 x 2048 product in the precision that cifarnet trains in: a yardstick for what the
-machine can do. The network's work is counted as three times its forward pass.
+`matmul` is the rate of a 2048 x 2048 x 2048 product in cifarnet's precision, as a measure of the machine's speed. A
+training step counts as three forward passes.
 """
 
 import os
@@ -31,13 +30,13 @@ from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a
 
 
 def cifarnet(overrides: Sequence[str]) -> float:
-    """Images a second."""
+    """Return the images per second."""
     config = compose_baseline(*overrides)
     return config.data.batch_size / seconds_a_step(config)
 
 
 class Pictures(Dataset):
-    """One PIL image at a time, transformed as in most tutorials."""
+    """A data set of PIL images with per-image transforms, as in most tutorials."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, crop_padding: int) -> None:
         to_picture = v2.ToPILImage()
@@ -60,7 +59,7 @@ class Pictures(Dataset):
 
 
 def plain_pytorch(overrides: Sequence[str]) -> float:
-    """Images a second."""
+    """Return the images per second."""
     config = compose_baseline(*overrides, "keep_freed_memory=false", "channels_last=false", "optimizer.fused=false")
     trainer, classifier, data, _ = build_steps(config)
     train, device = data.source.train, trainer.strategy.root_device
@@ -81,7 +80,7 @@ def plain_pytorch(overrides: Sequence[str]) -> float:
 
 
 def keras(overrides: Sequence[str]) -> float:
-    """Images a second."""
+    """Return the images per second."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import keras
@@ -110,7 +109,7 @@ def keras(overrides: Sequence[str]) -> float:
 
 
 def matmul(overrides: Sequence[str]) -> float:
-    """GFLOP/s."""
+    """Return the GFLOP/s."""
     config = compose_baseline(*overrides)
     trainer = make_trainer(config)
     device = trainer.strategy.root_device
@@ -125,7 +124,7 @@ def matmul(overrides: Sequence[str]) -> float:
 
 
 def operations_an_image(overrides: Sequence[str]) -> float:
-    """GFLOP of a training step, an image: three times the forward pass."""
+    """Return the GFLOP of a training step per image: three times the forward pass."""
     config = compose_baseline(*overrides)
     network = build_steps(config).classifier.network
     with FlopCounterMode(display=False) as counter:

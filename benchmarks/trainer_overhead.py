@@ -1,10 +1,10 @@
-"""What Lightning's Trainer costs: `+experiment=baseline` beside a bare loop of the same step.
+"""Overhead of Lightning's Trainer: `+experiment=baseline` compared with a bare loop with the same step.
 
     python benchmarks/trainer_overhead.py [trainer=gpu]
 
-- raw twin: the same loader, training step, autocast, optimizer and schedule in a for loop
+- raw twin: the same loader, training step, autocast, optimizer and schedule in a `for` loop
 - lean: the Trainer with `callbacks=lean`
-- ordinary: the Trainer with the default callbacks and TensorBoard, its checkpoints and validation left out
+- ordinary: the Trainer with the default callbacks and TensorBoard, without checkpoints and validation
 """
 
 import tempfile
@@ -18,9 +18,9 @@ from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a
 
 
 def raw_twin(overrides: Sequence[str]) -> float:
-    """Milliseconds a step."""
+    """Return the milliseconds per step."""
     trainer, classifier, data, _ = build_steps(compose_baseline(*overrides))
-    data.trainer = trainer  # it knows the device
+    data.trainer = trainer  # for the device
     device = trainer.strategy.root_device
     classifier.to(device).train()
     optimizer = classifier.make_optimizer(classifier.network.parameters())
@@ -42,14 +42,14 @@ def raw_twin(overrides: Sequence[str]) -> float:
 
 
 def lean(overrides: Sequence[str]) -> float:
-    """Milliseconds a step."""
+    """Return the milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         config = compose_baseline("callbacks=lean", f"output_dir={folder}", *overrides)
         return 1000 * seconds_a_step(config, check_val_every_n_epoch=1)
 
 
 def ordinary(overrides: Sequence[str]) -> float:
-    """Milliseconds a step."""
+    """Return the milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         chosen = ["callbacks=default", "callbacks.best=null", "callbacks.last=null", "logger=tensorboard"]
         config = compose_baseline(*chosen, f"output_dir={folder}", *overrides)

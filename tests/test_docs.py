@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is done: every command runs, on small data, and every setting is one."""
+"""All commands in the README and in docs/ run, on small data, and all settings, links and files in them exist."""
 
 import importlib
 import json
@@ -22,38 +22,36 @@ from conftest import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OWN = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.S)  # files that a page has its reader write
-QUICK = ["trainer=cpu", "threads=1"]
-FEW = ["data.train_size=200", "data.test_size=50"]
+USER_FILES = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.S)  # files that the reader of a page creates
+FEW_IMAGES = ["data.train_size=200", "data.test_size=50"]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Those of a page's bash blocks, as argument lists; of a line of several, the last one."""
+    """Return the commands of a page's bash blocks, as argument lists. Of a line with `&&`, return the last command."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.S)
     lines = [line.rpartition("&& ")[2] for block in blocks for line in block.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def made_small(command: list[str]) -> list[str]:
-    """A command's arguments, for one epoch on few pictures; its folders found."""
-    module, arguments = command[2], [found(argument) for argument in command[3:]]
+def shrink(command: list[str]) -> list[str]:
+    """Return the arguments of a command, with settings for a short run and with `<date_time>` replaced."""
+    module, arguments = command[2], [fill_in_folder(argument) for argument in command[3:]]
     trains = module in ("cifarnet.train", "cifarnet.search")
-    if not trains or any("ckpt_path" in a or "resume" in a for a in arguments):
+    if not trains or any("ckpt_path" in argument or "resume" in argument for argument in arguments):
         return arguments
-    given = {cli.key_of(argument) for argument in arguments}
-    learns = "name=mine" in arguments  # whose accuracy is looked at
-    plan = ["trainer.max_epochs=2", "data.batch_size=16"] if learns else ["trainer.max_epochs=1", "data.batch_size=8"]
-    small = [*QUICK, *plan, "hydra.sweeper.trials=2"]
-    small = [setting for setting in small if cli.key_of(setting) not in given]
-    if module != "cifarnet.search":
-        small.remove("hydra.sweeper.trials=2")
+    learns = "name=mine" in arguments  # a test checks its accuracy
+    small = ["trainer=cpu", "threads=1"]
+    small += ["trainer.max_epochs=2", "data.batch_size=16"] if learns else ["trainer.max_epochs=1", "data.batch_size=8"]
+    if module == "cifarnet.search":
+        small.append("hydra.sweeper.trials=2")
     if "+experiment=quickstart" in arguments or "data=synthetic" in arguments:
-        small += ["data.train_size=2000", "data.test_size=300"] if learns else FEW
-    return [*arguments, *small]
+        small += ["data.train_size=2000", "data.test_size=300"] if learns else FEW_IMAGES
+    keys = {cli.key_of(argument) for argument in arguments}
+    return [*arguments, *(setting for setting in small if cli.key_of(setting) not in keys)]
 
 
-def found(argument: str) -> str:
-    """The argument with the newest folder that fits in place of `<date_time>`."""
+def fill_in_folder(argument: str) -> str:
+    """Replace `<date_time>` by the date and time of the newest matching folder."""
     if "<date_time>" not in argument:
         return argument
     key, equals, path = argument.rpartition("=")
@@ -62,7 +60,7 @@ def found(argument: str) -> str:
 
 
 def draw_pictures(folder: Path) -> None:
-    """Two classes, of 20 images to train on and 5 to test."""
+    """Write a data set of two classes, each with 20 training and 5 test images."""
     for split, count in [("train", 20), ("test", 5)]:
         for name in ("cat", "dog"):
             for i in range(count):
@@ -78,24 +76,24 @@ def test_every_page_has_commands():
 def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     def run(words: list[str]) -> None:
         main = importlib.import_module(words[2]).main
-        status, _, error = command(*made_small(words), main=main)
+        status, _, error = command(*shrink(words), main=main)
         assert status == 0, f"{' '.join(words)}\n{error}"
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / published.filename).write_bytes(archive["bytes"])
     draw_pictures(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    for name, code in OWN.findall(page.read_text("utf-8")):
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
+    for name, code in USER_FILES.findall(page.read_text("utf-8")):
         Path(name).write_text(code)
-    if page.stem == "sharing":  # its run is made by the README's first command
+    if page.stem == "sharing":  # uses a run of the README's first command
         run(["python", "-m", "cifarnet.train", "+experiment=quickstart"])
-    if page.stem == "evaluation":  # its runs are made by the README's commands
+    if page.stem == "evaluation":  # uses runs of the README's commands
         for line in ("", "-m seed=range(2)", "-m seed=range(2) optimizer.lr=0.02 hydra.sweep.dir=lightning_logs/rates"):
             run(["python", "-m", "cifarnet.train", *line.split(), "+experiment=quickstart"])
     for words in commands(page):
         if words[:3] == ["python", "-m", "pytest"]:
-            continue  # here we are
+            continue
         if words[0] == "tensorboard":
             assert tensorboard_answers(words)
         else:
@@ -105,7 +103,7 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
 @pytest.mark.parametrize(
     "row", re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,.]+) \|", (ROOT / "docs/zoo.md").read_text())
 )
-def test_networks_are_as_large_as_the_table_says(row):
+def test_table_of_networks_has_their_sizes(row):
     name, parameters, multiply_adds = row
     model = cli.compose("train", [f"model={name}", "output_dir=run"]).model
     counter = FlopCounterMode(display=False)
@@ -116,10 +114,10 @@ def test_networks_are_as_large_as_the_table_says(row):
     assert f"{counter.get_total_flops() / 2e6:,.1f}" == multiply_adds
 
 
-def test_parts_of_ones_own_are_short():
-    lengths = {name: len(code.strip().splitlines()) for name, code in OWN.findall((ROOT / "docs/zoo.md").read_text())}
-    assert sorted(lengths) == ["gray.py", "mine.py", "squared.py"]
-    assert max(lengths.values()) <= 10
+def test_components_of_the_zoo_have_at_most_ten_lines():
+    files = USER_FILES.findall((ROOT / "docs/zoo.md").read_text("utf-8"))
+    assert sorted(name for name, _ in files) == ["gray.py", "mine.py", "squared.py"]
+    assert max(len(code.strip().splitlines()) for _, code in files) <= 10
 
 
 def tensorboard_answers(words: list[str]) -> bool:
@@ -133,8 +131,8 @@ def tensorboard_answers(words: list[str]) -> bool:
         process.communicate()
 
 
-def test_parts_of_ones_own_need_no_other_line_changed(tmp_path, monkeypatch):
-    """The page's files are written into a copy of the project, and its commands run there."""
+def test_components_need_no_change_of_other_files(tmp_path, monkeypatch):
+    """Write the files of the page into a copy of the project and run its commands there."""
     text = (ROOT / "docs/extending.md").read_text("utf-8")
     for folder in ("src", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -169,44 +167,63 @@ import importlib, json, sys
 import torch, torchvision
 from hydra.core.global_hydra import GlobalHydra
 import cifarnet
-from test_docs import found, made_small
+from test_docs import fill_in_folder, shrink
 for module, *arguments in json.loads(sys.argv[1]):
     GlobalHydra.instance().clear()
-    own = made_small(["python", "-m", module, *arguments])
-    before, sys.argv = sys.argv, [module, *own]
+    arguments = shrink(["python", "-m", module, *arguments])
+    before, sys.argv = sys.argv, [module, *arguments]
     try:
         importlib.import_module(module).main()
     except SystemExit as end:
-        assert not end.code, (module, own)
+        assert not end.code, (module, arguments)
     sys.argv = before
 assert "/src/cifarnet" in cifarnet.__file__ and "pytest" in cifarnet.__file__, cifarnet.__file__
 for name, allowed in json.loads(sys.argv[2]).items():
-    network, names = cifarnet.load(found(f"lightning_logs/{name}/<date_time>"), [eval(allowed)] if allowed else [])
+    path = fill_in_folder(f"lightning_logs/{name}/<date_time>")
+    network, names = cifarnet.load(path, [eval(allowed)] if allowed else [])
     print(network(torch.zeros(1, 3, *(2 * [16 if name == "brightness" else 32]), dtype=torch.uint8)).shape)
 """
 
 
-def spans(page: Path) -> list[str]:
-    """The settings in a page's tables, in code spans of a row's second cell."""
+def settings(page: Path) -> list[str]:
+    """Return the settings in a page's tables: the code spans in the second cell of each row."""
     rows = [line.split("|")[2] for line in page.read_text("utf-8").splitlines() if line.startswith("| ")]
     return [span for row in rows for span in re.findall(r"`([^`]+)`", row) if re.match(r"[+~']*[\w.]+=|'~", span)]
 
 
-@pytest.mark.parametrize("span", spans(ROOT / "README.md"))
-def test_settings_of_the_readme_are_settings(span):
-    config = cli.compose("train", ["data=synthetic", "output_dir=run", *shlex.split(span)])
+@pytest.mark.parametrize("setting", settings(ROOT / "README.md"))
+def test_settings_in_the_readme_are_valid(setting):
+    config = cli.compose("train", ["data=synthetic", "output_dir=run", *shlex.split(setting)])
     validate(config)
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
-def test_links_and_files_named_are_there(page):
+OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}_{page.stem}")
+def test_linked_and_named_files_exist(page):
     text = page.read_text("utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (page.parent / target).exists(), target
-    for name in re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", text):
-        places = [ROOT / "src/cifarnet" / name, ROOT / "tests" / name, ROOT / name]
-        assert any(place.exists() for place in places) or name in {"models/mine.py", *dict(OWN.findall(text))}, name
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    created = dict(USER_FILES.findall(text))
+    for name in set(re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", text)) - created.keys():
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "src/cifarnet", ROOT / "tests")), name
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub derives from a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_workflow_runs_the_commands_of_the_readme():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python3 -m venv")]
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    assert [line in workflow for line in lines] == [True, True]
