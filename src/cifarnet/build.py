@@ -169,36 +169,16 @@ def make_trainer(
         "logger": _loggers(config),
         "enable_progress_bar": shows_bar or bool(bars),
     }
-    trainer = _instantiate_trainer(config, settings | trainer_settings)
-    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
-        raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
-    return trainer
-
-
-def num_processes(config: DictConfig, callbacks: Sequence[Callback] = ()) -> int:
-    """Return the number of processes to launch for a run: one for each device, unless they have been started already.
-
-    Raises:
-        UserError: there are several, and callbacks that cannot be passed to them.
-    """
-    if config.trainer.get("devices", 1) == 1 or distributed.placement().world_size > 1:
-        return 1
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "precision": "32-true"}
-    count = _instantiate_trainer(config, quiet | {"plugins": [distributed.environment()]}).world_size
-    if count > 1 and callbacks:
-        name = type(callbacks[0]).__name__
-        raise UserError(f"{name} cannot be passed to {count} processes: add it to the config, +callbacks.mine={{…}}")
-    return count
-
-
-def _instantiate_trainer(config: DictConfig, settings: dict[str, Any]) -> L.Trainer:
     try:
-        return instantiate(config.trainer, _partial_=True)(**settings)
+        trainer = instantiate(config.trainer, _partial_=True)(**(settings | trainer_settings))
     except InstantiationException:
         raise
     except Exception as error:  # Lightning raises many types for settings that it cannot use
         chosen = " ".join(f"trainer.{key}={config.trainer.get(key)}" for key in ("accelerator", "devices", "strategy"))
         raise UserError(f"{chosen} cannot be used: {error} Choose trainer=auto, cpu or ddp.") from error
+    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
+    return trainer
 
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:

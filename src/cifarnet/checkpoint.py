@@ -7,6 +7,7 @@ settings of the test. It reads no path, no callback and no config from the file,
 
 import hashlib
 import json
+import typing
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cifarnet.allowlist import allowed_class
 from cifarnet.config import Pixels, check, check_arguments
 from cifarnet.errors import UserError
 from cifarnet.models import construct
+from cifarnet.models.tta import TTA
 
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for Hugging Face's hub
 
@@ -51,8 +53,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     model: dict[str, Any]
     class_names: list[str]
-    image_size: int
-    tta: str
+    image_size: Pixels
+    tta: TTA
     tta_share: float
     precision: str
     channels_last: bool
@@ -130,18 +132,7 @@ class Checkpoint:
             data={key: value for key, value in data.items() if key == "_target_" or isinstance(value, int | float)},
             content=content,
         )
-        for name, hint in {
-            "epoch": int,
-            "step": int,
-            "weights": dict[str, Tensor],
-            "model": dict[str, Any],
-            "class_names": list[str],
-            "image_size": Pixels,
-            "tta": str,
-            "tta_share": float,
-            "precision": str,
-            "channels_last": bool,
-        }.items():
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
             check(name, getattr(checkpoint, name), hint)
         return checkpoint
 

@@ -97,19 +97,6 @@ def compose(command: str, settings: Sequence[str]) -> DictConfig:
         return hydra.compose(command, list(settings))
 
 
-def run_hydra(task: Callable[..., Any], arguments: Sequence[str]) -> None:
-    """Call a task with the composed config, as `@hydra.main` does, but with these arguments."""
-    from hydra._internal.utils import _run_hydra, get_args_parser  # hydra.main reads sys.argv, and has no public core
-
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the behaviour of that version
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # --experiment is not --experimental-rerun
-    parsed, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise UserError(f"Unknown option {unknown[0]}. Settings have no dashes: +experiment=baseline optimizer.lr=0.1")
-    _run_hydra(parsed, parser, task, str(CONFIGS), "train")
-
-
 def key_of(override: str) -> str:
     """Return the key of an override: `data.root` for `+data.root=pictures`."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]

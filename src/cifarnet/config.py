@@ -29,39 +29,22 @@ CONFIGS = PACKAGE / "configs"  # in a wheel
 if not CONFIGS.is_dir():
     CONFIGS = PACKAGE.parents[1] / "configs"  # in a checkout, installed as editable or by PYTHONPATH=src
 
-# What depends on a setting, or on a section. Everything that is not listed here decides the result.
-EFFECTS: dict[str, Literal["nothing", "speed", "rounding"]] = {
-    "name": "nothing",
-    "output_dir": "nothing",
-    "ckpt_path": "nothing",
-    "classes": "nothing",
-    "sweep": "nothing",
-    "logger": "nothing",
-    "data.root": "nothing",  # the checksum of the images is recorded
-    "data.url": "nothing",
-    "start.checkpoint": "nothing",
-    "trainer.enable_progress_bar": "nothing",
-    "trainer.enable_model_summary": "nothing",
-    "trainer.log_every_n_steps": "nothing",
-    "trainer.profiler": "nothing",
-    # the seconds, and the result only by rounding
-    "threads": "speed",
-    "keep_freed_memory": "speed",
-    "trainer.accelerator": "speed",
-    "trainer.deterministic": "speed",
-    "trainer.devices": "speed",
-    "trainer.num_nodes": "speed",
-    "trainer.strategy": "speed",
-    "data.in_memory": "speed",
-    "data.workers": "speed",
-    "data.on_device": "speed",
-    "model.side_by_side": "speed",
-    # the result, but the weights only by rounding: they can be changed when a run is resumed
-    "trainer.precision": "rounding",
-    "compile": "rounding",
-    "channels_last": "rounding",
-    "module.tta": "rounding",
-    "module.tta_share": "rounding",
+# What depends on a setting, or on all settings of a section. A setting that is not listed decides the result.
+EFFECTS = {
+    "nothing": [
+        *("name", "output_dir", "ckpt_path", "classes", "sweep", "logger"),
+        *("data.root", "data.url", "start.checkpoint"),  # checksums of their contents are recorded
+        *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
+        "trainer.profiler",
+    ],
+    "speed": [  # and the result only by rounding
+        *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.deterministic"),
+        *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+        *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
+    ],
+    "rounding": [  # the result, but the weights only by rounding: they can be changed when a run is resumed
+        *("trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"),
+    ],
 }
 
 
@@ -256,10 +239,9 @@ def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[st
 
 def effect(key: str) -> str:
     """Return what depends on a setting: "nothing", "speed", "rounding" or "result"."""
-    parts = key.split(".")
-    for depth in range(1, len(parts) + 1):
-        if (found := EFFECTS.get(".".join(parts[:depth]))) is not None:
-            return found
+    for name, settings in EFFECTS.items():
+        if any(f"{key}.".startswith(f"{setting}.") for setting in settings):
+            return name
     return "result"
 
 

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet import cli
 from cifarnet.config import validate
 from cifarnet.errors import UserError
-from cifarnet.sweeps import jobs
+from cifarnet.sweeps.jobs import resumed_sweep
+from cifarnet.sweeps.task import run_hydra
 from cifarnet.system import distributed, files, hardware
 from cifarnet.system.log_output import disable_tensorflow, log_to_file, quiet_libraries, report
 
@@ -48,7 +49,7 @@ def train(
         UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
         Interrupted: training was stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
     """
-    from cifarnet.build import build, num_processes
+    from cifarnet.build import build
     from cifarnet.callbacks.loggers import log_results
     from cifarnet.checkpoint import Checkpoint
     from cifarnet.finetuning import expand
@@ -62,8 +63,10 @@ def train(
     folder, leads = Path(config.output_dir), distributed.placement().rank == 0
     checkpoint = Checkpoint.open(ckpt_path) if isinstance(ckpt_path, str | Path) else ckpt_path
     run = {"config": cli.without_resolvers(config), "ckpt_path": checkpoint and str(checkpoint.path)}
-    if (processes := num_processes(config, callbacks)) > 1:
-        distributed.launch(run, folder, processes)
+    if (num_processes := distributed.num_processes(config.trainer)) > 1:
+        if callbacks:
+            raise UserError(f"Callbacks cannot be passed to {num_processes} processes: add them to the config.")
+        distributed.launch(run, folder, num_processes)
         return Record.read(folder / "metrics.json").val_accuracy
     with files.exclusive(folder) if leads else contextlib.nullcontext(), hardware.prepared_process(config):
         built = build(config, callbacks, checkpoint, images)
@@ -100,31 +103,6 @@ def load_best(built: "Built") -> tuple[int, int]:
     return checkpoint.epoch, checkpoint.step
 
 
-class Task:
-    """The function that Hydra calls with a composed config: for a single run, or for each job of a sweep."""
-
-    def __init__(self) -> None:
-        self.images: SharedImages | None = None  # of the previous job
-        self.called = False
-        self.error: Exception | None = None  # of a single run: Hydra would print the overrides before raising it
-
-    def __call__(self, config: DictConfig, trial: Any = None) -> Any:
-        self.called = True
-        if config.ckpt_path is not None:
-            raise UserError("ckpt_path is not a setting of a config: give it on the command line, for one run.")
-        if jobs.is_job():
-            from cifarnet.data.shared_images import SharedImages
-
-            self.images = self.images or SharedImages()
-            return jobs.run_job(config, train, trial, self.images)
-        try:
-            jobs.refuse_launcher()
-            return train(config)
-        except Exception as error:
-            files.remove_if_unused(Path(config.output_dir))
-            self.error = error
-
-
 def command(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m cifarnet.train` with these arguments; None: those of this process."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -136,17 +114,8 @@ def command(arguments: Sequence[str] | None = None) -> None:
         train(config, checkpoint)
         return
     if cli.value_of("sweep.resume", arguments) is not None:
-        arguments = jobs.resumed_sweep(arguments)
-    task = Task()
-    try:
-        cli.run_hydra(task, arguments)
-    except OSError as error:
-        if task.called:
-            raise
-        remedy = "Choose another folder: hydra.run.dir=…, or hydra.sweep.dir=… for a sweep."
-        raise UserError(f"{error.filename} cannot be created: {error.strerror}. {remedy}") from error
-    if task.error is not None:
-        raise task.error
+        arguments = resumed_sweep(arguments)
+    run_hydra(train, arguments)
 
 
 def train_run(run: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cifarnet.config import Pixels, Range, Seed, checked
 from cifarnet.data.augmentation import Augment
-from cifarnet.data.loader import BatchLoader, InMemoryLoader, Mix
+from cifarnet.data.loader import BatchLoader, InMemoryLoader
 from cifarnet.data.streaming import LazyImages, StreamingLoader
+from cifarnet.data.transforms import Mix
 from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 from cifarnet.system import hardware

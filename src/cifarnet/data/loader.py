@@ -1,13 +1,14 @@
 """Batches of augmented uint8 images."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cifarnet.data.augmentation import Augment
+from cifarnet.data.transforms import Mix, Transform
 from cifarnet.seeding import generator
 from cifarnet.system.distributed import all_gather
 
@@ -33,32 +34,6 @@ class Batch(NamedTuple):
         partners = None if self.partners is None else self.partners.pin_memory()
         lam = None if self.lam is None else self.lam.pin_memory()
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), partners, lam)
-
-
-class Mix(Protocol):
-    """Mixes pairs of images, such as `recipes.mixup.Mixup`; all random numbers are drawn for every image."""
-
-    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Draw the random numbers of one epoch, one row for each image of the data set: the partner, int64 [count],
-        lam, float [count], and the further arguments of `__call__`."""
-        ...
-
-    def __call__(self, images: Tensor, partners: Tensor, lam: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix images and their partners, uint8 [B, C, H, W], and return the mixed images, uint8, and the weight of each
-        image's own label, [B]."""
-        ...
-
-
-class Transform(Protocol):
-    """Changes single images, such as `recipes.trivialaugment.TrivialAugment`."""
-
-    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Draw the random numbers of one epoch, one row for each image of the data set."""
-        ...
-
-    def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
-        """Change images, uint8 [B, C, H, W], according to their draws, and return them as uint8."""
-        ...
 
 
 class BatchLoader:

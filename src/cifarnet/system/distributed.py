@@ -75,6 +75,20 @@ def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}
 
 
+def num_processes(section: Mapping[str, Any]) -> int:
+    """Return the number of processes to launch for a run: one for each device, unless they have been started already.
+
+    Args:
+        section: the section `trainer` of a run's config.
+    """
+    if section.get("devices", 1) == 1 or placement().world_size > 1:
+        return 1
+    import lightning as L
+
+    chosen: dict[str, Any] = {key: section[key] for key in ("accelerator", "devices", "strategy") if key in section}
+    return L.Trainer(**chosen, plugins=[environment()], logger=False, enable_checkpointing=False).world_size
+
+
 def environment() -> "ClusterEnvironment":
     """Return Lightning's description of who started the processes. Lightning itself starts none: it would run the whole
     command again in each of them.
@@ -186,10 +200,11 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         signals_to_handle="SIGABRT",  # others are passed on below: the launcher would kill the processes after 30 s
     )
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
-    file = folder / "run.json"
+    file, variables = folder / "run.json", dict(os.environ)
     files.write(file, json.dumps(run))
+    os.environ |= {"PYTHONPATH": paths, LAUNCHED: str(os.getpid())}
     try:
-        with _environment(PYTHONPATH=paths, **{LAUNCHED: str(os.getpid())}), forwarded_signals():
+        with forwarded_signals():
             elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -200,6 +215,8 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         reason = failure.message if Path(failure.error_file).is_file() else f"exit status {failure.exitcode}"
         raise UserError(reason if rank == 0 else f"Rank {rank} failed: {reason}") from None
     finally:
+        os.environ.clear()
+        os.environ |= variables
         file.unlink(missing_ok=True)
 
 
@@ -235,21 +252,6 @@ def forwarded_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the child processes that are started meanwhile."""
-    previous = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in previous.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def world_size() -> int:

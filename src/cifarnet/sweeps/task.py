@@ -1,0 +1,71 @@
+"""The function that Hydra calls with each composed config: for a single run, or for each job of a sweep."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from cifarnet.config import CONFIGS
+from cifarnet.errors import UserError
+from cifarnet.sweeps import jobs
+from cifarnet.system import files
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from cifarnet.data.shared_images import SharedImages
+
+
+class Task:
+    """Trains a single run or a job of a sweep.
+
+    Args:
+        train: `train.train`.
+    """
+
+    def __init__(self, train: Callable[..., float]) -> None:
+        self.train = train
+        self.images: SharedImages | None = None  # of the previous job
+        self.called = False
+        self.error: Exception | None = None  # of a single run: Hydra would print the overrides before raising it
+
+    def __call__(self, config: DictConfig, trial: Any = None) -> Any:
+        self.called = True
+        if config.ckpt_path is not None:
+            raise UserError("ckpt_path is not a setting of a config: give it on the command line, for one run.")
+        if jobs.is_job():
+            from cifarnet.data.shared_images import SharedImages
+
+            self.images = self.images or SharedImages()
+            return jobs.run_job(config, self.train, trial, self.images)
+        try:
+            jobs.refuse_launcher()
+            return self.train(config)
+        except Exception as error:
+            files.remove_if_unused(Path(config.output_dir))
+            self.error = error
+
+
+def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
+    """Compose a config from arguments and train, as `@hydra.main` does with those of the process.
+
+    Raises:
+        UserError: an argument is unknown, or the run's folder cannot be created.
+    """
+    from hydra._internal.utils import _run_hydra, get_args_parser  # hydra.main reads sys.argv, and has no public core
+
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the behaviour of that version
+    parser, task = get_args_parser(), Task(train)
+    parser.allow_abbrev = False  # --experiment is not --experimental-rerun
+    parsed, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UserError(f"Unknown option {unknown[0]}. Settings have no dashes: +experiment=baseline optimizer.lr=0.1")
+    try:
+        _run_hydra(parsed, parser, task, str(CONFIGS), "train")
+    except OSError as error:
+        if task.called:
+            raise
+        remedy = "Choose another folder: hydra.run.dir=…, or hydra.sweep.dir=… for a sweep."
+        raise UserError(f"{error.filename} cannot be created: {error.strerror}. {remedy}") from error
+    if task.error is not None:
+        raise task.error
