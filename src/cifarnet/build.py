@@ -1,4 +1,4 @@
-"""Build the trainer, the classifier and the data that a config describes. Only this module instantiates classes."""
+"""Build the trainer, the classifier and the data that a config describes. Only `build` and `trainer` instantiate."""
 
 import contextlib
 import time
@@ -7,10 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,13 +21,9 @@ from cifarnet.data import ImageDataModule
 from cifarnet.data.shared_images import SharedImages
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, construct, try_on
-from cifarnet.system import distributed, hardware
-from cifarnet.system.checkpoint_io import CheckpointIO
+from cifarnet.trainer import expect, make_trainer
 
 Part = TypeVar("Part")
-STATE = "cifarnet.callbacks.training_state.TrainingState"
-COMPILE = "cifarnet.callbacks.compilation.Compile"
-FREEZE = "cifarnet.recipes.freeze.Freeze"
 
 
 class Built(NamedTuple):
@@ -93,7 +87,7 @@ def build(
 
 def make_data(config: DictConfig) -> ImageDataModule:
     """Build the data module of a config's section `data`; it reads the images on first use."""
-    return _expect(ImageDataModule, "data", instantiate(config.data))
+    return expect(ImageDataModule, "data", instantiate(config.data))
 
 
 def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = False) -> tuple[nn.Module, float]:
@@ -132,82 +126,11 @@ def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Te
     return objective
 
 
-def make_trainer(
-    config: DictConfig,
-    callbacks: Sequence[Callback] = (),
-    validates: bool = True,
-    checkpoint: Checkpoint | None = None,
-    **trainer_settings: Any,
-) -> L.Trainer:
-    """Build Lightning's Trainer with callbacks and loggers; `validates`: whether there are validation images."""
-    all_callbacks = [*_callbacks(config, validates), *callbacks]
-    bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
-    shows_bar = config.trainer.get("enable_progress_bar") is not False
-    for bar in bars if not shows_bar else []:
-        bar.disable()  # it still prints a line after every epoch
-    defaults = {
-        "default_root_dir": config.output_dir,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 10**6,  # callbacks.history.History logs the metrics once per epoch
-        "use_distributed_sampler": False,  # the loader divides batches among the ranks
-    }
-    settings = {key: value for key, value in defaults.items() if key not in config.trainer}
-    if config.trainer.precision == "auto":
-        settings["precision"] = hardware.best_precision(config.trainer.accelerator)
-    settings |= distributed.trainer_settings(config.trainer)
-    freezes = any(recipe and recipe._target_ == FREEZE for recipe in (config.get("recipe") or {}).values())
-    if freezes and settings.get("strategy", config.trainer.strategy) == "ddp":
-        settings["strategy"] = "ddp_find_unused_parameters_true"  # frozen weights get no gradient
-    settings |= {
-        "callbacks": all_callbacks,
-        "plugins": [
-            CheckpointIO(checkpoint.content if checkpoint else None),
-            distributed.environment(),
-            *instantiate(config.trainer.get("plugins") or []),
-        ],
-        "logger": _loggers(config),
-        "enable_progress_bar": shows_bar or bool(bars),
-    }
-    try:
-        trainer = instantiate(config.trainer, _partial_=True)(**(settings | trainer_settings))
-    except InstantiationException:
-        raise
-    except Exception as error:  # Lightning raises many types for settings that it cannot use
-        chosen = " ".join(f"trainer.{key}={config.trainer.get(key)}" for key in ("accelerator", "devices", "strategy"))
-        raise UserError(f"{chosen} cannot be used: {error} Choose trainer=auto, cpu or ddp.") from error
-    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
-        raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
-    return trainer
-
-
-def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
-    """Build the callbacks of a config, recipes first: those that save a checkpoint then save what a recipe changed."""
-    sections = [*(config.get("recipe") or {}).values(), *(config.get("callbacks") or {}).values()]
-    chosen = [section for section in sections if section]
-    if not validates:  # there is no metric by which to choose a checkpoint
-        chosen = [section for section in chosen if not str(section.get("monitor")).startswith("val/")]
-    callbacks = [_expect(Callback, section._target_, instantiate(section)) for section in chosen]
-    averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
-    if len(averages) > 1:
-        raise UserError(f"{' and '.join(averages)} both replace the network's weights by an average: choose one.")
-    first = [instantiate({"_target_": STATE})]
-    if config.compile:
-        first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))
-    return first + callbacks
-
-
-def _loggers(config: DictConfig) -> list[Logger]:
-    section = config.get("logger") or {}
-    chosen = [section] if "_target_" in section else [logger for logger in section.values() if logger]
-    return [instantiate(logger) for logger in chosen]
-
-
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
     def make(parameters: Iterable[Tensor]) -> Optimizer:
         with _explained("optimizer"):
             make_optimizer = instantiate(config.optimizer, _partial_=True, _convert_="all")  # plain lists can be saved
-            return _expect(Optimizer, "optimizer", make_optimizer(parameters))
+            return expect(Optimizer, "optimizer", make_optimizer(parameters))
 
     return make
 
@@ -219,7 +142,7 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
         with _explained(f"scheduler, planned for {total_steps} steps"):
             section = with_total_steps(config, total_steps).scheduler
             make_schedule = instantiate(section, _partial_=True, _convert_="all")
-            return _expect(LRScheduler, "scheduler", make_schedule(optimizer))
+            return expect(LRScheduler, "scheduler", make_schedule(optimizer))
 
     return make
 
@@ -227,12 +150,6 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
 def with_total_steps(config: DictConfig, total_steps: float) -> Any:
     """Return a copy of the config with the number of steps that schedules refer to as `${total_steps}`."""
     return OmegaConf.merge(config, {"total_steps": total_steps})
-
-
-def _expect(kind: type[Part], name: str, built: Any) -> Part:
-    if not isinstance(built, kind):
-        raise UserError(f"{name} builds a {type(built).__name__}, and a {kind.__name__} is needed. See --help.")
-    return built
 
 
 @contextlib.contextmanager

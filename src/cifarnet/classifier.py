@@ -25,14 +25,11 @@ class Classifier(L.LightningModule):
     SGD's `step()`, so `training_step` returns the cross-entropy alone, and the term is computed only to be logged.
     (AdamW decouples the decay from the gradient; the logged term is then not what is minimised.)
 
-    Metrics are means over the images of an epoch: train/cross_entropy, train/accuracy, val/cross_entropy, val/accuracy,
-    test/cross_entropy, test/accuracy, and one_view/… for the test without test-time augmentation. train/weight_decay
-    and train/objective are taken at the end of the epoch. If the loader selects the hardest images of an epoch
-    (`data.hardest_share`), train/… are means over these images.
+    Metrics are means over the images of an epoch: cross_entropy and accuracy of train/…, val/…, test/…, and of
+    one_view/… (the test without augmentation); train/weight_decay and train/objective are taken at its end.
 
-    With several ranks, each rank processes its part of every batch, and the metrics cover all parts. The gradient is
-    that of the whole batch. Except for rounding, only two things differ from a single process: the statistics of batch
-    norm layers (each rank uses its part; rank 0's are kept) and the random draws of dropout.
+    With several ranks, each rank processes its part of every batch. Gradient and metrics are those of the whole batch;
+    except for rounding, only the statistics of batch norm layers (rank 0's are kept) and dropout's draws differ.
 
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
@@ -42,11 +39,10 @@ class Classifier(L.LightningModule):
         objective: logits [B, num_classes], labels int64 [B] -> the loss of each image [B]. None: cross-entropy.
         teacher: losses [B], logits and images -> losses [B] that include a distillation term, such as
             `recipes.distillation.Teacher`.
-        tta: test-time augmentation, used in the test only (see `models.tta.Answers`).
-        tta_share: the fraction of test images, those with the lowest confidence, that are augmented.
+        tta, tta_share: test-time augmentation, and the fraction of test images that it is used for.
         no_decay: apply no weight decay to variables with fewer than two dimensions: biases and norm layers.
-        channels_last: use the channels_last memory format for network and images, which is faster on most hardware.
-        seed: the random draws of an epoch, such as those of dropout, are a function of (seed, epoch).
+        channels_last: use this memory format for network and images, which is faster on most hardware.
+        seed: dropout and other random draws in an epoch are a function of (seed, epoch).
         hparams: plain data (dicts, lists, scalars) to store in the checkpoint.
     """
 
@@ -174,10 +170,7 @@ class Classifier(L.LightningModule):
             raise UserError(f"scheduler: step {self.global_step} failed: {error}. Choose other settings.") from error
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip gradients as Lightning does, but allow fused optimizers when gradients are not scaled (bfloat16)."""
         if not gradient_clip_val:

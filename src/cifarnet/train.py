@@ -38,16 +38,16 @@ def train(
 
     Args:
         config: as composed from `configs/train.yaml`; outside of `python -m cifarnet.train`, set `output_dir`.
-        ckpt_path: a last.ckpt of a run with this config to resume from (`resuming.resume` returns both).
+        ckpt_path: a checkpoint of a run with this config to resume from (`resuming.resume` returns both).
         callbacks: callbacks in addition to those of the config, on a single device.
-        images: images that the previous run of this process has read.
+        images: images that the previous run has read.
 
     Returns:
         The best validation accuracy, from 0 to 1; NaN if nothing is validated, and on ranks other than 0.
 
     Raises:
-        UserError: a setting, the data or the checkpoint cannot be used; the message says what to do.
-        Interrupted: training was stopped by Ctrl-C or SIGTERM, after saving `last.ckpt`.
+        UserError: a setting, the data or the checkpoint cannot be used.
+        Interrupted: a signal stopped the run, after saving `last.ckpt`.
     """
     from cifarnet.build import build
     from cifarnet.callbacks.loggers import log_results

@@ -14,21 +14,11 @@ from cifarnet.system.distributed import all_gather
 
 
 class Batch(NamedTuple):
-    """A batch of images.
-
-    Attributes:
-        images: uint8 [B, 3, H, W].
-        labels: int64 [B].
-        index: the positions of the images in the data set, int64 [B].
-        partners: the labels of the images that were mixed in, int64 [B]; None if images are not mixed.
-        lam: the weights of `labels`, float [B]; `partners` have the weights 1 - lam.
-    """
-
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    partners: Tensor | None = None
-    lam: Tensor | None = None
+    images: Tensor  # uint8 [B, 3, H, W]
+    labels: Tensor  # int64 [B]
+    index: Tensor  # the positions of the images in the data set, int64 [B]
+    partners: Tensor | None = None  # the labels of the images that were mixed in, int64 [B]
+    lam: Tensor | None = None  # the weights of `labels`, float [B]; `partners` have the weights 1 - lam
 
     def pin_memory(self) -> "Batch":
         partners = None if self.partners is None else self.partners.pin_memory()
@@ -50,8 +40,8 @@ class BatchLoader:
         augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); for training.
         device: where images and labels are stored and augmented.
         pin: yield batches in pinned memory, which are copied to a GPU while it computes.
-        rank, world_size: the rank of this process, and the number of processes. Each process gets its part of every
-            training batch, or of all images in order. The random draws are those of a single process.
+        rank, world_size: each process gets its part of every training batch, or of all images in order. The random
+            draws are those of a single process.
 
     Yields:
         `Batch`: images in channels_last format, of the height and width that `sizes` gives for the epoch.

@@ -1,4 +1,4 @@
-"""What recipes implement to change the images of a batch. All their random numbers are drawn for a whole epoch at once."""
+"""The interfaces of recipes that change images. Their random numbers are drawn for a whole epoch at once."""
 
 from typing import Protocol
 
