@@ -162,6 +162,7 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
     from cifarnet.build import build
     from cifarnet.callbacks.compilation import Compile, warm_up
     from cifarnet.cli import compose
+    from steps import prepare
 
     class WarmUp(Callback):  # for networks that are not compiled; otherwise Compile warms up
         seconds = 0.0
@@ -175,6 +176,7 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             chosen = [f"+experiment={experiment}", "callbacks=lean", "~logger", f"output_dir={folder}", f"seed={seed}"]
             config = compose("train", [*chosen, *overrides])
+            prepare(config)
             built = build(config, [] if config.compile else [WarmUp()], **few)
             device = built.trainer.strategy.root_device
             start = now(device)

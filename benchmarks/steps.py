@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from cifarnet.build import Built, build
 from cifarnet.cli import compose, key_of
+from cifarnet.system import hardware
+from cifarnet.system.log_output import quiet_libraries
 
 WARMUP, BATCHES = 20, 200  # numbers of steps; the warm-up is not measured
 
@@ -26,8 +28,18 @@ def compose_baseline(*overrides: str) -> DictConfig:
     return compose("train", [*chosen, f"data.train_size={int(1.2 * (WARMUP + BATCHES) * config.data.batch_size)}"])
 
 
+def prepare(config: DictConfig) -> None:
+    """Set up this process as `cifarnet.train` does for a run."""
+    quiet_libraries()
+    if config.keep_freed_memory:
+        hardware.keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
 def build_steps(config: DictConfig, callbacks: Sequence[Callback] = (), **settings: Any) -> Built:
     """Build a run of WARMUP + BATCHES steps, without validation."""
+    prepare(config)
     few = {"max_epochs": 1, "limit_train_batches": WARMUP + BATCHES, "limit_val_batches": 0}
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False}
     return build(config, callbacks, **(few | quiet | settings))

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import common
-from cifarnet.build import make_data, make_trainer
+from cifarnet.build import make_data
+from cifarnet.trainer import make_trainer
 from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a_step
 
 

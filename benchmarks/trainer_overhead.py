@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 import common
-from cifarnet.build import make_trainer
+from cifarnet.trainer import make_trainer
 from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a_step
 
 
@@ -29,7 +29,7 @@ def raw_twin(overrides: Sequence[str]) -> float:
     start = 0.0
     for step, batch in enumerate(data.train_dataloader(), 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = classifier.training_step(batch, step)
+            loss = classifier.training_step(batch, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,26 +1,33 @@
-"""The house's own rules, read off the source: which way imports run, how long files are, where state may live."""
+"""The structure of the source: which way imports run, how long files are, where state may live, how deep calls go."""
 
 import ast
+import io
 import re
+import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
+from conftest import SMALL
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/cifarnet"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# from the top of the house to the ground; what is beside each other may import each other, but not in circles
+# from top to bottom; modules on one floor may import each other, but not in circles
 FLOORS = [
     {"train", "search", "evaluate", "compare", "predict", "export", "demo"},
     {"sweeps", "evaluation", "formats"},
-    {"inference", "records", "callbacks", "resuming"},
-    {"build", "finetuning"},
+    {"inference", "records", "callbacks"},
+    {"build"},
+    {"trainer", "finetuning", "resuming"},
     {"checkpoint", "classifier", "cli", "allowlist"},
     {"data", "models", "optim", "recipes"},
     {"config", "system"},
-    {"errors", "seeding", ""},  # "": cifarnet itself, its version and `load`
+    {"errors", "seeding", ""},  # "": the package itself, with its version and `load`
 ]
-WAY_OF_A_BATCH = ["train.py", "build.py", "data/loader.py", "data/augmentation.py", "models/cnn.py", "classifier.py"]
+TRAINING_PATH = ["train.py", "build.py", "data/loader.py", "data/augmentation.py", "models/cnn.py", "classifier.py"]
+CONSTANT = r"[A-Z_0-9]+|([A-Z][a-z]+)+|__\w+__"  # or a type alias
 
 
 def module(path: Path) -> str:
@@ -35,15 +42,9 @@ def floor(name: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
-CONSTANT = r"[A-Z_0-9]+|([A-Z][a-z]+)+|__\w+__"  # or a type's other name
-
-MODULES = {module(path): path for path in FILES}
-
-
-def imported(path: Path) -> set[str]:
-    """The modules of this project that a file imports."""
-    found = set()
-    tree = ast.parse(path.read_text("utf-8"))
+def imported(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Return the modules of this project that a file imports, except for type checkers."""
+    tree, found = ast.parse(path.read_text("utf-8")), set()
     typing_only = {
         id(node)
         for branch in ast.walk(tree)
@@ -51,71 +52,96 @@ def imported(path: Path) -> set[str]:
         for node in ast.walk(branch)
     }
     for node in ast.walk(tree):
+        names = []
         if id(node) in typing_only:
             continue
-        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             if name.partition(".")[0] == "cifarnet":
-                own = name.partition(".")[2]
-                found.add(own if own in MODULES else own.rpartition(".")[0])
+                inner = name.partition(".")[2]
+                found.add(inner if inner in modules else inner.rpartition(".")[0])
     return found - {module(path)}
 
 
-@pytest.mark.parametrize("name", MODULES, ids=str)
+MODULES = {module(path): path for path in FILES}
+
+
+@pytest.mark.parametrize("name", filter(None, MODULES))
 def test_imports_run_downwards(name):
-    if name == "":
-        return  # `cifarnet.load` is found on first use
-    for other in imported(MODULES[name]):
+    for other in imported(MODULES[name], MODULES):
         assert floor(other) >= floor(name), f"{name} imports {other}, from a floor above"
 
 
-def test_there_are_no_circles():
-    arrows = {name: imported(path) - {""} for name, path in MODULES.items() if name}
-
-    def visit(name, path):
-        assert name not in path, " -> ".join([*path[path.index(name) :], name])
-        if name not in seen:
-            for other in arrows[name]:
-                visit(other, [*path, name])
-            seen.add(name)
-
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a circle of imports, or nothing."""
     seen: set[str] = set()
-    for name in arrows:
-        visit(name, [])
-    assert len(seen) == len(arrows)
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in seen:
+            return []
+        seen.add(name)
+        return next(filter(None, (visit(other, [*path, name]) for other in arrows[name])), [])
+
+    return next(filter(None, (visit(name, []) for name in arrows)), [])
 
 
-def test_a_circle_would_be_found(tmp_path, monkeypatch):
-    for name, other in [("a", "b"), ("b", "a")]:
-        (tmp_path / f"{name}.py").write_text(f"def f():\n    from cifarnet import {other}\n")
-    monkeypatch.setitem(globals(), "MODULES", {name: tmp_path / f"{name}.py" for name in "ab"})
-    monkeypatch.setitem(globals(), "module", lambda path: path.stem)
-    with pytest.raises(AssertionError, match="a -> b -> a"):
-        test_there_are_no_circles()
+def test_there_are_no_circles():
+    assert circle({name: imported(path, MODULES) - {""} for name, path in MODULES.items() if name}) == []
 
 
-def test_the_way_of_a_batch_needs_no_room_that_a_first_reader_can_do_without():
-    for name in WAY_OF_A_BATCH[1:]:
-        rooms = {room(other) for other in imported(PACKAGE / name)}
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def code_lines(path: Path) -> int:
+    """Count the lines of a file without blank lines, comments and docstrings."""
+    source = path.read_text("utf-8")
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            docstrings |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def test_code_lines_are_counted(tmp_path):
+    (tmp_path / "a.py").write_text(
+        '"""One\n\ntwo."""\n\nimport os  # three\n# four\nTEXT = """five\nsix"""\n\n\ndef f():\n    """7"""\n'
+    )
+    assert code_lines(tmp_path / "a.py") == 4
+
+
+def test_the_source_does_not_grow_unnoticed():
+    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 6_600
+
+
+def test_the_training_path_is_short_and_needs_few_rooms():
+    for name in TRAINING_PATH[1:]:
+        rooms = {room(other) for other in imported(PACKAGE / name, MODULES)}
         assert not rooms & {"sweeps", "records", "callbacks", "inference", "evaluation"}, name
-    lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in WAY_OF_A_BATCH}
-    assert sum(lines.values()) < 1040, lines
+    lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TRAINING_PATH}
+    assert sum(lines.values()) <= 850, lines
 
 
-def state(path: Path) -> list[str]:
-    """Module globals and class attributes that could change: lower-case names, and mutable ones that are changed."""
+def mutable_state(path: Path) -> list[str]:
+    """Return module globals, class attributes and caches that can change."""
     tree, found = ast.parse(path.read_text("utf-8")), []
     scopes = [("", tree.body), *((node.name, node.body) for node in tree.body if isinstance(node, ast.ClassDef))]
+    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for owner, body in scopes:
-        is_record = any(
-            isinstance(node, ast.ClassDef)
-            and node.name == owner
-            and ("dataclass" in ast.unparse(node) or "NamedTuple" in map(ast.unparse, node.bases))
-            for node in ast.walk(tree)
+        bases = [ast.unparse(base) for base in classes[owner].bases] if owner else []
+        is_record = bool(owner) and (
+            "dataclass" in ast.unparse(classes[owner]) or {"NamedTuple", "TypedDict"} & {*bases}
         )
         for node in body:
             targets = node.targets if isinstance(node, ast.Assign) else []
@@ -124,40 +150,75 @@ def state(path: Path) -> list[str]:
             names = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
             found += [f"{owner}.{name}" for name in names if not re.fullmatch(CONSTANT, name)]
     found += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Global)]
-    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    for node in ast.walk(tree):  # Search.trial = …
-        for target in node.targets if isinstance(node, ast.Assign) else []:
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else []:  # Search.trial = …
             if isinstance(target, ast.Attribute) and ast.unparse(target.value) in {*classes, "cls", "type(self)"}:
                 found.append(ast.unparse(target))
+        if isinstance(node, ast.FunctionDef):
+            found += [name for name in map(ast.unparse, node.decorator_list) if re.search(r"\b(lru_)?cache\b", name)]
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
-def test_no_state_in_class_attributes_or_module_globals(path):
-    assert state(path) == []
+def test_there_is_no_hidden_state(path):
+    assert mutable_state(path) == []
 
 
-def test_state_would_be_found(tmp_path):
+def test_hidden_state_is_found(tmp_path):
     file = tmp_path / "a.py"
-    file.write_text("cache = {}\nclass A:\n    trial = None\ndef f():\n    global cache\n    A.trial = 1\n")
-    assert state(file) == [".cache", "A.trial", "global cache", "A.trial"]
+    code = "cache = {}\nclass A:\n    trial = None\n@functools.cache\ndef f():\n    global cache\n    A.trial = 1\n"
+    file.write_text(code)
+    assert mutable_state(file) == [".cache", "A.trial", "global cache", "functools.cache", "A.trial"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
-def test_files_can_be_read_in_one_sitting(path):
+def test_no_file_is_longer_than_350_lines(path):
     assert len(path.read_text("utf-8").splitlines()) <= 350
 
 
-def test_the_whole_does_not_grow_unnoticed():
-    """The aim is 5,000 lines."""
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "src").rglob("*.py")) <= 12_100
+def users(pattern: str) -> set[str]:
+    return {module(path) for path in FILES if re.search(pattern, path.read_text("utf-8"))}
 
 
 def test_arguments_of_the_process_are_only_read():
-    for path in FILES:
-        assert not re.search(r"sys\.argv(\[.*\])?\s*=[^=]", path.read_text("utf-8")), path
+    assert users(r"sys\.argv(\[.*\])?\s*=[^=]") == set()
 
 
-def test_only_build_instantiates():
-    users = {module(path) for path in FILES if re.search(r"\binstantiate\(", path.read_text("utf-8"))}
-    assert users == {"build"}
+def test_only_build_and_trainer_instantiate():
+    assert users(r"\binstantiate\(") == {"build", "trainer"}
+
+
+def test_each_format_has_one_reader():
+    assert users(r"\btorch\.load\(") == {"checkpoint", "data.folder", "models.library"}  # a run's, a cache, weights
+    assert users(r"metrics\.json\"\)\.read_text|json\.load\(") == set()
+    # a record; the settings of a folder for Hugging Face's hub; a run for other ranks; jobs in SLURM's queue
+    assert users(r"\bjson\.loads\b") == {"records.json_file", "checkpoint", "system.distributed", "sweeps.slurm"}
+
+
+FRAMES = "+callbacks.frames={_target_: test_house.CountFrames}"
+
+
+class CountFrames:
+    """Created by a run's config; prints its own frames when training starts."""
+
+    def __new__(cls):
+        from lightning.pytorch.callbacks import Callback
+
+        class Counter(Callback):
+            def on_fit_start(self, trainer, module):
+                frame, names = sys._getframe(), []
+                while frame is not None and frame.f_code.co_name != "main":
+                    if frame.f_code.co_filename.startswith((str(PACKAGE), str(PACKAGE.with_name("hydra_plugins")))):
+                        names.append(frame.f_code.co_name)
+                    frame = frame.f_back
+                print("frames:", *reversed(names), flush=True)
+
+        return Counter()
+
+
+@pytest.mark.parametrize(("arguments", "most"), [(["hydra.run.dir=run"], 5), (["-m", "hydra.sweep.dir=sweep"], 8)])
+def test_few_frames_lie_between_main_and_fit(command, arguments, most):
+    status, out, err = command(*arguments, *SMALL, "threads=1", FRAMES)
+    assert status == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("frames:")]
+    assert len(line.split()) - 1 <= most, line

@@ -110,6 +110,8 @@ def validate(config: DictConfig) -> None:
             its value and what to do.
     """
     _check_keys(config)
+    check_settings(config, RunSettings)
+    check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not _has_target(config.get(section)):
             raise UserError(
@@ -122,8 +124,6 @@ def validate(config: DictConfig) -> None:
         for name, part in {} if _has_target(parts) else parts.items():
             if part is not None and not _has_target(part):
                 raise UserError(f"{section}.{name}={part} has no _target_.")
-    check_settings(config, RunSettings)
-    check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
     check_sections(config)
     _check_trainer(config.trainer)
     check("objective.label_smoothing", config.objective.get("label_smoothing", 0), Annotated[float, Range(0, 1)])
@@ -135,11 +135,9 @@ def check_sections(config: DictConfig) -> None:
     Raises:
         UserError: a setting is unknown, is missing or has another type or range, or a class does not exist.
     """
-    for section in config:
-        if OmegaConf.is_missing(config, section):
-            continue
-        if isinstance(node := config[section], DictConfig):
-            _check_node(str(section), node)
+    for name in config:
+        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            _check_node(str(name), config[name])
 
 
 def check_settings(config: Mapping[str, Any] | DictConfig, schema: type, prefix: str = "") -> None:
@@ -170,7 +168,8 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
                 f" Remove it. If two choices both set {name}, use only one of them; to replace the whole section, "
                 f"give '~{name}' '+{name}={{_target_: …}}'."
             )
-            raise UserError(f"{name}.{key}={value}: {_name(called)} has no argument {key}.{suggestion}")
+            owner = f"{called.__module__}.{called.__qualname__}"
+            raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
         if not _has_target(value):
             check(f"{name}.{key}", value, hints.get(key, Any))
 
@@ -311,10 +310,6 @@ def _check_node(name: str, node: DictConfig) -> None:
 
 def _has_target(part: Any) -> bool:
     return isinstance(part, DictConfig) and "_target_" in part
-
-
-def _name(called: Any) -> str:
-    return f"{called.__module__}.{called.__qualname__}"
 
 
 def _locate(name: str, target: str) -> Callable[..., Any]:
