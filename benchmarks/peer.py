@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from cifarnet.models.tta import Answers
+from cifarnet.models.tta import AveragedLogits
 from cifarnet.system import hardware
 from steps import now
 
@@ -152,7 +152,7 @@ def with_setup(peer: types.ModuleType, device: torch.device) -> Callable[[int], 
         trained = now(device)
         model.eval()
         with torch.inference_mode():
-            answers = Answers(lambda views: model(views).float(), len(images.split(2000)))
+            answers = AveragedLogits(lambda views: model(views).float(), len(images.split(2000)))
             for batch in images.split(2000):
                 answers.add(batch)
             right = torch.cat(answers.final()).argmax(1) == test.labels

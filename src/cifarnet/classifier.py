@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cifarnet.config import Range
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
-from cifarnet.models.tta import TTA, Answers
+from cifarnet.models.tta import TTA, AveragedLogits
 from cifarnet.seeding import derive
 from cifarnet.system.distributed import all_gather, rank, world_size
 
@@ -110,7 +110,7 @@ class Classifier(L.LightningModule):
         return logits
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        one_view = self._answers.add(batch.images)
+        one_view = self._averaged.add(batch.images)
         self._count("one_view", F.cross_entropy(one_view, batch.labels), one_view, batch.labels)
         self._test_labels.append(batch.labels)
         self._test_index.append(batch.index)
@@ -210,7 +210,7 @@ class Classifier(L.LightningModule):
         self._test_labels: list[Tensor] = []
         self._test_index: list[Tensor] = []
         num_batches = int(sum(self.trainer.num_test_batches)) * world_size()
-        self._answers = Answers(self, num_batches, self.tta, self.tta_share)
+        self._averaged = AveragedLogits(self, num_batches, self.tta, self.tta_share)
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.training_metrics(), logger=False)  # for callbacks; History writes to the loggers
@@ -221,7 +221,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         with self.trainer.precision_plugin.test_step_context():
-            answers = self._answers.final()
+            answers = self._averaged.final()
         for logits, labels in zip(answers, self._test_labels, strict=True):
             self._count("test", F.cross_entropy(logits, labels), logits, labels)
         self._totals |= {stage: self.total(stage) for stage in ("test", "one_view")}

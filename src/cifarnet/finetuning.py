@@ -12,7 +12,7 @@ from cifarnet.checkpoint import Checkpoint
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.models import try_on
-from cifarnet.recipes.backbone import head_of
+from cifarnet.recipes.backbone import head_name
 
 
 def expand(config: DictConfig) -> DictConfig:
@@ -52,7 +52,7 @@ def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModu
     """
     checkpoint = Checkpoint.open(config.start.checkpoint)
     checkpoint.check_image_size(data.image_size, str(checkpoint.path))
-    weights, initial, head = checkpoint.weights, network.state_dict(), head_of(network)
+    weights, initial, head = checkpoint.weights, network.state_dict(), head_name(network)
     if checkpoint.class_names != list(data.class_names):
         kept = {key: value for key, value in initial.items() if key.startswith(f"{head}.")}
         weights = {key: value for key, value in weights.items() if key not in kept} | kept

@@ -72,7 +72,7 @@ def test_failed_download_explains_and_leaves_nothing(tmp_path, server, archive, 
 
 
 def test_no_network(tmp_path):
-    with pytest.raises(UserError, match="could not be downloaded"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         assert data(tmp_path).source
 
 
@@ -87,20 +87,21 @@ def test_wrong_archive_put_there_by_hand_is_kept(tmp_path, server, archive):
     (tmp_path / "data").mkdir()
     by_hand = tmp_path / "data" / "cifar-10-python.tar.gz"
     by_hand.write_bytes(archive["bytes"][:1000])
-    with pytest.raises(UserError, match="not the published archive"):
+    with pytest.raises(UserError, match=r"differs from the published archive"):
         assert data(tmp_path, server[0]("whole")).source
     assert by_hand.read_bytes() == archive["bytes"][:1000]
     assert sorted(os.listdir(tmp_path / "data")) == [".lock", by_hand.name]
 
 
-def test_changed_or_missing_member_is_named(tmp_path, server):
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_changed_or_missing_files_are_refused(tmp_path, server, name):
     assert data(tmp_path, server[0]("whole")).source
-    member = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
+    member = tmp_path / "data" / "cifar-10-batches-py" / name
     member.write_bytes(member.read_bytes() + b" ")
-    with pytest.raises(UserError, match="data_batch_3 has a wrong checksum"):
+    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files: delete it"):
         assert data(tmp_path).source
     member.unlink()
-    with pytest.raises(UserError, match="data_batch_3 is missing"):
+    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files: delete it"):
         assert data(tmp_path).source
 
 
@@ -123,7 +124,7 @@ def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, caps
     assert len(second.read().test) == IMAGES_A_FILE
     thread.join()
     assert working == [first]
-    assert "Another process prepares CIFAR-10" in capsys.readouterr().out
+    assert "Another process is preparing CIFAR-10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["download_url", "extract_archive"])
@@ -134,7 +135,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, server, monkeypatch, a
     (tmp_path / "data" / ".unfinished-1").mkdir(parents=True)  # of a process that was killed
     with monkeypatch.context() as patch:
         patch.setattr(f"cifarnet.data.cifar10.{function}", fail)
-        with pytest.raises(UserError, match=r"data: CIFAR-10 cannot be put there \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"data: CIFAR-10 cannot be stored there \(No space left on device\)"):
             assert data(tmp_path, server[0]("whole")).source
     left = [".lock", "cifar-10-python.tar.gz"] if function == "extract_archive" else [".lock"]
     assert sorted(os.listdir(tmp_path / "data")) == left
@@ -144,5 +145,5 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, server, monkeypatch, a
 @pytest.mark.parametrize("root", ["file", "file/below"])
 def test_a_file_in_place_of_the_folder(tmp_path, root):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="CIFAR-10 cannot be put there"):
+    with pytest.raises(UserError, match="CIFAR-10 cannot be stored there"):
         assert CIFAR10(root=str(tmp_path / root)).source

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from cifarnet.data import InMemoryLoader
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.loader import LazyImages, StreamingLoader
-from cifarnet.errors import UserError
 from cifarnet.seeding import generator
 
 
@@ -70,11 +69,6 @@ def test_draws_are_those_of_recorded_runs():
     assert torch.equal(flip, torch.rand(20, generator=random) < 0.5)
     _, _, alternating, _ = Augment(0, "alternating").draw(20, size=32, seed=3, epoch=2)
     assert torch.equal(alternating, torch.rand(20, generator=generator(3, 0, "flip")) < 0.5)
-
-
-def test_a_flip_of_no_kind_is_refused():
-    with pytest.raises(UserError, match=r"data.flip=left: choose one of none, random, alternating"):
-        Augment(0, "left")
 
 
 def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():

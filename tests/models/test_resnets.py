@@ -12,12 +12,9 @@ from torchvision.ops import StochasticDepth
 
 import cifarnet
 from cifarnet.cli import compose
-from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
 from cifarnet.models.densenet import DenseNet
-from cifarnet.models.resnet import CifarResNet, ResNet
-from cifarnet.models.resnext import ResNeXt
-from cifarnet.models.wide_resnet import WideResNet
+from cifarnet.models.resnet import CifarResNet, ResNet, ResNeXt, WideResNet
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import assert_same_weights
@@ -128,12 +125,9 @@ def test_with_preactivation_nothing_is_done_to_the_sum(make):
     ("make", "what"),
     [
         (partial(CifarResNet, depth=18), "give 6n"),
-        (partial(CifarResNet, shortcut="zero"), "choose one of pad, conv"),
-        (partial(ResNet, depth=20), "choose one of 18, 34, 50"),
         (partial(WideResNet, depth=20), "give 6n"),
         (partial(ResNeXt, depth=28), "give 9n"),
         (partial(DenseNet, depth=101), "give 6n"),
-        (partial(DenseNet, image_size=3), "the least is 4"),
     ],
     ids=str,
 )
@@ -141,26 +135,6 @@ def test_impossible_arguments_are_refused(make, what):
     ((name, value),) = make.keywords.items()
     with pytest.raises(ValueError, match=f"{name}={value}.*{what}"):
         make()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        *(partial(network, depth=-4) for network in (CifarResNet, ResNet, WideResNet, ResNeXt, DenseNet)),
-        *(partial(network, drop_path_rate=1) for network in (CifarResNet, ResNet, WideResNet, ResNeXt)),
-        *(partial(network, drop_rate=float("nan")) for network in (WideResNet, DenseNet)),
-        *(partial(network, width=0) for network in (CifarResNet, ResNet, WideResNet)),
-        partial(ResNeXt, cardinality=0),
-        partial(ResNeXt, base_width=0),
-        partial(DenseNet, growth_rate=0),
-    ],
-    ids=str,
-)
-def test_impossible_numbers_are_refused(make):
-    ((name, value),) = make.keywords.items()
-    with pytest.raises(UserError) as error:
-        make()
-    assert str(error.value).startswith(f"model.{name}={value}: give ")
 
 
 @pytest.mark.slow

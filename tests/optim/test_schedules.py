@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cifarnet.config import validate
 from cifarnet.errors import UserError
 from cifarnet.optim.schedules import Steps, WarmupCosine
 
@@ -25,8 +26,15 @@ def test_rates_are_those_by_hand():
     assert rates(4, lambda *made: Steps(*made, milestones=[0.25], gamma=0.5)) == pytest.approx([2, 1, 1, 1, 1])
 
 
-def test_parts_are_parts():
-    with pytest.raises(UserError, match=r"scheduler\.warmup=5: give a number from 0 to 1"):
-        rates(10, lambda *made: WarmupCosine(*made, warmup=5))
-    with pytest.raises(UserError, match=r"scheduler\.milestones=\[30, 40\]"):
-        rates(10, lambda *made: Steps(*made, milestones=[30, 40]))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scheduler=warmup_cosine", "scheduler.warmup=5"],
+        ["scheduler=step", "scheduler.milestones=[30, 40]"],
+        ["scheduler=step", "scheduler.gamma=0"],
+    ],
+)
+def test_settings_out_of_range_are_refused(config, overrides):
+    with pytest.raises(UserError) as error:
+        validate(config(*overrides))
+    assert str(error.value).startswith(overrides[1])

@@ -155,7 +155,7 @@ def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
         build(config(*taught(tmp_path / "own")))
     built = build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]"))
     assert isinstance(built.classifier.teacher.network, OwnNetwork)
-    with pytest.raises(UserError, match=r"the teacher .*/best.ckpt: of an image of 24x24 pixels"):  # unlike its student
+    with pytest.raises(UserError, match=r"the teacher .*/best.ckpt fails on a 24×24 input"):  # unlike its student
         build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]", "data.train_sizes=[24]"))
 
 

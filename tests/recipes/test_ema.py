@@ -1,10 +1,8 @@
-import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 import cifarnet
 from cifarnet.build import build
-from cifarnet.errors import UserError
 from cifarnet.train import train
 from conftest import weights
 
@@ -35,8 +33,3 @@ def test_what_is_validated_saved_and_loaded_is_the_average(config, tmp_path):
     assert torch.equal(network.head.weight, averages.validated[-1][1])
     built = build(config("data.train_size=100"))
     assert torch.equal(network.normalize.std, built.classifier.network.normalize.std)  # a constant stays
-
-
-def test_an_impossible_decay_is_refused():
-    with pytest.raises(UserError, match=r"recipe\.ema\.decay=1"):
-        cifarnet.recipes.ema.EMA(1)

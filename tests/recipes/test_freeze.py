@@ -14,5 +14,5 @@ def test_a_frozen_part_stays_as_it_is(config, tmp_path):
     assert torch.equal(after_one["network.features.0.weight"], in_the_end["network.features.0.weight"])
     assert not torch.equal(after_one["network.features.2.weight"], in_the_end["network.features.2.weight"])
 
-    with pytest.raises(UserError, match="no part 'stem' to freeze; the network has normalize, features"):
+    with pytest.raises(UserError, match=r"part=stem; .*normalize, features"):
         train(config(freeze.replace("features.0", "stem"), folder="stem"))

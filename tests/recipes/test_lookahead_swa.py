@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet.errors import UserError
-from cifarnet.recipes.swa import mean
+from cifarnet.recipes.swa import update_mean
 from cifarnet.train import train
 from conftest import weights
 
@@ -50,8 +50,8 @@ def test_swa_is_the_mean_of_the_last_epochs(config, tmp_path):
 def test_whole_numbers_are_not_divided():
     """torch refuses to on a GPU: a batch norm counts its batches."""
     floats, counts = [torch.tensor([1.0, 2.0])], [torch.tensor(10)]
-    mean(floats, [torch.tensor([4.0, 2.0])], torch.tensor(2))
-    mean(counts, [torch.tensor(20)], torch.tensor(2))
+    update_mean(floats, [torch.tensor([4.0, 2.0])], torch.tensor(2))
+    update_mean(counts, [torch.tensor(20)], torch.tensor(2))
     assert floats[0].tolist() == [2, 2]
     assert counts[0].item() == 20
 

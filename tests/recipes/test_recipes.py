@@ -5,14 +5,37 @@ import signal
 
 import pytest
 
-from cifarnet.config import CONFIGS
-from cifarnet.errors import Interrupted
+from cifarnet.config import CONFIGS, validate
+from cifarnet.errors import Interrupted, UserError
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 
 # what needs more than its name, such as a teacher, has a test of its own
 RECIPES = sorted(path.stem for path in CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "setting"),
+    [
+        ("+recipe=cutmix", "data.mix.prob=1.5"),
+        ("+recipe=cutmix", "data.mix.mixup_alpha=0"),
+        *(("+recipe=mixup", f"data.mix.alpha={alpha}") for alpha in (0, -1, "nan")),
+        ("+recipe=erasing", "data.transforms.erasing.prob=2"),
+        ("+recipe=randaugment", "data.transforms.randaugment.magnitude=31"),
+        ("+recipe=jitter", "data.transforms.jitter.contrast=2"),
+        ("+recipe=distillation module.teacher.checkpoint=run", "module.teacher.temperature=0"),
+        ("+recipe=ema", "recipe.ema.decay=1"),
+        ("+recipe=swa", "recipe.swa.epoch=0"),
+        ("+recipe=lookahead", "recipe.lookahead.k=0"),
+        ("+recipe=sam", "recipe.sam.rho=0"),
+        ("objective=focal", "objective.gamma=-1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(config, choice, setting):
+    with pytest.raises(UserError) as error:
+        validate(config(*choice.split(), setting))
+    assert str(error.value).startswith(setting)
 
 
 @pytest.mark.slow

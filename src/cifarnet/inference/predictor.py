@@ -63,15 +63,15 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of images [B, C, H, W] from one view, and with test-time augmentation: twice [B, num_classes]."""
-        answers = test_time.Answers(self._forward, 1, self.tta, self.tta_share)
+        answers = test_time.AveragedLogits(self._forward, 1, self.tta, self.tta_share)
         return answers.add(images.to(self.device)), answers.final()[0]
 
     @torch.inference_mode()
     def over(self, batches: Collection[Sequence[Tensor]], title: str) -> Predictions:
         """The answers, on the CPU, to all batches of (images, labels, index, …). A bar shows the way on a terminal."""
-        answers, rest = test_time.Answers(self._forward, len(batches), self.tta, self.tta_share), []
+        answers, rest = test_time.AveragedLogits(self._forward, len(batches), self.tta, self.tta_share), []
         for images, labels, index, *_ in tqdm(batches, title, leave=False, disable=None):
             answers.add(images.to(self.device))
             rest.append((labels.cpu(), index.cpu()))
-        logits = [torch.cat(batch).cpu() for batch in (answers.first, answers.final())]
+        logits = [torch.cat(batch).cpu() for batch in (answers.single, answers.final())]
         return Predictions(*logits, *(torch.cat(part) for part in zip(*rest, strict=True)))

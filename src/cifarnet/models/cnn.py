@@ -6,7 +6,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
 Width = Annotated[int, Range(1, 65536)]
@@ -23,11 +23,9 @@ class CNN(nn.Module):
     other sizes are pooled to what the hidden layer expects.
 
     Raises:
-        ValueError: an odd number of widths, or an image too small to be pooled once a block.
-        UserError: a number out of its range.
+        ValueError: an odd number of widths.
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
@@ -40,11 +38,8 @@ class CNN(nn.Module):
         super().__init__()
         if len(widths) % 2:
             raise ValueError(f"widths={list(widths)}: a block has two convolutions, so give an even number of widths")
-        self.pooled_size = image_size // 2 ** (len(widths) // 2)
-        if self.pooled_size == 0:
-            raise ValueError(f"image_size={image_size} is too small to be halved by {len(widths) // 2} pools")
-
         self.normalize = Normalize(in_chans)
+        self.pooled_size = image_size // 2 ** (len(widths) // 2)
         layers: list[nn.Module] = []
         channels = in_chans
         for first, second in zip(widths[::2], widths[1::2], strict=True):
@@ -57,7 +52,7 @@ class CNN(nn.Module):
         self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(inplace=True), nn.Dropout(drop_rate))
         self.head = nn.Linear(hidden, num_classes)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.head.weight)

@@ -1,4 +1,4 @@
-"""From a class and its settings to a network that takes pixels."""
+"""Build a network that takes pixels from a class and its settings."""
 
 import copy
 import inspect
@@ -16,44 +16,48 @@ from cifarnet.models.normalize import Normalize
 
 
 def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int, **settings: Any) -> nn.Module:
-    """The network that a class, or a function such as `torchvision.models.resnet18`, makes.
+    """Return the network that a class, or a function such as `torchvision.models.resnet18`, makes.
 
-    It is told `num_classes` and `image_size` (in pixels) where it takes arguments of these names. One without a
-    `Normalize` gets one in front, so that every network takes uint8 images [B, C, H, W]. Layers of torch's that are
-    lazy get their size from an image.
+    `num_classes` and `image_size` (in pixels) are passed on if `make` takes arguments of these names. A network without
+    a `Normalize` layer gets one in front, so that every network takes uint8 images [B, C, H, W]. Lazy layers of torch
+    are initialized by a forward pass.
     """
-    declared = inspect.signature(make).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in declared.values())
-    task = {"num_classes": num_classes} if "num_classes" in declared or takes_any else {}
-    task |= {"image_size": image_size} if "image_size" in declared else {}
+    parameters = inspect.signature(make).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    task = {"num_classes": num_classes} if "num_classes" in parameters or takes_any else {}
+    task |= {"image_size": image_size} if "image_size" in parameters else {}
     network = make(**(task | settings))
     if not isinstance(network, nn.Module):
-        raise TypeError(f"makes a {type(network).__name__}, where a Module is needed")
+        raise TypeError(f"a {type(network).__name__} is not a torch.nn.Module")
     if not any(isinstance(layer, Normalize) for layer in network.modules()):
         network = nn.Sequential(OrderedDict(normalize=Normalize(), network=network))
     if any(map(is_lazy, itertools.chain(network.parameters(), network.buffers()))):
         training = [layer for layer in network.modules() if layer.training]
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-        for layer in training:  # not those that the network itself keeps in eval mode
+            network.eval()(blank_image(image_size))
+        for layer in training:  # a layer that the network keeps in eval mode stays in it
             layer.training = True
     return network
 
 
 @torch.no_grad()
-def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "model") -> None:
-    """Show it a blank image of each size, in pixels, that it is to be trained or tested on.
+def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "the model") -> None:
+    """Run the network on a blank image of each size in pixels on which it is to be trained or tested.
 
     Raises:
-        UserError: it fails, or gives something else than logits [1, num_classes].
+        UserError: it fails, or returns something other than logits [1, num_classes].
     """
-    network = copy.deepcopy(network).eval()  # the network itself stays as it was made
+    network = copy.deepcopy(network).eval()  # the network itself is not changed
     for size in sorted(sizes):
-        what = f"{name}: of an image of {size}x{size} pixels (as the data has them, or data.train_sizes)"
+        task = f"{size}×{size} input (the size of the images, or one of data.train_sizes)"
         try:
-            logits = network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except Exception as error:  # whatever its layers raise
-            raise UserError(f"{what} it can make nothing: {' '.join(str(error).split())}") from error
+            logits = network(blank_image(size))
+        except Exception as error:  # any type: layers are anyone's
+            raise UserError(f"{name} fails on a {task}: {' '.join(str(error).split())}") from error
         if getattr(logits, "shape", None) != (1, num_classes):
-            made = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"{what} it makes {made}; expected logits [1, {num_classes}], one a class.")
+            output = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"{name} returns {output} for a {task}; expected logits [1, {num_classes}]")
+
+
+def blank_image(size: int) -> Tensor:
+    return torch.zeros(1, 3, size, size, dtype=torch.uint8)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
 
@@ -30,7 +30,6 @@ class ConvMixer(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,

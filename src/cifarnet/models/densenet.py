@@ -5,8 +5,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.models.resnet import initialize
 
 
 def step(chans: int, out: int, kernel_size: int, drop_rate: float) -> list[nn.Module]:
@@ -37,15 +38,12 @@ class DenseNet(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W from 4 on.
 
     Raises:
-        ValueError: a depth that is not 6n + 4, or an image too small to be halved twice.
-        UserError: a number out of its range.
+        ValueError: a depth that is not 6n + 4.
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
-        image_size: int = 32,
         in_chans: int = 3,
         depth: Annotated[int, Range(10, 2000)] = 100,
         growth_rate: Annotated[int, Range(1, 1024)] = 12,  # channels that a layer adds
@@ -54,8 +52,6 @@ class DenseNet(nn.Module):
         super().__init__()
         if depth % 6 != 4:
             raise ValueError(f"depth={depth}: give 6n + 4, such as 40, 100 or 190")
-        if image_size < 4:
-            raise ValueError(f"image_size={image_size} is too small to be halved twice: the least is 4")
         self.normalize = Normalize(in_chans)
         chans = 2 * growth_rate
         layers: list[nn.Module] = [nn.Conv2d(in_chans, chans, 3, padding=1, bias=False)]
@@ -68,9 +64,7 @@ class DenseNet(nn.Module):
                 chans += growth_rate
         self.layers = nn.Sequential(*layers, nn.BatchNorm2d(chans), nn.ReLU(inplace=True))
         self.head = nn.Linear(chans, num_classes)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self.layers)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.layers(self.normalize(images)).mean((2, 3)))

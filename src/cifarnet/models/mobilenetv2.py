@@ -4,7 +4,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
 # of each stage: how much wider a block is inside, channels, blocks, the first one's stride
@@ -48,7 +48,6 @@ class MobileNetV2(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,

@@ -1,23 +1,29 @@
-"""Residual networks, for images of 32×32: the six-n-plus-two of the paper, and ImageNet's with a small stem."""
+"""Residual networks for small images: ResNet, pre-activation ResNet, Wide ResNet, ResNeXt."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
 Width = Annotated[int, Range(1, 4096)]
-Depth = Annotated[int, Range(8, 2000)]
 Rate = Annotated[float, Range(0, below=1)]
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # a stage
+Stage = tuple[int, int, int]  # number of blocks, of channels inside a block, and of its output channels
+BLOCKS = {  # of each stage, by depth
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class Pad(nn.Module):
-    """The shortcut that learns nothing: every stride-th pixel, and zeros in the channels that are new."""
+    """A shortcut without parameters: take every stride-th pixel and append channels of zeros."""
 
     def __init__(self, new_chans: int, stride: int) -> None:
         super().__init__()
@@ -28,26 +34,47 @@ class Pad(nn.Module):
 
 
 class Block(nn.Module):
-    """x + residual(x): two 3×3 convolutions, or 1×1, 3×3, 1×1 around a bottleneck of a quarter of the channels.
+    """x + residual(x), where the residual is two 3×3 convolutions or a bottleneck of 1×1, 3×3 and 1×1 convolutions.
 
-    Norm and ReLU follow each convolution and the sum; with `preact` they come before each convolution instead, and a
-    shortcut that changes the shape starts behind the first of them.
+    Each convolution and the sum are followed by a norm and a ReLU. With `preact`, norm and ReLU precede each
+    convolution instead, and a shortcut that changes the shape starts after the first norm and ReLU.
+
+    Args:
+        chans, width, out: number of channels of the input, between the convolutions, and of the output.
+        groups: of the bottleneck's 3×3 convolution.
+        shortcut: "pad" or "conv", where the shape changes; otherwise the shortcut is the identity.
+        drop_rate: of a dropout before the last convolution; None adds no such layer.
+        drop_path_rate: the probability with which the residual of an image is dropped in training.
     """
 
-    def __init__(self, chans: int, out: int, stride: int, bottleneck: bool, shortcut: str, preact: bool, drop: float):
+    def __init__(
+        self,
+        chans: int,
+        width: int,
+        out: int,
+        stride: int,
+        *,
+        bottleneck: bool = False,
+        groups: int = 1,
+        preact: bool = False,
+        shortcut: str = "conv",
+        drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
+    ) -> None:
         super().__init__()
-        width = out // 4 if bottleneck else out
-        shapes = [(chans, width, 3, stride), (width, out, 3, 1)]  # in, out, kernel, stride
+        shapes = [(chans, width, 3, stride, 1), (width, out, 3, 1, 1)]  # in, out, kernel size, stride, groups
         if bottleneck:
-            shapes = [(chans, width, 1, 1), (width, width, 3, stride), (width, out, 1, 1)]
+            shapes = [(chans, width, 1, 1, 1), (width, width, 3, stride, groups), (width, out, 1, 1, 1)]
         layers: list[nn.Module] = []
-        for inner, outer, kernel, step in shapes:
-            conv = nn.Conv2d(inner, outer, kernel, step, kernel // 2, bias=False)
-            norm = nn.BatchNorm2d(inner if preact else outer)
+        for before, after, kernel_size, step, group_count in shapes:
+            conv = nn.Conv2d(before, after, kernel_size, step, kernel_size // 2, groups=group_count, bias=False)
+            norm = nn.BatchNorm2d(before if preact else after)
             layers += [norm, nn.ReLU(inplace=True), conv] if preact else [conv, norm, nn.ReLU(inplace=True)]
+        if drop_rate is not None:
+            layers.insert(-1 if preact else -3, nn.Dropout(drop_rate))
         self.before = nn.Sequential(*layers[:2]) if preact else nn.Identity()
         self.residual = nn.Sequential(*(layers[2:] if preact else layers[:-1]))
-        self.drop_path = StochasticDepth(drop, "row")
+        self.drop_path = StochasticDepth(drop_path_rate, "row")
         self.after = nn.Identity() if preact else nn.ReLU(inplace=True)
         self.shortcut: nn.Module | None = None  # the identity
         if stride > 1 or chans != out:
@@ -61,99 +88,161 @@ class Block(nn.Module):
         return self.after(kept + self.drop_path(self.residual(start)))
 
 
-def layers(
-    in_chans: int, stem: int, blocks: Sequence[int], outs: Sequence[int], drop_path_rate: float, preact: bool, **kind
+def residual_layers(
+    in_chans: int, stem: int, stages: Sequence[Stage], drop_path_rate: float, preact: bool = False, **settings: Any
 ) -> nn.Sequential:
-    """All between pixels and pooling: a stem, then stages, each but the first of which halves the image.
+    """Return a 3×3 convolution and stages of residual blocks, each of which but the first halves height and width.
 
-    Weights start as He et al. (2015, https://arxiv.org/abs/1502.01852, normal, by a layer's outputs) propose.
+    Args:
+        stem: number of channels of the first convolution.
+        drop_path_rate: of the last block; the rate rises linearly from 0 in the first one.
+        settings: of `Block`.
     """
-    made: list[nn.Module] = [nn.Conv2d(in_chans, stem, 3, padding=1, bias=False)]
-    made += [] if preact else [nn.BatchNorm2d(stem), nn.ReLU(inplace=True)]
-    chans, passed = stem, 0
-    for stage, (count, out) in enumerate(zip(blocks, outs, strict=True)):
+    layers: list[nn.Module] = [nn.Conv2d(in_chans, stem, 3, padding=1, bias=False)]
+    if not preact:
+        layers += [nn.BatchNorm2d(stem), nn.ReLU(inplace=True)]
+    chans, index = stem, 0
+    last = max(1, sum(count for count, _, _ in stages) - 1)
+    for stage, (count, width, out) in enumerate(stages):
         for number in range(count):
-            drop = drop_path_rate * passed / max(1, sum(blocks) - 1)  # rises from 0 in the first block
-            made.append(Block(chans, out, 2 if stage and not number else 1, preact=preact, drop=drop, **kind))
-            chans, passed = out, passed + 1
-    made += [nn.BatchNorm2d(chans), nn.ReLU(inplace=True)] if preact else []
-    for layer in (layer for block in made for layer in block.modules() if isinstance(layer, nn.Conv2d)):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(*made)
+            stride = 2 if stage and not number else 1
+            rate = drop_path_rate * index / last
+            layers.append(Block(chans, width, out, stride, preact=preact, drop_path_rate=rate, **settings))
+            chans, index = out, index + 1
+    if preact:
+        layers += [nn.BatchNorm2d(chans), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
-class CifarResNet(nn.Module):
+def initialize(layers: nn.Module) -> None:
+    """Draw convolutions' weights as He et al. (2015, https://arxiv.org/abs/1502.01852) propose: normal, fan-out."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ResidualNetwork(nn.Module):
+    """Residual layers, global average pool, linear head.
+
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
+    """
+
+    def __init__(self, num_classes: int, in_chans: int, layers: nn.Sequential, chans: int) -> None:
+        super().__init__()
+        self.normalize = Normalize(in_chans)
+        self.layers = layers
+        self.head = nn.Linear(chans, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(self.normalize(images)).mean((2, 3)))
+
+
+class CifarResNet(ResidualNetwork):
     """A 3×3 convolution, three stages of (depth - 2) / 6 blocks, global average pool, linear head.
 
     He et al. (2015, https://arxiv.org/abs/1512.03385, section 4.2); with `preact` as in He et al. (2016,
     https://arxiv.org/abs/1603.05027). 269,722 parameters at its defaults; with `shortcut="conv"` 272,474.
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
-
     Raises:
         ValueError: a depth that is not 6n + 2.
-        UserError: a number out of its range.
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
         in_chans: int = 3,
-        depth: Depth = 20,
-        width: Width = 16,  # channels of the first stage; each other one has twice as many
+        depth: Annotated[int, Range(8, 2000)] = 20,
+        width: Width = 16,  # channels of the first stage; each further stage doubles them
         shortcut: Literal["pad", "conv"] = "pad",  # where the shape changes: the paper's options A and B
         preact: bool = False,
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
-        super().__init__()
         if depth % 6 != 2:
             raise ValueError(f"depth={depth}: give 6n + 2, such as 20, 32, 44, 56 or 110")
-        if shortcut not in ("pad", "conv"):
-            raise ValueError(f"shortcut={shortcut}: choose one of pad, conv")
-        blocks, outs = [(depth - 2) // 6] * 3, [width, 2 * width, 4 * width]
-        self.normalize = Normalize(in_chans)
-        self.layers = layers(in_chans, width, blocks, outs, drop_path_rate, preact, shortcut=shortcut, bottleneck=False)
-        self.head = nn.Linear(outs[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.normalize(images)).mean((2, 3)))
+        stages = [((depth - 2) // 6, width * factor, width * factor) for factor in (1, 2, 4)]
+        layers = residual_layers(in_chans, width, stages, drop_path_rate, preact, shortcut=shortcut)
+        initialize(layers)
+        super().__init__(num_classes, in_chans, layers, 4 * width)
 
 
-class ResNet(nn.Module):
-    """ImageNet's networks on small images: the stem is one 3×3 convolution of stride 1, with no max pool behind it.
+class ResNet(ResidualNetwork):
+    """An ImageNet ResNet for small images: the stem is one 3×3 convolution of stride 1 without a max pool.
 
     He et al. (2015, https://arxiv.org/abs/1512.03385, table 1) with the stem, and the stride in the 3×3 convolution, of
     https://github.com/kuangliu/pytorch-cifar; with `preact` as in He et al. (2016, https://arxiv.org/abs/1603.05027),
-    norm and ReLU before the pool included. 11,173,962 parameters at its defaults; with `preact` 11,172,170.
-
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
-
-    Raises:
-        ValueError: a depth that is not in the paper's table.
-        UserError: a number out of its range.
+    including the norm and ReLU before the pool. 11,173,962 parameters at its defaults; with `preact` 11,172,170.
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
         in_chans: int = 3,
-        depth: Depth = 18,
-        width: Width = 64,  # of the first stage, inside its bottlenecks if it has them; each other one has twice that
+        depth: Literal[18, 34, 50, 101, 152] = 18,
+        width: Width = 64,  # of the first stage (inside its bottlenecks); each further stage doubles it
         preact: bool = False,
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
-        super().__init__()
-        if depth not in BLOCKS:
-            raise ValueError(f"depth={depth}: choose one of {', '.join(map(str, BLOCKS))}")
         bottleneck = depth >= 50
-        outs = [width * factor * (4 if bottleneck else 1) for factor in (1, 2, 4, 8)]
-        self.normalize = Normalize(in_chans)
-        self.layers = layers(
-            in_chans, width, BLOCKS[depth], outs, drop_path_rate, preact, shortcut="conv", bottleneck=bottleneck
-        )
-        self.head = nn.Linear(outs[-1], num_classes)
+        expansion = 4 if bottleneck else 1
+        widths = [width * factor for factor in (1, 2, 4, 8)]
+        stages = [(count, inner, inner * expansion) for count, inner in zip(BLOCKS[depth], widths, strict=True)]
+        layers = residual_layers(in_chans, width, stages, drop_path_rate, preact, bottleneck=bottleneck)
+        initialize(layers)
+        super().__init__(num_classes, in_chans, layers, 8 * width * expansion)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.normalize(images)).mean((2, 3)))
+
+class WideResNet(ResidualNetwork):
+    """A 3×3 convolution to 16 channels, three stages of (depth - 4) / 6 blocks, norm, ReLU, average pool, linear head.
+
+    Zagoruyko & Komodakis (2016, https://arxiv.org/abs/1605.07146): WRN-depth-width. 36,479,194 parameters at its
+    defaults. Where the paper uses dropout, its rate is 0.3.
+
+    Raises:
+        ValueError: a depth that is not 6n + 4.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        depth: Annotated[int, Range(10, 2000)] = 28,
+        width: Annotated[int, Range(1, 256)] = 10,  # the factor by which stages are wider than 16, 32, 64 channels
+        drop_rate: Rate = 0.0,  # of the dropout between a block's convolutions
+        drop_path_rate: Rate = 0.0,  # of the last block
+    ) -> None:
+        if depth % 6 != 4:
+            raise ValueError(f"depth={depth}: give 6n + 4, such as 16, 28 or 40")
+        stages = [((depth - 4) // 6, chans * width, chans * width) for chans in (16, 32, 64)]
+        layers = residual_layers(in_chans, 16, stages, drop_path_rate, preact=True, drop_rate=drop_rate)
+        super().__init__(num_classes, in_chans, layers, 64 * width)
+        initialize(self.layers)
+
+
+class ResNeXt(ResidualNetwork):
+    """A 3×3 convolution to 64 channels, three stages of (depth - 2) / 9 bottlenecks, average pool, linear head.
+
+    Xie et al. (2016, https://arxiv.org/abs/1611.05431, section 5.3): ResNeXt-depth, cardinality × base_width d, stages
+    of 256, 512 and 1,024 channels. 34,426,698 parameters at its defaults, 29, 8×64d.
+
+    Raises:
+        ValueError: a depth that is not 9n + 2.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        depth: Annotated[int, Range(11, 2000)] = 29,
+        cardinality: Annotated[int, Range(1, 1024)] = 8,  # groups of the 3×3 convolutions
+        base_width: Annotated[
+            int, Range(1, 1024)
+        ] = 64,  # channels a group in the first stage; each further stage doubles it
+        drop_path_rate: Rate = 0.0,  # of the last block
+    ) -> None:
+        if depth % 9 != 2:
+            raise ValueError(f"depth={depth}: give 9n + 2, such as 20, 29 or 38")
+        width = cardinality * base_width
+        stages = [((depth - 2) // 9, width * factor, 256 * factor) for factor in (1, 2, 4)]
+        layers = residual_layers(in_chans, 64, stages, drop_path_rate, bottleneck=True, groups=cardinality)
+        super().__init__(num_classes, in_chans, layers, 1024)
+        initialize(self.layers)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.normalize import Normalize
 
@@ -74,7 +74,6 @@ class SpeedNet(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a network's answer as a mean over several views of each image."""
+"""Test-time augmentation: logits averaged over several views of each image."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,86 +7,86 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cifarnet.system.distributed import all_gather, world_size
+from cifarnet.system.distributed import all_gather, rank, world_size
 
 TTA = Literal["none", "mirror", "mirror_translate"]
 
 
-class Answers:
-    """A network's answers to a test set, batch by batch, the least confident `share` of it with another look.
+class AveragedLogits:
+    """A network's logits of a test set, batch by batch; those of the least confident images are averaged over views.
 
-    `tta` says what the answer to an image that is looked at again is the mean of:
+    The views of `tta` are:
 
-    - "none": nothing is looked at again
+    - "none": the image alone
     - "mirror": the image and its mirror image
-    - "mirror_translate": half of the weight on these two, half on the four that are also shifted by a pixel, up and
-      left or down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
+    - "mirror_translate": these two with half of the weight, and with the other half both shifted by one pixel, up and
+      left, and down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
 
-    Which images are the least confident is known at the end: no more of them are kept until then than may be chosen.
-    Several ranks have a part of the test set each, in their order; the least confident are those of all.
+    Only after the last batch is it known which images are the least confident; until then no more images are kept than
+    may be chosen. Each of several ranks has a part of the test set, and the least confident images are those of all.
 
     Args:
         network: images [B, C, H, W] -> logits [B, num_classes].
-        batches: how many all ranks have at most, of the size of the first one.
+        batches: the largest number of batches, of all ranks together, of the size of the first one.
+        share: the part of the images, from 0 to 1, that is averaged over views.
     """
 
     def __init__(
         self, network: Callable[[Tensor], Tensor], batches: int, tta: TTA = "mirror_translate", share: float = 1.0
     ) -> None:
         self.network, self.batches = network, batches
-        self.tta, self.share = tta, share
-        self.first: list[Tensor] = []  # logits of one view [B, num_classes], batch by batch
-        self._final: list[Tensor] = []  # the last word already, where all or none are looked at again
-        self._unsure: list[tuple[Tensor, Tensor, Tensor]] = []  # confidence, place in the test set, image: candidates
+        self.tta, self.share = tta, 0.0 if tta == "none" else share
+        self.single: list[Tensor] = []  # logits of the image itself [B, num_classes], batch by batch
+        self._averaged: list[Tensor] = []  # final logits, if all images are averaged
+        self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []  # confidence, index in the test set, image
 
     def add(self, images: Tensor) -> Tensor:
-        """Logits of one view."""
+        """Return the logits of the images themselves, [B, num_classes]."""
         logits = self.network(images)
-        start = sum(map(len, self.first))
-        self.first.append(logits)
-        if self.tta == "none" or self.share == 0:
-            self._final.append(logits)
-        elif self.share == 1:
-            self._final.append(self._look_again(images, logits))
-        else:
-            place = torch.arange(start, start + len(images), device=images.device)
-            self._unsure.append((logits.softmax(1).amax(1), place, images))
-            # other ranks may have an image more each
-            most = math.ceil(self.share * (self.batches * len(self.first[0]) + world_size()))
-            if sum(len(place) for _, place, _ in self._unsure) > 2 * most:
-                self._unsure = [self._least(most)]
+        start = sum(map(len, self.single))
+        self.single.append(logits)
+        if self.share == 1:
+            self._averaged.append(self._average(images, logits))
+        elif self.share > 0:
+            index = torch.arange(start, start + len(images), device=images.device)
+            self._candidates.append((logits.softmax(1).amax(1), index, images))
+            # another rank may have one image more
+            most = math.ceil(self.share * (self.batches * len(self.single[0]) + world_size()))
+            if sum(len(index) for _, index, _ in self._candidates) > 2 * most:
+                self._candidates = [self._least_confident(most)]
         return logits
 
     def final(self) -> list[Tensor]:
-        """After all batches, the logits [B, num_classes] of each."""
-        if self._final:
-            return self._final
-        logits, size = torch.cat(self.first), len(self.first[0])
-        _, places, images = self._least(self._count(logits))
-        for place, again in zip(places.split(size), images.split(size), strict=True):
-            if not len(place):
-                continue
-            logits = logits.index_copy(0, place, self._look_again(again, logits[place]))
+        """Return the final logits [B, num_classes] of each batch; call it after the last batch."""
+        if self.share == 0:
+            return self.single
+        if self.share == 1:
+            return self._averaged
+        logits, size = torch.cat(self.single), len(self.single[0])
+        _, indices, images = self._least_confident(self._count(logits))
+        for index, chosen in zip(indices.split(size), images.split(size), strict=True):
+            if len(index):
+                logits = logits.index_copy(0, index, self._average(chosen, logits[index]))
         return list(logits.split(size))
 
     def _count(self, logits: Tensor) -> int:
-        """How many of this rank's images are among the least confident of all ranks."""
+        """Return how many of this rank's images are among the least confident of all ranks."""
         if world_size() == 1:
             return math.ceil(self.share * len(logits))
         confidence = all_gather(logits.softmax(1).amax(1))
-        most = math.ceil(self.share * sum(map(len, confidence)))
-        rank = torch.arange(len(confidence)).repeat_interleave(torch.tensor([len(of) for of in confidence]))
-        least = torch.cat(confidence).cpu().argsort(stable=True)[:most]
-        return int((rank[least] == rank()).sum())
+        counts = [len(values) for values in confidence]
+        ranks = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        least = torch.cat(confidence).cpu().argsort(stable=True)[: math.ceil(self.share * sum(counts))]
+        return int((ranks[least] == rank()).sum())
 
-    def _least(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all candidates, so many."""
-        confidence, place, images = (torch.cat(parts) for parts in zip(*self._unsure, strict=True))
+    def _least_confident(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the `count` least confident candidates."""
+        confidence, index, images = (torch.cat(parts) for parts in zip(*self._candidates, strict=True))
         chosen = confidence.argsort(stable=True)[:count]
-        return confidence[chosen], place[chosen], images[chosen]
+        return confidence[chosen], index[chosen], images[chosen]
 
-    def _look_again(self, images: Tensor, logits: Tensor) -> Tensor:
-        """The mean over the views of images, of which one has given these logits."""
+    def _average(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Return the mean over the views of images, whose own logits are known."""
         averaged = logits + self.network(images.flip(3))
         if self.tta == "mirror_translate":
             shifted = sum(self.network(view) + self.network(view.flip(3)) for view in _shifted(images))
@@ -95,7 +95,7 @@ class Answers:
 
 
 def _shifted(images: Tensor) -> Iterator[Tensor]:
-    """By one pixel, down and right, then up and left; the border is reflected."""
+    """Yield the images shifted by one pixel, down and right, then up and left; the border is reflected."""
     rows, columns = (torch.arange(-1, size - 1, device=images.device).abs() for size in images.shape[2:])
     yield images[:, :, rows][..., columns]
     yield images[:, :, len(rows) - 1 - rows.flip(0)][..., len(columns) - 1 - columns.flip(0)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of each stage
@@ -22,7 +22,6 @@ class VGG(nn.Module):
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
@@ -32,8 +31,6 @@ class VGG(nn.Module):
         drop_rate: Annotated[float, Range(0, below=1)] = 0.5,  # dropout after each hidden layer
     ) -> None:
         super().__init__()
-        if depth not in DEPTHS:
-            raise ValueError(f"depth={depth}: a VGG has one of {', '.join(map(str, DEPTHS))}")
         self.normalize = Normalize(in_chans)
         layers: list[nn.Module] = []
         chans = in_chans
@@ -53,7 +50,7 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:

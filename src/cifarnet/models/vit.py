@@ -7,31 +7,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 
-# B batch, N tokens, C width of a token, H heads
-Share = Annotated[float, Range(0, below=1)]
+# B batch, N tokens, C channels of a token, H heads
+Width = Annotated[int, Range(1, 65536)]
+Count = Annotated[int, Range(1, 1024)]
+Rate = Annotated[float, Range(0, below=1)]
 
 
 class Attention(nn.Module):
-    """[B, N, C] -> [B, N, C]: each token becomes a mean over all, weighted by how well they match."""
+    """Multi-head self-attention, [B, N, C] -> [B, N, C]; `drop_rate` is that of the attention weights.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    Raises:
+        ValueError: `width` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, width: int, num_heads: int, bias: bool = True, drop_rate: float = 0.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        if width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads, self.drop_rate = num_heads, drop_rate
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         queries, keys, values = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, …]
-        return self.proj(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
+        drop_rate = self.drop_rate if self.training else 0.0
+        x = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop_rate)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Return the rate of each block, from 0 in the first to `last` in the last."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
+
+
+def initialize(network: nn.Module) -> None:
+    """Draw the weights of linear layers from a truncated normal distribution; biases start at zero."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def add_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """Add learned positions [1, C, H, W] to features [B, C, H', W'], interpolated if the sizes differ."""
+    if x.shape[2:] != positions.shape[2:]:  # images of another size than `image_size` (data.train_sizes)
+        positions = F.interpolate(positions, x.shape[2:], mode="bicubic", antialias=True)
+    return x + positions
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, num_heads: int, mlp_width: int, drop_rate: float, drop_path: float) -> None:
+    """Attention and an MLP, each after a norm and with a residual connection, [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, drop_rate: float, drop_path_rate: float) -> None:
         super().__init__()
-        dropout, self.drop_path = nn.Dropout(drop_rate), StochasticDepth(drop_path, "row")  # a whole branch an image
+        dropout = nn.Dropout(drop_rate)
+        self.drop_path = StochasticDepth(drop_path_rate, "row")  # drops the branch of a whole image
         self.attention = nn.Sequential(nn.LayerNorm(width, eps=1e-6), Attention(width, num_heads), dropout)
         self.mlp = nn.Sequential(
             *(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, mlp_width), nn.GELU(), dropout),
@@ -50,55 +84,45 @@ class ViT(nn.Module):
     without its distillation token, on patches of 4×4 pixels. 5,362,762 parameters at its defaults, on 32×32 images. At
     other image sizes the learned positions are interpolated.
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W multiples of
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are multiples of
     patch_size.
 
     Raises:
-        ValueError: an image size that is no multiple of the patch size, or a width that is none of the heads.
-        UserError: a number out of its range.
+        ValueError: `image_size` is not a multiple of `patch_size`, or `width` not one of `num_heads`.
     """
 
-    @checked("model")
     def __init__(
         self,
         num_classes: int = 10,
         image_size: int = 32,
         in_chans: int = 3,
         patch_size: Annotated[int, Range(1, 4096)] = 4,
-        width: Annotated[int, Range(1, 65536)] = 192,
-        depth: Annotated[int, Range(1, 1024)] = 12,
-        num_heads: Annotated[int, Range(1, 1024)] = 3,
+        width: Width = 192,
+        depth: Count = 12,
+        num_heads: Count = 3,
         mlp_ratio: Annotated[float, Range(above=0, most=64)] = 4.0,
-        drop_rate: Share = 0.0,  # dropout after attention and in the MLP
-        drop_path_rate: Share = 0.1,  # of the last block; it rises from 0 in the first
+        drop_rate: Rate = 0.0,  # of the dropout after attention and in the MLP
+        drop_path_rate: Rate = 0.1,  # of the last block; it rises from 0 in the first
     ) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"patch_size={patch_size}: images of {image_size} pixels cannot be cut into such patches")
-        if width % num_heads:
-            raise ValueError(f"width={width} is no multiple of num_heads={num_heads}")
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
         self.normalize = Normalize(in_chans)
         self.patches = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
         side = image_size // patch_size
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.class_position = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, width, side, side))
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         mlp_width = int(width * mlp_ratio)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*(Block(width, num_heads, mlp_width, drop_rate, rate) for rate in rates))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         for weights in (self.class_token, self.class_position, self.positions):
             nn.init.trunc_normal_(weights, std=0.02)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, positions = self.patches(self.normalize(images)), self.positions
-        if x.shape[2:] != positions.shape[2:]:  # other images than `image_size` (data.train_sizes)
-            positions = F.interpolate(positions, x.shape[2:], mode="bicubic", antialias=True)
-        x = (x + positions).flatten(2).mT
+        x = add_positions(self.patches(self.normalize(images)), self.positions).flatten(2).mT
         x = torch.cat([(self.class_token + self.class_position).expand(x.shape[0], -1, -1), x], 1)  # len(x) would fix B
         return self.head(self.norm(self.blocks(x))[:, 0])

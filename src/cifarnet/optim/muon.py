@@ -1,6 +1,6 @@
 """Muon for convolutions, SGD for everything else, in one optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class Muon(Optimizer):
         for parameter in params:
             if isinstance(parameter, dict):
                 raise ValueError(
-                    "it takes no groups of parameters: its rates and decays are settings of its own, such as matrix.lr."
+                    "Muon does not support the parameter groups of module.no_decay and recipe.backbone. Choose another "
+                    "optimizer, such as optimizer=sgd, or set the rates and decays of Muon itself, such as matrix.lr."
                 )
             kinds[{0: "bias", 1: "bias", 4: "convolution"}.get(parameter.ndim, "matrix")].append(parameter)
         sgd = {"lr": 0.01, "momentum": 0.85, "weight_decay": 0.0}
@@ -100,7 +101,7 @@ class Muon(Optimizer):
         return loss
 
     @staticmethod
-    def _orthogonalized(updates: list[Tensor], steps: int) -> list[Tensor]:
+    def _orthogonalized(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
         """Those of one shape together. A matrix's columns may have any order: that of the memory is fastest."""
         result = list(updates)
         for shape in {update.shape for update in updates}:

@@ -7,7 +7,7 @@ from typing import Annotated
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 
 Part = Annotated[float, Range(0, 1)]
 
@@ -21,7 +21,6 @@ class WarmupCosine(LambdaLR):
         warmup: the part of them in which the rate goes up.
     """
 
-    @checked("scheduler")
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Part = 0.05) -> None:
         rising = round(warmup * total_steps)
 
@@ -42,7 +41,6 @@ class Steps(LambdaLR):
         milestones: the moments, as parts of it.
     """
 
-    @checked("scheduler")
     def __init__(
         self,
         optimizer: Optimizer,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 
 
 class Teacher:
@@ -32,7 +32,6 @@ class Teacher:
 
     network: nn.Module
 
-    @checked("module.teacher")
     def __init__(
         self,
         checkpoint: str,

@@ -5,7 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
+from cifarnet.data.augmentation import box_mask
 from cifarnet.seeding import generator
 
 ROW = 2**16  # bytes of noise, the same in all runs: each image begins somewhere in them
@@ -27,7 +28,6 @@ class RandomErasing:
         UserError: a number out of its range.
     """
 
-    @checked("data.transforms.erasing")
     def __init__(self, prob: Annotated[float, Range(0, 1)] = 0.5, area: Annotated[float, Range(0.02, 1)] = 0.4) -> None:
         self.prob, self.area = prob, area
         self.noise = torch.empty(0, dtype=torch.uint8)  # the row, drawn for the first images and kept where they are
@@ -45,14 +45,10 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, place: Tensor, extent: Tensor, start: Tensor) -> Tensor:
         """Images, uint8 [B, C, H, W], and their draws -> the changed images, uint8."""
-        rows, columns = (
-            (distance := torch.arange(size, device=images.device) - place[:, axis, None]).ge(0)
-            & distance.lt(extent[:, axis, None])
-            for axis, size in enumerate(images.shape[2:])
-        )
         pixels = images[0].numel()
         if len(self.noise) != ROW + pixels:
             self.noise = torch.randint(256, (ROW + pixels,), dtype=torch.uint8, generator=generator(0, 0, "noise"))
         self.noise = self.noise.to(images.device)
         noise = self.noise.unfold(0, pixels, 1)[start].view(images.shape)
-        return torch.where(rows[:, None, :, None] & columns[:, None, None, :], noise, images)
+        inside = box_mask(place, extent, images.shape[-1])
+        return torch.where(inside[:, None], noise, images)

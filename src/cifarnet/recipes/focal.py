@@ -5,7 +5,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 
 
 class FocalLoss(nn.Module):
@@ -22,7 +22,6 @@ class FocalLoss(nn.Module):
         UserError: a gamma below 0.
     """
 
-    @checked("objective")
     def __init__(self, gamma: Annotated[float, Range(0, 100)] = 2.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing

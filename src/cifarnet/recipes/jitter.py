@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.recipes.operations import blend, grey
 from cifarnet.seeding import generator
 
@@ -23,7 +23,6 @@ class Jitter:
         UserError: a number that is not from 0 to 1.
     """
 
-    @checked("data.transforms.jitter")
     def __init__(
         self, brightness: Annotated[float, Range(0, 1)] = 0.2, contrast: Annotated[float, Range(0, 1)] = 0.2
     ) -> None:

@@ -1,50 +1,50 @@
-"""Lookahead: the optimizer's weights go ahead, and slow ones follow."""
+"""Lookahead: slow weights follow the optimizer's fast ones."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
+
+if TYPE_CHECKING:
+    from cifarnet.classifier import Classifier
 
 
 class Lookahead(Callback):
     """After every k steps of the optimizer, slow ← slow + alpha (w - slow) and w ← slow (Zhang et al., 2019,
-    https://arxiv.org/abs/1907.08610). What is validated and kept are the weights w.
+    https://arxiv.org/abs/1907.08610).
 
-    A recipe for weights: `+recipe=lookahead`.
+    The weights w are validated and saved.
+
+    Config: `+recipe=lookahead`.
 
     Args:
-        k: so many steps.
-        alpha: how far the slow weights follow.
-
-    Raises:
-        UserError: a number out of its range.
+        k: number of steps between two updates of the slow weights.
+        alpha: step size of the slow weights.
     """
 
-    @checked("recipe.lookahead")
     def __init__(self, k: Annotated[int, Range(1, 10**6)] = 5, alpha: Annotated[float, Range(0, 1)] = 0.5) -> None:
         self.k, self.alpha = k, alpha
         self.slow: list[Tensor] = []
-        self.step = 0  # of the optimizer, when they last followed
+        self.step = 0  # of the optimizer, at the last update of the slow weights
 
     @torch.no_grad()
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: "Classifier") -> None:
         weights = list(module.network.parameters())
-        self.slow = (
-            [slow.to(w.device) for slow, w in zip(self.slow, weights, strict=True)]
-            if self.slow
-            else [w.clone() for w in weights]
-        )
+        if self.slow:  # from a checkpoint
+            self.slow = [slow.to(weight.device) for slow, weight in zip(self.slow, weights, strict=True)]
+        else:
+            self.slow = [weight.clone() for weight in weights]
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: "Classifier", *_: Any) -> None:
         if trainer.global_step % self.k == 0 and trainer.global_step > self.step:
-            weights, self.step = list(module.network.parameters()), trainer.global_step
-            for slow, weight in zip(self.slow, weights, strict=True):
-                if weight.requires_grad:  # else it is frozen
+            self.step = trainer.global_step
+            for slow, weight in zip(self.slow, module.network.parameters(), strict=True):
+                if weight.requires_grad:  # frozen weights stay as they are
                     weight.copy_(slow.lerp_(weight, self.alpha))
 
     def state_dict(self) -> dict[str, Any]:

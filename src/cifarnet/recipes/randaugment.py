@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.recipes.operations import NAMES, apply, either_way
 from cifarnet.seeding import generator
 
@@ -25,7 +25,6 @@ class RandAugment:
         UserError: a number out of its range.
     """
 
-    @checked("data.transforms.randaugment")
     def __init__(
         self, num_ops: Annotated[int, Range(1, 14)] = 2, magnitude: Annotated[float, Range(0, 30)] = 9
     ) -> None:

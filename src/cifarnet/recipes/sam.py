@@ -1,49 +1,56 @@
-"""SAM: the gradient is not taken where the weights are, but a step further up."""
+"""SAM: the optimizer steps by the gradient at a point uphill from the weights."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import lightning as L
 import torch
+import torch.distributed
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifarnet.config import Range, checked
+from cifarnet.config import Range
 from cifarnet.errors import UserError
 from cifarnet.system.distributed import world_size
 
+if TYPE_CHECKING:
+    from cifarnet.classifier import Classifier
+
 
 class SAM(Callback):
-    """Sharpness-aware minimisation: the optimizer steps from w by the gradient of the same batch at w + ρ g / ‖g‖, with
-    g that at w and the norm over all weights (Foret et al., 2021, https://arxiv.org/abs/2010.01412). A step takes
-    twice the time. Metrics and batch norms' statistics are those of the look at w; dropout draws anew for the other.
+    """Sharpness-aware minimization (Foret et al., 2021, https://arxiv.org/abs/2010.01412).
 
-    A recipe for weights: `+recipe=sam`.
+    The optimizer steps from w by the gradient of the same batch at w + ρ g / ‖g‖, where g is the gradient at w and the
+    norm is taken over all weights. A step takes twice the time. Metrics and the statistics of batch norms are those of
+    the first forward pass, at w; the second one draws its own dropout masks.
+
+    Config: `+recipe=sam`.
 
     Args:
-        rho: ρ, how far it climbs.
+        rho: ρ, the distance.
 
     Raises:
-        UserError: a rho that is not above 0; gradients are accumulated, or scaled.
+        UserError: gradients are accumulated or scaled.
     """
 
-    @checked("recipe.sam")
     def __init__(self, rho: Annotated[float, Range(above=0, most=1000)] = 0.05) -> None:
         self.rho = rho
         self.batch: Any = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: "Classifier", batch: Any, batch_idx: int) -> None:
         if (batches := trainer.accumulate_grad_batches) > 1:
-            raise UserError(f"recipe.sam climbs once a batch: leave out trainer.accumulate_grad_batches={batches}.")
+            raise UserError(f"recipe.sam does not support trainer.accumulate_grad_batches={batches}. Leave it out.")
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise UserError(f"recipe.sam: trainer.precision={trainer.precision} scales gradients. Choose bf16-mixed.")
+            raise UserError(
+                f"recipe.sam does not support trainer.precision={trainer.precision}, which scales gradients. "
+                "Choose trainer.precision=bf16-mixed."
+            )
         self.batch = batch
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
-        weights = [weight for weight in module.network.parameters() if weight.grad is not None]  # not the frozen ones
-        gradients = [weight.grad for weight in weights]
-        changed = [*weights, *module.network.buffers()]  # a batch norm's statistics are buffers
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: "Classifier", optimizer: Optimizer) -> None:
+        weights: list[Tensor] = [weight for weight in module.network.parameters() if weight.grad is not None]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        changed = [*weights, *module.network.buffers()]  # the statistics of batch norms are buffers
         before = [value.detach().clone() for value in changed]
         with torch.no_grad():
             scale = self.rho / (torch.nn.utils.get_total_norm(gradients) + 1e-12)
@@ -51,19 +58,18 @@ class SAM(Callback):
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             _, losses = module.forward_and_loss(self.batch)
             loss = module.scale_loss(losses.mean(), len(losses))
-        # not by backward, whose gradients DistributedDataParallel would wait for
-        found = torch.autograd.grad(loss, weights, materialize_grads=True)
+        # not by backward(), which DistributedDataParallel would wait for
+        uphill = torch.autograd.grad(loss, weights, materialize_grads=True)
         with torch.no_grad():
-            for value, former in zip(changed, before, strict=True):
-                value.copy_(former)
-            torch._foreach_copy_(gradients, averaged(found))
+            torch._foreach_copy_(changed, before)
+            torch._foreach_copy_(gradients, mean_over_ranks(uphill))
 
 
-def averaged(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Their means over all ranks."""
-    if (ranks := world_size()) == 1:
+def mean_over_ranks(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Average the gradients of all ranks, in one all-reduce."""
+    if world_size() == 1:
         return gradients
-    whole = torch.cat([gradient.flatten() for gradient in gradients])  # asked for at once
-    torch.distributed.all_reduce(whole)
-    parts = (whole / ranks).split([gradient.numel() for gradient in gradients])
-    return [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(joined)
+    parts = (joined / world_size()).split([gradient.numel() for gradient in gradients])
+    return tuple(part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True))
