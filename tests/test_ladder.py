@@ -1,4 +1,4 @@
-"""benchmarks/ladder.py: from runs to a table, and on after a kill."""
+"""benchmarks/ladder.py: the table, and continuing after a kill."""
 
 import contextlib
 import json
@@ -17,21 +17,21 @@ SMALL = ["data=synthetic", "data.train_size=400", "data.test_size=50", "trainer=
 
 @pytest.fixture
 def ladder(tmp_path, monkeypatch):
-    """With files of its own."""
+    """The module, which writes to a temporary folder."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import ladder
 
     (tmp_path / "docs/images").mkdir(parents=True)
     page = tmp_path / "docs/zoo.md"
     page.write_text(f"above\n{ladder.BEGIN}\nold\n{ladder.END}\nbelow\n")
-    places = {"ROOT": tmp_path, "PAGE": page, "PICTURE": tmp_path / "docs/images/ladder.png"}
+    places = {"ROOT": tmp_path, "PAGE": page, "FIGURE": tmp_path / "docs/images/ladder.png"}
     monkeypatch.setattr(ladder, "recipe", lambda settings: "now")
-    for name, path in (places | {"KEPT": tmp_path / "ladder.json"}).items():
+    for name, path in (places | {"RESULTS": tmp_path / "ladder.json"}).items():
         monkeypatch.setattr(ladder, name, path)
     return ladder
 
 
-def kept(command, seed, accuracy, **more):
+def result(command, seed, accuracy, **more):
     run = {
         "command": command,
         "recipe": "now",
@@ -44,10 +44,10 @@ def kept(command, seed, accuracy, **more):
     return run | {"hardware": "A chip", "images": "CIFAR10", "torch": "2.14.1", "date": "2026-01-02"} | more
 
 
-def test_the_table_is_made_of_what_is_kept(ladder):
-    runs = [kept("+experiment=b", 0, 0.9, tta="mirror", seconds=50), kept("+experiment=a", 0, 0.84)]
-    runs += [kept("+experiment=a", 1, 0.86, seconds=200), kept("+experiment=a", 0, 0.5, hardware="Another")]
-    runs += [kept("+experiment=a", 2, 0.1, recipe="before")]
+def test_the_table_shows_the_results(ladder):
+    runs = [result("+experiment=b", 0, 0.9, tta="mirror", seconds=50), result("+experiment=a", 0, 0.84)]
+    runs += [result("+experiment=a", 1, 0.86, seconds=200), result("+experiment=a", 0, 0.5, hardware="Another")]
+    runs += [result("+experiment=a", 2, 0.1, recipe="before")]
     ladder.write(runs)
     lines = ladder.PAGE.read_text().splitlines()
     rows = [line for line in lines if line.startswith("| `+")]
@@ -59,49 +59,48 @@ def test_the_table_is_made_of_what_is_kept(ladder):
     )
     assert "| 85.00 ± 1.41 % (2) | 150 |" in rows[1]
     assert "Another" in rows[2]
-    assert ladder.PICTURE.stat().st_size > 1000
+    assert ladder.FIGURE.stat().st_size > 1000
 
 
-def test_a_recipe_that_was_changed_is_another_one(ladder, monkeypatch):
+def test_the_checksum_of_a_recipe_depends_on_the_settings_that_decide_results(ladder, monkeypatch):
     monkeypatch.undo()
     settings = ["+experiment=baseline", "data=folder"]
     assert ladder.recipe(settings) == ladder.recipe([*settings, "data.root=elsewhere"])
-    assert ladder.recipe(settings) == ladder.recipe([*settings, "logger=csv"])  # on which no figure depends
+    assert ladder.recipe(settings) == ladder.recipe([*settings, "logger=csv"])
     assert ladder.recipe(settings) != ladder.recipe([*settings, "optimizer.lr=0.1"])
     assert ladder.recipe(settings) != ladder.recipe(settings[:1])
 
 
-def test_what_this_hardware_has_no_time_for_is_refused(ladder):
+def test_an_experiment_that_is_not_for_this_hardware_is_refused(ladder):
     with pytest.raises(SystemExit, match="No cct8 on this hardware"):
-        ladder.climb([], ["cct8"], 1, [])
+        ladder.train_missing([], ["cct8"], 1, [])
 
 
-def test_settings_may_follow_the_names(ladder, monkeypatch):
-    told = []
-    monkeypatch.setattr(ladder, "climb", lambda kept, only, seeds, overrides: told.extend([only, overrides]))
+def test_settings_may_follow_only(ladder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ladder, "train_missing", lambda *arguments: calls.append(arguments[1::2]))
     monkeypatch.setattr(sys, "argv", ["ladder.py", "--only", "resnet20", "data=folder", "data.root=x"])
     ladder.main()
-    assert told == [["resnet20"], ["data=folder", "data.root=x"]]
+    assert calls == [(["resnet20"], ["data=folder", "data.root=x"])]
 
 
-def test_a_run_on_the_processor_is_looked_for_there(ladder, monkeypatch):
-    """Where there is a GPU too, else it would be kept once more at each start."""
+def test_results_of_the_cpu_are_found_on_a_machine_with_a_gpu(ladder, monkeypatch):
     monkeypatch.setattr(ladder.torch.cuda, "is_available", lambda: True)
-    here = ladder.hardware.describe(ladder.torch.device("cpu"))["name"]
-    done = kept("+experiment=speedrun trainer=cpu", 0, 0.9, hardware=here)
-    assert ladder.climb([done], ["speedrun"], 1, ["trainer=cpu"]) == []
+    cpu = ladder.hardware.describe(ladder.torch.device("cpu"))["name"]
+    done = result("+experiment=speedrun trainer=cpu", 0, 0.9, hardware=cpu)
+    assert ladder.train_missing([done], ["speedrun"], 1, ["trainer=cpu"]) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_ladder_lets_its_run_save(ladder, tmp_path, number):
-    """As a terminal's Ctrl-C comes, to both; SIGTERM to the ladder alone."""
+def test_a_stopped_ladder_waits_until_its_run_has_saved(ladder, tmp_path, number):
+    """A terminal sends Ctrl-C to both processes; SIGTERM is sent to the ladder alone."""
     slow = "import signal, sys, time\n"
     slow += "def end(number, _): time.sleep(0.5); print('saved', flush=True); sys.exit(128 + number)\n"
     slow += "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end); print('up', flush=True)\n"
     slow += "time.sleep(60)\n"
     (tmp_path / "cifarnet").mkdir()
     (tmp_path / "cifarnet/__init__.py").touch()
-    (tmp_path / "cifarnet/train.py").write_text(slow)  # in place of a run
+    (tmp_path / "cifarnet/train.py").write_text(slow)  # replaces the command
     code = f"import sys, os; sys.path.insert(0, {str(BENCHMARKS)!r}); import ladder\n"
     code += f"os.environ['PYTHONPATH'] = os.curdir; os.chdir({str(tmp_path)!r})\n"
     code += "sys.exit(ladder.train(ladder.Path('nothing'), []))"
@@ -116,11 +115,11 @@ def test_a_stopped_ladder_lets_its_run_save(ladder, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_killed_ladder_goes_on_where_it_was(ladder, tmp_path):
-    """Killed in a run, and started again: that run is gone on with, and what is done is not done again."""
+def test_a_killed_ladder_continues_where_it_was(ladder, tmp_path):
+    """The run in which it was killed is resumed, and finished runs are not repeated."""
     code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import ladder; from pathlib import Path\n"
     code += "ladder.LADDER = dict.fromkeys(('cuda', 'cpu'), {'quickstart': 'trainer.max_epochs=12'})\n"
-    for name in ("ROOT", "PAGE", "PICTURE", "KEPT"):
+    for name in ("ROOT", "PAGE", "FIGURE", "RESULTS"):
         code += f"ladder.{name} = Path({str(getattr(ladder, name))!r})\n"
     command = [sys.executable, "-c", code + "ladder.main()", "--seeds", "2", *SMALL]
     process = subprocess.Popen(command, start_new_session=True)
@@ -132,10 +131,10 @@ def test_a_killed_ladder_goes_on_where_it_was(ladder, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     folder = saved[0].parents[1]
-    before = ladder.KEPT.read_text()
+    before = ladder.RESULTS.read_text()
     assert not (folder / "metrics.json").exists()
     subprocess.run(command, check=True)
-    runs = json.loads(ladder.KEPT.read_text())
+    runs = json.loads(ladder.RESULTS.read_text())
     assert runs[0] == json.loads(before)[0]
     assert [(run["seed"], run["epochs"], run["images"]) for run in runs] == [(0, 12, "Synthetic"), (1, 12, "Synthetic")]
     assert len(json.loads((folder / "metrics.json").read_text())["sessions"]) == 2

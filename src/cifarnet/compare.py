@@ -1,13 +1,14 @@
-"""Which of several settings is better, and is the difference more than luck?
+"""Compare groups of runs, and test whether their differences are statistically significant.
 
-Runs that differ only by seed are one group; the groups' means are compared by Welch's t-test. All figures come from the
-runs' `metrics.json`.
+Runs that differ only by seed form a group. The means of the groups are compared by Welch's t-test. All results come
+from the runs' `metrics.json`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.config import check_type
+from cifarnet.config import check_settings
 from cifarnet.errors import UserError, printable
 
 EXAMPLES = """\
@@ -16,12 +17,19 @@ EXAMPLES = """\
 """
 
 
+@dataclass
+class CompareSettings:
+    """The settings in `configs/compare.yaml`."""
+
+    metric: str | None
+    output: str
+
+
 def _compare() -> None:
     arguments = cli.parse("compare", __doc__, EXAMPLES, against=True)
     config = cli.compose("compare", arguments.settings)
-    check_type("metric", config.metric, str | None)
-    check_type("output", config.output, str)
-    # only now: scipy and matplotlib take a second
+    check_settings(config, CompareSettings)
+    # imported late, because scipy and matplotlib take a second
     from cifarnet.records import comparison, figures
 
     groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)

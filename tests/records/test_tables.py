@@ -1,31 +1,33 @@
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cifarnet.errors import UserError
-from cifarnet.records import tables
+from cifarnet.records import json_file, tables
+from cifarnet.records.record import Record
 from cifarnet.records.tables import Run
+from example_record import RECORD, write_record
 
 
-def make(settings: dict[str, str], **metrics: float | str | None) -> Run:
-    return Run(Path("runs"), settings, metrics)
+def make(settings: dict[str, str], **numbers: float) -> Run:
+    return Run(Path("runs"), settings, numbers=numbers)
 
 
-def test_a_job_as_its_folder_tells(tmp_path):
-    for number, (file, text) in enumerate(
-        [
-            ("metrics.json", '{"val_accuracy": 0.9}'),
-            ("error.txt", "it exploded\n"),
-            ("pruned.txt", "after 2"),
-            ("x", ""),
-        ]
-    ):
+def finished(seed: int, date: str, accuracy: float) -> Run:
+    changes = {"seed": seed, "finished": date, "val_accuracy": accuracy, "seconds": accuracy}
+    return Run(Path("runs"), {}, record=Record(**RECORD | changes))
+
+
+def test_a_job_is_what_its_folder_describes(tmp_path):
+    files = [("error.txt", "it exploded\n"), ("pruned.txt", "after 2"), ("x", "")]
+    for number, (file, text) in enumerate([("metrics.json", ""), *files]):
         folder = tmp_path / str(number)
         (folder / ".hydra").mkdir(parents=True)
         (folder / ".hydra/overrides.yaml").write_text("- optimizer.lr=0.1\n- ~logger\n- seed=3\n- sweep.resume='a=b'\n")
         (folder / file).write_text(text)
+    write_record(tmp_path / "0", val_accuracy=0.8)
     (tmp_path / "10/.hydra").mkdir(parents=True)
     (tmp_path / "evaluation").mkdir()
     runs = tables.read_sweep(tmp_path)
@@ -33,71 +35,68 @@ def test_a_job_as_its_folder_tells(tmp_path):
     assert [run.status for run in runs] == ["done", "failed", "pruned", "cut off", "cut off"]
     assert (runs[1].note, runs[2].note) == ("it exploded", "after 2")
     assert runs[0].settings == {"optimizer.lr": "0.1", "~logger": "", "seed": "3"}
-    assert runs[0].score == 0.9
+    assert (runs[0].score, runs[0].value("seconds")) == (0.8, 13)
     assert math.isnan(runs[1].score)
+    assert math.isnan(runs[0].value("tta"))
 
 
-def test_what_is_no_number_is_none():
-    run = make({}, val_accuracy=None, tta="none", on_device=True, epochs=3)
-    assert run.value("epochs") == 3
-    assert all(math.isnan(run.value(metric)) for metric in ("val_accuracy", "tta", "on_device", "other"))
+def test_an_unreadable_file_makes_a_job_damaged(tmp_path):
+    write_record(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    overrides = tmp_path / ".hydra/overrides.yaml"
+    for content in (b"- a=1\n\xff\n", b"a: {", b"3"):
+        overrides.write_bytes(content)
+        with pytest.raises(UserError, match=r"overrides\.yaml cannot be read: "):
+            tables.overrides(tmp_path)
+        assert tables.read_run(tmp_path).status == "damaged"
+    overrides.write_text("- a=1\n")
+    assert tables.read_run(tmp_path).status == "done"
+    (tmp_path / "metrics.json").write_text('{"val_accuracy": 0.')
+    run = tables.read_run(tmp_path)
+    assert (run.status, run.record, run.numbers, run.settings) == ("damaged", None, {}, {"a": "1"})
+    assert "metrics.json cannot be read" in run.note
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "error.txt").write_bytes(b"\xff")
+    assert "error.txt cannot be read" in tables.read_run(tmp_path).note
 
 
-def test_damaged_files_of_a_job_are_named(tmp_path):
-    job = tmp_path / "0"
-    (job / ".hydra").mkdir(parents=True)
-    (job / ".hydra/overrides.yaml").write_bytes(b"- a=1\n\xff\n")
-    for content in ('{"val_accuracy": 0.', "[" * 100_000, "9" * 10_000):
-        (job / "metrics.json").write_text(content)
-        with pytest.raises(UserError, match=r"metrics\.json cannot be read: "):
-            tables.read_metrics(job / "metrics.json")
-        run = tables.read_run(job)
-        assert (run.status, run.metrics, run.settings) == ("damaged", {}, {})
-        assert "metrics.json cannot be read" in run.note
-        assert "overrides.yaml cannot be read" in run.note
-    (job / "metrics.json").write_text('{"val_accuracy": 0.9, "overrides": ["a=1"]}')
-    run = tables.read_run(job)
-    assert (run.status, run.score, run.settings) == ("done", 0.9, {"a": "1"})
-    (job / "metrics.json").unlink()
-    for overrides in ("a: {", "a: 1", "3", "- [a]\n- 'x=${y}'"):
-        (job / ".hydra/overrides.yaml").write_text(overrides)
-        assert tables.read_run(job).status in ("cut off", "damaged")
-    (job / "error.txt").write_bytes(b"\xff")
-    assert tables.read_run(job).status == "failed"
+def test_a_file_that_is_missing_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"x cannot be read: .*No such file.* Remove it\.$"):
+        json_file.read(tmp_path / "x", str.strip, ". Remove it")
 
 
-def test_groups_the_best_first_and_those_without_a_value_last():
+def test_the_best_group_comes_first_and_groups_without_a_value_last():
     accuracies = [("a", 0.5), ("b", None), ("c", 0.7), ("a", 0.6), ("c", None)]
-    runs = [make({"model": m, "seed": str(s)}, val_accuracy=v, seed=s) for s, (m, v) in enumerate(accuracies)]
+    runs = [
+        make({"model": model, "seed": str(seed)}, **({} if value is None else {"val_accuracy": value}))
+        for seed, (model, value) in enumerate(accuracies)
+    ]
     best, second, last = tables.grouped(runs, "val_accuracy")
     assert [group.settings for group in (best, second, last)] == [{"model": "c"}, {"model": "a"}, {"model": "b"}]
     assert (best.mean, len(best.runs), len(best.values)) == (0.7, 2, 1)
     assert math.isnan(best.deviation)
     assert (second.mean, second.deviation) == (pytest.approx(0.55), pytest.approx(0.1 / math.sqrt(2)))
     assert math.isnan(last.mean)
-    assert len(tables.grouped(runs, "val_accuracy", alike=lambda run: run.metrics["seed"])) == 5
+    assert len(tables.grouped(runs, "val_accuracy", key=lambda run: run.settings["seed"])) == 5
 
 
 @pytest.mark.parametrize(("metric", "best"), [("test_accuracy", 3), ("test_cross_entropy", 1), ("seconds", 1)])
-def test_what_is_best(metric, best):
+def test_which_value_is_the_best(metric, best):
     runs = [make({"a": str(value)}, **{metric: value}) for value in (2, 1, 3)]
     assert tables.grouped(runs, metric)[0].mean == best
 
 
-def test_of_one_seed_the_last_run_counts_but_for_times():
-    runs = [
-        make({}, seed=seed, finished=finished, val_accuracy=accuracy, seconds=accuracy)
-        for seed, finished, accuracy in [(0, "2026-11-23", 0.9), (1, "2026-11-22", 0.8), (0, "2026-11-21", 0.1)]
-    ]
+def test_only_the_last_run_of_a_seed_counts_except_for_times():
+    runs = [finished(0, "2026-11-23", 0.9), finished(1, "2026-11-22", 0.8), finished(0, "2026-11-21", 0.1)]
     [group] = tables.grouped(runs, "val_accuracy")
     assert sorted(group.values) == [0.8, 0.9]
     assert group.repeats == [runs[2]]
-    [group] = tables.grouped(runs, "seconds")
+    group = replace(group, metric="seconds")
     assert (len(group.values), group.repeats) == (3, [])
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "named"),
+    ("first", "second", "varying"),
     [
         ({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, ["b"]),
         ({"a": "1"}, {}, ["a"]),
@@ -107,19 +106,15 @@ def test_of_one_seed_the_last_run_counts_but_for_times():
         ({"m._target_": "A", "m.n.x": "1"}, {"m._target_": "B"}, ["m._target_"]),
     ],
 )
-def test_which_settings_vary(first, second, named):
-    assert tables.varied([make(first), make(second)]) == named
+def test_which_settings_vary(first, second, varying):
+    assert tables.varied([make(first), make(second)]) == varying
 
 
 def test_cells_are_aligned():
-    assert tables.aligned({"": ["long", "a"], "n": ["1", ""]}) == "        n\n  long  1\n  a"
+    assert tables.column_table({"": ["long", "a"], "n": ["1", ""]}) == "        n\n  long  1\n  a"
+    assert tables.row_table({"long": "1", "a": "2"}) == "\n  long  1\n  a     2\n"
 
 
-def test_numbers_are_shortened():
+def test_long_numbers_are_shortened():
     values = ["0.1", "0.00123456789", "[32,32,64,64]", "1e-05"]
-    assert [tables.short(value) for value in values] == ["0.1", "0.001235", "[32,32,64,64]", "1e-05"]
-
-
-def test_json_that_is_no_dictionary_is_no_record(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps([1]))
-    assert tables.read_metrics(tmp_path / "metrics.json") == {}
+    assert [tables.shorten(value) for value in values] == ["0.1", "0.001235", "[32,32,64,64]", "1e-05"]

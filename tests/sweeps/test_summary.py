@@ -1,5 +1,4 @@
 import csv
-import json
 import math
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from filelock import FileLock
 
 from cifarnet.records import tables
 from cifarnet.sweeps import summary
+from example_record import write_record
 
 
 def make_job(folder: Path, name: str | int, overrides: list[str], score: float | None = None, error: str = "") -> Path:
@@ -17,8 +17,8 @@ def make_job(folder: Path, name: str | int, overrides: list[str], score: float |
     (job / "checkpoints").mkdir()
     (job / "checkpoints/best.ckpt").write_text("")
     if score is not None:
-        metrics = {"val_accuracy": score, "test_accuracy": score - 0.01, "seconds": 2.0}
-        (job / "metrics.json").write_text(json.dumps(metrics))
+        seed = next((int(override[5:]) for override in overrides if override.startswith("seed=")), 0)
+        write_record(job, val_accuracy=score, test_accuracy=score - 0.01, seconds=2.0, seed=seed)
     if error:
         (job / "error.txt").write_text(error + "\n")
     return job
@@ -26,7 +26,7 @@ def make_job(folder: Path, name: str | int, overrides: list[str], score: float |
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two rates with two seeds each, and a failed one."""
+    """A sweep of two learning rates with two seeds each, and a job that failed."""
     for number, (rate, seed, score) in enumerate([(0.1, 0, 0.8), (0.1, 1, 0.9), (0.2, 0, 0.6), (0.2, 1, 0.7)]):
         make_job(tmp_path, number, [f"optimizer.lr={rate}", f"seed={seed}", "name=x"], score)
     make_job(tmp_path, 4, ["optimizer.lr=0.3", "seed=0", "name=x"], error="it exploded")
@@ -46,7 +46,7 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
 
 
-def test_what_a_job_left_does_not_command_the_terminal_nor_lead_elsewhere(folder, tmp_path, capsys):
+def test_control_characters_are_escaped_and_links_are_not_followed(folder, tmp_path, capsys):
     (folder / "4/error.txt").write_text("a\x1b[2Jb")
     make_job(folder, 5, ['"optimizer.lr=\\e]0;x"'], 0.5)
     for name in ("sweep.tmp", "sweep.csv"):
@@ -81,18 +81,18 @@ def test_summary_is_written_although_a_job_failed(folder, capsys):
     printed = capsys.readouterr().out
     assert "job 4 failed: it exploded" in printed
     assert "4 of 5 jobs done" in printed
-    assert "Cut off" not in printed
+    assert "Not finished" not in printed
     assert "sweep.resume=" in printed
 
 
-def test_jobs_that_never_ended_are_named(folder, capsys):
+def test_unfinished_jobs_are_listed(folder, capsys):
     for number in (1, 3):
         (folder / str(number) / "metrics.json").unlink()
     summary.summarize(folder, 9, "sweep.resume=x")
-    assert "Cut off, or not begun: 1, 3, 5-8\n" in capsys.readouterr().out
+    assert "Not finished: 1, 3, 5-8\n" in capsys.readouterr().out
 
 
-def test_a_job_that_another_process_runs_is_not_cut_off(folder, capsys):
+def test_a_job_that_another_process_runs_is_running(folder, capsys):
     for number in (1, 3):
         (folder / str(number) / "metrics.json").unlink()
         (folder / str(number) / ".lock").touch()
@@ -100,7 +100,7 @@ def test_a_job_that_another_process_runs_is_not_cut_off(folder, capsys):
         summary.summarize(folder, 5, "sweep.resume=x")
     printed = capsys.readouterr().out
     assert "2 of 5 jobs done, 1 failed, 1 running: " in printed
-    assert "Cut off, or not begun: 1\n" in printed
+    assert "Not finished: 1\n" in printed
     statuses = {row["folder"]: row["status"] for row in csv.DictReader((folder / "sweep.csv").open())}
     assert (statuses["1"], statuses["3"]) == ("cut off", "running")
 

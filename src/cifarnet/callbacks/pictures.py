@@ -10,6 +10,7 @@ from torchvision.utils import make_grid
 
 from cifarnet.callbacks.loggers import log_picture
 from cifarnet.classifier import Classifier
+from cifarnet.data.loader import Batch
 from cifarnet.inference import figures
 
 
@@ -23,9 +24,9 @@ class Pictures(Callback):
     def __init__(self, count: int = 40) -> None:
         self.count = count
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         if trainer.global_step == 0 and trainer.is_global_zero:
-            grid = make_grid(batch[0][:64].cpu(), nrow=8)
+            grid = make_grid(batch.images[:64].cpu(), nrow=8)
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

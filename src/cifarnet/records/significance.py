@@ -16,10 +16,12 @@ MOST_SEEDS = 10_000  # the search for a number of seeds ends here
 def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Welch's two-sided t-test of the means of two samples, whose variances may differ.
 
-    Returns the low and high end of the 95 % confidence interval of the difference, and the p-value. All are NaN if a sample has fewer than two values, or if neither sample varies.
-
     Source: B. L. Welch, The generalization of "Student's" problem when several different population variances are
     involved, Biometrika 34 (1947).
+
+    Returns:
+        The low and high end of the 95 % confidence interval of the difference, and the p-value; NaN if a sample has
+        fewer than two values, or if neither sample varies.
     """
     if min(len(first), len(second)) < 2 or len(set(first)) == len(set(second)) == 1:
         return math.nan, math.nan, math.nan
