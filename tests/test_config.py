@@ -5,9 +5,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from cifarnet.cli import compose
-from cifarnet.config import Range, check, deciding_settings, flat, validate
+from cifarnet.config import deciding_settings, flat, validate
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
+from cifarnet.schema import Range, check
 
 NAN, INF = float("nan"), float("inf")
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from cifarnet import __version__
 from cifarnet.allowlist import allowed_class
-from cifarnet.config import Pixels, check, check_arguments
 from cifarnet.errors import UserError
 from cifarnet.models import construct
 from cifarnet.models.tta import TTA
+from cifarnet.schema import Pixels, check, check_arguments
 
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for Hugging Face's hub
 

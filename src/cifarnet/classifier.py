@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifarnet.config import Range
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.schema import Range
 from cifarnet.seeding import derive
 from cifarnet.system.distributed import all_gather, rank, world_size
 

@@ -26,8 +26,9 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cifarnet.config import CONFIGS, did_you_mean
+from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted, UserError, printable
+from cifarnet.schema import did_you_mean
 from cifarnet.system.distributed import report_to_launcher
 
 

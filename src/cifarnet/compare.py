@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.config import check_settings
 from cifarnet.errors import UserError, printable
+from cifarnet.schema import check_settings
 
 EXAMPLES = """\
   python -m cifarnet.compare lightning_logs/quickstart

@@ -5,24 +5,20 @@ The types and ranges of a setting are declared where it is used, as the annotati
 built; the rest of the code trusts the config.
 """
 
-import difflib
 import importlib.util
-import inspect
 import json
-import math
 import pydoc
 import re
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from cifarnet.errors import UserError
+from cifarnet.schema import Range, Seed, check, check_arguments, check_settings, did_you_mean, has_target
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"  # in a wheel
@@ -48,25 +44,6 @@ EFFECTS = {
 }
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers from `least` to `most`, above `above` and below `below`."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def __contains__(self, number: float) -> bool:
-        return self.least <= number <= self.most and self.above < number < self.below  # false for NaN
-
-    def __str__(self) -> str:
-        words = {"from": self.least, "above": self.above, "to": self.most, "and below": self.below}
-        return " ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
-
-
-Seed = Annotated[int, Range(0, 2**32 - 1)]
-Pixels = Annotated[int, Range(1, 4096)]  # the height or width of an image
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 LIBRARY_RANGES = {  # of whole numbers whose types Lightning declares
@@ -113,7 +90,7 @@ def validate(config: DictConfig) -> None:
     check_settings(config, RunSettings)
     check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
-        if not _has_target(config.get(section)):
+        if not has_target(config.get(section)):
             raise UserError(
                 f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists the choices."
             )
@@ -121,8 +98,8 @@ def validate(config: DictConfig) -> None:
         parts = config.get(section) or {}
         if not isinstance(parts, DictConfig | dict):
             raise UserError(f"{section}={parts} is not a mapping of names, such as {section}.mine={{_target_: …}}.")
-        for name, part in {} if _has_target(parts) else parts.items():
-            if part is not None and not _has_target(part):
+        for name, part in {} if has_target(parts) else parts.items():
+            if part is not None and not has_target(part):
                 raise UserError(f"{section}.{name}={part} has no _target_.")
     check_sections(config)
     _check_trainer(config.trainer)
@@ -138,71 +115,6 @@ def check_sections(config: DictConfig) -> None:
     for name in config:
         if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
             _check_node(str(name), config[name])
-
-
-def check_settings(config: Mapping[str, Any] | DictConfig, schema: type, prefix: str = "") -> None:
-    """Check settings against the annotated fields of a dataclass; settings that are missing are left alone.
-
-    Raises:
-        UserError: a setting has another type or range.
-    """
-    hints = typing.get_type_hints(schema, include_extras=True)
-    for field in fields(schema):
-        if field.name in config:
-            check(f"{prefix}{field.name}", config[field.name], hints[field.name])
-
-
-def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of a class or function against its signature.
-
-    Args:
-        name: the section of the config that they come from, such as "model".
-
-    Raises:
-        UserError: an argument is unknown, or has another type or range.
-    """
-    hints, names = _signature(called)
-    for key, value in arguments.items():
-        if names is not None and key not in names:
-            suggestion = did_you_mean(key, names) or (
-                f" Remove it. If two choices both set {name}, use only one of them; to replace the whole section, "
-                f"give '~{name}' '+{name}={{_target_: …}}'."
-            )
-            owner = f"{called.__module__}.{called.__qualname__}"
-            raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
-        if not _has_target(value):
-            check(f"{name}.{key}", value, hints.get(key, Any))
-
-
-def check(name: str, value: Any, hint: Any) -> None:
-    """Check the type of one value, and the range of its numbers.
-
-    Args:
-        name: the setting, for the message.
-        hint: a type, in which `Annotated[…, Range(…)]` declares a range.
-
-    Raises:
-        UserError: the value does not fit; the message says what does.
-    """
-    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
-        raise UserError(f"{name}={value} has the wrong type: expected {_describe(hint)}.")
-    is_list = isinstance(plain, list | tuple)
-    numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
-    for limits in _ranges(hint):
-        if (is_list and not plain) or any(number not in limits for number in numbers):
-            expected = "one or more numbers, each" if is_list else "a number"
-            raise UserError(f"{name}={value} is out of range: give {expected} {limits}.")
-    if not all(abs(number) < 2**63 for number in numbers):  # NaN too
-        raise UserError(f"{name}={value} is not a finite number.")
-
-
-def did_you_mean(key: str, options: Iterable[str]) -> str:
-    """Return the option that is most similar to a wrong one, as a question; the empty string if there is none."""
-    known = {option.rpartition(".")[2]: option for option in sorted(options, reverse=True)}
-    known |= {option: option for option in options}
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    return f" Did you mean {known[near[0]]}?" if near else ""
 
 
 def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
@@ -308,10 +220,6 @@ def _check_node(name: str, node: DictConfig) -> None:
             check(f"{name}.{key}", value, Any)
 
 
-def _has_target(part: Any) -> bool:
-    return isinstance(part, DictConfig) and "_target_" in part
-
-
 def _locate(name: str, target: str) -> Callable[..., Any]:
     """Import the class or function that `_target_` names."""
     try:
@@ -324,59 +232,3 @@ def _locate(name: str, target: str) -> Callable[..., Any]:
         reason = f": the package {library} is not installed" if is_missing else ""
         raise UserError(f"{name}={target}: there is no such class or function{reason}. Check the name.")
     return called
-
-
-def _signature(called: Any) -> tuple[dict[str, Any], set[str] | None]:
-    """Return the declared types of the arguments, and the names of all arguments, or None if it takes any name."""
-    functions = [base.__init__ for base in called.__mro__[:-1]] if isinstance(called, type) else [called]
-    hints: dict[str, Any] = {}
-    for function in reversed(functions):
-        try:
-            hints.update(typing.get_type_hints(function, include_extras=True))
-        except Exception:  # a name that exists only for type checkers
-            continue
-    names: set[str] = set()
-    for function in functions:  # a class passes arguments that it does not know to its base class, if it takes any name
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):
-            return hints, None
-        names |= {parameter.name for parameter in parameters}
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return hints, names
-    return hints, None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    try:
-        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError:
-        return False
-    return not isinstance(value, bool) or hint is Any or bool in (hint, *typing.get_args(hint))  # True is no number
-
-
-def _ranges(hint: Any) -> Iterator[Range]:
-    """Yield the ranges anywhere in a type, such as `Sequence[Annotated[int, Range(1, 9)]] | None`."""
-    yield from (member for member in getattr(hint, "__metadata__", ()) if isinstance(member, Range))
-    for part in typing.get_args(hint):
-        yield from _ranges(part)
-
-
-def _describe(hint: Any) -> str:
-    """Describe a type in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is None:
-        return words.get(hint) or inspect.formatannotation(hint)
-    if origin is Annotated:
-        return _describe(arguments[0])
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin in (list, Sequence) and arguments:
-        return f"a list like […, …] of {_describe(arguments[0]).removeprefix('a ')}s"
-    return " or ".join(dict.fromkeys(map(_describe, arguments)))
-
-
-def checked(section: str) -> Callable[[Callable], Callable]:
-    """Return a decorator that does nothing; to be removed."""
-    return lambda function: function

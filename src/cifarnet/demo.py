@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.config import Range, Seed
 from cifarnet.errors import UserError, printable
+from cifarnet.schema import Range, Seed
 
 if TYPE_CHECKING:
     import gradio

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.config import Range, Seed
 from cifarnet.errors import printable
+from cifarnet.schema import Range, Seed
 from cifarnet.system import files
 
 EXAMPLES = """  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cifarnet import __version__, cli
 from cifarnet.allowlist import locate
-from cifarnet.config import Range, Seed, did_you_mean
 from cifarnet.errors import NoImages, UserError, printable
+from cifarnet.schema import Range, Seed, did_you_mean
 from cifarnet.system import files
 
 if TYPE_CHECKING:

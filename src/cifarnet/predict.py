@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.config import Range, check_own
+from cifarnet.config import check_own
 from cifarnet.errors import UserError, printable
+from cifarnet.schema import Range
 from cifarnet.system import files, hardware
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cifarnet.config import Pixels, Range, Seed, checked
 from cifarnet.data.augmentation import Augment, Flip
 from cifarnet.data.loader import BatchLoader, InMemoryLoader
 from cifarnet.data.streaming import LazyImages, StreamingLoader
 from cifarnet.data.transforms import Mix
 from cifarnet.errors import UserError
+from cifarnet.schema import Pixels, Range, Seed
 from cifarnet.seeding import generator
 from cifarnet.system import hardware
 
@@ -103,7 +103,6 @@ class ImageDataModule(L.LightningDataModule):
             while the GPU computes.
     """
 
-    @checked("data")
     def __init__(
         self,
         batch_size: Annotated[int, Range(1, 10**6)] = 128,

@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from cifarnet.config import Pixels, Range
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.data.pixels import decode, image_files
 from cifarnet.data.streaming import LazyImages
 from cifarnet.errors import UserError
+from cifarnet.schema import Pixels, Range
 from cifarnet.system.files import atomic_file
 from cifarnet.system.hardware import cores
 

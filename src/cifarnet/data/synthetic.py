@@ -5,8 +5,8 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from cifarnet.config import Range, Seed
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
+from cifarnet.schema import Range, Seed
 
 SIZE = 32
 TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cifarnet import checkpoint
-from cifarnet.config import Pixels, check_range
+from cifarnet.config import check_range
 from cifarnet.errors import UserError
 from cifarnet.inference.decoding import Picture, decoded, listed
 from cifarnet.inference.gradcam import grad_cam
+from cifarnet.schema import Pixels
 from cifarnet.system.hardware import cores
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 from cifarnet.models.vit import Attention, Count, Rate, Width, add_positions, drop_path_rates, initialize
+from cifarnet.schema import Range
 
 
 class Block(nn.Module):

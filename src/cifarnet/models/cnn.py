@@ -6,8 +6,8 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 Width = Annotated[int, Range(1, 65536)]
 

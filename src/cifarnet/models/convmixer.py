@@ -4,8 +4,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 
 class Block(nn.Module):

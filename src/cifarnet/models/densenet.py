@@ -5,9 +5,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
 from cifarnet.models.resnet import initialize
+from cifarnet.schema import Range
 
 
 def step(chans: int, out: int, kernel_size: int, drop_rate: float) -> list[nn.Module]:

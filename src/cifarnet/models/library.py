@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from cifarnet.config import Range, did_you_mean
 from cifarnet.errors import UserError
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range, did_you_mean
 
 Weights = dict[str, Tensor]
 Rate = Annotated[float, Range(0, below=1)] | None

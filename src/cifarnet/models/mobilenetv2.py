@@ -4,8 +4,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 # of each stage: how much wider a block is inside, channels, blocks, the first one's stride
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 
 class Whiten(nn.Module):

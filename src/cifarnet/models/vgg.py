@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of each stage
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each

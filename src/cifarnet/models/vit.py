@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cifarnet.config import Range
 from cifarnet.models.normalize import Normalize
+from cifarnet.schema import Range
 
 # B batch, N tokens, C channels of a token, H heads
 Width = Annotated[int, Range(1, 65536)]

@@ -7,7 +7,7 @@ from typing import Annotated
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 Part = Annotated[float, Range(0, 1)]
 

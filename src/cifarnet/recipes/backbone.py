@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifarnet.config import Range
 from cifarnet.errors import UserError
+from cifarnet.schema import Range
 
 if TYPE_CHECKING:
     from cifarnet.classifier import Classifier

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range
 from cifarnet.data.augmentation import box_mask
 from cifarnet.recipes.mixup import Mixup
+from cifarnet.schema import Range
 from cifarnet.seeding import derive, generator
 
 Alpha = Annotated[float, Range(above=0, most=1000)]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 
 class Teacher:

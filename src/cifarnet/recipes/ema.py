@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 
 class EMA(WeightAveraging):

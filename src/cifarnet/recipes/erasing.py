@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range
 from cifarnet.data.augmentation import box_mask
+from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
 ROW = 2**16  # bytes of noise, the same in all runs: each image begins somewhere in them

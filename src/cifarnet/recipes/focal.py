@@ -5,7 +5,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 
 class FocalLoss(nn.Module):

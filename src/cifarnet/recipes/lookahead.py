@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 if TYPE_CHECKING:
     from cifarnet.classifier import Classifier

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 from cifarnet.seeding import derive, generator
 
 

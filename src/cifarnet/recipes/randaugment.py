@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.config import Range
 from cifarnet.recipes.operations import NAMES, apply, either_way
+from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifarnet.config import Range
 from cifarnet.errors import UserError
+from cifarnet.schema import Range
 from cifarnet.system.distributed import world_size
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from cifarnet.config import Range
+from cifarnet.schema import Range
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
