@@ -26,7 +26,7 @@ def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
         Exception: what the first job that failed raised, after the others.
     """
     assert sweeper.hydra_context is not None
-    jobs.check(sweeper.config)
+    jobs.check_sweep(sweeper.config)
     lines = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *arguments]
     parsed = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader).parse_overrides(lines)
     check_number(parsed)

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.config import check_type
+from cifarnet.schema import check
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.records.json_file import read
 from cifarnet.records.tables import Run, read_run
@@ -158,10 +158,10 @@ def _asked(config: dict[str, Any]) -> dict[str, Any]:
     return asked | {"data": {key: value for key, value in asked["data"].items() if key not in ("url", "root")}}
 
 
-def check(config: DictConfig) -> None:
+def check_sweep(config: DictConfig) -> None:
     """Refuse settings of a sweep that mean nothing."""
-    check_type("sweep.stop_at_failure", config.sweep.stop_at_failure, bool)
-    check_type("sweep.keep_checkpoints", config.sweep.keep_checkpoints, int | None)
+    check("sweep.stop_at_failure", config.sweep.stop_at_failure, bool)
+    check("sweep.keep_checkpoints", config.sweep.keep_checkpoints, int | None)
     if (config.sweep.keep_checkpoints or 0) < 0:
         raise UserError(f"sweep.keep_checkpoints={config.sweep.keep_checkpoints}: give 0 or more, or null for all.")
     parallel.jobs_at_a_time(config.hydra.launcher)

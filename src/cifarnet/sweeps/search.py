@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.config import check_type
+from cifarnet.schema import check
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.records.tables import Run, read_run, read_sweep
 from cifarnet.sweeps import jobs, replay, search_figures
@@ -71,9 +71,9 @@ class Search(Sweeper):
         storage: str | None = None,
         heartbeat: int = 60,
     ) -> None:
-        check_type("hydra.sweeper.storage", storage, str | None)
+        check("hydra.sweeper.storage", storage, str | None)
         for name, number in [("trials", trials), ("heartbeat", heartbeat)]:
-            check_type(f"hydra.sweeper.{name}", number, int)
+            check(f"hydra.sweeper.{name}", number, int)
             if number < 1:
                 raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more.")
         self.trials = trials
@@ -97,7 +97,7 @@ class Search(Sweeper):
         self.place = ""  # as the database knows this folder
 
     def sweep(self, arguments: list[str]) -> None:
-        jobs.check(self.config)
+        jobs.check_sweep(self.config)
         own = [f"{key}={value}" for key, value in self.params.items()]
         fixed, space = asked([*own, *arguments], self.hydra_context.config_loader)
         self._compose_all(fixed, space)

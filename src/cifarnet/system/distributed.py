@@ -202,7 +202,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
     file, variables = folder / "run.json", dict(os.environ)
     files.write(file, json.dumps(run))
-    os.environ |= {"PYTHONPATH": paths, LAUNCHED: str(os.getpid())}
+    os.environ |= {"PYTHONPATH": paths, LAUNCHED: str(os.getpid()), "HYDRA_FULL_ERROR": "0"}
     try:
         with forwarded_signals():
             elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
