@@ -5,14 +5,16 @@ settings of the test. It reads no path, no callback and no config from the file,
 (`resuming.py`) repeats the recorded config, and is for your own runs.
 """
 
+import contextlib
 import hashlib
 import json
 import typing
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from packaging.version import Version
@@ -23,7 +25,7 @@ from cifarnet.allowlist import allowed_class
 from cifarnet.errors import UserError
 from cifarnet.models import construct
 from cifarnet.models.tta import TTA
-from cifarnet.schema import Pixels, check, check_arguments
+from cifarnet.schema import Pixels, Range, check, check_arguments
 
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for Hugging Face's hub
 
@@ -55,7 +57,7 @@ class Checkpoint:
     class_names: list[str]
     image_size: Pixels
     tta: TTA
-    tta_share: float
+    tta_share: Annotated[float, Range(0, 1)]
     precision: str
     channels_last: bool
     data: dict[str, Any]
@@ -77,6 +79,7 @@ class Checkpoint:
             raise _missing(path)
         try:
             checkpoint = cls._open_hub_folder(path) if path.is_dir() else cls._open_file(path)
+            is_newer = Version(checkpoint.version) > Version(__version__)
         except UserError:
             raise
         except Exception as error:  # a damaged file raises exceptions of any type
@@ -84,7 +87,7 @@ class Checkpoint:
             raise UserError(
                 f"{path} cannot be read as a checkpoint of cifarnet: {reason[:200]}. Use another one, or train again."
             ) from error
-        if Version(checkpoint.version) > Version(__version__):
+        if is_newer:
             raise UserError(
                 f"{path} was written by cifarnet {checkpoint.version}, and {__version__} is installed: update cifarnet."
             )
@@ -114,7 +117,11 @@ class Checkpoint:
     def _verified(
         cls, path: Path, settings: Mapping[str, Any], weights: dict[str, Tensor], content: dict[str, Any]
     ) -> "Checkpoint":
-        """Check the types of the settings that loading uses."""
+        """Check the types of the settings that loading uses, and that every weight is a tensor with its values."""
+        for name, value in weights.items():
+            has_values = value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.nbytes
+            if not has_values:  # a small file could claim weights of any size, and a network that fits them
+                raise ValueError(f"the weight {name} has fewer values than its shape {list(value.shape)} says")
         data = dict(settings.get("data") or {})
         checkpoint = cls(
             path=path,
@@ -133,7 +140,7 @@ class Checkpoint:
             content=content,
         )
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-            check(name, getattr(checkpoint, name), hint)
+            check(f"{path}: {name}", getattr(checkpoint, name), hint)
         return checkpoint
 
     def network(self, classes: Sequence[Any] = ()) -> nn.Module:
@@ -145,19 +152,35 @@ class Checkpoint:
         Raises:
             UserError: the class is not allowed, or the weights do not fit the network.
         """
-        make = allowed_class(self.model.get("_target_"), "cifarnet.models", self.path, classes)
-        arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
-        arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # a file that training started from
-        check_arguments(f"{self.path}: model", make, arguments)
+        make, arguments = self.architecture(classes)
+        build = partial(construct, make, len(self.class_names), self.image_size, **arguments)
         try:
-            with torch.device("meta"):  # allocates no memory
-                self.check_weights(construct(make, len(self.class_names), self.image_size, **arguments))
-        except NotImplementedError:
-            pass  # some networks of other libraries cannot be built without memory
-        network = construct(make, len(self.class_names), self.image_size, **arguments)
+            with contextlib.suppress(NotImplementedError), torch.device("meta"):  # allocates no memory
+                self.check_weights(build())  # some networks of other libraries cannot be built like this
+            network = build()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: the network cannot be built: {' '.join(str(error).split())}") from error
         self.check_weights(network)
         network.load_state_dict(self.weights)
         return network.eval()
+
+    def architecture(self, classes: Sequence[Any] = ()) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+        """Return the class of the network and its arguments, which are plain data.
+
+        Args:
+            classes: as for `network`.
+
+        Raises:
+            UserError: the class is not allowed, or an argument cannot be used.
+        """
+        make = allowed_class(self.model.get("_target_"), "cifarnet.models", self.path, classes)
+        arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
+        arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # a file that training started from
+        for key, value in arguments.items():
+            if not _is_plain(value):
+                raise UserError(f"{self.path}: model.{key}={value} is not plain data.")
+        check_arguments(f"{self.path}: model", make, arguments)
+        return make, arguments
 
     def check_weights(self, network: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
         """Check that the weights, or others instead, fit a network.
@@ -239,6 +262,15 @@ def find(path: str | Path) -> Path:
         return path
     best, last = path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"
     return last if last.is_file() and not best.is_file() else best
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is safe in a config: Hydra would import what `_target_` names, and OmegaConf evaluate `${…}`."""
+    if isinstance(value, Mapping):
+        return all(not str(key).startswith("_") and _is_plain(member) for key, member in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
 
 
 def _missing(path: Path) -> UserError:

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from cifarnet.allowlist import allowed_class, class_path, locate
+from cifarnet.allowlist import class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
@@ -30,11 +30,8 @@ def expand(config: DictConfig) -> DictConfig:
     if OmegaConf.is_missing(model, "checkpoint"):
         raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")
     checkpoint = Checkpoint.open(str(model.checkpoint))
-    recorded = dict(checkpoint.model)
-    if "checkpoint" in recorded:  # the file that training of that run started from
-        recorded["checkpoint"] = None
-    found = allowed_class(recorded["_target_"], "cifarnet.models", checkpoint.path, locate(config.classes))
-    recorded["_target_"] = class_path(found)
+    make, arguments = checkpoint.architecture(locate(config.classes))
+    recorded = {"_target_": class_path(make)} | arguments
     written: Any = OmegaConf.to_container(config, resolve=False)
     changed = {key: value for key, value in written["model"].items() if key != "checkpoint"}
     start = {"checkpoint": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256()}

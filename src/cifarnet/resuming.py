@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import refuse_foreign_classes
-from cifarnet.checkpoint import Checkpoint
+from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
 from cifarnet.config import effect
 from cifarnet.errors import UserError
 from cifarnet.system import files
@@ -36,7 +36,8 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
         UserError: there is no such checkpoint, it names a class that is not allowed, or an override affects weights.
     """
     path = Path(path).expanduser()
-    checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    is_run = path.is_dir() and not (path / HUB_WEIGHTS).is_file()
+    checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if is_run else path)
     if not checkpoint.content:
         raise UserError(f"{path} holds no training state: use it with model=trained model.checkpoint={path}.")
     parsed = _parse(overrides)
