@@ -1,26 +1,28 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-import cifarnet
-from cifarnet import checkpoint
+from cifarnet import __version__
+from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS, Checkpoint, find
 from cifarnet.errors import UserError
+from cifarnet.models import Normalize, SpeedNet
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OwnNetwork
 
-
-def test_own_network(config, tmp_path):
-    own = config("~model", "+model={_target_: conftest.OwnNetwork}", without="model")
-    train(own)
-    with pytest.raises(UserError, match="OwnNetwork, which is no class that this project lists"):
-        cifarnet.load(tmp_path / "run")
-    network, _ = cifarnet.load(tmp_path / "run", classes=[OwnNetwork])
-    assert network.layers[0].std.max() < 1  # the statistics came along
+LIBRARY = {
+    "_target_": "cifarnet.models.library.LibraryModel",
+    "library": "torchvision",
+    "name": "shufflenet_v2_x0_5",
+}
 
 
-class Bare(nn.Module):
-    """Takes floats alone, and neither the number of classes nor the size of images."""
+class FloatNetwork(nn.Module):
+    """Takes only floats, and neither a number of classes nor an image size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,62 +33,287 @@ class Bare(nn.Module):
         return self.head(images.flatten(1))
 
 
+def alter_settings(**settings):
+    """Return a function that replaces what a checkpoint's hyperparameters hold; None removes it."""
+
+    def alter(content):
+        content["hyper_parameters"] |= settings
+        for name in [name for name, value in settings.items() if value is None]:
+            del content["hyper_parameters"][name]
+
+    return alter
+
+
+def alter_model(**arguments):
+    """Return a function that replaces arguments of a checkpoint's network."""
+    return lambda content: content["hyper_parameters"]["model"].update(arguments)
+
+
+def test_a_checkpoint_holds_what_loading_needs(run):
+    checkpoint = Checkpoint.open(run)
+    assert checkpoint.path == run / "checkpoints/best.ckpt"
+    assert (checkpoint.version, checkpoint.epoch, checkpoint.step) == (__version__, 1, 5)
+    assert (len(checkpoint.class_names), checkpoint.image_size) == (10, 32)
+    assert checkpoint.model["_target_"] == "cifarnet.models.SpeedNet"
+    assert checkpoint.model["widths"] == [8, 8, 8]
+    assert (checkpoint.tta, checkpoint.tta_share) == ("mirror", 0.3)
+    assert (checkpoint.precision, checkpoint.channels_last) == ("32-true", True)
+    network = checkpoint.network()
+    assert isinstance(network, SpeedNet)
+    assert not network.training
+    saved = torch.load(checkpoint.path, weights_only=True)["state_dict"]
+    assert {f"network.{name}" for name in network.state_dict()} == saved.keys()
+    assert all(torch.equal(value, saved[f"network.{name}"]) for name, value in network.state_dict().items())
+
+
+def test_a_run_without_validation_has_its_last_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    assert find(tmp_path) == tmp_path / "checkpoints/last.ckpt"
+    (tmp_path / "checkpoints/best.ckpt").touch()
+    assert find(tmp_path) == tmp_path / "checkpoints/best.ckpt"
+
+
+def test_commands_write_into_the_run_or_beside_the_file(run, tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(run)
+    assert checkpoint.run_folder == run
+    assert checkpoint.folder_for("exported") == run / "exported"
+    (tmp_path / "copy.ckpt").write_bytes(checkpoint.path.read_bytes())
+    copy = Checkpoint.open(tmp_path / "copy.ckpt")
+    assert copy.run_folder is None
+    assert copy.folder_for("exported") == tmp_path / "copy_exported"
+
+
+def test_a_custom_network_must_be_allowed(config, tmp_path):
+    train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model"))
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    with pytest.raises(UserError, match=r"best\.ckpt names the class conftest\.OwnNetwork, .*classes=\["):
+        checkpoint.network()
+    network = checkpoint.network(classes=[OwnNetwork])
+    assert network.layers[0].std.max() < 1  # the statistics of the training images
+
+
 def test_a_network_without_normalize_gets_one_in_front(config, tmp_path):
-    train(config("~model", f"+model={{_target_: {__name__}.Bare}}", without="model"))
-    network, names = cifarnet.load(tmp_path / "run", classes=[Bare])
+    train(config("~model", f"+model={{_target_: {__name__}.FloatNetwork}}", without="model"))
+    network = Checkpoint.open(tmp_path / "run").network(classes=[FloatNetwork])
+    assert isinstance(network.normalize, Normalize)
     assert network.normalize.std.max() < 1
-    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, len(names))
+    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
 
 
-def test_a_network_of_torchvision_needs_no_line_of_code(config, tmp_path):
-    """Trained, gone on with, loaded."""
+def test_a_network_of_torchvision_is_trained_resumed_and_loaded(config, tmp_path):
     import torchvision
 
     small = "{_target_: torchvision.models.ShuffleNetV2, stages_repeats: [1,1,1], stages_out_channels: [4,8,8,8,8]}"
     train(config("~model", f"+model={small}", "scheduler=constant", "trainer.max_epochs=1", without="model"))
-    classes = ["classes=[torchvision.models.ShuffleNetV2]"]
-    with pytest.raises(UserError, match=r"asks for torchvision.models.ShuffleNetV2.*classes=\[module.YourClass\]"):
-        resume(tmp_path / "run")
-    train(*resume(tmp_path / "run", [*classes, "trainer.max_epochs=2"]))
-    network, _ = cifarnet.load(tmp_path / "run", classes=[torchvision.models.ShuffleNetV2])
+    train(*resume(tmp_path / "run", ["trainer.max_epochs=2"]))
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    with pytest.raises(UserError, match=r"names the class torchvision\.models\.ShuffleNetV2"):
+        checkpoint.network()
+    network = checkpoint.network(classes=[torchvision.models.ShuffleNetV2])
     assert isinstance(network.network, torchvision.models.ShuffleNetV2)
     assert network.network.fc.out_features == 10
 
 
-def test_checkpoint_with_code_is_refused(config, tmp_path):
-    train(config())
-    path = tmp_path / "run/checkpoints/best.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["hyper_parameters"]["extra"] = nn.Linear(1, 1)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="not a checkpoint"):
-        cifarnet.load(path)
-
-
-def test_config_is_kept_as_written_and_read_resolved(config, tmp_path):
-    train(config("seed=3", "trainer.max_epochs=1", "scheduler=constant"))
-    content = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
-    assert content["hyper_parameters"]["config"]["data"]["shuffle_seed"] == "${seed}"
-    assert content["resolved"]["data"]["shuffle_seed"] == 3
-    assert content["hyper_parameters"].keys() == {
-        "cifarnet",
-        "class_names",
-        "image_size",
-        "images",
-        "precision",
-        "config",
+def test_hyperparameters_are_recorded_resolved_and_the_config_as_written(run):
+    hparams = Checkpoint.open(run).content["hyper_parameters"]
+    assert hparams["config"]["data"]["shuffle_seed"] == "${seed}"
+    assert hparams["data"]["shuffle_seed"] == 0
+    assert hparams["num_images"] == 270
+    assert hparams.keys() == {
+        *("cifarnet", "class_names", "image_size", "num_images", "model", "data"),
+        *("tta", "tta_share", "precision", "channels_last", "config"),
     }
 
 
-def test_a_folder_around_a_run_or_in_it_is_no_run(config, tmp_path):
-    train(config())
-    (tmp_path / "run/exported").mkdir()
-    for asked in (tmp_path, *(tmp_path / "run" / part for part in ("exported", "checkpoints", "checkpoints/no.ckpt"))):
-        with pytest.raises(UserError, match=rf"There is no checkpoint .* Did you mean {tmp_path}/run\?"):
-            cifarnet.load(asked)
-    (tmp_path / "other/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"There is no checkpoint {tmp_path}/other/a\.ckpt\. A run keeps"):
-        cifarnet.load(tmp_path / "other/a.ckpt")
-    (tmp_path / "network.onnx").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"network\.onnx was exported, for other programs to run\. Name the run"):
-        cifarnet.load(tmp_path / "network.onnx")
+def test_no_path_and_no_url_is_taken_from_a_file(changed):
+    data = {"_target_": "cifarnet.data.CIFAR10", "root": "/etc", "url": "http://127.0.0.1", "path": "x", "mix": {}}
+    checkpoint = Checkpoint.open(changed(alter_settings(data=data | {"val_fraction": 0.1, "split_seed": 3})))
+    assert checkpoint.data == {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0.1, "split_seed": 3}
+
+
+def test_the_file_that_training_started_from_is_not_read(changed):
+    checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"checkpoint": "/etc/passwd"})))
+    make, arguments = checkpoint.architecture()
+    assert {"_target_": f"{make.__module__}.{make.__name__}"} | arguments == LIBRARY | {"checkpoint": None}
+
+
+def test_a_missing_checkpoint_is_reported_with_a_run_nearby(tmp_path):
+    with pytest.raises(UserError, match=rf"There is no checkpoint {tmp_path}/a\.ckpt\. Name a run's folder"):
+        Checkpoint.open(tmp_path / "a.ckpt")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"There is no checkpoint .* Did you mean {tmp_path}/run\?"):
+        Checkpoint.open(tmp_path)
+
+
+def truncate(content: bytes) -> bytes:
+    return content[:5000]
+
+
+def flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2  # in the weights
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(truncate, "zip"), (flip_bit, "checksum of .* is wrong"), (lambda _: b"", "zip"), (lambda _: b"onnx", "zip")],
+    ids=["truncated", "flipped", "empty", "another format"],
+)
+def test_a_damaged_file_is_refused(run, tmp_path, damage, reason):
+    path = tmp_path / "damaged.ckpt"
+    path.write_bytes(damage((run / "checkpoints/best.ckpt").read_bytes()))
+    with pytest.raises(UserError, match=rf"{path} cannot be read as a checkpoint of cifarnet: .*{reason}"):
+        Checkpoint.open(path)
+
+
+def test_a_file_with_code_is_refused(changed):
+    path = changed(alter_settings(extra=nn.Linear(1, 1)))
+    with pytest.raises(UserError, match=rf"{path} cannot be read as a checkpoint"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda content: content.update(state_dict=None),
+        lambda content: content.update(state_dict={"network.weight": 3}),
+        lambda content: content.update(epoch="one"),
+        lambda content: content.update(global_step=[]),
+        lambda content: content.update(hyper_parameters="text"),
+        lambda content: content.pop("hyper_parameters"),
+        alter_settings(model=None),
+        alter_settings(model="cifarnet.models.CNN"),
+        alter_settings(class_names=None),
+        alter_settings(class_names=3),
+        alter_settings(class_names=[1, 2]),
+        alter_settings(image_size="32"),
+        alter_settings(image_size=10**9),
+        alter_settings(tta="sideways"),
+        alter_settings(tta_share=2.0),
+        alter_settings(precision=32),
+        alter_settings(channels_last="no"),
+        alter_settings(data=[1]),
+        alter_settings(cifarnet=None),
+        alter_settings(cifarnet="newest"),
+    ],
+)
+def test_wrong_types_are_refused_with_the_name_of_the_file(changed, alter):
+    path = changed(alter)
+    with pytest.raises(UserError, match=rf"^{path}") as refusal:
+        Checkpoint.open(path)
+    assert len(str(refusal.value)) < 500
+
+
+def test_a_file_of_a_newer_version_is_refused(changed):
+    path = changed(alter_settings(cifarnet="99.0"))
+    with pytest.raises(UserError, match=rf"{path} was written by cifarnet 99\.0, .*{__version__}.* update"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.load", "cifarnet.train.train", "cifarnet.models.cnn.torch.load", {}, None]
+)
+def test_a_class_that_is_not_a_network_of_this_project_is_refused(changed, target):
+    model = {"_target_": target, "command": "touch exploded", "f": "evil.pt"}
+    checkpoint = Checkpoint.open(changed(alter_settings(model=model)))
+    with pytest.raises(UserError, match=r"changed\.ckpt names the class .*classes=\["):
+        checkpoint.network()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"widths": {"_target_": "os.mkdir", "path": "exploded"}}, r"model\.widths=.* plain data"),
+        ({"widths": [{"_target_": "os.mkdir", "path": "exploded"}]}, r"model\.widths=.* plain data"),
+        ({"widths": ["${oc.env:HOME}"]}, r"model\.widths=.* plain data"),
+        ({"widths": b"8"}, r"model\.widths=.* plain data"),
+        ({"widths": "888"}, r"model\.widths=888 has the wrong type"),
+        ({"widths": [0, 8, 8]}, r"model\.widths=\[0, 8, 8\] is out of range"),
+        ({"depth": 3}, r"has no argument depth"),
+        ({"_target_": "cifarnet.models.tta.Answers"}, ""),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_arguments_that_the_class_does_not_take_are_refused(changed, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Checkpoint.open(changed(alter_model(**arguments)))
+    with pytest.raises(UserError, match=rf"changed\.ckpt: .*{reason}"):
+        checkpoint.network()
+    assert not Path("exploded").exists()
+
+
+def test_nested_classes_in_free_arguments_are_refused(changed):
+    """LibraryModel passes any further argument on to the library."""
+    checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"extra": {"x": {"_target_": "os.mkdir"}}})))
+    with pytest.raises(UserError, match=r"model\.extra=.* plain data"):
+        checkpoint.network()
+
+
+def test_sizes_that_do_not_fit_the_weights_take_no_memory(changed, monkeypatch):
+    checkpoint = Checkpoint.open(changed(alter_model(widths=[65536, 65536, 65536])))  # 155 GB a layer
+    with pytest.raises(UserError, match=r"weights in .*changed\.ckpt do not fit the network"):
+        checkpoint.network()
+    assert isinstance(Checkpoint.open(changed(alter_model(widths=[8, 8, 8]))).network(), SpeedNet)
+
+
+@pytest.mark.filterwarnings("ignore:.*parse")
+@pytest.mark.parametrize("kind", ["expanded", "meta", "sparse"])
+def test_weights_without_values_are_refused(changed, kind):
+    """A small file could claim weights of any size, and thereby a network of that size."""
+    size = (65536, 65536, 3, 3)
+    weight = {
+        "expanded": lambda: torch.zeros(1).expand(size),
+        "meta": lambda: torch.zeros(size, device="meta"),
+        "sparse": lambda: torch.sparse_coo_tensor(size=size),
+    }[kind]()
+    path = changed(lambda content: content["state_dict"].update({"network.weight": weight}))
+    with pytest.raises(UserError, match=rf"{path} cannot be read as a checkpoint"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_other_weights_are_refused(changed, change):
+    def alter(content):
+        weights = content["state_dict"]
+        name = next(iter(weights))
+        value = weights[name] if change == "unknown" else weights.pop(name)
+        weights |= {"missing": {}, "unknown": {"network.more": value}, "shape": {name: value[:1]}}[change]
+
+    checkpoint = Checkpoint.open(changed(alter))
+    with pytest.raises(UserError, match=r"weights in .*changed\.ckpt do not fit the network"):
+        checkpoint.network()
+
+
+def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
+    recorded = Checkpoint.open(run)
+    names = ("class_names", "image_size", "model", "tta", "precision")
+    settings = {name: getattr(recorded, name) for name in names} | {"cifarnet": __version__, "epoch": 7}
+    (tmp_path / HUB_SETTINGS).write_text(json.dumps(settings))
+    contiguous = {name: value.contiguous() for name, value in recorded.weights.items()}
+    save_file(contiguous, tmp_path / HUB_WEIGHTS)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert (checkpoint.epoch, checkpoint.step, checkpoint.content) == (7, 0, {})
+    assert (checkpoint.data, checkpoint.tta_share) == ({}, 1.0)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(checkpoint.network()(images), recorded.network()(images))
+    with pytest.raises(UserError, match=r"holds no training state: use .*model\.checkpoint="):
+        resume(tmp_path)
+    (tmp_path / HUB_SETTINGS).write_text(json.dumps(settings | {"image_size": "large"}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}: image_size=large"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / HUB_SETTINGS).write_text("{")
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be read as a checkpoint"):
+        Checkpoint.open(tmp_path)
+
+
+def test_data_for_another_task_are_refused(run):
+    checkpoint = Checkpoint.open(run)
+    names = checkpoint.class_names
+    checkpoint.check_task(names, 32)
+    with pytest.raises(UserError, match=r"The data has the classes a, b; the teacher was trained on .*Use data"):
+        checkpoint.check_task(["a", "b"], 32, "the teacher")
+    with pytest.raises(UserError, match=r"trained on"):
+        checkpoint.check_task(names[::-1], 32)
+    with pytest.raises(UserError, match=r"images are 24 pixels wide; the network was trained on 32 .*image_size=32"):
+        checkpoint.check_task(names, 24)
