@@ -1,92 +1,141 @@
-import sys
 import textwrap
+from pathlib import Path
 
 import pytest
-import timm.optim
 import torch
 
-from cifarnet.allowlist import PACKAGE, locate, permitted
+from cifarnet.allowlist import PACKAGE, allowed_class, class_path, locate, refuse_foreign_classes
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.models import CNN, SpeedNet
-from cifarnet.recipes.distillation import Teacher
+
+FILE = Path("run/checkpoints/best.ckpt")
 
 
 @pytest.mark.parametrize(
-    ("name", "room", "expected"),
+    ("name", "package", "expected"),
     [
-        ("cifarnet.models.CNN", "model", CNN),
-        ("cifarnet.models.cnn.CNN", "model", CNN),
-        ("cifarnet.models.speednet.SpeedNet", "model", SpeedNet),
-        ("cifarnet.data.Synthetic", "data", Synthetic),
-        ("torch.optim.SGD", "optimizer", torch.optim.SGD),
-        ("cifarnet.recipes.distillation.Teacher", "module", Teacher),
-        ("torch.optim.lr_scheduler.OneCycleLR", "scheduler", torch.optim.lr_scheduler.OneCycleLR),
-        ("torch.nn.CrossEntropyLoss", "objective", torch.nn.CrossEntropyLoss),
-        ("timm.optim.Lion", "optimizer", timm.optim.Lion),
+        ("cifarnet.models.CNN", "cifarnet.models", CNN),
+        ("cifarnet.models.cnn.CNN", "cifarnet.models", CNN),
+        ("cifarnet.models.speednet.SpeedNet", "cifarnet.models", SpeedNet),
+        ("cifarnet.data.Synthetic", "cifarnet.data", Synthetic),
     ],
 )
-def test_what_is_listed_or_lies_in_its_place(name, room, expected):
-    assert permitted(name, room) is expected
+def test_classes_of_the_package_are_allowed(name, package, expected):
+    assert allowed_class(name, package, FILE) is expected
 
 
 @pytest.mark.parametrize(
-    ("name", "room"),
+    ("name", "package"),
     [
-        ("os.mkdir", "model"),
-        ("cifarnet.models.cnn.F", "model"),  # a module that the file imports
-        ("cifarnet.models.cnn.nn.Linear", "model"),
-        ("cifarnet.models.construct", "model"),  # no class
-        ("cifarnet.models.CNN", "data"),
-        ("cifarnet.data.Synthetic", "model"),
-        ("cifarnet.models.nothing.Net", "model"),
-        ("cifarnet.models..cnn.CNN", "model"),
-        ("torch.nn.Linear", "model"),
-        ("torch.optim.os", "optimizer"),
-        ("timm.optim.create_optimizer_v2", "optimizer"),
-        ("torch.optim.SGD", "model"),
-        ("cifarnet.recipes.ema.EMA", "module"),
-        ("torch.load", "optimizer"),
-        (None, "model"),
-        ({"_target_": "os.mkdir"}, "model"),
-        ("cifarnet.models.CNN", "elsewhere"),
+        ("os.mkdir", "cifarnet.models"),
+        ("os.system", "cifarnet.models"),
+        ("torch.load", "cifarnet.models"),
+        ("torch.nn.Linear", "cifarnet.models"),
+        ("cifarnet.train.train", "cifarnet.models"),
+        ("cifarnet.models.cnn.F", "cifarnet.models"),  # a module that the file imports
+        ("cifarnet.models.cnn.nn.Linear", "cifarnet.models"),
+        ("cifarnet.models.cnn.Normalize.forward", "cifarnet.models"),
+        ("cifarnet.models.construct", "cifarnet.models"),  # a function
+        ("cifarnet.models.library.UserError", "cifarnet.models"),  # a class of another package
+        ("cifarnet.models.CNN", "cifarnet.data"),
+        ("cifarnet.data.Synthetic", "cifarnet.models"),
+        ("cifarnet.models.nothing.Net", "cifarnet.models"),
+        ("cifarnet.models..cnn.CNN", "cifarnet.models"),
+        ("cifarnet.models", "cifarnet.models"),
+        ("CNN", "cifarnet.models"),
+        ("", "cifarnet.models"),
+        (None, "cifarnet.models"),
+        ({"_target_": "os.mkdir"}, "cifarnet.models"),
     ],
 )
-def test_nothing_else(name, room):
-    assert permitted(name, room) is None
+def test_all_else_is_refused(name, package):
+    with pytest.raises(UserError, match=rf"^{FILE} names the class .* not part of {package}.*classes=\["):
+        allowed_class(name, package, FILE)
 
 
-def test_what_needs_a_library_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.optim", None)
-    with pytest.raises(UserError, match=r"needs timm: pip install 'cifarnet\[timm\]'"):
-        permitted("timm.optim.Lion", "optimizer")
-
-
-def test_a_new_file_in_the_models_folder_is_enough():
-    file = PACKAGE / "models" / "of_a_test.py"
+def test_a_new_file_in_the_models_folder_needs_no_registration():
+    file = PACKAGE / "models" / "new_in_a_test.py"
     code = """
         from torch import nn
         from cifarnet.models.cnn import CNN
 
         class Mine(nn.Module):
             ...
-
-        class NotOne:
-            ...
     """
     try:
         file.write_text(textwrap.dedent(code))
-        assert permitted("cifarnet.models.of_a_test.Mine", "model").__name__ == "Mine"
-        assert permitted("cifarnet.models.of_a_test.NotOne", "model") is None
-        assert permitted("cifarnet.models.of_a_test.CNN", "model") is CNN  # another file's, but one of this folder
+        module = "cifarnet.models.new_in_a_test"
+        assert allowed_class(f"{module}.Mine", "cifarnet.models", FILE).__name__ == "Mine"
+        assert allowed_class(f"{module}.CNN", "cifarnet.models", FILE) is CNN  # of another file of the package
+        with pytest.raises(UserError, match="names the class"):
+            allowed_class(f"{module}.nn", "cifarnet.models", FILE)
     finally:
         file.unlink()
 
 
-def test_the_user_may_allow_more():
+def test_the_user_can_allow_classes():
     classes = locate(["torch.nn.Linear"])
-    assert permitted("torch.nn.Linear", "model", classes) is torch.nn.Linear
-    assert permitted("torch.nn.modules.linear.Linear", "model", classes) is torch.nn.Linear
-    assert permitted("torch.nn.Conv2d", "model", classes) is None
-    with pytest.raises(UserError, match=r"there is no class no.such. Give it as classes=\[module.Class\]"):
+    for name in ("torch.nn.Linear", "torch.nn.modules.linear.Linear"):
+        assert allowed_class(name, "cifarnet.models", FILE, classes) is torch.nn.Linear
+    with pytest.raises(UserError, match=r"names the class torch\.nn\.Conv2d"):
+        allowed_class("torch.nn.Conv2d", "cifarnet.models", FILE, classes)
+
+
+class Linear:
+    """Has the name of another class."""
+
+
+def test_of_two_allowed_classes_with_one_name_the_recorded_module_decides():
+    for classes in ([Linear, torch.nn.Linear], [torch.nn.Linear, Linear]):
+        assert allowed_class("torch.nn.Linear", "cifarnet.models", FILE, classes) is torch.nn.Linear
+        assert allowed_class(f"{__name__}.Linear", "cifarnet.models", FILE, classes) is Linear
+
+
+def test_only_allowed_classes_are_used_whatever_module_a_file_names():
+    assert allowed_class("evil.Linear", "cifarnet.models", FILE, [Linear]) is Linear  # `evil` is not imported
+
+
+def test_an_unknown_class_in_the_command_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"there is no class no\.such\. Give it as classes=\[module\.Class\]"):
         locate(["no.such"])
+    with pytest.raises(UserError, match=r"there is no class torch\.pi"):  # not a class
+        locate(["torch.pi"])
+    (tmp_path / "broken_module.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"classes: broken_module\.Net cannot be imported.*no_such_module"):
+        locate(["broken_module.Net"])
+
+
+def test_class_path_is_the_full_name():
+    assert class_path(torch.nn.Linear) == "torch.nn.modules.linear.Linear"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": {"_target_": "evil.Net"}},
+        {"callbacks": {"one": {"_target_": "lightning.pytorch.callbacks.Timer", "x": [{"_target_": "evil.Net"}]}}},
+        {"data": {"transforms": ({"first": {"_target_": "evil.Net"}},)}},
+        {"_target_": "cifarnet.models.CNN", "block": {"_target_": "evil.Net"}},
+    ],
+)
+def test_foreign_classes_anywhere_in_a_config_are_refused_unless_allowed(config):
+    with pytest.raises(UserError, match=rf"^{FILE} names the class evil\.Net\..*classes=\[evil\.Net\]"):
+        refuse_foreign_classes(config, FILE)
+    with pytest.raises(UserError, match=r"names the class evil\.Net"):
+        refuse_foreign_classes(config, FILE, ["other.Net"])
+    refuse_foreign_classes(config, FILE, ["evil.Net"])
+
+
+def test_classes_of_the_project_and_of_its_libraries_are_not_foreign():
+    names = [
+        "cifarnet.models.CNN",
+        "torch.optim.SGD",
+        "lightning.Trainer",
+        "timm.optim.Lion",
+        "torchvision.models.vgg11",
+    ]
+    refuse_foreign_classes({"parts": [{"_target_": name} for name in names]}, FILE)
+    with pytest.raises(UserError, match=r"torchevil\.Net"):
+        refuse_foreign_classes({"model": {"_target_": "torchevil.Net"}}, FILE)
