@@ -202,9 +202,9 @@ def _check_keys(config: DictConfig) -> None:
 def _check_node(name: str, node: DictConfig) -> None:
     """Check a section, and the sections inside it."""
     values: dict[str, Any] = {}
-    for key in map(str, node):
+    for key in node:
         try:
-            values[key] = node[key]
+            values[str(key)] = node[key]
         except MissingMandatoryValue as error:
             raise UserError(f"{name}.{key} is required: add {name}.{key}=…") from error
     if "_target_" in values:

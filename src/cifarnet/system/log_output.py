@@ -30,6 +30,7 @@ def quiet_libraries() -> None:
         ".*exists and is not empty.*",  # the run's folder is also the logger's
         ".*smaller than the logging interval.*",  # metrics are logged once an epoch
         ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",  # callbacks.training_state.TrainingState restores its position
         ".*treespec.*",
         ".*`srun` command is available.*",  # a single process does not need it
         ".*sync_dist=True.*",  # the metrics cover all ranks
