@@ -77,7 +77,8 @@ def signal_at(epoch: int, batch: int, number: int) -> str:
     return f"+callbacks.signal={{_target_: conftest.SignalAt, epoch: {epoch}, batch: {batch}, number: {int(number)}}}"
 
 
-OWN = "classes=[conftest.SignalAt]"  # allows a checkpoint to name it
+ALLOW_SIGNAL = "classes=[conftest.SignalAt]"
+OWN = ALLOW_SIGNAL
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
