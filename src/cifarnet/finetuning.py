@@ -25,7 +25,9 @@ def expand(config: DictConfig) -> DictConfig:
         UserError: there is no such checkpoint, or it names a class that is not allowed.
     """
     model = config.get("model")
-    if not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in model:
+    if (
+        not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in list(model)
+    ):  # also if its value is missing
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
         raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")
