@@ -87,7 +87,7 @@ def test_mlflow_gets_all(config, tmp_path):
     assert (run.data.params["optimizer/lr"], run.data.params["scheduler/total_steps"]) == ("0.05", "10")
     assert run.data.metrics.items() >= results(tmp_path / "run").items()
     curve = client.get_metric_history(run.info.run_id, "val/accuracy")
-    assert [point.step for point in curve] == [1, 2]  # of the first stretch too
+    assert [point.step for point in curve] == [1, 2]  # also that of the first session
     assert [file.path for file in client.list_artifacts(run.info.run_id, "whole_run")] == [
         f"{name}.png" for name in PICTURES[1:]
     ]
