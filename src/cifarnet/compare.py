@@ -4,12 +4,11 @@ Runs that differ only by seed form a group. The means of the groups are compared
 from the runs' `metrics.json`.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from cifarnet import cli
 from cifarnet.errors import UserError, printable
-from cifarnet.schema import check_settings
+from cifarnet.schema import check
 
 EXAMPLES = """\
   python -m cifarnet.compare lightning_logs/quickstart
@@ -17,18 +16,11 @@ EXAMPLES = """\
 """
 
 
-@dataclass
-class CompareSettings:
-    """The settings in `configs/compare.yaml`."""
-
-    metric: str | None
-    output: str
-
-
 def _compare() -> None:
     arguments = cli.parse("compare", __doc__, EXAMPLES, against=True)
     config = cli.compose("compare", arguments.settings)
-    check_settings(config, CompareSettings)
+    check("metric", config.metric, str | None)
+    check("output", config.output, str)
     # imported late, because scipy and matplotlib take a second
     from cifarnet.records import comparison, figures
 

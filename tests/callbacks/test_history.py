@@ -8,7 +8,7 @@ from cifarnet.train import train
 
 
 class Clock(Callback):
-    """Time that passes only in batches and between epochs: as many seconds as it is told for each."""
+    """A clock that advances by a fixed number of seconds in each hook."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -28,8 +28,8 @@ def results(folder) -> dict[str, float]:
     return {f"whole_run/{key}": pytest.approx(metrics[key]) for key in RESULTS}
 
 
-def test_hparams_shows_what_was_varied_and_what_came_out(config, tmp_path):
-    """As TensorBoard itself finds it out."""
+def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):
+    """The columns are those that TensorBoard's own backend finds."""
     for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
         train(config(*varied, folder=f"runs/{number}"))
     multiplexer = EventMultiplexer()
@@ -43,10 +43,10 @@ def test_hparams_shows_what_was_varied_and_what_came_out(config, tmp_path):
     assert sorted(info.name.tag for info in found.metric_infos) == sorted(f"whole_run/{key}" for key in RESULTS)
     tags = {tag for run in multiplexer.Runs().values() for tag in run["tensors"] if not tag.startswith("_hparams_")}
     groups = {tag.partition("/")[0] for tag in tags}
-    assert sorted(groups) == ["train", "val", "whole_run"]  # in the order that TensorBoard shows them in
+    assert sorted(groups) == ["train", "val", "whole_run"]  # the order in which TensorBoard shows them
 
 
-def test_several_loggers_get_all_at_once(config, tmp_path):
+def test_several_loggers_log_everything(config, tmp_path):
     train(config("logger=[tensorboard,csv]"))
     run = tmp_path / "run"
     header, *rows, last = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
@@ -65,18 +65,18 @@ def test_several_loggers_get_all_at_once(config, tmp_path):
         assert (run / f"{picture.partition('/')[2]}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tensorboards_hparams_file_has_the_settings(config, tmp_path):
+def test_the_hparams_file_of_tensorboard_contains_the_settings(config, tmp_path):
     train(config("trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null"))
     settings = OmegaConf.load(tmp_path / "run/hparams.yaml")
     assert (settings.optimizer.lr, settings.data.batch_size) == (0.05, 32)
 
 
-def test_one_logger_may_stand_in_the_section_itself(config):
+def test_the_section_logger_may_be_a_single_logger(config):
     settings = config("~logger", "+logger={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: logs}")
     assert [type(logger).__name__ for logger in make_trainer(settings).loggers] == ["CSVLogger"]
 
 
-def test_mlflow_gets_all(config, tmp_path):
+def test_mlflow_logs_everything(config, tmp_path):
     client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
     with pytest.raises(Interrupted):
         train(config("logger=mlflow", signal_at(1, 1, signal.SIGTERM)))
@@ -87,15 +87,15 @@ def test_mlflow_gets_all(config, tmp_path):
     assert (run.data.params["optimizer/lr"], run.data.params["scheduler/total_steps"]) == ("0.05", "10")
     assert run.data.metrics.items() >= results(tmp_path / "run").items()
     curve = client.get_metric_history(run.info.run_id, "val/accuracy")
-    assert [point.step for point in curve] == [1, 2]  # of the first stretch too
+    assert [point.step for point in curve] == [1, 2]  # also that of the first session
     assert [file.path for file in client.list_artifacts(run.info.run_id, "whole_run")] == [
         f"{name}.png" for name in PICTURES[1:]
     ]
     assert not (tmp_path / "mlruns").exists()
 
 
-def offline_record(file):
-    """The records in a file of Weights & Biases', which is in blocks as LevelDB's logs are."""
+def offline_records(file):
+    """The records in a file of Weights & Biases, which has the block format of LevelDB's logs."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, part = file.read_bytes(), 7, b""
@@ -106,19 +106,19 @@ def offline_record(file):
         size, kind = struct.unpack("<HB", content[place + 4 : place + 7])
         part += content[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield Record.FromString(part)
             part = b""
 
 
-def test_wandb_gets_all(config, tmp_path):
+def test_wandb_logs_everything(config, tmp_path):
     pytest.importorskip("wandb")
     for seed in (0, 1):  # as a sweep does, in one process
         train(config("logger=wandb", f"seed={seed}", folder=f"run{seed}"))
         [file] = (tmp_path / f"run{seed}/wandb").rglob("*.wandb")
-        records, over = [], time.monotonic() + 20  # a process of its own writes it, and `finish` does not wait for that
+        records, over = [], time.monotonic() + 20  # written by another process, for which `finish` does not wait
         while time.monotonic() < over and not any(one.WhichOneof("record_type") == "exit" for one in records):
-            records = list(offline_record(file))
+            records = list(offline_records(file))
         config_ = {item.key: json.loads(item.value_json) for record in records for item in record.config.update}
         assert (config_["seed"], config_["optimizer"]["lr"]) == (seed, 0.05)
         rows = [
@@ -133,8 +133,8 @@ def test_wandb_gets_all(config, tmp_path):
         assert records[-1].WhichOneof("record_type") == "exit"
 
 
-def test_tensorflow_is_left_alone(tmp_path):
-    """TensorBoard imports it where it is installed, and it talks."""
+def test_tensorflow_is_not_imported(tmp_path):
+    """TensorBoard would import it if it were installed, and it prints messages."""
     (tmp_path / "tensorflow.py").write_text("print('chatter')\nraise ImportError")
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from cifarnet.train import main; main()"
     settings = [*SMALL, "hydra.run.dir=run"]
@@ -146,10 +146,10 @@ def test_tensorflow_is_left_alone(tmp_path):
     assert list((tmp_path / "run").glob("events.*"))
 
 
-@pytest.mark.parametrize("going_on", [False, True])
-def test_reports_of_profilers_are_shown(command, going_on):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_reports_of_profilers_are_printed(command, resumed):
     short = [*SMALL, "trainer.max_epochs=1", "callbacks.pictures=null", "scheduler=constant", "hydra.run.dir=run"]
-    if going_on:
+    if resumed:
         command(*short)
         short = ["ckpt_path=run", "trainer.max_epochs=2"]
     status, printed, _ = command(*short, "+trainer.profiler=simple")

@@ -35,9 +35,9 @@ def test_a_job_is_what_its_folder_describes(tmp_path):
     assert [run.status for run in runs] == ["done", "failed", "pruned", "cut off", "cut off"]
     assert (runs[1].note, runs[2].note) == ("it exploded", "after 2")
     assert runs[0].settings == {"optimizer.lr": "0.1", "~logger": "", "seed": "3"}
-    assert (runs[0].score, runs[0].value("seconds")) == (0.8, 13)
+    assert (runs[0].score, runs[0].numbers["seconds"]) == (0.8, 13)
     assert math.isnan(runs[1].score)
-    assert math.isnan(runs[0].value("tta"))
+    assert "tta" not in runs[0].numbers
 
 
 def test_an_unreadable_file_makes_a_job_damaged(tmp_path):

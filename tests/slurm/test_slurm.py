@@ -127,7 +127,7 @@ def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_pat
     assert status == 1
     assert "Job 2 was ended: SLURM says FAILED. See sweep/.submitit/" in told
     assert "3 of 4 jobs done" in told
-    assert "Cut off, or not begun: 2\n" in told
+    assert "Not finished: 2\n" in told
     assert "Error: Job 2 was ended before it was done." in told
     assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
     for job in "013":

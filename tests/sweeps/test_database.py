@@ -64,7 +64,7 @@ def test_machines_share_a_search_and_each_tells_of_all(run, url, tmp_path):
     assert status == 0, error
     assert "Trial 2 of 2" in printed
     assert "2 of 2 jobs done, 1 elsewhere" in printed
-    assert "Run what is missing" not in printed
+    assert "Run the missing jobs" not in printed
     assert sorted(path.name for path in (tmp_path / "two").glob("[0-9]")) == ["1"]
     assert f"{tmp_path}/one/0," in (tmp_path / "two/sweep.csv").read_text()
     assert (tmp_path / "two/history.png").exists()
@@ -100,7 +100,7 @@ def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url):
     assert "Waiting for a sign of life" in printed
     assert "Trial 1" not in printed
     assert "0 of 1 jobs done, 1 running: " in printed
-    assert "Run what is missing" not in printed
+    assert "Run the missing jobs" not in printed
     assert states(url) == ["RUNNING"]
 
 

@@ -160,7 +160,7 @@ def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
     assert "Trial 3 of 3" in printed
     assert states(tmp_path / "search") == ["COMPLETE", "RUNNING", "COMPLETE"]
     assert "2 of 3 jobs done, 1 running: " in printed
-    assert "Run what is missing" not in printed
+    assert "Run the missing jobs" not in printed
     *_, last = csv.DictReader((tmp_path / "search/sweep.csv").open())
     assert (last["status"], last["folder"]) == ("running", "1")
     other.kill()

@@ -120,7 +120,7 @@ def summary(record: Record, folder: str) -> str:
     epoch = f"epoch {record.tested_epoch} of {record.epochs}"
     validation = f"{record.val_accuracy:.2%}" if math.isfinite(record.val_accuracy) else "none"
     images = f"no result: {record.partial}" if record.partial else f"{record.data['test']:,} images"
-    tested = f"{images}, with the weights of that epoch"
+    tested = f"{images}, with that epoch's weights"
     if record.tta != "none":
         tested += f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
     rows = {

@@ -14,7 +14,6 @@ from cifarnet.records.record import NUMBERS, Record
 from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, seeds_needed, welch
 from cifarnet.records.tables import Group, Run, column_table, grouped, is_time, sort_key, varied
 
-Records = dict[Path, Record]  # by their files
 CODE = "the code differs"
 
 
@@ -32,19 +31,32 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
     """
     if metric not in (None, *NUMBERS):
         raise UserError(f"metric={metric}: metrics.json has no such number. Choose one of {', '.join(NUMBERS)}.")
-    baseline, unreadable = _read(against)
-    others, problems = _read(paths)
-    others = {file: record for file, record in others.items() if file not in baseline}
-    if not others:
-        raise UserError(f"{' '.join(paths)} holds no run that --against {' '.join(against)} does not.")
-    complete = [record for record in [*others.values(), *baseline.values()] if not record.partial]
+    baseline = [file for path in against for file in _files(path)]
+    records: dict[Path, Record] = {}
+    left_out = []
+    for file in dict.fromkeys([file for path in paths for file in _files(path)] + baseline):
+        try:
+            record = Record.read(Path(os.path.relpath(file)))
+        except UserError as error:
+            left_out.append(f"left out: {error}")
+            continue
+        if record.partial:
+            left_out.append(f"{os.path.relpath(file.parent)} is left out: it is a partial run ({record.partial}).")
+        else:
+            records[file] = record
     if metric is None:
-        metric = "val_accuracy" if all(math.isfinite(record.val_accuracy) for record in complete) else "test_accuracy"
+        all_have_it = all(math.isfinite(record.val_accuracy) for record in records.values())
+        metric = "val_accuracy" if all_have_it else "test_accuracy"
+    without = [file for file, record in records.items() if metric not in record.numbers()]
+    left_out += [f"{os.path.relpath(file.parent)} is left out: its {metric} is null." for file in without]
     groups: list[Group] = []
-    left_out = unreadable + problems
-    for records, is_baseline in ((others, False), (baseline, True)):
-        runs, sentences = _usable(records, metric)
-        left_out += sentences
+    for is_baseline in (False, True) if against else (False,):
+        files = [file for file in records if file not in without and (file in baseline) == is_baseline]
+        if not files:
+            side = f"--against {' '.join(against)}" if is_baseline else " ".join(paths)
+            hint = "Choose other runs, or another metric=…. (Runs at or below --against are only used as the baseline.)"
+            raise UserError(" ".join([f"{side}: no run can be compared.", *left_out, hint]))
+        runs = [Run(file.parent, _settings(records[file], metric), record=records[file]) for file in files]
         for group in grouped(runs, metric, key=lambda run: _images(_record(run))):
             name = " / ".join(dict.fromkeys(_record(run).name for run in group.counted))
             name += " (baseline)" if is_baseline else ""
@@ -52,44 +64,14 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
     return groups, left_out, metric
 
 
-def _read(paths: Iterable[str]) -> tuple[Records, list[str]]:
-    """Return the records of all runs at or below the paths, and a sentence for each file that cannot be read."""
-    found: Records = {}
-    unreadable = []
-    for path in map(Path, paths):
-        records: Records = {}
-        for file in [path] if path.is_file() else sorted(path.rglob("metrics.json")):
-            if file.with_name("report.html").exists():
-                continue  # the metrics.json of an evaluation
-            try:
-                records[file.resolve()] = Record.read(file)
-            except UserError as error:
-                unreadable.append(f"left out: {error}")
-        if not records:
-            problem = "holds no finished run" if path.exists() else "does not exist"
-            remedy = "Name the folder of a run, its metrics.json, or a folder above runs."
-            raise UserError(" ".join([*unreadable, f"{path} {problem}. {remedy}"]))
-        found |= records
-    return found, unreadable
-
-
-def _usable(records: Records, metric: str) -> tuple[list[Run], list[str]]:
-    """Return the runs that can be compared by a metric, and a sentence for each run that is left out.
-
-    Raises:
-        UserError: all runs are left out.
-    """
-    runs, left_out = [], []
-    for file, record in records.items():
-        if record.partial:
-            left_out.append(f"{os.path.relpath(file.parent)} is left out: it is a partial run ({record.partial}).")
-        elif metric not in record.numbers():
-            left_out.append(f"{os.path.relpath(file.parent)} is left out: its {metric} is null.")
-        else:
-            runs.append(Run(file.parent, _settings(record, metric), record=record))
-    if records and not runs:
-        raise UserError(f"Nothing to compare. {' '.join(left_out)} Choose other runs, or another metric=….")
-    return runs, left_out
+def _files(path: str) -> list[Path]:
+    """The `metrics.json` of all runs at or below a path; those of evaluations have a report beside them."""
+    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("metrics.json")
+    found = sorted(file.resolve() for file in files if not file.with_name("report.html").exists())
+    if not found:
+        problem = "holds no finished run" if Path(path).exists() else "does not exist"
+        raise UserError(f"{path} {problem}. Name the folder of a run, its metrics.json, or a folder above runs.")
+    return found
 
 
 def _settings(record: Record, metric: str) -> dict[str, str]:

@@ -40,14 +40,10 @@ class Run:
         if self.record is not None:
             self.numbers = self.record.numbers()
 
-    def value(self, metric: str) -> float:
-        """A number in `metrics.json`; NaN if the run has none."""
-        return self.numbers.get(metric, math.nan)
-
     @property
     def score(self) -> float:
         """The validation accuracy, from 0 to 1; NaN if the run has none."""
-        return self.value("val_accuracy")
+        return self.numbers.get("val_accuracy", math.nan)
 
 
 @dataclass(eq=False)
@@ -74,7 +70,7 @@ class Group:
         last = {str(run.record.seed if run.record else run.settings.get("seed")): run for run in measured_by_date}
         self.counted = measured if is_time(self.metric) else list(last.values())
         self.repeats = [run for run in measured if run not in self.counted]
-        self.values = [run.value(self.metric) for run in self.counted]
+        self.values = [run.numbers[self.metric] for run in self.counted]
         self.mean = statistics.mean(self.values) if self.values else math.nan
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
