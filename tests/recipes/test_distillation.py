@@ -13,6 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import cifarnet
 from cifarnet.build import build
+from cifarnet.config import validate
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.evaluate import evaluate
 from cifarnet.models import CNN
@@ -76,8 +77,8 @@ def test_a_student_needs_no_teacher_when_it_is_trained_but_does_to_go_on(config,
     own.rename(tmp_path / "moved")
     cifarnet.load(tmp_path / "run")
     assert evaluate(tmp_path / "run", ["corruptions=false"])["network"] == "CNN"
-    with pytest.raises(UserError, match=r"checkpoint=.*/teacher, which no checkpoint may\. A teacher has to lie where"):
-        resume(tmp_path / "run", [OWN])
+    with pytest.raises(UserError, match=r"There is no checkpoint .*/teacher"):
+        train(*resume(tmp_path / "run", [OWN]))
     (tmp_path / "moved").rename(own)
     train(*resume(tmp_path / "run", [OWN]))
 
@@ -121,37 +122,32 @@ def hparams(**changed):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (None, ["module.teacher.checkpoint=nowhere"], r"There is no checkpoint nowhere\. A run keeps its own"),
-        (hparams(image_size=24), [], r"The images are 32 pixels wide; the teacher .* was trained on 24\."),
+        (None, ["module.teacher.checkpoint=nowhere"], r"There is no checkpoint nowhere"),
+        (hparams(image_size=24), [], r"The images are 32 pixels wide; the teacher .* 24"),
         (
             lambda content: content["hyper_parameters"]["class_names"].reverse(),
             [],
-            r"The data has the classes disc, .*; the teacher .* knows .*, disc\. Give data of these",
+            r"The data has the classes disc, .*; the teacher .*, disc\.",
         ),
-        (hparams(extra=nn.Linear(1, 1)), [], r"it holds other things than plain data"),
-        (
-            lambda content: content["hyper_parameters"]["config"].update(model={"_target_": "os.mkdir", "path": "x"}),
-            [],
-            r"asks for the class os\.mkdir",
-        ),
-        (None, ["module.teacher.temperature=0"], r"module\.teacher\.temperature=0: give a number above 0"),
+        (hparams(extra=nn.Linear(1, 1)), [], r"altered\.ckpt cannot be read as a checkpoint"),
+        (hparams(model={"_target_": "os.mkdir", "path": "x"}), [], r"altered\.ckpt names the class os\.mkdir"),
     ],
 )
-def test_a_teacher_that_cannot_teach_is_refused_in_one_line(command, tmp_path, teacher, change, settings, message):
+def test_an_unsuitable_teacher_is_refused_in_one_line(command, tmp_path, teacher, change, settings, message):
     by = altered(teacher, tmp_path, change) if change else teacher
     status, _, error = command(*SMALL, *taught(by), *settings)
     assert status == 1
     assert re.fullmatch(rf"Error: .*{message}.*\n", error), error
 
 
-def test_a_teacher_has_to_be_named(config):
-    with pytest.raises(UserError, match=r"module.teacher.checkpoint is needed: add module.teacher.checkpoint=…"):
-        build(config("+recipe=distillation"))
+def test_a_teacher_is_required(config):
+    with pytest.raises(UserError, match=r"module\.teacher\.checkpoint"):
+        validate(config("+recipe=distillation"))
 
 
 def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
     train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model", folder="own"))
-    with pytest.raises(UserError, match=r"conftest.OwnNetwork, which is no class that this project lists"):
+    with pytest.raises(UserError, match=r"names the class conftest\.OwnNetwork"):
         build(config(*taught(tmp_path / "own")))
     built = build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]"))
     assert isinstance(built.classifier.teacher.network, OwnNetwork)
@@ -159,36 +155,14 @@ def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
         build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]", "data.train_sizes=[24]"))
 
 
-@pytest.mark.parametrize(
-    "teacher_of_a_stranger",
-    [
-        {"_target_": "torch.load", "f": "evil.pt"},
-        {"_target_": "cifarnet.recipes.mixup.Mixup", "alpha": 0.2},
-        {"_target_": "cifarnet.recipes.distillation.F.softmax", "checkpoint": "."},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "${oc.env:HOME}"},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "//usr"},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": "\\\\host\\share\\run"},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": {"_target_": "os.mkdir", "path": "x"}},
-        {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": ".", "other": "/etc/hosts"},
-    ],
-    ids=str,
-)
-def test_a_strangers_checkpoint_has_at_most_a_checkpoint_read(teacher, tmp_path, teacher_of_a_stranger):
-    path = altered(
-        teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=teacher_of_a_stranger)
-    )
-    with pytest.raises(UserError, match=r"which is no class that this project lists|asks the machine for"):
-        resume(path)
-
-
-def test_what_a_stranger_names_is_read_as_a_checkpoint(teacher, tmp_path):
-    """A file that would run code when it is loaded as Python's pickles are."""
+def test_a_recorded_teacher_is_read_as_a_checkpoint(teacher, tmp_path, monkeypatch):
+    """A plain pickle.load of the file would run code."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Explodes(tmp_path / "exploded")))
-    named = {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": str(tmp_path / "evil.ckpt")}
-    path = altered(teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=named))
-    config, last = resume(path)
-    with pytest.raises(UserError, match=r"evil\.ckpt is not a checkpoint of cifarnet"):
-        train(config, last)
+    recorded = {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": str(tmp_path / "evil.ckpt")}
+    path = altered(teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=recorded))
+    with pytest.raises(UserError, match=r"evil\.ckpt cannot be read as a checkpoint"):
+        train(*resume(path))
     assert not (tmp_path / "exploded").exists()
 
 

@@ -10,21 +10,22 @@ from cifarnet.train import train
 
 
 def test_images_and_labels_are_mixed_by_the_same_weight():
-    """Images of one colour each, which is their label: the mixed colour tells the weight."""
+    """Each image has one color, which is its label, so that the mixed color gives lam."""
     labels = torch.arange(0, 200, 10)
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     loader = InMemoryLoader(images, labels, 5, train=True, augment=Augment(2, "random"), mix=Mixup(1.0), seed=3)
     seen = []
-    for mixed, own_labels, index, partners, own in loader:
-        assert torch.equal(own_labels, labels[index])
-        expected = (own * own_labels + (1 - own) * partners).round()
+    for batch in loader:
+        mixed, lam = batch.images, batch.lam
+        assert torch.equal(batch.labels, labels[batch.index])
+        expected = (lam * batch.labels + (1 - lam) * batch.partners).round()
         assert mixed.dtype == torch.uint8
         assert mixed.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(mixed.float(), expected.view(-1, 1, 1, 1).expand(mixed.shape), rtol=0, atol=1)
-        seen += own.tolist()
+        seen += lam.tolist()
     assert len(seen) == 20
     assert max(seen) - min(seen) > 0.5
-    assert len(list(InMemoryLoader(images, labels, 5, mix=Mixup())).pop()) == 3  # in evaluation nothing is mixed
+    assert next(iter(InMemoryLoader(images, labels, 5, mix=Mixup()))).partners is None  # evaluation does not mix
 
 
 def test_draws_are_a_function_of_seed_epoch_and_index():

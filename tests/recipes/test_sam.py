@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cifarnet.classifier import Classifier
+from cifarnet.data.loader import Batch
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.recipes.sam import SAM
 from cifarnet.resuming import resume
@@ -33,10 +34,10 @@ class Norms(nn.Module):
         return self.layers(images)
 
 
-def one_batch() -> tuple[torch.Tensor, ...]:
+def one_batch() -> Batch:
     random = torch.Generator().manual_seed(1)
     images = torch.rand(16, 3, 2, 2, dtype=torch.double, generator=random)
-    return images, torch.randint(0, 10, (16,), generator=random), torch.arange(16)
+    return Batch(images, torch.randint(0, 10, (16,), generator=random), torch.arange(16))
 
 
 def fitted(network: nn.Module, *callbacks: Callback, epochs: int = 1, lr: float = 1.0, **settings) -> Classifier:
@@ -51,7 +52,7 @@ def test_a_step_as_by_hand():
     """With the gradient of a function of all weights, at w + ρ g / ‖g‖."""
     torch.manual_seed(0)
     network = Norms()
-    images, labels, _ = one_batch()
+    images, labels, *_ = one_batch()
     initial = {name: value.detach().clone() for name, value in network.named_parameters()}
     names = [name for name, value in network.named_parameters() if value.requires_grad]
 
