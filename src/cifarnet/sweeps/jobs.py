@@ -27,10 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.schema import check
 from cifarnet.errors import Interrupted, Pruned, UserError, printable
 from cifarnet.records.json_file import read
 from cifarnet.records.tables import Run, read_run
+from cifarnet.schema import check
 from cifarnet.sweeps import parallel, replay
 from cifarnet.sweeps.summary import clear_checkpoints, resume_command
 from cifarnet.system import files

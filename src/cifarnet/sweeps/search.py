@@ -26,9 +26,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.schema import check
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.records.tables import Run, read_run, read_sweep
+from cifarnet.schema import check
 from cifarnet.sweeps import jobs, replay, search_figures
 from cifarnet.sweeps.journal import JournalLock
 from cifarnet.sweeps.space import asked
