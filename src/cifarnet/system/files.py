@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -110,20 +111,9 @@ def is_locked(lock: Path) -> bool:
 
 def remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run that failed before it started: it holds nothing but the record of the command."""
-    names = {"train.log", ".lock", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
-
-    def is_record(path: Path) -> bool:
-        header_only = path.name.startswith("events.out.") and path.lstat().st_size < 100
-        return header_only or path.name == "hparams.yaml" or path.relative_to(folder).as_posix() in names
-
-    found = sorted(folder.rglob("*"), reverse=True)
-    files = [path for path in found if path.is_symlink() or not path.is_dir()]
-    if all(map(is_record, files)):
-        for path in files:
-            path.unlink(missing_ok=True)
-        for place in [*(path for path in found if path not in files), folder]:
-            with contextlib.suppress(OSError):
-                place.rmdir()
+    records = {".hydra", ".lock", "train.log", "hparams.yaml"}
+    if all(path.name in records or path.name.startswith("events.out.") for path in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
