@@ -5,8 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from cifarnet.models.normalize import Normalize
-from cifarnet.models.resnet import initialize
+from cifarnet.models.resnet import ConvNet, initialize
 from cifarnet.schema import Range
 
 
@@ -28,7 +27,7 @@ class Layer(nn.Module):
         return torch.cat([x, self.new(x)], 1)
 
 
-class DenseNet(nn.Module):
+class DenseNet(ConvNet):
     """A 3×3 convolution, three blocks of (depth - 4) / 6 layers, norm, ReLU, average pool, linear head.
 
     Huang et al. (2016, https://arxiv.org/abs/1608.06993): DenseNet-BC-depth-growth_rate; between blocks channels and
@@ -49,10 +48,8 @@ class DenseNet(nn.Module):
         growth_rate: Annotated[int, Range(1, 1024)] = 12,  # channels that a layer adds
         drop_rate: Annotated[float, Range(0, below=1)] = 0.0,  # after each convolution of the blocks
     ) -> None:
-        super().__init__()
         if depth % 6 != 4:
             raise ValueError(f"depth={depth}: give 6n + 4, such as 40, 100 or 190")
-        self.normalize = Normalize(in_chans)
         chans = 2 * growth_rate
         layers: list[nn.Module] = [nn.Conv2d(in_chans, chans, 3, padding=1, bias=False)]
         for block in range(3):
@@ -62,9 +59,6 @@ class DenseNet(nn.Module):
             for _ in range((depth - 4) // 6):
                 layers.append(Layer(chans, growth_rate, drop_rate))
                 chans += growth_rate
-        self.layers = nn.Sequential(*layers, nn.BatchNorm2d(chans), nn.ReLU(inplace=True))
-        self.head = nn.Linear(chans, num_classes)
+        layers += [nn.BatchNorm2d(chans), nn.ReLU(inplace=True)]
+        super().__init__(num_classes, in_chans, nn.Sequential(*layers), chans)
         initialize(self.layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.normalize(images)).mean((2, 3)))

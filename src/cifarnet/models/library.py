@@ -60,9 +60,9 @@ class LibraryModel(nn.Module):
                     f"model.{key} is not supported: pretrained weights are read from model.checkpoint=FILE."
                 )
         settings |= {"num_classes": num_classes, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-        settings = {key: value for key, value in settings.items() if value is not None}
-        self.checkpoint = checkpoint
-        self.build = partial(build, library, name, image_size, small_stem, settings)
+        self.settings = {key: value for key, value in settings.items() if value is not None}
+        self.library, self.name, self.image_size = library, name, image_size
+        self.small_stem, self.checkpoint = small_stem, checkpoint
         self.normalize = Normalize()
         self.network = self.build()
 
@@ -74,57 +74,51 @@ class LibraryModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalize(images))
 
+    def build(self, weights: Weights | None = None) -> nn.Module:
+        """Return the library's network, with random or pretrained weights and a new head."""
+        try:
+            network, fixed_size = self._timm(weights) if self.library == "timm" else self._torchvision(weights)
+        except ImportError as error:
+            raise UserError(f"model={self.library} needs {self.library}: pip install -e '.[{self.library}]'") from error
+        except Exception as error:  # any type: constructors and state dicts raise many
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"model.name={self.name}: {self.library} cannot build this network ({reason})") from error
+        if self.small_stem and not fixed_size:
+            _shrink_stem(network)
+        return network
 
-def build(
-    library: str, name: str, image_size: int, small_stem: bool, settings: dict[str, Any], weights: Weights | None = None
-) -> nn.Module:
-    """Return a library's network, with random or pretrained weights and a new head."""
-    create = _from_timm if library == "timm" else _from_torchvision
-    try:
-        network, fixed_size = create(name, image_size, settings, weights)
-    except ImportError as error:
-        raise UserError(f"model={library} needs {library}: pip install -e '.[{library}]'") from error
-    except Exception as error:  # any type: constructors and state dicts raise many
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"model.name={name}: {library} cannot build this network ({reason})") from error
-    if small_stem and not fixed_size:
-        _shrink_stem(network)
-    return network
+    def _timm(self, weights: Weights | None) -> tuple[Any, bool]:
+        """Return the network, and whether it is built for one image size."""
+        import timm
 
+        if not timm.is_model(self.name.partition(".")[0]):  # such as a repository on Hugging Face, to be downloaded
+            raise ValueError(f"it has no such network.{did_you_mean(self.name, timm.list_models())}")
+        create, size, settings = partial(timm.create_model, self.name), {"img_size": self.image_size}, self.settings
+        if weights is None:
+            network = _with_size(create, size, settings)
+        else:  # with as many classes as the weights have, so that all of them must fit
+            others = {key: value for key, value in settings.items() if key != "num_classes"}
+            others |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
+            network = _with_size(create, size, others)
+            network.reset_classifier(settings["num_classes"])
+        return network, bool(network.pretrained_cfg.get("fixed_input_size"))
 
-def _from_timm(name: str, image_size: int, settings: dict[str, Any], weights: Weights | None) -> tuple[Any, bool]:
-    """Return the network, and whether it is built for one image size."""
-    import timm
-
-    if not timm.is_model(name.partition(".")[0]):  # such as a repository on Hugging Face, which would be downloaded
-        raise ValueError(f"it has no such network.{did_you_mean(name, timm.list_models())}")
-    create = partial(timm.create_model, name)
-    if weights is None:
-        network = _with_size(create, {"img_size": image_size}, settings)
-    else:  # with as many classes as the weights have, so that all of them must fit
-        others = {key: value for key, value in settings.items() if key != "num_classes"}
-        create = partial(create, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
-        network = _with_size(create, {"img_size": image_size}, others)
-        network.reset_classifier(settings["num_classes"])
-    return network, bool(network.pretrained_cfg.get("fixed_input_size"))
-
-
-def _from_torchvision(
-    name: str, image_size: int, settings: dict[str, Any], weights: Weights | None
-) -> tuple[Any, bool]:
-    """Return the network, and whether it is built for one image size."""
-    names = models.list_models(module=models)
-    if name not in names:
-        raise ValueError(f"it has no such network.{did_you_mean(name, names)}")
-    if name in ("googlenet", "inception_v3"):  # by default they return two more outputs in training
-        settings = {"aux_logits": False, "init_weights": True} | settings
-    network = _with_size(partial(models.get_model, name, weights=None), {"image_size": image_size}, settings)
-    if weights is not None:
-        for key, value in network.state_dict().items():
-            is_counter = key.endswith("num_batches_tracked")  # absent from old files
-            if not is_counter and weights[key].shape == value.shape:  # a head of other classes is left out
-                value.copy_(weights[key])
-    return network, hasattr(network, "image_size")
+    def _torchvision(self, weights: Weights | None) -> tuple[Any, bool]:
+        """Return the network, and whether it is built for one image size."""
+        names = models.list_models(module=models)
+        if self.name not in names:
+            raise ValueError(f"it has no such network.{did_you_mean(self.name, names)}")
+        settings = self.settings
+        if self.name in ("googlenet", "inception_v3"):  # by default they return two more outputs in training
+            settings = {"aux_logits": False, "init_weights": True} | settings
+        create = partial(models.get_model, self.name, weights=None)
+        network = _with_size(create, {"image_size": self.image_size}, settings)
+        if weights is not None:
+            for key, value in network.state_dict().items():
+                is_counter = key.endswith("num_batches_tracked")  # absent from old files
+                if not is_counter and weights[key].shape == value.shape:  # a head of other classes is left out
+                    value.copy_(weights[key])
+        return network, hasattr(network, "image_size")
 
 
 def _with_size(create: Callable[..., nn.Module], size: dict[str, int], settings: dict[str, Any]) -> Any:

@@ -13,13 +13,7 @@ from cifarnet.schema import Range
 Width = Annotated[int, Range(1, 4096)]
 Rate = Annotated[float, Range(0, below=1)]
 Stage = tuple[int, int, int]  # number of blocks, of channels inside a block, and of its output channels
-BLOCKS = {  # of each stage, by depth
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 class Pad(nn.Module):
@@ -121,8 +115,8 @@ def initialize(layers: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-class ResidualNetwork(nn.Module):
-    """Residual layers, global average pool, linear head.
+class ConvNet(nn.Module):
+    """Convolutional layers, global average pool, linear head.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
     """
@@ -137,7 +131,7 @@ class ResidualNetwork(nn.Module):
         return self.head(self.layers(self.normalize(images)).mean((2, 3)))
 
 
-class CifarResNet(ResidualNetwork):
+class CifarResNet(ConvNet):
     """A 3×3 convolution, three stages of (depth - 2) / 6 blocks, global average pool, linear head.
 
     He et al. (2015, https://arxiv.org/abs/1512.03385, section 4.2); with `preact` as in He et al. (2016,
@@ -165,7 +159,7 @@ class CifarResNet(ResidualNetwork):
         super().__init__(num_classes, in_chans, layers, 4 * width)
 
 
-class ResNet(ResidualNetwork):
+class ResNet(ConvNet):
     """An ImageNet ResNet for small images: the stem is one 3×3 convolution of stride 1 without a max pool.
 
     He et al. (2015, https://arxiv.org/abs/1512.03385, table 1) with the stem, and the stride in the 3×3 convolution, of
@@ -191,7 +185,7 @@ class ResNet(ResidualNetwork):
         super().__init__(num_classes, in_chans, layers, 8 * width * expansion)
 
 
-class WideResNet(ResidualNetwork):
+class WideResNet(ConvNet):
     """A 3×3 convolution to 16 channels, three stages of (depth - 4) / 6 blocks, norm, ReLU, average pool, linear head.
 
     Zagoruyko & Komodakis (2016, https://arxiv.org/abs/1605.07146): WRN-depth-width. 36,479,194 parameters at its
@@ -218,7 +212,7 @@ class WideResNet(ResidualNetwork):
         initialize(self.layers)
 
 
-class ResNeXt(ResidualNetwork):
+class ResNeXt(ConvNet):
     """A 3×3 convolution to 64 channels, three stages of (depth - 2) / 9 bottlenecks, average pool, linear head.
 
     Xie et al. (2016, https://arxiv.org/abs/1611.05431, section 5.3): ResNeXt-depth, cardinality × base_width d, stages

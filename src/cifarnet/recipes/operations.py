@@ -3,16 +3,14 @@
 They are torchvision's (and Pillow's), which take one strength for all: tests/recipes/test_operations.py compares.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-NAMES = [
-    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
-    *("brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"),
-]
-SIGNED = range(1, 10)  # of these the strength may be negative
-MOVES = 6  # so many first ones leave colours as they are
+MOVES = ["identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"]  # the colors stay as they are
+SIGNED = range(1, 10)  # the operations whose strength may be negative
 
 
 def either_way(operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
@@ -33,9 +31,9 @@ def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     order = operation.argsort(stable=True)
     groups = order.split(operation.bincount(minlength=len(NAMES)).tolist())
     changed = images.clone()
-    if len(moved := torch.cat(groups[1:MOVES])):
+    if len(moved := torch.cat(groups[1 : len(MOVES)])):
         changed[moved] = _moved(images[moved], operation[moved], strength[moved])
-    for change, members in zip(CHANGES, groups[MOVES:], strict=True):
+    for change, members in zip(CHANGES.values(), groups[len(MOVES) :], strict=True):
         if len(members):
             changed[members] = change(images[members], strength[members, None, None, None])
     return changed
@@ -44,7 +42,7 @@ def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 def apply_all(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     """As `apply`, by every operation on all images: more work, but the host need not wait for a GPU to count."""
     changed = _moved(images, operation, strength)  # the others stay where they are
-    for number, change in enumerate(CHANGES, MOVES):
+    for number, change in enumerate(CHANGES.values(), len(MOVES)):
         result = change(images, strength[:, None, None, None])
         changed = torch.where((operation == number)[:, None, None, None], result, changed)
     return changed
@@ -54,7 +52,7 @@ def _moved(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     """Sheared about the upper left corner, translated, or rotated about the middle; from outside comes black."""
     count, channels, height, width = images.shape
     shear_x, shear_y, right, down, degrees = (
-        torch.where(operation == number, strength, 0)[:, None, None] for number in range(1, MOVES)
+        torch.where(operation == number, strength, 0)[:, None, None] for number in range(1, len(MOVES))
     )
     angle = degrees.deg2rad()
     y = torch.arange(height, device=images.device)[:, None] + 0.5  # the middles of pixels
@@ -80,20 +78,8 @@ def grey(images: Tensor) -> Tensor:
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
 
 
-def _brightness(images: Tensor, strength: Tensor) -> Tensor:
-    return blend(images, 0.0, 1 + strength)
-
-
-def _color(images: Tensor, strength: Tensor) -> Tensor:
-    return blend(images, grey(images), 1 + strength)
-
-
-def _contrast(images: Tensor, strength: Tensor) -> Tensor:
-    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), 1 + strength)
-
-
-def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
-    """Away from, or towards, a blurred image, whose kernel is 1/13 and in its middle 5/13; borders stay."""
+def _sharpen(images: Tensor, strength: Tensor) -> Tensor:
+    """Blend images with blurred ones, of the kernel 1/13 with 5/13 at its center; border pixels stay."""
     smooth = images.float()
     inner = smooth[..., 1:-1, 1:-1]
     three = smooth[..., :-2, :] + smooth[..., 1:-1, :] + smooth[..., 2:, :]
@@ -102,20 +88,14 @@ def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
     return blend(images, smooth, 1 + strength)
 
 
-def _posterize(images: Tensor, strength: Tensor) -> Tensor:
-    return images & (256 - 2 ** strength.round()).to(torch.uint8)
-
-
-def _solarize(images: Tensor, strength: Tensor) -> Tensor:
-    return torch.where(images >= 255 * (1 - strength), 255 - images, images)
-
-
-def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
-    return TF.autocontrast(images)
-
-
-def _equalize(images: Tensor, strength: Tensor) -> Tensor:
-    return TF.equalize(images)
-
-
-CHANGES = (_brightness, _color, _contrast, _sharpness, _posterize, _solarize, _autocontrast, _equalize)
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of colors: images, strength [B, 1, 1, 1] -> images
+    "brightness": lambda images, strength: blend(images, 0.0, 1 + strength),
+    "color": lambda images, strength: blend(images, grey(images), 1 + strength),
+    "contrast": lambda images, strength: blend(images, grey(images).mean((1, 2, 3), keepdim=True), 1 + strength),
+    "sharpness": _sharpen,
+    "posterize": lambda images, strength: images & (256 - 2 ** strength.round()).to(torch.uint8),
+    "solarize": lambda images, strength: torch.where(images >= 255 * (1 - strength), 255 - images, images),
+    "autocontrast": lambda images, _: TF.autocontrast(images),
+    "equalize": lambda images, _: TF.equalize(images),
+}
+NAMES = [*MOVES, *CHANGES]
