@@ -1,4 +1,4 @@
-"""Where images come from, how they are batched, how they are augmented."""
+"""Data sets, batches and augmentation."""
 
 from cifarnet.data.cifar10 import CIFAR10
 from cifarnet.data.datamodule import ImageDataModule, Source, Split

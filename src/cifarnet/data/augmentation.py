@@ -1,4 +1,4 @@
-"""Random crops, flips and holes of a whole batch at once, as a function of (seed, epoch, index)."""
+"""Random crops, flips and holes for a whole batch, as a function of (seed, epoch, index)."""
 
 from typing import Literal
 
@@ -11,16 +11,15 @@ Flip = Literal["none", "random", "alternating"]
 
 
 class Augment:
-    """A random crop out of the reflect-padded image, a mirror image, a hole.
+    """A random crop of the reflect-padded image, a horizontal flip, and a hole.
 
     Args:
-        crop_padding: pixels of reflection on each side, before a crop of the original size; 0 switches it off.
-        flip: "random" mirrors an image with probability 1/2; "alternating" does so at random in the first epoch and
-            then in every other one, so that two epochs show every image both ways (Jordan, 2024,
-            https://arxiv.org/abs/2404.00498); "none".
-        cutout: side of a square hole at a random place, part of it perhaps outside the image (DeVries and Taylor,
-            2017, https://arxiv.org/abs/1708.04552); 0 switches it off.
-        fill: colour of the hole, one value from 0 to 255 a channel.
+        crop_padding: pixels of padding on each side; 0 for no crop.
+        flip: "random" flips an image with probability 1/2; "alternating" does so in the first epoch, and then shows
+            the other side in every second epoch (Jordan, 2024, https://arxiv.org/abs/2404.00498).
+        cutout: side of a square hole with its center at a random pixel (DeVries and Taylor, 2017,
+            https://arxiv.org/abs/1708.04552); 0 for no hole.
+        fill: color of the hole, one value from 0 to 255 for each channel.
     """
 
     def __init__(self, crop_padding: int = 0, flip: Flip = "none", cutout: int = 0, fill: Tensor | None = None) -> None:
@@ -28,9 +27,8 @@ class Augment:
         self.cutout, self.fill = cutout, fill
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decide for all images of a data set at once, so that neither order nor batch size matters: the first row and
-        column of the crop in the padded image, int64 [count], whether it is mirrored left to right, bool [count], and
-        row and column at the middle of the hole, int64 [count, 2]."""
+        """Return for each image of a data set the first row and column of the crop, int64 [count]; whether it is
+        flipped, bool [count]; and the row and column of the hole's center, int64 [count, 2]."""
         random = generator(seed, epoch, "augment")
         top, left = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=random)
         hole = torch.randint(0, size, (count, 2), generator=random)
@@ -41,10 +39,7 @@ class Augment:
         return top, left, flip, hole
 
     def __call__(self, pixels: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, hole: Tensor) -> Tensor:
-        """The augmented images `index` [B] out of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], by their draws.
-
-        Each output pixel is copied once, from where it lies: no padded images in between.
-        """
+        """Augment the images `index` [B] of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], in one copy of each pixel."""
         _, height, width, channels = pixels.shape
         rows, columns = self._reflected(top, height), self._reflected(left, width)
         columns = torch.where(flip[:, None], columns.flip(1), columns)
@@ -52,23 +47,23 @@ class Augment:
         images = pixels.view(-1, channels).index_select(0, source.flatten()).view(*source.shape, channels)
         if self.cutout:
             assert self.fill is not None
-            self.fill = self.fill.to(images)  # once: later steps copy nothing to a GPU, and wait for nothing
+            self.fill = self.fill.to(images)  # moved to a GPU once
             inside = box_mask(hole - self.cutout // 2, torch.full_like(hole, self.cutout), height)
             images = torch.where(inside[..., None], self.fill, images)
         return images
 
     def _reflected(self, start: Tensor, size: int) -> Tensor:
-        """Which row (or column) of the image each of the crop is: int64 [B, size]."""
+        """Return the image's row (or column) for each row of the crop, int64 [B, size]."""
         position = torch.arange(size, device=start.device) + start[:, None] - self.crop_padding
-        return (size - 1) - ((size - 1) - position.abs()).abs()  # mirrored at both borders
+        return (size - 1) - ((size - 1) - position.abs()).abs()  # reflected at both borders
 
 
 def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
     """Return which pixels of square images lie in a box, bool [B, size, size].
 
     Args:
-        first: row and column of each box's first pixel, int64 [B, 2]; a box may reach beyond the image.
-        extent: height and width of each box, int64 [B, 2].
+        first: row and column of the box's first pixel, int64 [B, 2]; the box may reach beyond the image.
+        extent: height and width of the box, int64 [B, 2] or [B, 1].
     """
     distance = torch.arange(size, device=first.device) - first[..., None]
     inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]

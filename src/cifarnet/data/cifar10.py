@@ -76,5 +76,5 @@ class CIFAR10(ImageDataModule):
         return (
             f"  - by hand: put {Published.filename} (md5 {Published.tgz_md5}) into {self.root.resolve()}\n"
             f"  - from a mirror: data.url=https://…/{Published.filename}\n"
-            "  - without a network: data=synthetic (or +experiment=quickstart) draws its own pictures"
+            "  - without a network: data=synthetic (or +experiment=quickstart) generates pictures"
         )

@@ -1,4 +1,4 @@
-"""Procedural pictures of ten shapes and textures: no files, no network."""
+"""Procedural pictures of ten shapes and textures, which need no files and no network."""
 
 from typing import Annotated
 
@@ -9,20 +9,20 @@ from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.schema import Range, Seed
 
 SIZE = 32
-TEST_OFFSET = 1_000_000  # test images have indices of their own, however many there are to train on
+TEST_OFFSET = 1_000_000  # of the indices of test images, above those of all training images
 CLASS_NAMES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "stripes", "checkers", "dots"]
 Count = Annotated[int, Range(len(CLASS_NAMES), TEST_OFFSET)]
 
 
 class Synthetic(ImageDataModule):
-    """Shapes at random places, sizes and angles, in random colours on random backgrounds, with noise.
+    """Shapes of random position, size, angle and color on backgrounds of random color, with noise.
 
-    Colour and brightness say nothing about the class, so a network must see form. An image is a function of
-    (`seed`, index) alone.
+    Color and brightness are independent of the class, so that a network must recognize shapes. A picture is a function
+    of (`seed`, index).
 
     Args:
-        seed: chooses the pictures; apart from the seed of the run.
-        train_size, test_size: number of pictures; the validation split is taken from `train_size`.
+        seed: of the pictures; it is independent of the seed of the run.
+        train_size, test_size: number of pictures; the validation split is part of `train_size`.
         settings: those of `ImageDataModule`.
     """
 
@@ -36,9 +36,9 @@ class Synthetic(ImageDataModule):
 
 
 def synthesize(index: np.ndarray, seed: int = 0) -> Split:
-    """The pictures of these indices: uint8 [N, 3, 32, 32]; the label is index modulo 10."""
+    """Return the pictures with these indices, uint8 [N, 3, 32, 32]; the label is the index modulo 10."""
     labels = index % len(CLASS_NAMES)
-    numbers = np.empty((len(index), 10), np.float32)  # uniform in [0, 1): place, size, angle, two colours, …
+    numbers = np.empty((len(index), 10), np.float32)  # uniform in [0, 1): position, size, angle, two colors
     noise = np.empty((len(index), SIZE, SIZE, 3), np.float32)
     for row, i in enumerate(index.tolist()):
         random = np.random.default_rng((seed, i))
@@ -47,19 +47,19 @@ def synthesize(index: np.ndarray, seed: int = 0) -> Split:
 
     mask = _shapes(labels, numbers[:, :4])[..., None]
     background = numbers[:, None, None, 4:7]
-    # a colour that differs from the background by at least 0.25 in every channel, brighter or darker
+    # a color that differs from the background by at least 0.25 in every channel, brighter or darker
     shift = 0.25 + 0.3 * numbers[:, None, None, 7:10]
-    colour = np.where(background < 0.5, background + shift, background - shift)
-    pictures = np.where(mask, colour, background) + 0.16 * noise
+    color = np.where(background < 0.5, background + shift, background - shift)
+    pictures = np.where(mask, color, background) + 0.16 * noise
     pictures = (pictures.clip(0, 1) * 255).round().astype(np.uint8)
     return Split(torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels))
 
 
 def _shapes(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Which pixels belong to the shape: bool [N, 32, 32]."""
+    """Return which pixels belong to the shape, bool [N, 32, 32]."""
     x0, y0 = 0.7 * numbers[:, None, None, 0] - 0.35, 0.7 * numbers[:, None, None, 1] - 0.35
     radius = 0.5 + 0.25 * numbers[:, None, None, 2]
-    angle = 0.6 * numbers[:, None, None, 3] - 0.3  # ± 17°: a plus never turns into a cross
+    angle = 0.6 * numbers[:, None, None, 3] - 0.3  # ± 17°, so that a plus never becomes a cross
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
     u = (np.cos(angle) * (x - x0) + np.sin(angle) * (y - y0)) / radius  # the shape fills -1 … 1
     v = (np.cos(angle) * (y - y0) - np.sin(angle) * (x - x0)) / radius

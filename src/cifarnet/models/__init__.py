@@ -1,4 +1,4 @@
-"""Networks: plain nn.Modules that take pixels and give logits."""
+"""Networks: plain nn.Modules from pixels to logits."""
 
 from cifarnet.models.cnn import CNN
 from cifarnet.models.construct import construct, try_on

@@ -1,4 +1,4 @@
-"""The baseline: conv-conv-pool blocks, a hidden layer, softmax regression on top."""
+"""The baseline: blocks of two convolutions and a max pool, a hidden layer, a linear head."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,17 +13,16 @@ Width = Annotated[int, Range(1, 65536)]
 
 
 class CNN(nn.Module):
-    """Blocks of two 3×3 convolutions and a 2×2 max pool, one fully connected layer, one output layer.
+    """Blocks of two 3×3 convolutions and a 2×2 max pool, one hidden layer, one output layer; no batch norm.
 
-    ReLU after every layer but the last, "same" padding, no batch norm. At its defaults, on 32×32 images, it learns
-    2,168,362 parameters. Weights start as He et al. (2015, https://arxiv.org/abs/1502.01852, uniform) propose for ReLU;
-    biases and the output layer at zero, so that the first steps cannot blow up the logits and leave dead units behind.
+    2,168,362 parameters at its defaults. Weights are initialized as in He et al. (2015, uniform,
+    https://arxiv.org/abs/1502.01852); biases and the output layer start at zero, which keeps the first logits small.
 
-    Shapes: images [B, in_chans, image_size, image_size], uint8 or float in [0, 1] -> logits [B, num_classes]. Images of
-    other sizes are pooled to what the hidden layer expects.
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]. If H and W are not
+    image_size, features are pooled to the size that the hidden layer expects.
 
     Raises:
-        ValueError: an odd number of widths.
+        ValueError: the number of widths is odd.
     """
 
     def __init__(
@@ -31,13 +30,13 @@ class CNN(nn.Module):
         num_classes: int = 10,
         image_size: int = 32,
         in_chans: int = 3,
-        widths: Sequence[Width] = (32, 32, 64, 64),  # output channels of each convolution, two a block
+        widths: Sequence[Width] = (32, 32, 64, 64),  # output channels of each convolution, two for each block
         hidden: Width = 512,
         drop_rate: Annotated[float, Range(0, below=1)] = 0.0,  # dropout after each pool and after the hidden layer
     ) -> None:
         super().__init__()
         if len(widths) % 2:
-            raise ValueError(f"widths={list(widths)}: a block has two convolutions, so give an even number of widths")
+            raise ValueError(f"widths={list(widths)}: give an even number of widths, two for each block")
         self.normalize = Normalize(in_chans)
         self.pooled_size = image_size // 2 ** (len(widths) // 2)
         layers: list[nn.Module] = []
@@ -45,7 +44,7 @@ class CNN(nn.Module):
         for first, second in zip(widths[::2], widths[1::2], strict=True):
             layers += [nn.Conv2d(channels, first, 3, padding="same"), nn.ReLU(inplace=True)]
             layers += [nn.Conv2d(first, second, 3, padding="same"), nn.MaxPool2d(2)]
-            layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # as before the pool, on a quarter of the values
+            layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # after the pool, on fewer values
             channels = second
         self.features = nn.Sequential(*layers)
         flat = channels * self.pooled_size**2
@@ -59,6 +58,6 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(self.normalize(images))
-        if features.shape[-1] != self.pooled_size:  # smaller or larger images than `image_size` (data.train_sizes)
+        if features.shape[-1] != self.pooled_size:  # images of another size (data.train_sizes)
             features = F.adaptive_avg_pool2d(features, self.pooled_size)
         return self.head(self.hidden(features))

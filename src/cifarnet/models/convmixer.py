@@ -1,4 +1,4 @@
-"""ConvMixer: patches, mixed in space by wide depthwise convolutions and between channels by 1×1 ones."""
+"""ConvMixer: patches, mixed in space by depthwise convolutions and across channels by 1×1 convolutions."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from cifarnet.schema import Range
 
 
 class Block(nn.Module):
-    """A depthwise convolution around which the input is added, then a 1×1 convolution; activation before the norm."""
+    """A depthwise convolution with a residual connection, and a 1×1 convolution; the norms follow the activations."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
@@ -24,10 +24,11 @@ class Block(nn.Module):
 class ConvMixer(nn.Module):
     """ConvMixer-width/depth (Trockman and Kolter, 2022, https://arxiv.org/abs/2201.09792).
 
-    Patch and kernel are those of its CIFAR-10 experiments (https://github.com/locuslab/convmixer-cifar10). 594,186
-    parameters at its defaults. It takes images of any size from a patch on.
+    Patch size and kernel size are those of its CIFAR-10 experiments (https://github.com/locuslab/convmixer-cifar10).
+    594,186 parameters at its defaults.
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are at least
+    patch_size.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A 3×3 convolution whose backward pass is faster on a processor."""
+"""A 3×3 convolution with a faster backward pass on CPUs."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 8  # pixels: only rows shorter than that gain
-ROW = 64  # pixels, at most, of a row of images side by side
+SHORT = 8  # pixels; longer rows gain nothing
+ROW = 64  # pixels; the maximum width of images side by side
 
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d(…, 3, padding=1, bias=False)`, whose weight's gradient is computed in another way on a CPU.
+    """`nn.Conv2d(…, 3, padding=1, bias=False)` with another way of computing the weight's gradient on a CPU.
 
-    oneDNN adds the gradient of one image row after another to the whole of the weight's gradient. Where rows are short
-    and channels many, as in the last layers, it is busy with that and not with multiplying. With several images side by
-    side, a column of zeros between them, a row is long.
+    oneDNN adds the gradient of each image row to the whole gradient of the weight. If rows are short and channels are
+    many, as in the last layers, these additions dominate. Placing several images side by side, with a column of zeros
+    after each, makes rows longer.
 
     Shapes: [B, in_channels, H, W] -> [B, out_channels, H, W].
     """
@@ -56,13 +56,13 @@ class _SideBySide(torch.autograd.Function):
 
 
 def _backward(gradient: Tensor, images: Tensor, weight: Tensor, which: int) -> Tensor:
-    """The gradient of the images (0) or of the weight (1)."""
+    """Return the gradient of the images (`which` is 0) or of the weight (1)."""
     arguments = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False])  # stride, padding, …
     return torch.ops.aten.convolution_backward(gradient, images, weight, None, *arguments)[which]
 
 
 def _side_by_side(images: Tensor, count: int) -> Tensor:
-    """[B, C, H, W] -> [B / count, C, H, count × (W + 1)], channels_last, each image followed by a column of zeros."""
+    """[B, C, H, W] -> [B / count, C, H, count × (W + 1)], channels_last, with a column of zeros after each image."""
     batch, chans, height, width = images.shape
     packed = images.new_zeros(batch // count, height, count, width + 1, chans)
     packed[..., :width, :] = images.permute(0, 2, 3, 1).view(-1, count, height, width, chans).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""MobileNetV2 for small images: narrow blocks that widen inside, and convolve there a channel at a time."""
+"""MobileNetV2 for small images: inverted bottlenecks with depthwise convolutions."""
 
 from typing import Annotated
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from cifarnet.models.normalize import Normalize
 from cifarnet.schema import Range
 
-# of each stage: how much wider a block is inside, channels, blocks, the first one's stride
+# for each stage: expansion inside a block, output channels, number of blocks, stride of the first block
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 def multiple_of_8(width: float) -> int:
-    """The nearest multiple of 8, but not below 90 % of it."""
+    """Return the nearest multiple of 8 that is at least 90 % of the width."""
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * width else rounded + 8
 
@@ -24,14 +24,17 @@ def conv_norm(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, 
 
 
 class Block(nn.Module):
-    """1×1 to `expand` times the channels, 3×3 within each channel, 1×1 to few channels again, and the input added."""
+    """1×1 convolution to `expand` times the channels, 3×3 depthwise convolution, 1×1 convolution to out_chans.
+
+    If the shape does not change, the input is added.
+    """
 
     def __init__(self, in_chans: int, out_chans: int, stride: int, expand: int) -> None:
         super().__init__()
         inside = in_chans * expand
         widen = [*conv_norm(in_chans, inside, 1), nn.ReLU6(inplace=True)] if expand > 1 else []
         depthwise = [*conv_norm(inside, inside, 3, stride, groups=inside), nn.ReLU6(inplace=True)]
-        self.layers = nn.Sequential(*widen, *depthwise, *conv_norm(inside, out_chans, 1))  # linear at its end
+        self.layers = nn.Sequential(*widen, *depthwise, *conv_norm(inside, out_chans, 1))  # linear at the end
         self.adds_input = stride == 1 and in_chans == out_chans
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,21 +42,21 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381), strides for small images.
+    """MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381) with strides for small images.
 
     The stem and the second stage have stride 1, as in https://github.com/kuangliu/pytorch-cifar, so that 32×32 pixels
-    end as 4×4. The blocks are the paper's: kuangliu's have a 1×1 convolution beside some of them, and one more in the
-    first. 2,236,682 parameters at its defaults. It takes images of any size.
+    become 4×4. The blocks are those of the paper; kuangliu's have additional 1×1 convolutions in some shortcuts and in
+    the first block. 2,236,682 parameters at its defaults.
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
     """
 
     def __init__(
         self,
         num_classes: int = 10,
         in_chans: int = 3,
-        width: Annotated[float, Range(above=0, most=64)] = 1.0,  # times the paper's channels
-        drop_rate: Annotated[float, Range(0, below=1)] = 0.2,  # dropout before the head
+        width: Annotated[float, Range(above=0, most=64)] = 1.0,  # multiplies the paper's channels
+        drop_rate: Annotated[float, Range(0, below=1)] = 0.2,  # of the dropout before the head
     ) -> None:
         super().__init__()
         self.normalize = Normalize(in_chans)

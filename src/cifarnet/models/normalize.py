@@ -1,14 +1,14 @@
-"""The first layer of every network: pixels in, normalised floats out."""
+"""The first layer of every network, which scales and standardizes pixels."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Scale uint8 images to [0, 1] and standardise each channel.
+    """Scale uint8 images to [0, 1] and standardize each channel.
 
-    The statistics are buffers: they travel in the checkpoint, so whoever predicts with the network feeds it
-    plain pixels and cannot normalise wrongly. Until `fit` is called they are 0 and 1 (the identity).
+    Mean and standard deviation are buffers, which are saved in checkpoints: to predict with a trained network, pass it
+    plain pixels. Before `fit` is called, they are 0 and 1.
 
     Shapes: images [B, C, H, W], uint8 or floating point in [0, 1] -> float [B, C, H, W].
     """
@@ -23,15 +23,13 @@ class Normalize(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Take over the mean and standard deviation of each channel, [C], on a scale from 0 to 1."""
+        """Set the mean and standard deviation of each channel, [C], on a scale from 0 to 1."""
         self.mean.copy_(mean.view_as(self.mean))
-        self.std.copy_(torch.where(std > 1e-6, std, 1).view_as(self.std))  # a constant channel: nothing to scale
+        self.std.copy_(torch.where(std > 1e-6, std, 1).view_as(self.std))  # constant channels are not scaled
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4:
-            raise ValueError(
-                f"Images of shape {list(images.shape)} are no batch: give [B, C, H, W], as image[None] does."
-            )
+            raise ValueError(f"Images of shape {list(images.shape)}: give a batch [B, C, H, W], such as image[None].")
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return (images - self.mean) / self.std

@@ -13,6 +13,7 @@ from cifarnet.schema import Range
 Width = Annotated[int, Range(1, 4096)]
 Rate = Annotated[float, Range(0, below=1)]
 Stage = tuple[int, int, int]  # number of blocks, of channels inside a block, and of its output channels
+# number of blocks of each stage, by depth
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -138,7 +139,7 @@ class CifarResNet(ConvNet):
     https://arxiv.org/abs/1603.05027). 269,722 parameters at its defaults; with `shortcut="conv"` 272,474.
 
     Raises:
-        ValueError: a depth that is not 6n + 2.
+        ValueError: `depth` is not 6n + 2.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class WideResNet(ConvNet):
     defaults. Where the paper uses dropout, its rate is 0.3.
 
     Raises:
-        ValueError: a depth that is not 6n + 4.
+        ValueError: `depth` is not 6n + 4.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class ResNeXt(ConvNet):
     of 256, 512 and 1,024 channels. 34,426,698 parameters at its defaults, 29, 8×64d.
 
     Raises:
-        ValueError: a depth that is not 9n + 2.
+        ValueError: `depth` is not 9n + 2.
     """
 
     def __init__(

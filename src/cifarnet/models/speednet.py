@@ -1,4 +1,4 @@
-"""The network of the fastest known recipes: whitened patches, six convolutions, no learned first layer."""
+"""SpeedNet: a fixed whitening layer and six convolutions, as in the fastest known recipes."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from cifarnet.schema import Range
 
 
 class Whiten(nn.Module):
-    """A fixed convolution after which small patches of the training images have a second moment near the identity.
+    """A fixed convolution that whitens small patches of the training images: their second moment is near the identity.
 
-    The filters are the eigenvectors of the patches' uncentred second moment, each divided by √(eigenvalue + eps), and
-    then the same with the other sign, so that an activation that lets one sign through loses nothing (Page, 2018;
-    Jordan, 2024, https://arxiv.org/abs/2404.00498). Nothing is learned: training needs no gradient here.
+    The filters are the eigenvectors of the patches' uncentered second moment, divided by √(eigenvalue + eps), followed
+    by the same filters with the opposite sign, so that no information is lost in an activation that passes one sign
+    (Page, 2018; Jordan, 2024, https://arxiv.org/abs/2404.00498). It learns nothing and needs no gradient.
 
     Shapes: [B, C, H, W] -> [B, 2 × C × kernel_size², H - kernel_size + 1, W - kernel_size + 1].
     """
@@ -32,9 +32,9 @@ class Whiten(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Compute the filters from normalised images, float [N, C, H, W]: a few thousand are enough."""
+        """Compute the filters from normalized images, float [N, C, H, W]; a few thousand are enough."""
         half, (chans, size) = len(self.filters) // 2, self.filters.shape[1:3]
-        patches = F.unfold(images, size).transpose(1, 2).reshape(-1, chans * size**2)  # one a row
+        patches = F.unfold(images, size).transpose(1, 2).reshape(-1, chans * size**2)  # one per row
         second_moment = (patches.T @ patches).double() / len(patches)
         eigenvalues, eigenvectors = torch.linalg.eigh(second_moment)
         filters = (eigenvectors / (eigenvalues + self.eps).sqrt()).T.view(half, chans, size, size)
@@ -45,7 +45,7 @@ class Whiten(nn.Module):
 
 
 class Block(nn.Module):
-    """conv-pool-norm-activation, conv-norm-activation."""
+    """Convolution, max pool, norm and GELU, then convolution, norm and GELU."""
 
     def __init__(self, in_chans: int, out_chans: int, side_by_side: bool) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_chans, eps=1e-12)
         self.conv2 = Conv3x3(out_chans, out_chans, side_by_side)
         self.norm2 = nn.BatchNorm2d(out_chans, eps=1e-12)
-        for conv in (self.conv1, self.conv2):  # as much of the identity as fits: at the start it passes its input on
+        for conv in (self.conv1, self.conv2):  # partial identity: at the start, the input is passed on
             nn.init.dirac_(conv.weight.data[: conv.in_channels])
-        for norm in (self.norm1, self.norm2):  # learns a shift and no scale
+        for norm in (self.norm1, self.norm2):  # they learn a shift but no scale
             norm.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,14 +64,17 @@ class Block(nn.Module):
 
 
 class SpeedNet(nn.Module):
-    """Whitened patches, three blocks of two convolutions, the maximum over what is left of the image, a linear head.
+    """Whitened patches, three blocks of two convolutions, global max pool, linear head.
 
-    After airbench94_muon (Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench), but the whitening layer has
-    no bias, so that no gradient ever passes the first activation, and the head's small weights take the place of a
-    factor on the logits. 1,971,328 parameters are learned at its defaults. It runs at any image size from 16 on, so
-    that training may begin with small images (`data.train_sizes`).
+    After airbench94_muon (Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench), with two differences: the
+    whitening layer has no bias, so that no gradient passes the first activation, and small initial weights of the head
+    replace a factor on the logits. 1,971,328 learned parameters at its defaults. Training can start with small images
+    (`data.train_sizes`).
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are at least 16.
+
+    Raises:
+        ValueError: `image_size` is less than 16.
     """
 
     def __init__(
@@ -81,11 +84,11 @@ class SpeedNet(nn.Module):
         in_chans: int = 3,
         widths: Sequence[Annotated[int, Range(1, 65536)]] = (64, 256, 256),  # channels of each block
         whiten_kernel_size: Annotated[int, Range(1, 15)] = 2,
-        side_by_side: bool = True,  # how gradients are computed on a processor (see Conv3x3)
+        side_by_side: bool = True,  # how gradients are computed on a CPU (see Conv3x3)
     ) -> None:
         super().__init__()
         if image_size < 16:
-            raise ValueError(f"image_size={image_size} is too small to be halved three times: the least is 16")
+            raise ValueError(f"image_size={image_size} is too small: give at least 16")
         self.normalize = Normalize(in_chans)
         self.whiten = Whiten(in_chans, whiten_kernel_size)
         chans = [len(self.whiten.filters), *widths]
@@ -95,10 +98,10 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Compute the whitening filters from training images, uint8 [N, in_chans, H, W], by a fitted `normalize`."""
+        """Compute the whitening filters from training images, uint8 [N, in_chans, H, W], once `normalize` is fitted."""
         self.whiten.fit(self.normalize(images))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(F.gelu(self.whiten(self.normalize(images))))
-        # not amax, whose gradient is NaN when compiled in bfloat16
+        # not amax, the gradient of which is NaN if it is compiled in bfloat16
         return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))

@@ -86,7 +86,7 @@ class AveragedLogits:
         return confidence[chosen], index[chosen], images[chosen]
 
     def _average(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Return the mean over the views of images, whose own logits are known."""
+        """Return the mean over the views of images, whose logits without augmentation are known."""
         averaged = logits + self.network(images.flip(3))
         if self.tta == "mirror_translate":
             shifted = sum(self.network(view) + self.network(view.flip(3)) for view in _shifted(images))

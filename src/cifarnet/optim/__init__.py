@@ -1,4 +1,4 @@
-"""What torch lacks: Muon for convolutions."""
+"""Optimizers and schedules that torch lacks."""
 
 from cifarnet.optim.muon import Muon
 

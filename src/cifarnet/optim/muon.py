@@ -1,4 +1,4 @@
-"""Muon for convolutions, SGD for everything else, in one optimizer."""
+"""Muon for convolutions and SGD for all other parameters, in one optimizer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 
 def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
-    """Move the singular values of matrices [B, rows, columns] towards 1, by Newton-Schulz iterations.
+    """Move the singular values of matrices [B, rows, columns] towards 1 by Newton-Schulz iterations.
 
-    Each iteration is X ← aX + bXXᵀX + c(XXᵀ)²X, whose coefficients are chosen for the steepest slope at 0: singular
-    values end up between about 0.5 and 1.5, which is good enough for an update (Jordan et al., 2024,
-    https://kellerjordan.github.io/posts/muon/). Computed in bfloat16, unless the matrices are float64.
+    Each iteration is X ← aX + bXXᵀX + c(XXᵀ)²X, with coefficients that maximize the slope at 0. The singular values
+    reach about 0.5 to 1.5, which suffices for an update (Jordan et al., 2024,
+    https://kellerjordan.github.io/posts/muon/). The computation is in bfloat16 unless the matrices are float64.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
@@ -28,20 +28,21 @@ def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Orthogonalised momentum for convolutions; SGD with Nesterov momentum for biases and for matrices.
+    """Orthogonalized momentum for convolutions; SGD with Nesterov momentum for biases and matrices.
 
-    A convolution's weight, as a matrix [out_chans, in_chans × height × width], is scaled to the norm √out_chans before
-    every step; the step is the rate times its momentum's nearest orthogonal matrix, roughly (`orthogonalize`).
-    Convolutions of one shape are orthogonalised together. The other parameters take SGD's step, at rates of their own.
-    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/, as in airbench94_muon.
+    Before every step, a convolution's weight, as a matrix [out_chans, in_chans × height × width], is scaled to the norm
+    √out_chans. The step is the learning rate times, approximately, the orthogonal matrix nearest to its momentum
+    (`orthogonalize`). Convolutions of the same shape are orthogonalized together. The other parameters are updated by
+    SGD with separate rates. Source: Jordan et al. (2024, https://kellerjordan.github.io/posts/muon/), as in
+    airbench94_muon.
 
     Args:
-        params: which are which is seen from their dimensions: 4 a convolution, 0 or 1 a bias, all others a matrix.
-        lr, momentum, steps: of convolutions; the last is the number of Newton-Schulz iterations.
-        bias, matrix: SGD's `lr`, `weight_decay` (and `momentum`) for biases and for matrices.
+        params: parameters with 4 dimensions are convolutions, those with 0 or 1 biases, all others matrices.
+        lr, momentum, steps: of convolutions; `steps` is the number of Newton-Schulz iterations.
+        bias, matrix: `lr`, `momentum` and `weight_decay` of SGD for biases and for matrices.
 
     Raises:
-        ValueError: a rate or momentum that is negative; parameters in groups, as recipe=no_decay has them.
+        ValueError: a rate or momentum is negative, or the parameters are in groups, as with recipe=no_decay.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Muon(Optimizer):
 
     @staticmethod
     def _orthogonalized(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
-        """Those of one shape together. A matrix's columns may have any order: that of the memory is fastest."""
+        """Orthogonalize updates of the same shape together. The order of a matrix's columns has no effect; the order in
+        memory is the fastest."""
         result = list(updates)
         for shape in {update.shape for update in updates}:
             places = [place for place, update in enumerate(updates) if update.shape == shape]

@@ -1,4 +1,4 @@
-"""What torch's schedules lack: to be planned as parts of a run whose number of steps is given."""
+"""Learning-rate schedules that are planned as fractions of a run."""
 
 import math
 from collections.abc import Sequence
@@ -9,44 +9,43 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cifarnet.schema import Range
 
-Part = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1)]
 
 
 class WarmupCosine(LambdaLR):
-    """Straight up to the optimizer's rate, then half a cosine down to nothing (Loshchilov and Hutter, 2016,
-    https://arxiv.org/abs/1608.03983; warm-up: Goyal et al., 2017, https://arxiv.org/abs/1706.02677).
+    """Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter, 2016, https://arxiv.org/abs/1608.03983;
+    warm-up: Goyal et al., 2017, https://arxiv.org/abs/1706.02677).
 
     Args:
-        total_steps: of the whole run.
-        warmup: the part of them in which the rate goes up.
+        total_steps: number of steps of the whole run.
+        warmup: the fraction of the steps in which the rate rises.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Part = 0.05) -> None:
-        rising = round(warmup * total_steps)
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Fraction = 0.05) -> None:
+        warmup_steps = round(warmup * total_steps)
 
         def factor(step: int) -> float:
-            if step < rising:
-                return (step + 1) / rising
-            return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - rising) / max(1, total_steps - rising)))
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
         super().__init__(optimizer, factor)
 
 
 class Steps(LambdaLR):
-    """The optimizer's rate, multiplied by `gamma` at each of some moments (He et al., 2015,
-    https://arxiv.org/abs/1512.03385).
+    """The learning rate is multiplied by `gamma` at each milestone (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
     Args:
-        total_steps: of the whole run.
-        milestones: the moments, as parts of it.
+        total_steps: number of steps of the whole run.
+        milestones: as fractions of the run.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         total_steps: int,
-        milestones: Sequence[Part] = (0.5, 0.75),
+        milestones: Sequence[Fraction] = (0.5, 0.75),
         gamma: Annotated[float, Range(above=0)] = 0.1,
     ) -> None:
-        moments = [round(part * total_steps) for part in milestones]
-        super().__init__(optimizer, lambda step: gamma ** sum(step >= moment for moment in moments))
+        steps = [round(part * total_steps) for part in milestones]
+        super().__init__(optimizer, lambda step: gamma ** sum(step >= at for at in steps))

@@ -1,1 +1,1 @@
-"""What changes training beyond a network and an optimizer, one small file each."""
+"""Recipes: changes to training beyond the network and the optimizer, one file each."""

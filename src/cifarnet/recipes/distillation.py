@@ -1,4 +1,4 @@
-"""Distillation: a trained network, the teacher, says how likely it takes each class to be."""
+"""Distillation: the network also learns from the probabilities that a trained network, the teacher, predicts."""
 
 from typing import Annotated, Any
 
@@ -10,24 +10,21 @@ from cifarnet.schema import Range
 
 
 class Teacher:
-    """loss ← (1 - weight) loss + weight T² KL(teacher ‖ student), of probabilities softened by a temperature T: logits
-    are divided by it (Hinton et al., 2015, https://arxiv.org/abs/1503.02531). Each image is shown to the teacher as the
-    student sees it, mixed ones too.
+    """loss ← (1 - weight) loss + weight T² KL(teacher ‖ student), where T divides the logits of both before the softmax
+    (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
 
-    No Module: a classifier that has one neither saves its weights nor trains them.
+    The teacher sees the same images as the student, including mixed ones. It is not an nn.Module, so that the
+    classifier neither saves nor trains its weights.
 
-    A recipe for the objective: `module.teacher`, as in `+recipe=distillation`.
+    Config: `module.teacher`, as in `+recipe=distillation`.
 
     Args:
         checkpoint: a run's folder or a checkpoint file, of the data's classes and image size.
-        temperature: T; the higher, the more the classes count that are not the likeliest one.
-        weight: of the teacher's part; 0 leaves it out, 1 the labels.
+        temperature: T; the higher it is, the more the less likely classes count.
+        weight: of the teacher's term; with 0 it has no effect, with 1 the labels have none.
 
     Attributes:
-        network: the trained one, in eval mode; `build` reads it when training is to begin.
-
-    Raises:
-        UserError: a number out of its range.
+        network: the trained network in eval mode, which `build` loads.
     """
 
     network: nn.Module
@@ -42,14 +39,20 @@ class Teacher:
         self.device = torch.device("cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
-        return self  # averages of weights copy their classifier
+        return self  # weight averaging copies the classifier
 
     def __call__(self, losses: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """Losses [B], the student's logits [B, num_classes], images uint8 [B, C, H, W] -> losses [B]."""
-        if self.device != images.device:  # once
+        """Return the losses [B] with the teacher's term.
+
+        Args:
+            losses: of the student, [B].
+            logits: of the student, [B, num_classes].
+            images: uint8 [B, C, H, W].
+        """
+        if self.device != images.device:  # at the first call
             self.network, self.device = self.network.to(images.device), images.device
         with torch.no_grad():
-            soft = F.log_softmax(self.network(images).float() / self.temperature, 1)
-        own = F.log_softmax(logits / self.temperature, 1)
-        distance = F.kl_div(own, soft, reduction="none", log_target=True).sum(1)
-        return (1 - self.weight) * losses + self.weight * self.temperature**2 * distance
+            teacher = F.log_softmax(self.network(images).float() / self.temperature, 1)
+        student = F.log_softmax(logits / self.temperature, 1)
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+        return (1 - self.weight) * losses + self.weight * self.temperature**2 * divergence

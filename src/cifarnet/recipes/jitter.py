@@ -1,4 +1,4 @@
-"""Jitter: brightness and contrast of every image are changed at random."""
+"""Jitter: random changes of brightness and contrast."""
 
 from typing import Annotated
 
@@ -11,16 +11,13 @@ from cifarnet.seeding import generator
 
 
 class Jitter:
-    """Each image's brightness, then its contrast, is multiplied by a factor from 1 - x to 1 + x (Howard, 2013,
+    """Multiply each image's brightness, then its contrast, by a factor from 1 - x to 1 + x (Howard, 2013,
     https://arxiv.org/abs/1312.5402; torchvision's ColorJitter).
 
-    A recipe for images: `data.transforms`, as in `+recipe=jitter`.
+    Config: `data.transforms`, as in `+recipe=jitter`.
 
     Args:
         brightness, contrast: x.
-
-    Raises:
-        UserError: a number that is not from 0 to 1.
     """
 
     def __init__(
@@ -29,11 +26,11 @@ class Jitter:
         self.brightness, self.contrast = brightness, contrast
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Of every image in this epoch, both factors, float32 [count]."""
+        """Return both factors of each image in this epoch, float32 [count]."""
         brightness, contrast = 2 * torch.rand(2, count, generator=generator(seed, epoch, "jitter")) - 1
         return 1 + self.brightness * brightness, 1 + self.contrast * contrast
 
     def __call__(self, images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
-        """Images, uint8 [B, 3, H, W], and their draws -> the changed images, uint8."""
+        """Return the changed images, uint8 [B, 3, H, W]."""
         images = blend(images, 0.0, brightness[:, None, None, None])
         return blend(images, grey(images).mean((1, 2, 3), keepdim=True), contrast[:, None, None, None])

@@ -1,6 +1,7 @@
-"""The fourteen operations of automatic augmentation, of many images at once, each with a strength of its own.
+"""The fourteen operations of automatic augmentation, applied to many images with a strength for each.
 
-They are torchvision's (and Pillow's), which take one strength for all: tests/recipes/test_operations.py compares.
+Results equal those of torchvision and Pillow, which apply one strength to all images
+(tests/recipes/test_operations.py).
 """
 
 from collections.abc import Callable
@@ -13,26 +14,29 @@ MOVES = ["identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate
 SIGNED = range(1, 10)  # the operations whose strength may be negative
 
 
-def either_way(operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """The strength times the sign, 1 or -1, where the operation's may be negative; all of one shape."""
+def with_sign(operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Multiply strengths by signs, 1 or -1, for operations whose strength may be negative."""
     signed = (operation >= SIGNED.start) & (operation < SIGNED.stop)
     return strength * torch.where(signed, sign, 1)
 
 
 def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Each image, uint8 [B, 3, H, W], changed by its operation, int64 [B] (a place in NAMES).
+    """Apply one operation to each image.
 
-    The strength, float32 [B], is: of a shear, pixels a pixel; of a translation, pixels; of a rotation, degrees; of
-    brightness, color, contrast and sharpness, what is added to a factor of 1; of posterize, bits that are dropped; of
-    solarize, the part of all levels that is inverted.
+    Args:
+        images: uint8 [B, 3, H, W].
+        operation: indices of NAMES, int64 [B].
+        strength: float32 [B]. For a shear, pixels per pixel; for a translation, pixels; for a rotation, degrees; for
+            brightness, color, contrast and sharpness, the factor minus 1; for posterize, the number of bits that are
+            dropped; for solarize, the fraction of the levels that is inverted.
     """
     if images.device.type != "cpu":
         return apply_all(images, operation, strength)
     order = operation.argsort(stable=True)
     groups = order.split(operation.bincount(minlength=len(NAMES)).tolist())
     changed = images.clone()
-    if len(moved := torch.cat(groups[1 : len(MOVES)])):
-        changed[moved] = _moved(images[moved], operation[moved], strength[moved])
+    if len(moving := torch.cat(groups[1 : len(MOVES)])):
+        changed[moving] = _move(images[moving], operation[moving], strength[moving])
     for change, members in zip(CHANGES.values(), groups[len(MOVES) :], strict=True):
         if len(members):
             changed[members] = change(images[members], strength[members, None, None, None])
@@ -40,22 +44,23 @@ def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 
 
 def apply_all(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """As `apply`, by every operation on all images: more work, but the host need not wait for a GPU to count."""
-    changed = _moved(images, operation, strength)  # the others stay where they are
+    """Apply every operation to all images, with the same result as `apply`: a GPU has more work, but the host does not
+    wait for it."""
+    changed = _move(images, operation, strength)  # does not change the images of other operations
     for number, change in enumerate(CHANGES.values(), len(MOVES)):
         result = change(images, strength[:, None, None, None])
         changed = torch.where((operation == number)[:, None, None, None], result, changed)
     return changed
 
 
-def _moved(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Sheared about the upper left corner, translated, or rotated about the middle; from outside comes black."""
+def _move(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Shear images about the upper left corner, translate them, or rotate them about the center; fill with black."""
     count, channels, height, width = images.shape
     shear_x, shear_y, right, down, degrees = (
         torch.where(operation == number, strength, 0)[:, None, None] for number in range(1, len(MOVES))
     )
     angle = degrees.deg2rad()
-    y = torch.arange(height, device=images.device)[:, None] + 0.5  # the middles of pixels
+    y = torch.arange(height, device=images.device)[:, None] + 0.5  # the centers of pixels
     x = torch.arange(width, device=images.device) + 0.5
     cos, sin, from_x, from_y = angle.cos(), angle.sin(), x - width / 2, y - height / 2
     column = (cos * from_x - sin * from_y + width / 2 + shear_x * y - right.trunc()).floor().long()
@@ -68,12 +73,12 @@ def _moved(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
-    """factor × images + (1 - factor) × others, as uint8; the factor, [B, 1, 1, 1], may be above 1."""
-    return (images + (factor - 1) * (images - others)).clamp(0, 255).to(torch.uint8)  # exact where both are equal
+    """Return factor × images + (1 - factor) × others as uint8; the factor, [B, 1, 1, 1], may be above 1."""
+    return (images + (factor - 1) * (images - others)).clamp(0, 255).to(torch.uint8)  # exact if both are equal
 
 
 def grey(images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, 1, H, W], whole numbers."""
+    """Convert [B, 3, H, W] to grey values [B, 1, H, W], rounded down."""
     red, green, blue = images.float().split(1, 1)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
 

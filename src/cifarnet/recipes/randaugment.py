@@ -1,28 +1,25 @@
-"""RandAugment: every image is changed by some operations at random, of one strength."""
+"""RandAugment: random operations of the same strength on each image."""
 
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from cifarnet.recipes.operations import NAMES, apply, either_way
+from cifarnet.recipes.operations import NAMES, apply, with_sign
 from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
 
 class RandAugment:
-    """`num_ops` of fourteen operations for every image, one after another (Cubuk et al., 2019,
+    """Apply `num_ops` random operations out of fourteen to each image, one after another (Cubuk et al., 2019,
     https://arxiv.org/abs/1909.13719).
 
-    A recipe for images: `data.transforms`, as in `+recipe=randaugment`.
+    Config: `data.transforms`, as in `+recipe=randaugment`.
 
     Args:
-        num_ops: so many operations; each may come twice.
-        magnitude: of all, from 0 to 30; the strongest are a shear of 0.3, a translation of 150/331 of the image, 30
-            degrees, factors of 0.1 and 1.9, 4 bits, all levels.
-
-    Raises:
-        UserError: a number out of its range.
+        num_ops: number of operations; the same one may occur twice.
+        magnitude: the strength of all operations, from 0 to 30. At 30: a shear of 0.3, a translation by 150/331 of the
+            image, a rotation by 30 degrees, factors of 0.1 and 1.9, 4 bits, all levels.
     """
 
     def __init__(
@@ -31,16 +28,16 @@ class RandAugment:
         self.num_ops, self.magnitude = num_ops, magnitude
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Of every image in this epoch, its operations, int64 [count, num_ops], and their strengths, float32."""
+        """Return the operations of each image in this epoch, int64 [count, num_ops], and their strengths, float32."""
         random = generator(seed, epoch, "randaugment")
         operation = torch.randint(len(NAMES), (count, self.num_ops), generator=random)
         sign = torch.randint(2, (count, self.num_ops), generator=random) * 2 - 1
-        far = 150 / 331 * size
-        strength = self.magnitude / 30 * torch.tensor([0, 0.3, 0.3, far, far, 30, *4 * [0.9], 4, 1, 0, 0])
-        return operation, either_way(operation, strength[operation], sign)
+        shift = 150 / 331 * size
+        strength = self.magnitude / 30 * torch.tensor([0, 0.3, 0.3, shift, shift, 30, *4 * [0.9], 4, 1, 0, 0])
+        return operation, with_sign(operation, strength[operation], sign)
 
     def __call__(self, images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-        """Images, uint8 [B, 3, H, W], and their draws -> the changed images, uint8."""
+        """Return the changed images, uint8 [B, 3, H, W]."""
         for step in range(self.num_ops):
             images = apply(images, operation[:, step], strength[:, step])
         return images

@@ -22,7 +22,7 @@ class SAM(Callback):
 
     The optimizer steps from w by the gradient of the same batch at w + ρ g / ‖g‖, where g is the gradient at w and the
     norm is taken over all weights. A step takes twice the time. Metrics and the statistics of batch norms are those of
-    the first forward pass, at w; the second one draws its own dropout masks.
+    the first forward pass, at w; the second one draws new dropout masks.
 
     Config: `+recipe=sam`.
 
