@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("published")
 
 @pytest.fixture
 def server(archive):
-    """Serves /whole, /short (cut off after a third, though a full length is announced) and /wrong."""
+    """Serve /whole, /short (a third of the announced length) and /wrong."""
     content = archive["bytes"]
     requests = []
 
@@ -47,11 +47,11 @@ def data(tmp_path, url="http://127.0.0.1:9/cifar-10-python.tar.gz"):
 def test_download_once_then_never_again(tmp_path, server):
     url, requests = server
     assert data(tmp_path, url("whole")).source  # read on first use
-    asked = len(requests)
-    assert asked > 0
+    before = len(requests)
+    assert before > 0
     module = data(tmp_path, url("whole"))
     assert len(module.source.train) + len(module.source.val) == 5 * IMAGES_A_FILE
-    assert len(requests) == asked
+    assert len(requests) == before
     assert sorted(os.listdir(tmp_path / "data")) == [".lock", "cifar-10-batches-py", "cifar-10-python.tar.gz"]
     assert len(module.source.test) == IMAGES_A_FILE
     assert module.source.test.images.shape[1:] == (3, 32, 32)
@@ -68,7 +68,7 @@ def test_failed_download_explains_and_leaves_nothing(tmp_path, server, archive, 
     for needed in (url(path), *by_hand, "data.url=", "data=synthetic"):
         assert needed in message
     assert os.listdir(tmp_path / "data") == [".lock"]
-    assert data(tmp_path, url("whole")).source  # the next start is not harmed
+    assert data(tmp_path, url("whole")).source  # the next start works
 
 
 def test_no_network(tmp_path):
@@ -106,7 +106,7 @@ def test_changed_or_missing_files_are_refused(tmp_path, server, name):
 
 
 def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, capsys):
-    """Each holds the lock by a descriptor of its own, as processes do."""
+    """Each thread locks with a separate file descriptor, as processes do."""
     url, _ = server
     fetch, working = CIFAR10._fetch, []
 
@@ -128,7 +128,7 @@ def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, caps
 
 
 @pytest.mark.parametrize("function", ["download_url", "extract_archive"])
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, server, monkeypatch, archive, function):
+def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path, server, monkeypatch, archive, function):
     def fail(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, server, monkeypatch, a
 
 
 @pytest.mark.parametrize("root", ["file", "file/below"])
-def test_a_file_in_place_of_the_folder(tmp_path, root):
+def test_a_file_instead_of_the_folder_is_refused(tmp_path, root):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="CIFAR-10 cannot be stored there"):
         assert CIFAR10(root=str(tmp_path / root)).source

@@ -3,7 +3,7 @@ import torch
 from cifarnet.build import build
 
 
-def test_a_hole_has_the_mean_colour_and_is_zero_to_the_network(config):
+def test_a_hole_has_the_mean_color_which_is_normalized_to_zero(config):
     _, classifier, data, _ = build(config("data.cutout=9"))
     loader = data.train_dataloader()
     images, _, index, *_ = next(iter(loader))

@@ -56,7 +56,7 @@ def test_the_split_depends_on_split_seed_alone(tree):
     assert not torch.equal(one.source.val.images, other.source.val.images)
 
 
-def test_own_validation_images_are_used(tree):
+def test_validation_images_in_val_are_used(tree):
     picture(tree / "val" / "dog" / "one.png")
     data = read(tree)
     assert data.source.train.labels.bincount().tolist() == [20, 10]
@@ -83,7 +83,7 @@ def test_grey_and_palette_images_become_rgb(tree):
     assert int((images == 102).all(dim=(1, 2, 3)).sum()) == 2
 
 
-def test_cache_is_used_and_renewed(tree, cache, monkeypatch):
+def test_the_cache_is_used_and_renewed(tree, cache, monkeypatch):
     decoded = []
     original = folder_module.decode
     monkeypatch.setattr(folder_module, "decode", lambda path, size: decoded.append(path) or original(path, size))
@@ -107,11 +107,11 @@ def test_cache_is_used_and_renewed(tree, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2  # replaced, not added
 
     assert read(tree, image_size=8).image_size == 8
-    assert len(list(cache.iterdir())) == 4  # beside each other
+    assert len(list(cache.iterdir())) == 4  # for both sizes
 
 
 class Bomb:
-    """What a stranger would have pickle run."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("exploded",)
@@ -143,7 +143,7 @@ def alter(**parts):
     ],
     ids=["bit", "text", "short", "pickle", "bomb", "empty", "shape", "type", "none", "other"],
 )
-def test_a_damaged_cache_is_made_anew(tree, cache, damage, monkeypatch):
+def test_a_damaged_cache_is_renewed(tree, cache, damage, monkeypatch):
     monkeypatch.chdir(cache.parent)
     images = read(tree).source.train.images
     file = max(cache.iterdir(), key=os.path.getsize)  # of train/
@@ -188,7 +188,7 @@ def test_a_cache_on_a_full_disk(tree, cache, capsys):
 
 
 def ramp(white, dtype):
-    """20,000 / 65,535 of white everywhere, but for a black and a white corner."""
+    """20,000 / 65,535 of white everywhere except in a black and a white corner."""
     values = np.full((32, 32), 20_000 / 65_535 * white).astype(dtype)
     values[0, 0], values[-1, -1] = 0, white
     return values
@@ -214,7 +214,7 @@ def test_grey_of_more_than_8_bits_is_scaled(tree, name, values):
     assert image[:, -1, -1].tolist() == [255] * 3
 
 
-def test_shares_above_white_are_refused(tree):
+def test_values_above_white_are_refused(tree):
     Image.fromarray(np.full((32, 32), 300, np.float32)).save(tree / "test" / "cat" / "float.tif")
     with pytest.raises(UserError, match=r"float.tif cannot be read.*from 300 to 300, and not from 0 to 1\)"):
         read(tree)
@@ -227,17 +227,17 @@ def test_images_of_every_kind(tree, kind):
     pixels[:, :16] = 255
     image, ending, settings = Image.fromarray(pixels), ".png", {}
     if kind == "palette":
-        image = image.quantize(2)  # of two colours, of which white is half transparent
+        image = image.quantize(2)  # two colors, of which white is half transparent
         settings["transparency"] = bytes([255, 128] if image.getpixel((31, 0)) == 0 else [128, 255])
     elif kind == "rotated":
         settings["exif"] = Image.Exif()
-        settings["exif"][274] = 6  # to be turned clockwise
+        settings["exif"][274] = 6  # rotate clockwise
         image = image.transpose(Image.Transpose.ROTATE_90)
     elif kind == "animated":
         ending, settings = ".gif", {"save_all": True, "append_images": [Image.new("RGB", (32, 32))]}
     else:
         image, ending = image.convert(kind), ".tif" if kind in ("CMYK", "YCbCr") else ".png"
-        settings = {"compression": "tiff_lzw"} if kind == "YCbCr" else {}  # Pillow 12 cannot read its own plain ones
+        settings = {"compression": "tiff_lzw"} if kind == "YCbCr" else {}  # Pillow 12 cannot read uncompressed ones
     image.save(tree / "test" / "cat" / f"_{ending}", **settings)
     with warnings.catch_warnings(action="error"):
         image = read(tree).source.test.images[4].int()
@@ -246,15 +246,15 @@ def test_images_of_every_kind(tree, kind):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(tree, mode):
-    """Half of it opaque, a quarter half transparent, and a quarter wholly so, whatever colour lies below."""
+def test_transparent_pixels_become_white(tree, mode):
+    """Half of the picture is opaque, a quarter half transparent, and a quarter fully transparent."""
     pixels = np.full((32, 32, 4), 100, np.uint8)
     pixels[:, :, 3] = 255
     pixels[:16, :16, 3], pixels[16:, :16] = 128, 0
     Image.fromarray(pixels).convert(mode).save(tree / "test/cat/_.png")
     image = read(tree).source.test.images[4].int()
     assert (image[:, :, 16:] == 100).all()
-    if mode != "P":  # which has no room for it
+    if mode != "P":  # a palette has no half transparent pixels
         assert (image[:, :16, :16] == 177).all()
     assert (image[:, 16:, :16] == 255).all()
 
@@ -268,7 +268,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_file_is_refused(tree, kind, monkeypatch):
+def test_special_files_are_refused(tree, kind, monkeypatch):
     monkeypatch.chdir(tree / "train" / "cat")  # the path of a socket must be short
     SPECIAL[kind](Path("x.jpg"))
     with pytest.raises(UserError, match=r"train/cat/x.jpg cannot be read"):
@@ -291,20 +291,20 @@ def test_folders_and_files_beside_images(tree, tmp_path):
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe", b"two\nlines", b"\x1b[31m"])
-def test_a_class_that_cannot_be_shown_is_refused(tree, name):
+def test_unprintable_class_names_are_refused(tree, name):
     os.rename(os.fsencode(tree / "train" / "dog"), os.fsencode(tree / "train") + b"/" + name)
     with pytest.raises(UserError, match=r"unprintable characters\. Rename it") as error:
         read(tree)
     assert str(error.value).isprintable()
 
 
-def test_a_class_that_is_not_tested_is_told(tree, capsys):
+def test_a_class_without_test_images_is_reported(tree, capsys):
     shutil.rmtree(tree / "test/dog")
     read(tree)
     assert "test/ has no images of dog." in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_read_is_told(tree, monkeypatch):
+def test_an_unreadable_folder_is_named(tree, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -315,14 +315,14 @@ def test_a_folder_that_cannot_be_read_is_told(tree, monkeypatch):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_no_other_program_is_started(tree, in_memory, monkeypatch):
-    """Pillow would hand PostScript, whatever the file's name, to Ghostscript."""
+    """By default Pillow passes PostScript, whatever the file's name, to Ghostscript."""
     Image.new("RGB", (32, 32)).save(tree / "test" / "cat" / "a.jpg", format="EPS")
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
     with pytest.raises(UserError, match=r"a.jpg cannot be read as an image"):
         list(read(tree, in_memory=in_memory, workers=0).test_dataloader())
 
 
-def test_own_validation_images_count_where_none_are_set_aside(tree):
+def test_validation_images_in_val_are_used_with_a_val_fraction_of_0(tree):
     assert not ImageFolder(str(tree), val_fraction=0).validates
     picture(tree / "val" / "dog" / "one.png")
     assert ImageFolder(str(tree), val_fraction=0).validates
@@ -354,13 +354,13 @@ def test_streamed_batches_equal_those_from_memory(tree, cache, workers):
                 assert (batch.partners is None) == (same.partners is None) == (name != "train_dataloader")
                 pairs = [pair for pair in zip(batch, same, strict=True) if pair[0] is not None]
                 assert all(torch.equal(*pair) for pair in pairs)
-    assert torch.equal(torch.get_rng_state(), state)  # dropout is not disturbed
+    assert torch.equal(torch.get_rng_state(), state)  # so that dropout does not change
     assert streamed.describe() == kept.describe() | {"sha256": None}
     for one, other in zip(kept.channel_statistics, streamed.channel_statistics, strict=True):
         assert torch.equal(one, other)
 
 
-def test_broken_image_is_named_while_streaming(tree):
+def test_a_broken_image_is_named_while_streaming(tree):
     (tree / "train" / "dog" / "broken.jpg").write_bytes(b"this is no image")
     data = read(tree, in_memory=False, workers=2, val_fraction=0.05)
     with pytest.raises(UserError, match=r"dog.broken.jpg cannot be read"):
@@ -394,7 +394,7 @@ def test_mistakes_are_named(tree):
     refused(r"dog.broken.jpg cannot be read")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     noise.save(broken)
-    broken.write_bytes(broken.read_bytes()[:400])  # cut short
+    broken.write_bytes(broken.read_bytes()[:400])  # truncated
     refused(r"dog.broken.jpg cannot be read")
     broken.unlink()
 

@@ -7,12 +7,12 @@ from cifarnet.data.synthetic import synthesize
 
 
 def test_a_picture_is_a_function_of_seed_and_index():
-    some, more = synthesize(np.array([3, 14, 159])), synthesize(np.arange(200))
-    assert torch.equal(some.images, more.images[[3, 14, 159]])
-    assert some.labels.tolist() == [3, 4, 9]
-    assert not torch.equal(some.images, synthesize(np.array([3, 14, 159]), seed=1).images)
-    assert some.images.shape == (3, 3, 32, 32)
-    assert some.images.dtype == torch.uint8
+    few, many = synthesize(np.array([3, 14, 159])), synthesize(np.arange(200))
+    assert torch.equal(few.images, many.images[[3, 14, 159]])
+    assert few.labels.tolist() == [3, 4, 9]
+    assert not torch.equal(few.images, synthesize(np.array([3, 14, 159]), seed=1).images)
+    assert few.images.shape == (3, 3, 32, 32)
+    assert few.images.dtype == torch.uint8
 
 
 def test_splits_do_not_share_pictures_and_are_balanced():
@@ -24,7 +24,7 @@ def test_splits_do_not_share_pictures_and_are_balanced():
 
 
 @pytest.mark.slow
-def test_softmax_regression_on_pixels_does_not_solve_it():
+def test_softmax_regression_on_pixels_is_not_enough():
     data = Synthetic(train_size=5_000)
     train, val = data.source.train, data.source.val
     torch.manual_seed(0)

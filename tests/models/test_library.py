@@ -17,7 +17,7 @@ from cifarnet.train import train
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*arguments):
-        raise AssertionError(f"something is fetched: {arguments}")
+        raise AssertionError(f"a download: {arguments}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -30,7 +30,7 @@ KINDS = [
     ("timm", "convnext_atto", {"depths": [1, 1, 1, 1], "patch_size": 2}),
     ("timm", "regnetx_002.pycls_in1k", {}),
     ("timm", "mixer_s32_224", {}),
-    ("timm", "repvgg_a0", {}),  # whose first convolutions lie side by side
+    ("timm", "repvgg_a0", {}),  # its first convolutions are parallel
     ("torchvision", "shufflenet_v2_x0_5", {}),
     ("torchvision", "squeezenet1_1", {}),
 ]
@@ -65,11 +65,11 @@ def pools(network: nn.Module) -> int:
         ("timm", "resnet18d", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 1),
         ("timm", "efficientnet_b0", [(3, 3, 2, 2)], [(3, 3, 1, 1)], 0),
         ("timm", "convnext_atto", [(4, 4, 4, 4)], [(4, 4, 4, 4)], 0),  # patches
-        ("timm", "levit_128s", [(3, 3, 2, 2)], [(3, 3, 2, 2)], 0),  # reckons with the size of what its stem leaves
+        ("timm", "levit_128s", [(3, 3, 2, 2)], [(3, 3, 2, 2)], 0),  # it depends on the size of its stem's output
         ("timm", "repvgg_a0", [(3, 3, 2, 2), (1, 1, 2, 2)], [(3, 3, 1, 1), (1, 1, 1, 1)], 0),
     ],
 )
-def test_stems_are_made_for_small_images(library, name, before, after, fewer_pools):
+def test_stems_are_adapted_to_small_images(library, name, before, after, fewer_pools):
     pytest.importorskip(library)
     with torch.device("meta"):
         plain, small = (LibraryModel(library, name, small_stem=small) for small in (False, True))
@@ -125,7 +125,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
     ("library", "name", "settings"),
     [("timm", "resnet10t", {}), ("timm", "vit_tiny_patch16_224", {"depth": 1}), ("torchvision", "resnet18", {})],
 )
-def test_pretrained_weights_come_from_a_file_when_training_begins(library, name, settings, tmp_path):
+def test_fit_loads_pretrained_weights_from_a_file(library, name, settings, tmp_path):
     if library == "timm":
         pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -135,14 +135,14 @@ def test_pretrained_weights_come_from_a_file_when_training_begins(library, name,
     network = LibraryModel(library, name, 10, checkpoint=str(file), **settings)
     fresh = {key: value.clone() for key, value in network.network.state_dict().items()}
     network.fit(torch.zeros(1))
-    expected, own = pretrained.state_dict(), network.network.state_dict()
-    same = [key for key in own if key in expected and torch.equal(own[key], expected[key])]
-    other = {key for key in own if key not in same}
+    expected, loaded = pretrained.state_dict(), network.network.state_dict()
+    same = [key for key in loaded if key in expected and torch.equal(loaded[key], expected[key])]
+    other = {key for key in loaded if key not in same}
     resized = {"resnet10t": set(), "resnet18": {"conv1.weight"}}.get(name, {"pos_embed"})
     assert other - {"fc.weight", "fc.bias", "head.weight", "head.bias"} == resized
-    if name == "resnet18":  # the middle of the kernel
-        torch.testing.assert_close(own["conv1.weight"], expected["conv1.weight"][:, :, 2:5, 2:5] * 7 / 3)
-    assert any(not torch.equal(own[key], fresh[key]) for key in same)
+    if name == "resnet18":  # the center of the kernel
+        torch.testing.assert_close(loaded["conv1.weight"], expected["conv1.weight"][:, :, 2:5, 2:5] * 7 / 3)
+    assert any(not torch.equal(loaded[key], fresh[key]) for key in same)
 
 
 @pytest.mark.parametrize("content", [None, b"no checkpoint", {}, {"a": 1}, {"a": torch.zeros(1)}], ids=str)
@@ -177,7 +177,7 @@ def test_a_trained_network_is_loaded_without_its_pretrained_weights(config, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_pretrained_weights(config, tmp_path):
+def test_a_run_resumes_without_its_pretrained_weights(config, tmp_path):
     file = tmp_path / "weights.pth"
     torch.save(torchvision.models.squeezenet1_1(num_classes=1000).state_dict(), file)
     settings = ["model=torchvision", "model.name=squeezenet1_1", f"model.checkpoint={file}", "scheduler=constant"]

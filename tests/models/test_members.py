@@ -1,4 +1,4 @@
-"""Networks beside what was published of them."""
+"""Comparisons of networks with their publications and with libraries."""
 
 import shutil
 import socket
@@ -19,12 +19,12 @@ from cifarnet.models.vit import ViT
 from cifarnet.resuming import resume
 from cifarnet.train import train
 
-# By hand, for 32×32 images, of one block at each of 16×16 places, the stem, and the head:
+# by hand, for 32×32 images: a block at each of 16×16 positions, the stem, and the head
 CONVMIXER = 8 * (25 * 256 + 256 * 256) * 256 + 12 * 256 * 256 + 2560
-# of 12 blocks at each of 65 tokens, and what tokens tell each other, the patches, and the head:
+# 12 blocks for each of 65 tokens, attention between tokens, the patches, and the head
 VIT = 12 * (65 * 12 * 192**2 + 2 * 65**2 * 192) + 64 * 48 * 192 + 1920
-# DeiT-Ti as timm counts it, https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k (5.7 M), without its patches of
-# 16×16, its 197 positions and its 1000 classes, and with ours
+# timm's count for DeiT-Ti, https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k (5.7 M), with our patches,
+# positions and classes instead of its 16×16 patches, 197 positions and 1000 classes
 VIT_PARAMETERS = 5_717_416 - (768 * 192 + 197 * 192 + 193 * 1000) + (48 * 192 + 65 * 192 + 193 * 10)
 
 
@@ -40,17 +40,17 @@ VIT_PARAMETERS = 5_717_416 - (768 * 192 + 197 * 192 + 193 * 1000) + (48 * 192 + 
         (VGG, {"depth": 13}, 9.94, 228.79, 2),
         (VGG, {}, 15.25, 313.73, 2),
         (VGG, {"depth": 19}, 20.57, 398.66, 2),
-        # https://github.com/SHI-Labs/Compact-Transformers (README): 3.760 M and 0.947 G, without what tokens tell each
-        # other, 7 × 2 × 256² × 256, and the pooling's sum, 256 × 256
+        # https://github.com/SHI-Labs/Compact-Transformers (README): 3.760 M and 0.947 G, without attention
+        # between tokens, 7 × 2 × 256² × 256, and the sum of the pooling, 256 × 256
         (CCT, {}, 3.760, 947, 0),
-        # torchvision's count of the paper's 3.5 M, less 990 of its 1000 classes
+        # torchvision's count for the paper's 3.5 M, without 990 of its 1000 classes
         (MobileNetV2, {}, (3_504_872 - 990 * 1281) / 1e6, 87.98, 2),
         (ConvMixer, {}, 0.594186, CONVMIXER / 1e6, 6),  # 594,186: 3,840 + 8 × 73,472 + 2,570, by hand
         (ViT, {}, VIT_PARAMETERS / 1e6, VIT / 1e6, 6),
     ],
     ids=str,
 )
-def test_parameters_and_multiply_adds_are_those_published(make, settings, parameters, multiply_adds, digits):
+def test_parameters_and_multiply_adds_equal_published_ones(make, settings, parameters, multiply_adds, digits):
     with torch.device("meta"):
         network = make(**settings).eval()
     counter = FlopCounterMode(display=False)
@@ -59,14 +59,14 @@ def test_parameters_and_multiply_adds_are_those_published(make, settings, parame
     counted = counter.get_total_flops() / 2
     if make is CCT:
         counted -= 7 * 2 * 256**3 + 256**2
-    given = len(str(parameters).partition(".")[2])
-    assert round(sum(weight.numel() for weight in network.parameters()) / 1e6, given) == parameters
+    published_digits = len(str(parameters).partition(".")[2])
+    assert round(sum(weight.numel() for weight in network.parameters()) / 1e6, published_digits) == parameters
     assert round(counted / 1e6, digits) == multiply_adds
     assert network.head.out_features == 10
 
 
 def reference(name: str) -> nn.Module:
-    """The same network in a library, where it has one."""
+    """Build the same network from a library."""
     if name == "mobilenetv2":
         stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2]]
         network = torchvision.models.MobileNetV2(10, inverted_residual_setting=[*stages, [6, 320, 1, 1]])
@@ -87,12 +87,12 @@ def reference(name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "make"), [("mobilenetv2", MobileNetV2), ("vgg", VGG), ("convmixer", ConvMixer), ("vit", ViT)]
 )
-def test_with_a_librarys_weights_it_gives_that_librarys_answers(name, make):
+def test_outputs_equal_those_of_a_library_with_the_same_weights(name, make):
     torch.manual_seed(0)
     theirs, ours, images = reference(name), make().eval(), torch.rand(4, 3, 32, 32)
     for layer in theirs.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0  # its statistics are those of these images, lest signals vanish
+            layer.momentum = 1.0  # use the statistics of these images, so that signals do not vanish
     theirs.train()(images)
     theirs.eval()
     weights = list(theirs.state_dict().values())  # in the order of the layers
@@ -103,7 +103,7 @@ def test_with_a_librarys_weights_it_gives_that_librarys_answers(name, make):
     ours.load_state_dict(dict(zip(names, weights, strict=True)), strict=False)
     with torch.no_grad():
         expected = theirs(images)
-        scale = expected.std(0).mean().item()  # between images: there is something to compare
+        scale = expected.std(0).mean().item()  # outputs differ between images
         torch.testing.assert_close(ours(images), expected, rtol=1e-3, atol=1e-3 * scale)
     assert scale > 1e-5
 
@@ -116,32 +116,32 @@ def test_images_of_other_sizes(make):
 
 @pytest.mark.parametrize("make", [ViT, CCT])
 @torch.no_grad()
-def test_tokens_know_their_place_at_other_sizes_too(make):
+def test_positions_are_interpolated_at_other_sizes(make):
     network = make(width=8, depth=1, num_heads=2).eval()
     side = network.positions.shape[-1]
     network.positions.copy_(torch.linspace(-1, 1, side))  # from left to right, in all channels
     seen = []
     network.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -(side**2) :, 0]))
     for conv in (layer for layer in network.modules() if isinstance(layer, nn.Conv2d)):
-        nn.init.zeros_(conv.weight)  # of the image they know nothing
+        nn.init.zeros_(conv.weight)  # tokens do not depend on the image
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
     network(torch.rand(1, 3, 32, 32))
     torch.testing.assert_close(seen[0].view(side, side), network.positions[0, 0])
     network(torch.rand(1, 3, 64, 64))
-    rows = seen[1].view(-1, 2 * side)  # the lower half's
+    rows = seen[1].view(-1, 2 * side)  # of the lower half
     torch.testing.assert_close(rows, rows[:1].expand_as(rows))
     assert (rows[0].diff() > 0).all()
     assert rows[0, [0, -1]].tolist() == pytest.approx([-1, 1], abs=0.2 if side == 8 else 0.1)
 
 
 @pytest.mark.parametrize("make", [ViT, CCT])
-def test_drop_path_rises_to_its_rate_and_leaves_out_whole_images(make):
+def test_drop_path_rate_rises_and_drops_whole_images(make):
     network = make(width=24, depth=3, num_heads=2, drop_path_rate=0.4)
     assert [block.drop_path.p for block in network.blocks] == pytest.approx([0, 0.2, 0.4])
     torch.manual_seed(0)
     kept = network.blocks[2].drop_path(torch.ones(2000, 5, 3))
-    assert sorted(kept.unique().tolist()) == pytest.approx([0, 1 / 0.6])  # those kept are scaled: the mean stays
+    assert sorted(kept.unique().tolist()) == pytest.approx([0, 1 / 0.6])  # scaled, so that the mean does not change
     assert (kept.amax((1, 2)) == kept.amin((1, 2))).all()
     assert kept.mean().item() == pytest.approx(1, abs=0.1)
     network.eval()
@@ -174,7 +174,7 @@ def photographs_500(photographs, tmp_path_factory):
 
 
 def refuse(*arguments):
-    raise AssertionError(f"something is fetched: {arguments}")
+    raise AssertionError(f"a download: {arguments}")
 
 
 @pytest.mark.slow
@@ -196,9 +196,7 @@ def refuse(*arguments):
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_two_epochs_on_photographs_saved_loaded_evaluated_and_gone_on_with(
-    config, photographs_500, tmp_path, monkeypatch, name, settings
-):
+def test_train_load_evaluate_and_resume_on_photographs(config, photographs_500, tmp_path, monkeypatch, name, settings):
     if name == "timm":
         pytest.importorskip("timm")
     settings = ["data=folder", f"data.root={photographs_500}", "data.batch_size=50", f"model={name}", *settings]

@@ -11,7 +11,7 @@ from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
 
-def test_baseline_network_is_the_one_described():
+def test_baseline_network_has_the_documented_layers():
     network = CNN()
     assert sum(parameter.numel() for parameter in network.parameters()) == 2_168_362
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
@@ -31,7 +31,7 @@ def test_an_odd_number_of_widths_is_refused():
         CNN(widths=(4, 4, 8))
 
 
-def test_normalize_standardises_the_images_it_was_fitted_to():
+def test_normalize_standardizes_the_images_it_was_fitted_to():
     images = torch.randint(0, 200, (50, 3, 8, 8), dtype=torch.uint8)
     images[:, 2] //= 3
     layer = Normalize()
@@ -43,14 +43,16 @@ def test_normalize_standardises_the_images_it_was_fitted_to():
     assert set(layer.state_dict()) == {"mean", "std"}  # saved with the network
 
 
-def test_normalize_survives_a_constant_channel():
+def test_normalize_does_not_scale_a_constant_channel():
     layer = Normalize()
     layer.fit(torch.full((3,), 7 / 255), torch.zeros(3))
     assert layer(torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)).abs().max() < 1e-6
 
 
 def test_whitening_makes_the_second_moment_of_patches_the_identity():
-    images = torch.rand(400, 3, 10, 10, generator=torch.Generator().manual_seed(0)).cumsum(3)  # pixels go together
+    images = torch.rand(400, 3, 10, 10, generator=torch.Generator().manual_seed(0)).cumsum(
+        3
+    )  # correlated pixels
     whiten = Whiten(kernel_size=2, eps=0.0)
     whiten.fit(images)
     patches = whiten(images)[:, :12].permute(0, 2, 3, 1).reshape(-1, 12)
@@ -58,7 +60,7 @@ def test_whitening_makes_the_second_moment_of_patches_the_identity():
     assert torch.equal(whiten.filters[:12], -whiten.filters[12:])
 
 
-def test_speednet_begins_as_a_network_that_passes_its_input_on():
+def test_speednet_is_initialized_to_pass_its_input_on():
     block = SpeedNet().blocks[0]
     images = torch.rand(2, 24, 9, 9)
     torch.testing.assert_close(block.conv1(images)[:, :24], images)
@@ -73,7 +75,7 @@ def test_speednet_takes_images_of_any_size(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [CNN, SpeedNet])
-def test_compiled_in_bfloat16_a_network_has_the_same_gradients(network):
+def test_compilation_in_bfloat16_does_not_change_gradients(network):
     torch.manual_seed(0)
     eager = network().to(memory_format=torch.channels_last)
     nn.init.normal_(eager.head.weight, std=0.1)
@@ -88,7 +90,7 @@ def test_compiled_in_bfloat16_a_network_has_the_same_gradients(network):
             logits = one(images)
         nn.functional.cross_entropy(logits.float(), torch.arange(32) % 10).backward()
     for expected, actual in zip(eager.parameters(), compiled.parameters(), strict=True):
-        # by rounding to bfloat16 alone, eager gradients are some 0.2 of their norm from those in float32
+        # rounding to bfloat16 alone changes eager gradients by about 0.2 of their norm
         assert (actual.grad - expected.grad).norm() < 0.3 * expected.grad.norm()
 
 
@@ -109,7 +111,7 @@ def test_gradients_of_images_side_by_side_are_those_of_a_plain_convolution(batch
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_convolution_computes_in_the_precision_of_autocast():
+def test_convolution_uses_the_precision_of_autocast():
     convolution, images = Conv3x3(4, 4), torch.randn(4, 4, 7, 7)
     with torch.autocast("cpu", torch.bfloat16):
         output = convolution(images)
@@ -146,7 +148,7 @@ def test_settings_out_of_range_are_refused(config, model, setting):
     assert str(error.value).startswith(f"model.{setting}")
 
 
-def test_a_network_is_tried_and_stays_as_it_was():
+def test_try_on_does_not_change_the_network():
     torch.manual_seed(0)
     network = CNN(drop_rate=0.5)
     network.features.eval()
@@ -163,8 +165,8 @@ def test_a_network_is_tried_and_stays_as_it_was():
 
 
 @pytest.mark.parametrize("lazy", [nn.BatchNorm2d, nn.LazyBatchNorm2d])
-def test_what_a_network_keeps_in_eval_mode_stays_so(lazy):
-    """A frozen norm, whether or not a lazy layer made it be shown an image; lazy statistics too get their size."""
+def test_layers_in_eval_mode_stay_in_it(lazy):
+    """A frozen norm stays frozen, whether or not a lazy layer is initialized by an image."""
     norm = lazy(3, affine=False) if lazy is nn.BatchNorm2d else lazy(affine=False)
     network = construct(lambda num_classes: nn.Sequential(nn.BatchNorm2d(3).eval(), norm), 7, 24)
     assert not network.network[0].training
@@ -173,7 +175,7 @@ def test_what_a_network_keeps_in_eval_mode_stays_so(lazy):
     assert norm.running_mean.shape == (3,)
 
 
-def test_lazy_layers_are_as_large_as_what_they_are_shown():
+def test_lazy_layers_are_initialized_by_an_image():
     network = construct(lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes)), 7, 24)
     assert network.training
     assert network.network[1].weight.shape == (7, 3 * 24 * 24)

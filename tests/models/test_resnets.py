@@ -1,4 +1,4 @@
-"""Residual and dense networks: as large as the papers say, trained, loaded and evaluated like any other."""
+"""Residual and dense networks: their sizes, and how they train, load and evaluate."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import assert_same_weights
 
-SMALL = {  # by config: a member of each family that trains in seconds
+SMALL = {  # by config: a network of each family that trains in seconds
     "resnet20": dict(depth=8, width=4),
     "preact_resnet18": dict(width=4),
     "resnet50": dict(width=4),
@@ -34,14 +34,14 @@ def small(config: str, **settings):
     return get_class(chosen.pop("_target_"))(**(chosen | SMALL[config] | settings))
 
 
-# Parameters, and multiply-adds of convolutions and the head for one image of 32×32. Where a source rounds, the rest was
-# added up by hand, layer by layer: convolutions k²·in·out / groups (times H·W of the output), norms 2·channels,
-# the head in·10 + 10.
+# Parameters, and multiply-adds of convolutions and the head for one image of 32×32. Numbers that a source rounds were
+# computed by hand, layer by layer: convolutions k²·in·out / groups (times H·W of the output), norms 2·channels, the head
+# in·10 + 10.
 @pytest.mark.parametrize(
     ("config", "settings", "parameters", "multiply_adds"),
     [
-        # He et al. (2015), table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million; by hand: two blocks more in each of the three
-        # stages are 194,432 parameters and 12 · 2,359,296 multiply-adds more.
+        # He et al. (2015), table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million; by hand: two more blocks in each of the three
+        # stages have 194,432 parameters and 12 · 2,359,296 multiply-adds.
         ("resnet20", [], 269_722, 40_551_040),
         ("resnet32", [], 464_154, 68_862_592),
         ("resnet44", [], 658_586, 97_174_144),
@@ -53,19 +53,19 @@ def small(config: str, **settings):
         ("resnet18", [], 11_173_962, 555_422_720),
         ("resnet34", [], 21_282_122, 1_159_402_496),
         ("resnet50", [], 23_520_842, 1_297_829_888),
-        ("preact_resnet18", [], 11_171_146 + 2 * 512, 555_422_720),  # it lacks the last norm of the paper
-        # Zagoruyko & Komodakis (2016), table 4: 36.5 and 11.0 million; the first to the unit: osmr/imgclsmob's test of
+        ("preact_resnet18", [], 11_171_146 + 2 * 512, 555_422_720),  # kuangliu's lacks the paper's last norm
+        # Zagoruyko & Komodakis (2016), table 4: 36.5 and 11.0 million; the first exactly: osmr/imgclsmob's test of
         # wrn28_10_cifar10; multiply-adds by hand
         ("wide_resnet28_10", [], 36_479_194, 5_243_328_768),
         ("wide_resnet16_8", [], 10_961_370, 1_548_145_664),
         # Xie et al. (2016), table 7: 34.4 million; multiply-adds by hand
         ("resnext29", [], 34_426_698, 5_387_266_048),
-        # Huang et al. (2016), table 2: 0.8 million; to the unit: osmr/imgclsmob's test of densenet100_k12_bc_cifar10;
+        # Huang et al. (2016), table 2: 0.8 million; exactly: osmr/imgclsmob's test of densenet100_k12_bc_cifar10;
         # multiply-adds by hand
         ("densenet", [], 769_162, 287_929_692),
     ],
 )
-def test_members_are_as_large_as_their_sources_say(config, settings, parameters, multiply_adds):
+def test_sizes_equal_published_ones(config, settings, parameters, multiply_adds):
     chosen = dict(compose("train", [f"model={config}", *settings]).model)
     with torch.device("meta"):
         network = get_class(chosen.pop("_target_"))(**chosen).eval()
@@ -77,12 +77,12 @@ def test_members_are_as_large_as_their_sources_say(config, settings, parameters,
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_arguments_and_sizes_change_what_goes_in_and_out(config):
+def test_arguments_and_image_sizes_change_inputs_and_outputs(config):
     network = small(config, num_classes=7, in_chans=1)
     for size in (16, 33):
         logits = network(torch.randint(0, 256, (2, 1, size, size), dtype=torch.uint8))
         assert logits.shape == (2, 7)
-    logits.sum().backward()  # nothing that a gradient needs was overwritten
+    logits.sum().backward()  # no in-place operation overwrites what gradients need
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert network.head.out_features == 7
 
@@ -96,13 +96,13 @@ def test_arguments_and_sizes_change_what_goes_in_and_out(config):
         (partial(ResNeXt, depth=11, cardinality=1, base_width=1), [0, 0.1, 0.2]),
     ],
 )
-def test_drop_path_rises_to_its_rate(make, rates):
+def test_drop_path_rate_rises_linearly(make, rates):
     found = [layer.p for layer in make(drop_path_rate=0.2).modules() if isinstance(layer, StochasticDepth)]
     assert found == pytest.approx(rates)
 
 
-def test_a_parameter_free_shortcut_takes_every_second_pixel_and_adds_channels_of_zeros():
-    block = CifarResNet(depth=8, width=4).layers[4]  # the second stage's first
+def test_pad_shortcut_takes_every_second_pixel_and_appends_zero_channels():
+    block = CifarResNet(depth=8, width=4).layers[4]  # the first of the second stage
     x = torch.rand(2, 4, 6, 6)
     shortcut = block.shortcut(x)
     assert torch.equal(shortcut[:, :4], x[:, :, ::2, ::2])
@@ -111,8 +111,8 @@ def test_a_parameter_free_shortcut_takes_every_second_pixel_and_adds_channels_of
 
 
 @pytest.mark.parametrize("make", [partial(CifarResNet, depth=8), partial(ResNet, width=8)])
-def test_with_preactivation_nothing_is_done_to_the_sum(make):
-    """With residuals of zero the first stage passes its input on, negative values too (He et al., 2016, figure 4e)."""
+def test_preactivation_does_not_change_the_sum(make):
+    """If residuals are zero, the first stage returns its input, negative values too (He et al., 2016, figure 4e)."""
     preact, post = (make(preact=preact).layers for preact in (True, False))
     for block in (preact[1], post[3]):
         torch.nn.init.zeros_(next(p for p in reversed(list(block.residual.parameters())) if p.ndim == 4))
@@ -139,7 +139,7 @@ def test_impossible_arguments_are_refused(make, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["resnet20", "wide_resnet16_8", "resnext29", "densenet"])
-def test_a_run_resumed_equals_one_never_stopped(config, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     rates = {"drop_path_rate": 0.5} if config != "densenet" else {}
     data = ["data=synthetic", "data.train_size=200", "data.test_size=50", "data.batch_size=32", "trainer=cpu"]
     model = [f"model={config}", *(f"++model.{name}={value}" for name, value in (SMALL[config] | rates).items())]

@@ -1,4 +1,4 @@
-"""A library's optimizer, with a list among its settings."""
+"""An optimizer of timm, with a list as a setting."""
 
 import signal
 
@@ -12,7 +12,7 @@ from conftest import OWN, assert_same_weights, signal_at
 LION = ["optimizer=lion", "optimizer.betas=[0.9,0.98]", "scheduler=linear", "trainer.max_epochs=2"]
 
 
-def test_lion_resumed_equals_lion_never_stopped(config, tmp_path):
+def test_a_resumed_run_with_lion_equals_an_uninterrupted_one(config, tmp_path):
     train(config(*LION, folder="whole"))
     with pytest.raises(Interrupted):
         train(config(*LION, signal_at(1, 1, signal.SIGINT), folder="parts"))

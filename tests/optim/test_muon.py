@@ -6,7 +6,7 @@ from cifarnet.optim.muon import Muon, orthogonalize
 
 
 def published(matrix, steps):
-    """Newton-Schulz as published, one matrix at a time, in whatever precision it comes."""
+    """The published Newton-Schulz iteration for one matrix, in the precision of the matrix."""
     x = matrix / (matrix.norm() + 1e-7)
     if len(x) > len(x.T):
         x = x.T
@@ -19,7 +19,7 @@ def published(matrix, steps):
 @pytest.mark.parametrize(
     ("shape", "steps"), [((8, 3, 3, 3), 3), ((40, 4, 3, 3), 3), ((6, 6, 1, 1), 3), ((8, 3, 3, 3), 1), ((8, 3, 3, 3), 5)]
 )
-def test_steps_equal_those_of_the_published_formula_in_float64(shape, steps):
+def test_steps_equal_the_published_formula_in_float64(shape, steps):
     random = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64))
     expected, buffer = weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_singular_values_move_towards_one(shape):
     torch.testing.assert_close(in_bfloat16, published(matrix.double(), 3).float(), rtol=0.1, atol=0.02)
 
 
-def test_batched_equals_one_by_one():
+def test_orthogonalizing_together_equals_one_by_one():
     random = torch.Generator().manual_seed(2)
     shapes = [(8, 4, 3, 3), (8, 8, 3, 3), (8, 4, 3, 3), (12, 8, 3, 3), (8, 4, 3, 3)]
     start = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
@@ -63,7 +63,7 @@ def test_batched_equals_one_by_one():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_biases_and_matrices_take_the_steps_of_sgd():
+def test_biases_and_matrices_are_updated_by_sgd():
     random = torch.Generator().manual_seed(3)
     start = [torch.randn(shape, generator=random) for shape in [(5,), (7, 5), ()]]
     bias, matrix = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.01}, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
@@ -81,7 +81,7 @@ def test_biases_and_matrices_take_the_steps_of_sgd():
         torch.testing.assert_close(one, other)
 
 
-def test_usual_settings():
+def test_defaults():
     convolution, bias, matrix = Muon(
         nn.Parameter(torch.zeros(shape)) for shape in [(2, 2, 1, 1), (2,), (2, 2)]
     ).param_groups
@@ -107,6 +107,6 @@ def test_float32_goes_through_bfloat16_and_comes_back():
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_meant_is_refused():
+def test_negative_rates_are_refused():
     with pytest.raises(ValueError, match="matrix: lr=-1"):
         Muon([nn.Parameter(torch.zeros(3))], matrix={"lr": -1})

@@ -16,9 +16,9 @@ def rates(steps, make):
     return seen
 
 
-def test_rates_are_those_by_hand():
+def test_rates_equal_those_by_hand():
     half = 2**0.5 / 2
-    cosine = [1, 2, 2, 1 + half, 1, 1 - half, 0]  # up in 2 of 6 steps, then cos 0, π/4, π/2, …
+    cosine = [1, 2, 2, 1 + half, 1, 1 - half, 0]  # 2 of 6 steps of warm-up, then cos 0, π/4, π/2, …
     assert rates(6, lambda *made: WarmupCosine(*made, warmup=1 / 3)) == pytest.approx(cosine)
     assert rates(4, lambda *made: WarmupCosine(*made, warmup=0)) == pytest.approx([2, 1 + half, 1, 1 - half, 0])
     assert rates(1, WarmupCosine) == pytest.approx([2, 0])

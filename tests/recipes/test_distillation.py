@@ -25,7 +25,7 @@ from conftest import OWN, SMALL, OwnNetwork, assert_same_weights, signal_at, sma
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A run's folder."""
+    """The folder of a trained run."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     train(small(f"output_dir={folder}", "model.widths=[8,8,8,8]", "optimizer.lr=0.05"))
     return folder
@@ -35,16 +35,16 @@ def taught(by: Path | str, *settings: str, recipes: str = "distillation") -> lis
     return [f"+recipe=[{recipes}]", f"module.teacher.checkpoint={by}", *settings]
 
 
-def test_the_loss_of_each_image_as_by_hand():
+def test_losses_equal_those_by_hand():
     torch.manual_seed(0)
     recipe = Teacher("nowhere", temperature=3.0, weight=0.2)
     recipe.network = CNN(image_size=8, widths=(4, 4), hidden=8, drop_rate=0.5).eval()
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
     losses, logits = torch.rand(5), torch.randn(5, 10, requires_grad=True)
     made = recipe(losses, logits, images)
-    for image, loss, own, result in zip(images, losses, logits, made, strict=True):
+    for image, loss, student, result in zip(images, losses, logits, made, strict=True):
         soft = Categorical(logits=recipe.network(image[None])[0] / 3)
-        expected = 0.8 * loss + 0.2 * 9 * kl_divergence(soft, Categorical(logits=own / 3))
+        expected = 0.8 * loss + 0.2 * 9 * kl_divergence(soft, Categorical(logits=student / 3))
         torch.testing.assert_close(result, expected)
     made.sum().backward()
     assert logits.grad.abs().sum() > 0
@@ -55,14 +55,14 @@ def test_the_loss_of_each_image_as_by_hand():
     torch.testing.assert_close(same, torch.zeros(5), rtol=0, atol=1e-5)
 
 
-def test_a_teacher_with_all_the_weight_leaves_labels_out(config, tmp_path, teacher):
+def test_with_a_weight_of_1_labels_have_no_effect(config, tmp_path, teacher):
     for objective in ("cross_entropy", "focal"):
         train(config(*taught(teacher, "module.teacher.weight=1", f"objective={objective}"), folder=objective))
     one, other = (tmp_path / name / "checkpoints/last.ckpt" for name in ("cross_entropy", "focal"))
     assert_same_weights(one, other)
 
 
-def test_a_teacher_without_weight_changes_nothing(config, tmp_path, teacher):
+def test_with_a_weight_of_0_the_teacher_has_no_effect(config, tmp_path, teacher):
     train(config(*taught(teacher, "module.teacher.weight=0"), folder="taught"))
     train(config(folder="alone"))
     assert_same_weights(tmp_path / "taught/checkpoints/last.ckpt", tmp_path / "alone/checkpoints/last.ckpt")
@@ -70,21 +70,21 @@ def test_a_teacher_without_weight_changes_nothing(config, tmp_path, teacher):
     assert one == other
 
 
-def test_a_student_needs_no_teacher_when_it_is_trained_but_does_to_go_on(config, tmp_path, teacher):
-    own = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+def test_resuming_a_student_needs_its_teacher_and_loading_does_not(config, tmp_path, teacher):
+    copied = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     with pytest.raises(Interrupted):
-        train(config(*taught(own, signal_at(1, 2, signal.SIGINT))))
-    own.rename(tmp_path / "moved")
+        train(config(*taught(copied, signal_at(1, 2, signal.SIGINT))))
+    copied.rename(tmp_path / "moved")
     cifarnet.load(tmp_path / "run")
     assert evaluate(tmp_path / "run", ["corruptions=false"])["network"] == "CNN"
     with pytest.raises(UserError, match=r"There is no checkpoint .*/teacher"):
         train(*resume(tmp_path / "run", [OWN]))
-    (tmp_path / "moved").rename(own)
+    (tmp_path / "moved").rename(copied)
     train(*resume(tmp_path / "run", [OWN]))
 
 
-def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, teacher, monkeypatch):
-    """With a path as of the folder in which the command is given."""
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, teacher, monkeypatch):
+    """The teacher's path is relative to the working directory."""
     monkeypatch.chdir(teacher.parent)
     settings = taught("run", "model.drop_rate=0.2", "data.hardest_share=0.8", recipes="distillation,mixup,ema")
     train(config(*settings, folder="whole"))
@@ -96,7 +96,7 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, teacher, mon
     assert {name.partition(".")[0] for name in weights(tmp_path / "parts/checkpoints/last.ckpt")} == {"network"}
 
 
-def test_mixed_images_are_what_the_teacher_sees(config, teacher, monkeypatch):
+def test_the_teacher_sees_mixed_images(config, teacher, monkeypatch):
     seen = []
     before = Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda self, *of: seen.append(of[2]) or before(self, *of))
@@ -108,7 +108,7 @@ def test_mixed_images_are_what_the_teacher_sees(config, teacher, monkeypatch):
 
 
 def altered(run: Path, folder: Path, change) -> Path:
-    """A copy of a checkpoint whose content was changed."""
+    """Save a copy of a checkpoint whose content was changed."""
     content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     change(content)
     torch.save(content, folder / "altered.ckpt")
@@ -145,13 +145,13 @@ def test_a_teacher_is_required(config):
         validate(config("+recipe=distillation"))
 
 
-def test_a_network_of_ones_own_teaches_where_it_is_allowed(config, tmp_path):
+def test_a_foreign_network_teaches_if_it_is_allowed(config, tmp_path):
     train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model", folder="own"))
     with pytest.raises(UserError, match=r"names the class conftest\.OwnNetwork"):
         build(config(*taught(tmp_path / "own")))
     built = build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]"))
     assert isinstance(built.classifier.teacher.network, OwnNetwork)
-    with pytest.raises(UserError, match=r"the teacher .*/best.ckpt fails on a 24×24 input"):  # unlike its student
+    with pytest.raises(UserError, match=r"the teacher .*/best.ckpt fails on a 24×24 input"):
         build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]", "data.train_sizes=[24]"))
 
 
@@ -175,7 +175,7 @@ class Explodes:
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_one(config, tmp_path, teacher):
+def test_two_ranks_train_like_one(config, tmp_path, teacher):
     train(config("threads=1", *taught(teacher), folder="one"))
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     train(config(*taught(teacher), *two, folder="two", without="trainer=cpu"))

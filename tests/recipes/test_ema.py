@@ -8,7 +8,7 @@ from conftest import weights
 
 
 class Averages(Callback):
-    """The average of one weight by hand, and the one that was validated."""
+    """Records the average of one weight, computed by hand, and the weight that is validated."""
 
     def __init__(self):
         self.average, self.validated = None, []
@@ -21,7 +21,7 @@ class Averages(Callback):
         self.validated.append((self.average, module.network.head.weight.detach().clone()))
 
 
-def test_what_is_validated_saved_and_loaded_is_the_average(config, tmp_path):
+def test_the_average_is_validated_saved_and_loaded(config, tmp_path):
     averages = Averages()
     train(config("+recipe=ema", "recipe.ema.decay=0.8", "data.train_size=100"), callbacks=[averages])
     assert len(averages.validated) == 2
@@ -32,4 +32,4 @@ def test_what_is_validated_saved_and_loaded_is_the_average(config, tmp_path):
     network, _ = cifarnet.load(last)
     assert torch.equal(network.head.weight, averages.validated[-1][1])
     built = build(config("data.train_size=100"))
-    assert torch.equal(network.normalize.std, built.classifier.network.normalize.std)  # a constant stays
+    assert torch.equal(network.normalize.std, built.classifier.network.normalize.std)  # constants are kept bit by bit

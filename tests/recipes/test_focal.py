@@ -6,7 +6,7 @@ from cifarnet.config import validate
 from cifarnet.recipes.focal import FocalLoss
 
 
-def test_it_is_the_papers():
+def test_losses_equal_those_by_hand():
     logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]]).log_softmax(1)
     labels = torch.tensor([0, 1])
     known = [0.5, 1 / (1 + torch.tensor(3.0).exp().item())]
@@ -20,7 +20,7 @@ def test_it_is_the_papers():
 
 
 @pytest.mark.parametrize("choice", ["objective=focal", "scheduler=warmup_cosine", "scheduler=step"])
-def test_choices_swap_in_the_baseline(config, choice):
+def test_choices_can_be_swapped_in_the_baseline(config, choice):
     made = config("+experiment=baseline", "data=synthetic", choice, without="data")
     validate(made)
     if choice.startswith("objective"):

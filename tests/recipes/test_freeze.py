@@ -6,7 +6,7 @@ from cifarnet.train import train
 from conftest import weights
 
 
-def test_a_frozen_part_stays_as_it_is(config, tmp_path):
+def test_a_frozen_part_does_not_change(config, tmp_path):
     freeze = "+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: features.0, epoch: 2}"
     train(config("trainer.max_epochs=1", "scheduler=constant", folder="one"))
     train(config("trainer.max_epochs=3", "scheduler=constant", freeze))

@@ -7,11 +7,11 @@ from cifarnet.recipes.swa import update_mean
 from cifarnet.train import train
 from conftest import weights
 
-SHORT = ["data.train_size=100", "data.batch_size=30", "scheduler=constant"]  # 3 steps an epoch
+SHORT = ["data.train_size=100", "data.batch_size=30", "scheduler=constant"]  # 3 steps in an epoch
 
 
 class Seen(Callback):
-    """A weight before the first step and after each, when recipes have acted."""
+    """Records a weight before the first step and after each one, after the recipes."""
 
     def __init__(self):
         self.after = []
@@ -23,7 +23,7 @@ class Seen(Callback):
         self.after.append(module.network.hidden[1].weight.detach().clone())
 
 
-def test_slow_weights_follow_after_every_second_step(config):
+def test_slow_weights_are_updated_after_every_second_step(config):
     seen, alone = Seen(), Seen()
     train(config(*SHORT, "+recipe=lookahead", "recipe.lookahead.k=2", "trainer.max_epochs=1"), callbacks=[seen])
     train(config(*SHORT, "trainer.max_epochs=1", folder="alone"), callbacks=[alone])
@@ -32,7 +32,7 @@ def test_slow_weights_follow_after_every_second_step(config):
     assert not torch.equal(seen.after[2], seen.after[1])
 
 
-def test_what_is_frozen_stays_as_it_is(config):
+def test_frozen_weights_do_not_change(config):
     freeze = "+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: hidden, epoch: 2}"
     seen = Seen()
     train(config(*SHORT, "+recipe=lookahead", "recipe.lookahead.k=2", freeze, "trainer.max_epochs=2"), callbacks=[seen])
@@ -47,8 +47,8 @@ def test_swa_is_the_mean_of_the_last_epochs(config, tmp_path):
     torch.testing.assert_close(weights(tmp_path / "run/checkpoints/last.ckpt")["network.hidden.1.weight"], mean)
 
 
-def test_whole_numbers_are_not_divided():
-    """torch refuses to on a GPU: a batch norm counts its batches."""
+def test_swa_copies_integers():
+    """torch cannot divide integers on a GPU, such as the number of batches of a batch norm."""
     floats, counts = [torch.tensor([1.0, 2.0])], [torch.tensor(10)]
     update_mean(floats, [torch.tensor([4.0, 2.0])], torch.tensor(2))
     update_mean(counts, [torch.tensor(20)], torch.tensor(2))
@@ -57,6 +57,6 @@ def test_whole_numbers_are_not_divided():
 
 
 def test_two_averages_are_refused(config):
-    """Both change places with the network when it is validated: training would go on with one of them."""
+    """Each swaps its average with the network for validation; training would continue with an average."""
     with pytest.raises(UserError, match=r"EMA and SWA .* choose one"):
         train(config(*SHORT, "+recipe=[ema,swa]"))

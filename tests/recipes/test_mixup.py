@@ -9,7 +9,7 @@ from cifarnet.recipes.mixup import Mixup
 from cifarnet.train import train
 
 
-def test_images_and_labels_are_mixed_by_the_same_weight():
+def test_images_and_labels_are_mixed_with_the_same_weight():
     """Each image has one color, which is its label, so that the mixed color gives lam."""
     labels = torch.arange(0, 200, 10)
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -40,7 +40,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
     assert weight.var() == pytest.approx(1 / (4 * 1.4), abs=0.02)
 
 
-def test_recipe_trains_and_is_another_run(config, tmp_path):
+def test_the_recipe_changes_training(config, tmp_path):
     train(config("+recipe=mixup", "data.mix.alpha=1", folder="mixed"))
     train(config(folder="plain"))
     mixed, plain = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("mixed", "plain"))

@@ -1,4 +1,4 @@
-"""What holds for every recipe of configs/recipe/."""
+"""Tests of all recipes of configs/recipe/."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import OWN, assert_same_weights, signal_at
 
-# what needs more than its name, such as a teacher, has a test of its own
+# recipes that need a setting, such as a teacher, have separate tests
 RECIPES = sorted(path.stem for path in CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
 
 
@@ -46,7 +46,7 @@ def test_settings_out_of_range_are_refused(config, choice, setting):
         *("+recipe=[trivialaugment,erasing,cutmix,ema,clip]", "scheduler=warmup_cosine", "scheduler=step"),
     ],
 )
-def test_stopped_and_resumed_equals_never_stopped(config, tmp_path, recipe):
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, recipe):
     recipe = [recipe, "trainer.max_epochs=3", "model.drop_rate=0.2", "optimizer.lr=0.02"]
     train(config(*recipe, folder="whole"))
     with pytest.raises(Interrupted):

@@ -23,7 +23,7 @@ RHO = 0.7
 
 
 class Norms(nn.Module):
-    """A linear network with batch norm, one weight of which is frozen."""
+    """A linear network with batch norm and one frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ def one_batch() -> Batch:
 
 
 def fitted(network: nn.Module, *callbacks: Callback, epochs: int = 1, lr: float = 1.0, **settings) -> Classifier:
-    """After a step of gradient descent an epoch."""
+    """Train with one step of gradient descent per epoch."""
     module = Classifier(network, partial(torch.optim.SGD, lr=lr))
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[*callbacks], **settings)
     trainer.fit(module, DataLoader([one_batch()], batch_size=None))
     return module
 
 
-def test_a_step_as_by_hand():
-    """With the gradient of a function of all weights, at w + ρ g / ‖g‖."""
+def test_a_step_equals_one_by_hand():
+    """Compare with the gradient at w + ρ g / ‖g‖ of the loss as a function of the weights."""
     torch.manual_seed(0)
     network = Norms()
     images, labels, *_ = one_batch()
@@ -73,7 +73,7 @@ def test_a_step_as_by_hand():
         torch.testing.assert_close(value, initial[name] - second.get(name, 0))
 
 
-def test_metrics_and_statistics_are_those_of_the_first_look():
+def test_metrics_and_statistics_are_those_of_the_first_forward_pass():
     modules = []
     for callbacks in ([], [SAM(RHO)]):
         torch.manual_seed(0)
@@ -86,8 +86,8 @@ def test_metrics_and_statistics_are_those_of_the_first_look():
     assert not torch.equal(plain.network.layers[2].weight, climbed.network.layers[2].weight)
 
 
-def test_weights_come_back_to_the_last_bit():
-    """With a rate of 0 a step leaves them where they were."""
+def test_weights_are_restored_bit_by_bit():
+    """With a learning rate of 0, a step does not change the weights."""
     torch.manual_seed(0)
     network = Norms()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -97,7 +97,7 @@ def test_weights_come_back_to_the_last_bit():
 
 
 class Norm(Callback):
-    """The norm of the gradients by which the optimizer steps."""
+    """Records the norm of the gradients by which the optimizer steps."""
 
     def __init__(self) -> None:
         self.norms = []
@@ -120,7 +120,7 @@ class Norm(Callback):
     ],
     ids=lambda settings: settings[0],
 )
-def test_gradients_are_clipped_after_the_climb(config, settings):
+def test_gradients_are_clipped_after_the_second_backward_pass(config, settings):
     norm = Norm()
     train(config(*settings, "trainer.gradient_clip_val=0.01", "recipe.sam.rho=1"), callbacks=[norm])
     assert norm.norms == pytest.approx([0.01] * len(norm.norms), rel=1e-3)
@@ -137,7 +137,7 @@ def test_gradients_are_clipped_after_the_climb(config, settings):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(command, settings, message):
+def test_accumulated_gradients_are_refused_in_one_line(command, settings, message):
     status, _, error = command(*SMALL, "+recipe=sam", *settings)
     assert (status, error.count("\n")) == (1, 1), error
     assert message in error
@@ -149,7 +149,7 @@ def test_scaled_gradients_are_refused():
         fitted(Norms(), SAM(RHO), plugins=[scaled])
 
 
-def test_stopped_and_resumed_equals_never_stopped(config, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     settings = ["+recipe=sam", "model.drop_rate=0.2", "optimizer.lr=0.02"]
     train(config(*settings, folder="whole"))
     with pytest.raises(Interrupted):
@@ -160,7 +160,7 @@ def test_stopped_and_resumed_equals_never_stopped(config, tmp_path):
     assert whole["history"] == parts["history"]
 
 
-@pytest.mark.slow  # where nothing is compiled yet
+@pytest.mark.slow  # unless the compiled code is cached
 def test_a_compiled_network_takes_the_same_steps():
     networks = []
     for compiled in (False, True):
@@ -174,8 +174,8 @@ def test_a_compiled_network_takes_the_same_steps():
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_one(config, tmp_path):
-    """Shares of 9 and 8 images."""
+def test_two_ranks_train_like_one(config, tmp_path):
+    """The ranks get 9 and 8 images of a batch."""
     settings = ["+recipe=sam", "recipe.sam.rho=0.5", "data.batch_size=17", "optimizer.lr=0.05"]
     train(config("threads=1", *settings, folder="one"))
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]

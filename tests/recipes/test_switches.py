@@ -1,4 +1,4 @@
-"""Recipes that are a setting of what is there."""
+"""Recipes that only change settings."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cifarnet.train import train
 
 
 class Watch(Callback):
-    """The optimizer's groups, and the norm of the gradients with which it steps."""
+    """Records the optimizer's parameter groups, and the norm of the gradients by which it steps."""
 
     def __init__(self):
         self.norms = []
@@ -21,7 +21,7 @@ class Watch(Callback):
             self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
 
 
-def test_no_decay_is_for_what_has_one_dimension(config):
+def test_no_decay_applies_to_parameters_with_one_dimension(config):
     watch = Watch()
     train(config("+recipe=no_decay", "trainer.max_epochs=1", "scheduler=linear"), callbacks=[watch])
     decayed, others = watch.groups
@@ -31,7 +31,7 @@ def test_no_decay_is_for_what_has_one_dimension(config):
     assert decayed["lr"] == others["lr"]
 
 
-def test_muons_decays_are_its_own_settings(config):
+def test_muon_refuses_parameter_groups(config):
     with pytest.raises(UserError, match=r"optimizer: .*parameter groups.*optimizer=sgd"):
         train(config("+recipe=no_decay", "optimizer=muon"))
 
