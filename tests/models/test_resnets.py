@@ -35,8 +35,8 @@ def small(config: str, **settings):
 
 
 # Parameters, and multiply-adds of convolutions and the head for one image of 32×32. Numbers that a source rounds were
-# computed by hand, layer by layer: convolutions k²·in·out / groups (times H·W of the output), norms 2·channels, the head
-# in·10 + 10.
+# computed by hand, layer by layer: convolutions k²·in·out / groups (times H·W of the output), norms 2·channels, and the
+# head in·10 + 10.
 @pytest.mark.parametrize(
     ("config", "settings", "parameters", "multiply_adds"),
     [
