@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shlex
@@ -14,37 +15,37 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from cifarnet import cli
 from cifarnet.system import files
 from cifarnet.train import main
-from conftest import OWN, SMALL, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, signal_at
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named", "remedy"),
+    ("arguments", "value", "remedy"),
     [
-        (["optimizer.lrr=0.1"], "optimizer.lrr is no setting", "Did you mean optimizer.lr?"),
-        (["batch_size=7"], "batch_size is no setting", "Did you mean data.batch_size?"),
+        (["optimizer.lrr=0.1"], "optimizer.lrr", "Did you mean optimizer.lr?"),
+        (["batch_size=7"], "batch_size", "Did you mean data.batch_size?"),
         (["+data.batchsize=7"], "data.batchsize=7", "Did you mean batch_size?"),
-        (["+experimnt=baseline"], "experimnt is no setting", "Did you mean experiment?"),
-        (["+sweep.resum=x"], "sweep.resum is no setting", "Did you mean resume?"),
+        (["+experimnt=baseline"], "experimnt", "Did you mean experiment?"),
+        (["+sweep.resum=x"], "sweep.resum", "Did you mean resume?"),
         (["optimizer.lr=nan"], "optimizer.lr=nan", "finite"),
         (["+trainer.gradient_clip_val=inf"], "trainer.gradient_clip_val=inf", "finite"),
         (["+trainer.gradient_clip_val=-0.5"], "trainer.gradient_clip_val=-0.5", "above 0"),
         (["+trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0", "from 1"),
         (["+trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0", "from 1"),
         (["+trainer.default_root_dir=there"], "trainer.default_root_dir=there", "hydra.run.dir=…"),
-        (["threads=100000"], "threads=100000", "from 1 to 1024"),
-        (["--experiment=baseline"], "--experiment=baseline is no flag", "+experiment=baseline"),
-        (["seed=4294967296"], "seed=4294967296", "from 0 to 4294967295"),
-        (["optimizer._target_=torch.optim.RMSprop"], "torch.optim.RMSprop has no such setting", "'~optimizer' '+opt"),
+        (["threads=100000"], "threads=100000", "from 1 to 1,024"),
+        (["--experiment=baseline"], "--experiment=baseline", "+experiment=baseline"),
+        (["seed=4294967296"], "seed=4294967296", "from 0 to 4,294,967,295"),
+        (["optimizer._target_=torch.optim.RMSprop"], "optimizer.nesterov=True", "'~optimizer' '+opt"),
         (["model._target_=math"], "model._target_=math", "no such class or function"),
-        (["~model", "+model={_target_: fractions.Fraction}"], "model: makes a Fraction", "Module is needed"),
+        (["~model", "+model={_target_: fractions.Fraction}"], "model: a Fraction", "torch.nn.Module"),
         (
             ["~data", "+data={_target_: torch.nn.Linear, in_features: 1, out_features: 1}"],
-            "data makes a Linear",
-            "needed",
+            "data builds Linear",
+            "ImageDataModule",
         ),
-        (["+callbacks.mine={_target_: builtins.list}"], "builtins.list makes a list", "Callback is needed"),
+        (["+callbacks.mine={_target_: builtins.list}"], "builtins.list builds list", "expected Callback"),
         (["++callbacks._target_=builtins.list"], "callbacks._target_=builtins.list", "_target_"),
         (
             ["+callbacks.mine={_target_: lightning.pytorch.callbacks.Timer, duration: {minutes: 5}}"],
@@ -53,12 +54,12 @@ ROOT = Path(__file__).parents[1]
         ),
         (["+callbacks.mine=3"], "callbacks.mine=3", "_target_"),
         (["+experiment=basline"], "no experiment=basline", "Did you mean baseline?"),
-        (["model=resnet"], "no model=resnet", "There are: cct7_3x1, cnn"),
+        (["model=resnet"], "no model=resnet", "Choose one of cct7_3x1, cnn"),
         (["trainer.max_epochs=many"], "trainer.max_epochs=many", "expected a whole number"),
         (["optimizer.lr=fast"], "optimizer.lr=fast", "expected a number"),
         (["data.batch_size=2.5"], "data.batch_size=2.5", "expected a whole number"),
-        (["data.flip=perhaps"], "data.flip=perhaps", "none, random, alternating"),
-        (["module.tta=rotate"], "tta=rotate", "none, mirror, mirror_translate"),
+        (["data.flip=perhaps"], "data.flip=perhaps", "none or random or alternating"),
+        (["module.tta=rotate"], "tta=rotate", "none or mirror or mirror_translate"),
         (["data.train_sizes=[]"], "data.train_sizes=[]", "from 1"),
         (["trainer.deterministic=[1]"], "trainer.deterministic=[1]", "expected true or false"),
         (["compile=perhaps"], "compile=perhaps", "expected true or false"),
@@ -69,26 +70,26 @@ ROOT = Path(__file__).parents[1]
         (["model.widths=[4,4,8]"], "widths=[4, 4, 8]", "even number"),
         (["+optimizer.lrr=1"], "optimizer.lrr=1", "Did you mean lr?"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing", "1 or more"),
-        (["trainer.max_epochs=-1"], "needs an end", "trainer.max_epochs"),
-        (["+trainer.limit_train_batches=0"], "needs an end", "trainer.max_epochs"),
+        (["trainer.max_epochs=-1"], "scheduler", "trainer.max_epochs"),
+        (["+trainer.limit_train_batches=0"], "scheduler", "trainer.max_epochs"),
         (["trainer.precision=bf16-true"], "trainer.precision=bf16-true", "bf16-mixed"),
-        (["scheduler=cosine", "scheduler.T_max=0"], "scheduler, in step", "by zero"),
+        (["scheduler=cosine", "scheduler.T_max=0"], "scheduler: step 1", "by zero"),
         (["callbacks.best.monitor=val/foo"], "val/foo", "val/accuracy"),
         (["+trainer.limit_val_batches=0.1"], "limit_val_batches", "Try at least"),
-        (["trainer.max_epochs=1"], "scheduler of 5 steps", "Train for longer"),  # too few for a warm-up of 20 %
+        (["trainer.max_epochs=1"], "5 steps", "Train for longer"),  # too few for a warm-up of 20 %
         (["name=1"], "name=1", "expected text"),
         (["seed=-1"], "seed=-1", "from 0"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1", "optimizer"),
         (["data.hardest_share=0"], "data.hardest_share=0", "above 0 to 1"),
-        (["data=folder"], "data.root is needed", "data.root="),
-        (["ckpt_path=nothing.ckpt", "optimizer.lr=1"], "no checkpoint nothing.ckpt", "last.ckpt"),
-        (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "last.ckpt"),
-        (["~model"], "model names nothing to build", "--help"),
+        (["data=folder"], "data.root is required", "data.root="),
+        (["ckpt_path=nothing.ckpt", "optimizer.lr=1"], "no checkpoint nothing.ckpt", "<run>/checkpoints/"),
+        (["ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt", "<run>/checkpoints/"),
+        (["~model"], "model has no _target_", "--help"),
         (["model._target_=nets.Mine"], "model._target_=nets.Mine", "no such class"),
-        (["+trainer.num_nodes=2"], "trainer.num_nodes=2", "start it with torchrun or srun"),
+        (["+trainer.num_nodes=2"], "trainer.num_nodes=2", "torchrun or srun"),
         (["trainer.strategy=ddp_spawn", "trainer.devices=2"], "trainer.strategy=ddp_spawn", "Choose trainer=ddp"),
-        (["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"], "sync_batchnorm", "needs GPUs"),
-        (["trainer.devices=3000000000"], "trainer.devices=3000000000", "from -1 to 4096"),
+        (["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"], "sync_batchnorm", "requires GPUs"),
+        (["trainer.devices=3000000000"], "trainer.devices=3000000000", "from -1 to 4,096"),
         (["trainer.max_epochs=null"], "trainer.max_epochs=null", "give a number of epochs"),
         (["+trainer.val_check_interval=0"], "trainer.val_check_interval=0", "from 1"),
         (["optimizer.lr=0.1,"], "optimizer.lr=0.1,", ""),
@@ -96,25 +97,23 @@ ROOT = Path(__file__).parents[1]
         pytest.param(
             ["trainer=gpu"],
             "trainer.accelerator=gpu",
-            "trainer=cpu",
+            "Choose trainer=auto, cpu or ddp",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_told_in_one_message(command, arguments, named, remedy):
+def test_a_mistake_is_reported_in_one_line_with_its_value_and_a_remedy(command, arguments, value, remedy):
     # settings that do not apply
     section = {"data=folder": "data", "~data": "data", "~model": "model", "ckpt_path=nothing.ckpt": ""}.get(
         arguments[0], "-"
     )
     status, _, error = command(*[setting for setting in SMALL if not setting.startswith(section)], *arguments)
     assert status == 1
-    [told] = [
-        line for line in error.splitlines() if not line.startswith("Error executing job")
-    ]  # which echoes the command
-    assert told.startswith("Error: ")
-    assert named in told
-    assert remedy in told
+    [message] = error.splitlines()
+    assert message.startswith("Error: ")
+    assert value in message
+    assert remedy in message
 
 
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
@@ -125,7 +124,7 @@ def test_hydra_does_not_echo_the_command_before_a_message(command, mode):
     assert "data.train_size=200" not in error
 
 
-def test_output_folder_that_cannot_be_made(command, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(command, tmp_path):
     (tmp_path / "taken").write_text("a file")
     status, _, error = command(*SMALL, "hydra.run.dir=taken/run")
     assert status == 1
@@ -134,15 +133,15 @@ def test_output_folder_that_cannot_be_made(command, tmp_path):
     assert "Traceback" not in error
 
 
-def test_no_network_names_the_way_out(command):
+def test_a_failed_download_is_reported_with_alternatives(command):
     status, _, error = command("+experiment=baseline", "data.url=http://127.0.0.1:9/cifar-10-python.tar.gz")
     assert status == 1
-    for needed in ("127.0.0.1:9", "c58f30108f718f92721af3b95e74349a", "data.url=", "data=synthetic"):
-        assert needed in error
+    for part in ("127.0.0.1:9", "c58f30108f718f92721af3b95e74349a", "data.url=", "data=synthetic"):
+        assert part in error
     assert "Traceback" not in error
 
 
-def test_full_error_shows_the_traceback(command, monkeypatch):
+def test_hydra_full_error_shows_the_traceback(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cifarnet.train", "optimizer.lrr=1"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="lrr"):
@@ -152,17 +151,17 @@ def test_full_error_shows_the_traceback(command, monkeypatch):
 STOP = signal_at(0, 2, signal.SIGINT)
 
 
-def test_the_printed_command_goes_on_in_the_runs_folder(command, tmp_path):
+def test_the_printed_command_resumes_in_the_folder_of_the_run(command, tmp_path):
     status, _, error = command(*SMALL, "trainer.max_epochs=3", "name='my runs (a)'", STOP)
     assert status == 130, error
     (run,) = (tmp_path / "lightning_logs/my runs (a)").iterdir()
     resume = shlex.split(error.split("cifarnet.train ")[-1])  # as a shell would read the printed command
     assert resume == [f"ckpt_path='{run}/checkpoints/last.ckpt'"]
-    status, _, error = command(*resume, OWN, "trainer.max_epochs=5")
+    status, _, error = command(*resume, ALLOW_SIGNAL, "trainer.max_epochs=5")
     assert status == 1
-    assert "the schedule OneCycleLR was planned for 3 epochs" in error
+    assert "OneCycleLR was planned for 3 epochs" in error
     assert not (run / "metrics.json").exists()
-    status, _, error = command(*resume, OWN)
+    status, _, error = command(*resume, ALLOW_SIGNAL)
     assert status == 0, error
     assert list((tmp_path / "lightning_logs/my runs (a)").iterdir()) == [run]
     metrics = json.loads((run / "metrics.json").read_text())
@@ -171,9 +170,9 @@ def test_the_printed_command_goes_on_in_the_runs_folder(command, tmp_path):
     assert "name='my runs (a)'" in metrics["overrides"]
 
 
-def test_resuming_takes_a_runs_folder_and_its_choices(command, tmp_path):
-    begin = ["trainer.max_epochs=1", "scheduler=constant", "hydra.run.dir=run", "callbacks.progress=null"]
-    assert command(*SMALL, *begin)[0] == 0
+def test_resuming_by_folder_keeps_the_choices_of_the_run(command, tmp_path):
+    settings = ["trainer.max_epochs=1", "scheduler=constant", "hydra.run.dir=run", "callbacks.progress=null"]
+    assert command(*SMALL, *settings)[0] == 0
     status, _, error = command("ckpt_path=run", "trainer.max_epochs=2", "threads=1")
     assert status == 0, error
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -185,26 +184,26 @@ def test_two_runs_in_one_folder_are_refused(command, tmp_path):
     with files.exclusive(tmp_path / "run"):
         status, _, error = command(*SMALL, "hydra.run.dir=run")
     assert status == 1
-    assert "Another process is at work in" in error
+    assert "Another process uses" in error
     assert "hydra.run.dir=" in error
 
 
-def test_a_start_that_failed_leaves_no_folder(command, tmp_path):
+def test_a_run_that_fails_before_training_leaves_no_folder(command, tmp_path):
     assert command(*SMALL, "optimizer.lr=-1")[0] == 1
     assert command(*SMALL, "data.flip=perhaps")[0] == 1
     assert command(*SMALL, "trainer.max_epochs=1")[0] == 1  # too few steps for the schedule
     assert list((tmp_path / "lightning_logs/train").iterdir()) == []
 
 
-def test_the_log_keeps_what_the_terminal_shows(command, tmp_path):
-    begin = ["trainer.max_epochs=2", "scheduler=constant", "hydra.run.dir=run"]
-    status, printed, _ = command(*SMALL, *begin)
+def test_the_log_file_has_the_lines_of_the_terminal(command, tmp_path):
+    settings = ["trainer.max_epochs=2", "scheduler=constant", "hydra.run.dir=run"]
+    status, printed, _ = command(*SMALL, *settings)
     assert status == 0
     log = (tmp_path / "run/train.log").read_text()
     shown = [line for line in printed.splitlines() if line.strip()]
     assert [line for line in shown if line not in log] == []
     assert "Epoch 2/2" in log
-    assert "[20" not in printed  # the log's dates are not
+    assert "[20" not in printed  # dates are only in the log
 
 
 def test_ctrl_c_ends_a_sweep(command, tmp_path):
@@ -215,7 +214,7 @@ def test_ctrl_c_ends_a_sweep(command, tmp_path):
     assert "0 of 2 jobs done" in printed
 
 
-def test_multirun_gives_each_job_a_folder(command, tmp_path):
+def test_each_job_of_a_sweep_has_a_folder(command, tmp_path):
     status, _, error = command("-m", *SMALL, "optimizer.lr=0.01,0.1")
     assert status == 0, error
     (sweep,) = (tmp_path / "lightning_logs/train").iterdir()
@@ -243,7 +242,40 @@ def test_signals_stop_a_process_after_saving(tmp_path, number, status):
     assert "Traceback" not in error
 
 
-def test_a_signal_before_training_is_no_success(monkeypatch, capsys):
+def raised(error: Exception, module: str) -> Exception:
+    """Return the error after code of a module has raised it."""
+    try:
+        exec("raise error", {"__name__": module, "error": error})
+    except type(error) as raised:
+        return raised
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError, KeyError, OSError])
+def test_bugs_are_not_explained_whatever_their_text_or_folder(kind):
+    text = "lightning.pytorch: no compiler for hydra, in /lightning/hydra/trainer.py: No space left on device"
+    for module in ("cifarnet.train", "lightningcopy.pytorch", "torch.nn"):
+        assert cli.explain(raised(kind(text), module)) is None
+
+
+def test_settings_that_libraries_refuse_are_explained():
+    assert (
+        cli.explain(raised(ValueError("x must\nbe y"), "lightning.pytorch.trainer.trainer")) == "trainer: x must be y"
+    )
+    assert cli.explain(raised(ValueError("no such group"), "hydra.core.plugins")) == "no such group"
+    assert cli.explain(raised(TypeError("x"), "lightning.pytorch.trainer.trainer")) is None
+
+
+def test_a_full_disk_is_explained_wherever_it_is_the_cause():
+    error = OSError(errno.ENOSPC, "No space left on device", "run/last.ckpt")
+    outer = RuntimeError("the writer's thread has failed")
+    outer.__cause__ = error
+    for shown in (error, outer):
+        assert "run/last.ckpt cannot be written: No space left on device" in str(cli.explain(shown))
+    assert cli.explain(OSError(errno.ENOENT, "No such file", "x")) is None
+
+
+def test_a_signal_before_training_is_a_failure(monkeypatch, capsys):
     def stopped():
         raise SIGTERMException
 
@@ -253,7 +285,7 @@ def test_a_signal_before_training_is_no_success(monkeypatch, capsys):
     assert "Stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_hydras_variable_is_as_it_was_before(command, monkeypatch):
+def test_the_environment_is_restored(command, monkeypatch):
     command("--help")
     assert "HYDRA_FULL_ERROR" not in os.environ
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -262,11 +294,11 @@ def test_hydras_variable_is_as_it_was_before(command, monkeypatch):
     assert os.environ["HYDRA_FULL_ERROR"] == "0"
 
 
-def test_paths_settings_and_what_they_are_compared_with(tmp_path, monkeypatch):
+def test_arguments_are_paths_settings_or_paths_to_compare_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=1").mkdir()
-    given = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
-    parsed = cli.parse("compare", "", "", against=True, arguments=given)
+    arguments = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
+    parsed = cli.parse("compare", "", "", against=True, arguments=arguments)
     assert parsed == (["a=1", "b"], ["metric=seconds", "+x=1", "~y", "output=o.png"], ["c"])
     with pytest.raises(SystemExit):
         cli.parse("evaluate", "", "", arguments=["tta=mirror"])
@@ -302,7 +334,7 @@ def test_the_config_is_printed_without_torch(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wheel_brings_its_configs_and_trains(tmp_path):
+def test_a_wheel_contains_the_configs_and_trains(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

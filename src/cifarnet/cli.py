@@ -227,8 +227,12 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = f": {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return " ".join(f"{error}{cause}".split())
-    if isinstance(error, ValueError) and _raising_module(error).startswith("lightning.pytorch."):
-        return " ".join(f"trainer: {error}".split())  # a setting that Lightning checks when training starts
+    if isinstance(error, ValueError):
+        module = _raising_module(error)
+        if module.startswith("hydra."):  # such as scheduler=null
+            return " ".join(str(error).split())
+        if module.startswith("lightning.pytorch."):  # a setting that Lightning checks when training starts
+            return " ".join(f"trainer: {error}".split())
     return None
 
 

@@ -98,7 +98,8 @@ def validate(config: DictConfig) -> None:
         parts = config.get(section) or {}
         if not isinstance(parts, DictConfig | dict):
             raise UserError(f"{section}={parts} is not a mapping of names, such as {section}.mine={{_target_: …}}.")
-        for name, part in {} if has_target(parts) else parts.items():
+        is_part = section == "logger" and has_target(parts)  # a single one, without a name
+        for name, part in {} if is_part else parts.items():
             if part is not None and not has_target(part):
                 raise UserError(f"{section}.{name}={part} has no _target_.")
     check_sections(config)

@@ -25,9 +25,8 @@ def expand(config: DictConfig) -> DictConfig:
         UserError: there is no such checkpoint, or it names a class that is not allowed.
     """
     model = config.get("model")
-    if (
-        not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in list(model)
-    ):  # also if its value is missing
+    # `in` would not find a key whose value is missing
+    if not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in list(model):
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
         raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")

@@ -94,5 +94,5 @@ def _loggers(config: DictConfig) -> list[Logger]:
 
 def expect(kind: type[Part], name: str, built: Any) -> Part:
     if not isinstance(built, kind):
-        raise UserError(f"{name} builds a {type(built).__name__}, and a {kind.__name__} is needed. See --help.")
+        raise UserError(f"{name} builds {type(built).__name__}: expected {kind.__name__}. See --help.")
     return built
