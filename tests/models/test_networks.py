@@ -50,9 +50,7 @@ def test_normalize_does_not_scale_a_constant_channel():
 
 
 def test_whitening_makes_the_second_moment_of_patches_the_identity():
-    images = torch.rand(400, 3, 10, 10, generator=torch.Generator().manual_seed(0)).cumsum(
-        3
-    )  # correlated pixels
+    images = torch.rand(400, 3, 10, 10, generator=torch.Generator().manual_seed(0)).cumsum(3)  # correlated pixels
     whiten = Whiten(kernel_size=2, eps=0.0)
     whiten.fit(images)
     patches = whiten(images)[:, :12].permute(0, 2, 3, 1).reshape(-1, 12)
