@@ -78,9 +78,8 @@ def prepared_process(config: "DictConfig") -> Iterator[None]:
 def default_threads() -> int | None:
     """Return the number of threads for a process under SLURM, or for one of several under torchrun; None: PyTorch's
     default."""
-    local_world_size = int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )  # set by torchrun; SLURM gives each task its own cores
+    # set by torchrun; SLURM gives each of its tasks separate cores
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if slurm_cores() is None and local_world_size == 1:
         return None
     return max(1, cores() // local_world_size)
