@@ -1,4 +1,4 @@
-"""Search: an Optuna study over the settings of a run.
+"""Search for good settings of a run with Optuna.
 
 python -m cifarnet.search +experiment=quickstart +search=rates
 """
@@ -8,9 +8,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cifarnet import cli, train
+from cifarnet import train
 from cifarnet.errors import UserError
-from cifarnet.system import distributed
 
 DEFAULTS = (
     "hydra.mode=MULTIRUN",
@@ -20,8 +19,8 @@ DEFAULTS = (
 )
 
 
-def search() -> None:
-    """`cifarnet.train` as a multirun whose jobs Optuna chooses (`sweeps.search`)."""
+def command() -> None:
+    """Run `cifarnet.train` as a sweep whose jobs Optuna chooses (`sweeps.search`)."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
             "cifarnet.search needs Optuna: pip install 'cifarnet[search]' (in a checkout: pip install -e '.[search]')"
@@ -31,17 +30,14 @@ def search() -> None:
 
 
 def study_name(arguments: Sequence[str]) -> str:
-    """The same for the same search, however it is asked for: so it goes on where it was, and others lie elsewhere."""
-    of = sorted(argument for argument in arguments if not argument.startswith(("hydra.", "hydra/", "-")))
-    return f"search_{hashlib.sha256(' '.join(of).encode()).hexdigest()[:8]}"
+    """Return a name made from the settings, in any order, so that the same search continues in the same folder."""
+    settings = sorted(argument for argument in arguments if not argument.startswith(("hydra.", "hydra/", "-")))
+    return f"search_{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:8]}"
 
 
 def main() -> None:
-    """The command `python -m cifarnet.search`."""
-    if distributed.placement().world_size > 1:
-        cli.run(lambda: distributed.run_ranks(search, train.train_run))
-    else:
-        cli.run(search)
+    """Run `python -m cifarnet.search`."""
+    train.main(command)
 
 
 if __name__ == "__main__":

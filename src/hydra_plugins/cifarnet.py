@@ -1,18 +1,12 @@
-"""Hydra takes sweepers and launchers from this package alone."""
+"""The classes that Hydra loads as plugins, which it takes from this package only."""
 
 import contextlib
-from typing import Any
-
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from cifarnet.sweeps import grid, search
 
 
-class Sweep(BasicSweeper):
-    """Hydra's own sweeper: all combinations, and a table at the end, however it comes."""
-
-    def sweep(self, arguments: list[str]) -> Any:
-        return grid.run(self, arguments)
+class Sweep(grid.Sweep):
+    __doc__ = grid.Sweep.__doc__
 
 
 class Search(search.Search):
@@ -24,8 +18,3 @@ with contextlib.suppress(ModuleNotFoundError):  # the extra [slurm]
 
     class Slurm(slurm.Slurm):
         __doc__ = slurm.Slurm.__doc__
-
-        def follow(self, job: dict[str, Any]) -> None:
-            from cifarnet import train
-
-            train.follow(job)

@@ -193,7 +193,7 @@ def test_processes_of_a_search_are_jobs_and_one_takes_over_from_another(cluster,
     assert status == 0
     assert "4 of 4 jobs done" in told
     printed = "".join(file.read_text() for file in (tmp_path / "search/.submitit").glob("*/*.out"))
-    assert "was cut off: goes on" in printed
+    assert "was cut off, and continues" in printed
 
 
 def test_two_tasks_train_one_network(cluster, tmp_path):

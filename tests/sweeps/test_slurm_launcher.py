@@ -11,7 +11,7 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from cifarnet import cli, search, train
-from cifarnet.sweeps.jobs import resumed_sweep
+from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.sweeps.slurm import Task
 from cifarnet.system import hardware
 from conftest import SMALL
@@ -75,7 +75,7 @@ def test_what_slurm_loses_is_told(command, cluster):
         assert f"\n#SBATCH --{line}\n" in script
     assert "\nexport SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\necho ready\n" in script
     assert "In SLURM's queue: 7_0 to 7_2." in printed
-    assert "Job 1 was ended: SLURM says nothing. See sweep/.submitit/7_1" in printed
+    assert "Job 1: ended by SLURM (state unknown). See sweep/.submitit/7_1" in printed
     assert error == "Error: Job 0 was ended before it was done.\n"
 
 
@@ -100,7 +100,7 @@ def test_jobs_run_and_a_sweep_that_is_resumed_waits_for_those_in_the_queue(comma
     status, printed, error = command("sweep.resume=sweep")
     assert "Job 0 is done" in printed
     assert "In SLURM's queue already: 7_1" in printed
-    assert "goes on from sweep/1/checkpoints/last.ckpt" in (cluster / "out.txt").read_text()
+    assert "continues from sweep/1/checkpoints/last.ckpt" in (cluster / "out.txt").read_text()
     assert json.loads((cluster / "sweep/1/metrics.json").read_text())["history"] == whole["history"]
     assert status == 1  # nothing takes job 2
 
@@ -135,7 +135,7 @@ def interrupted(number: int) -> Callable[[], None]:
         (signal.SIGUSR2, "RUNNING", {}, "It is in SLURM's queue again."),
         (signal.SIGTERM, "RUNNING", {}, "It is in SLURM's queue again."),
         (signal.SIGTERM, "COMPLETING", {}, "SLURM ends this job"),
-        (signal.SIGUSR2, "RUNNING", {"SLURM_RESTART_COUNT": "3"}, "It was restarted 3 times: not again"),
+        (signal.SIGUSR2, "RUNNING", {"SLURM_RESTART_COUNT": "3"}, "It was restarted 3 times"),
         (signal.SIGUSR2, "RUNNING", {"SLURM_PROCID": "1"}, ""),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_job_that_was_only_warned_asks_to_be_queued_again(
     (cluster / "state.txt").write_text(state)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
-        Task(interrupted(number), train.follow, most=3)()
+        Task(interrupted(number), train.train_run, max_restarts=3)()
     assert end.value.code == 128 + number
     assert signal.getsignal(number) == before
     assert told in capsys.readouterr().err
@@ -181,17 +181,14 @@ def test_a_sweep_may_be_resumed_on_another_launcher(tmp_path):
     overrides = {"hydra": {"overrides": {"hydra": hydra, "task": ["seed=0,1"]}, "sweeper": {}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(overrides))
     resume = f"sweep.resume={tmp_path}"
-    kept = ["hydra/launcher=slurm", "hydra.launcher.partition=main", "seed=0,1"]
-    assert resumed_sweep([resume, "hydra.launcher.mem_gb=64"])[1:5] == [*kept, "hydra.launcher.mem_gb=64"]
-    assert resumed_sweep([resume, "hydra/launcher=basic"])[1:3] == ["seed=0,1", "hydra/launcher=basic"]
+    kept = ["hydra.mode=MULTIRUN", "hydra/launcher=slurm", "hydra.launcher.partition=main", "seed=0,1"]
+    assert resume_arguments([resume, "hydra.launcher.mem_gb=64"])[1:6] == [*kept, "hydra.launcher.mem_gb=64"]
+    assert resume_arguments([resume, "hydra/launcher=basic"])[2:4] == ["seed=0,1", "hydra/launcher=basic"]
 
 
 def test_a_launcher_without_a_sweep_is_refused(command):
     status, _, error = command(*LEAN, "hydra/launcher=slurm")
-    assert (status, error) == (
-        1,
-        "Error: hydra/launcher=slurm launches jobs of a sweep: add -m. (One run makes a sweep too.)\n",
-    )
+    assert (status, "hydra/launcher=slurm" in error, "add -m" in error) == (1, True, True)
 
 
 def test_a_launcher_that_is_not_installed_is_named():

@@ -10,8 +10,11 @@ import sys
 import psutil
 import pytest
 import torch
+import yaml
 
 from cifarnet.data import Synthetic
+from cifarnet.errors import UserError
+from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.system import files
 from conftest import OWN, SMALL, assert_same_weights, signal_at
 
@@ -39,7 +42,7 @@ def test_resuming_runs_only_what_is_missing(command, tmp_path):
     status, printed, error = command("sweep.resume=sweep")
     assert status == 0, error
     assert "Job 0 is done" in printed
-    assert "Job 1 goes on from sweep/1/checkpoints/last.ckpt" in printed
+    assert "Job 1 continues from sweep/1/checkpoints/last.ckpt" in printed
     assert "3 of 3 jobs done" in printed
     again = [json.loads((tmp_path / f"sweep/{job}/metrics.json").read_text()) for job in "012"]
     assert again[0]["finished"] == finished[0]
@@ -69,7 +72,7 @@ def test_a_job_whose_images_were_read_before_is_refused_what_they_are_too_small_
     swept = ["data.crop_padding=2,40", f"hydra.sweep.dir={tmp_path / 'a'}"]
     status, _, told = command("-m", *TINY, *swept)
     assert status == 1
-    assert "Job 1 failed: data.crop_padding=40 is too much for images of 32 pixels" in told
+    assert "Job 1 failed: data.crop_padding=40 " in told
 
 
 def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
@@ -82,7 +85,7 @@ def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["sweep.resume=nowhere"], "no sweep in that folder"),
+        (["sweep.resume=nowhere"], "holds no sweep"),
         (
             ["-m", *TINY, "data.val_fraction=0", "optimizer.lr=0.1,0.2"],
             "Sweeping optimizer.lr with data.val_fraction=0",
@@ -105,17 +108,17 @@ def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["seed=range(0)"], "seed=range(0) names no value: nothing to run."),
-        (["seed=range(5,1)"], "seed=range(5,1) names no value"),
-        (["optimizer=glob(x*)"], "optimizer=glob(x*) names no value"),
-        (["seed=range(0,3,0)"], "seed=range(0,3,0) names no value"),
-        (["seed=range(1000000000)"], "names 1,000,000,000 values"),
+        (["seed=range(0)"], "seed=range(0) has no values"),
+        (["seed=range(5,1)"], "seed=range(5,1) has no values"),
+        (["optimizer=glob(x*)"], "optimizer=glob(x*) has no values"),
+        (["seed=range(0,3,0)"], "seed=range(0,3,0) has no values"),
+        (["seed=range(1000000000)"], "has 1,000,000,000 values"),
         (["optimizer.lr=range(0.0,nan,0.1)"], "give finite numbers"),
         (["seed=range(999)", "split=range(999)"], "998,001 combinations"),
         (["optimizer.lr=interval(0,1)"], "Use cifarnet.search"),
         (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe has the wrong type"),
-        (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1: give 0 or more"),
-        (["seed=0,1", "hydra/launcher=parallel", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: give"),
+        (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1 is out of range"),
+        (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range"),
         (["optimizer=sgd,none"], "There is no optimizer=none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -128,17 +131,17 @@ def test_a_sweep_of_nothing_is_refused_before_a_folder_is_made(command, tmp_path
     assert not (tmp_path / "lightning_logs").exists()
 
 
-REFUSED = ["-m", *LEAN, "data.val_fraction=0,0.1", "seed=range(2)", "optimizer.lr=0.01,0.02"]
+FAILING = ["-m", *LEAN, "optimizer.lr=-1,0.01", "seed=range(2)", "data.val_fraction=0.1,0.2"]
 
 
-def test_a_job_that_is_refused_has_failed_and_may_stop_the_sweep(command, tmp_path):
-    status, printed, error = command(*REFUSED, "hydra.sweep.dir=sweep")
+def test_a_failed_job_can_stop_the_sweep(command, tmp_path):
+    status, printed, error = command(*FAILING, "hydra.sweep.dir=sweep")
     assert status == 1
     assert "4 of 8 jobs done, 4 failed" in printed
     assert "cut off" not in printed
-    assert "Job 0 failed: Sweeping data.val_fraction, optimizer.lr with data.val_fraction=0" in error
+    assert "Job 0 failed: optimizer: Invalid learning rate: -1" in error
     assert error.count("Error") == 1
-    status, printed, _ = command(*REFUSED, "hydra.sweep.dir=stopped", "sweep.stop_at_failure=true")
+    status, printed, _ = command(*FAILING, "hydra.sweep.dir=stopped", "sweep.stop_at_failure=true")
     assert status == 1
     assert "0 of 8 jobs done, 1 failed" in printed
     assert not (tmp_path / "stopped/7").exists()
@@ -149,11 +152,11 @@ def test_a_job_that_is_refused_has_failed_and_may_stop_the_sweep(command, tmp_pa
 
 def test_parallel_jobs_tell_their_names_and_failures(tmp_path):
     parallel = ["hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}/sweep", "threads=1"]
-    program = [sys.executable, "-m", "cifarnet.train", *REFUSED, *parallel]
+    program = [sys.executable, "-m", "cifarnet.train", *FAILING, *parallel]
     result = subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
     assert "4 of 8 jobs done, 4 failed" in result.stdout
-    assert "[0] Job 0 failed: Sweeping data.val_fraction, optimizer.lr" in result.stderr
+    assert "[0] Job 0 failed: optimizer: Invalid learning rate: -1" in result.stderr
     assert result.stderr.count("Error") == 1
     assert sorted(re.findall(r"^\[(\d)\]   test accuracy ", result.stdout, re.MULTILINE)) == ["4", "5", "6", "7"]
 
@@ -174,39 +177,55 @@ def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
     assert "4 of 4 jobs done" in printed
     assert "Job 0: sweep/0/metrics.json cannot be read" in printed.replace(f"{tmp_path}/", "")
     for job in "23":
-        assert f"Job {job} is trained anew: " in printed
+        assert f"Job {job} is trained from the beginning: " in printed
         assert [path.name for path in (tmp_path / "sweep" / job).glob("damaged_*/*.ckpt")]
     again = json.loads((jobs[2] / "metrics.json").read_text())
     assert again["history"] == json.loads(whole)["history"]
 
 
-def test_no_address_comes_from_a_sweeps_record(command, tmp_path):
-    own = [line for line in TINY if line != "~logger"]
-    begin = ["-m", *own, "logger=csv", "logger.csv.name=theirs", "seed=0,1", "hydra.sweep.dir=sweep"]
-    assert command(*begin)[0] == 0
-    shutil.rmtree(tmp_path / "sweep/1")
-    status, printed, error = command("sweep.resume=sweep", "logger.csv.version=mine")
-    assert status == 0, error
-    assert "Not taken from the sweep: logger.csv.name=theirs. Give them in the command." in printed
-    assert "Job 0 is done" in printed
-    assert [path.name for path in (tmp_path / "sweep/1").glob("*/")].count("mine") == 1
-    assert not (tmp_path / "sweep/1/theirs").exists()
-
-
-def test_what_a_record_may_not_bring_along_is_given_anew(command, tmp_path):
+def test_a_resumed_sweep_repeats_its_settings_and_takes_new_ones_that_decide_nothing(command, tmp_path):
     (tmp_path / "conf/optimizer").mkdir(parents=True)
     (tmp_path / "conf/optimizer/mine.yaml").write_text("{_target_: torch.optim.RMSprop, lr: 0.001}")
-    own, named = ["--config-dir", "conf"], ["hydra.job.name=mine"]
-    assert command("-m", *own, *LEAN, *named, "optimizer=mine", "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    config_dir = ["--config-dir", "conf"]
+    logger = ["logger=csv", "logger.csv.name=first"]
+    settings = [line for line in LEAN if line != "~logger"]
+    begin = ["-m", *config_dir, *settings, *logger, "hydra.job.name=mine", "optimizer=mine", "seed=0,1"]
+    assert command(*begin, "hydra.sweep.dir=sweep")[0] == 0
     shutil.rmtree(tmp_path / "sweep/1")
-    status, _, error = command("sweep.resume=sweep", *own)
-    assert (status, "asks for hydra.job.name=mine" in error) == (1, True)
-    status, printed, error = command("sweep.resume=sweep", *own, *named)
+    changed = ["logger.csv.version=mine", "trainer.enable_progress_bar=false", "threads=1"]
+    status, printed, error = command("sweep.resume=sweep", *config_dir, *changed)
     assert status == 0, error
     assert "Job 0 is done" in printed
     assert "2 of 2 jobs done" in printed
-    status, _, error = command("sweep.resume=sweep", "hydra.sweep.dir=other", "seed=3")
-    assert (status, "leave out hydra.sweep.dir=other seed=3" in error) == (1, True)
+    assert (tmp_path / "sweep/1/first/mine").is_dir()
+    assert (tmp_path / "sweep/1/mine.log").is_file()
+    for refused in ("hydra.sweep.dir=other", "seed=3", "optimizer.lr=0.1", "name=other"):
+        status, _, error = command("sweep.resume=sweep", refused)
+        assert (status, "sweep.resume=sweep" in error, f"Remove {refused}" in error) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "+callbacks.x={_target_: os.mkdir, path: exploded}",
+        "+callbacks.x._target_=os.mkdir",
+        "++callbacks.x._target_=torch.load,os.mkdir",
+        "+recipe.a.b=[{_target_: os.mkdir, path: exploded}]",
+        "model=choice(cnn,{_target_: os.mkdir})",
+        "+hydra.callbacks.x={_target_: os.mkdir, path: exploded}",
+        "+hydra.sweeper.params.recipe='{_target_: os.mkdir, path: exploded}'",
+    ],
+)
+def test_a_sweep_that_names_a_foreign_class_is_not_resumed_unless_it_is_allowed(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    params = {"recipe": "{_target_: os.mkdir, path: exploded}"} if "params" in line else {}
+    overrides = {"hydra": [line] if line.lstrip("+").startswith("hydra") else [], "task": ["seed=0,1", line]}
+    (tmp_path / "multirun.yaml").write_text(
+        yaml.dump({"hydra": {"overrides": overrides, "sweeper": {"params": params}}})
+    )
+    with pytest.raises(UserError, match=r"multirun.yaml names the class os.mkdir.*classes=\[os.mkdir\]"):
+        resume_arguments(["sweep.resume=."])
+    assert line in resume_arguments(["sweep.resume=.", "classes=[os.mkdir]"])
 
 
 def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
@@ -234,7 +253,7 @@ def test_two_processes_do_not_work_on_one_sweep(command, tmp_path):
         for arguments in (["sweep.resume=sweep"], ["-m", *TINY, "seed=5,6", "hydra.sweep.dir=sweep"]):
             status, printed, error = command(*arguments)
             assert (status, printed) == (1, "")
-            assert error.startswith("Error: Another process is at work in sweep.")
+            assert error.startswith("Error: Another process uses sweep.")
     assert (tmp_path / "sweep/multirun.yaml").read_text() == before
     assert command("sweep.resume=sweep")[0] == 0
 
@@ -297,7 +316,7 @@ def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes half a second")
 def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
-    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet.system import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import re; re.match('(a+)+b', 'a' * 100)"  # lets no other thread run
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
@@ -313,7 +332,7 @@ def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
 
 
 def test_jobs_end_with_the_process_that_started_them():
-    job = "import os; from cifarnet import hardware; hardware.end_with_parent(os.getppid()); "
+    job = "import os; from cifarnet.system import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import time; time.sleep(60)"
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "

@@ -1,85 +1,106 @@
-"""A sweep over all combinations of the values given."""
+"""A sweep over all combinations of values."""
 
 import contextlib
-import functools
+import itertools
 import math
-import signal
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
-from cifarnet.errors import Interrupted, UserError
-from cifarnet.sweeps import jobs, parallel, space
+from cifarnet import cli
+from cifarnet.errors import UserError
+from cifarnet.schema import Range, check_settings
+from cifarnet.sweeps import jobs, multirun, parallel, space
 from cifarnet.sweeps.summary import resume_command, summarize
 from cifarnet.system import files
 
 
-def run(sweeper: BasicSweeper, arguments: list[str]) -> list[JobReturn]:
-    """What Hydra's sweeper does; one process at a time, a signal lets parallel jobs save, and in the end a table.
+@dataclass
+class Sweep(Sweeper):
+    """A Hydra sweeper that runs all combinations of the values of a command and prints a table of the results.
+
+    Args:
+        max_batch_size: the largest number of jobs to give to the launcher at once; None: all of them.
+        params: sweeps in addition to those of the command, such as {"optimizer.lr": "0.1,0.2"}.
+    """
+
+    max_batch_size: Annotated[int, Range(1)] | None = None
+    params: dict[str, str] | None = None
+    config: DictConfig = field(init=False)
+    hydra_context: HydraContext = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self), Sweep, "hydra.sweeper.")
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher: Any = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        self.num_workers = parallel.num_parallel(config.hydra.launcher)
+        if self.num_workers > 1 and not jobs.uses_one_device(config):
+            devices = f"trainer.devices={config.trainer.devices}"
+            raise UserError(f"{devices}: jobs on several devices run one after the other. Remove hydra/launcher.")
+        if self.num_workers > 1:
+            self.launcher.joblib |= parallel.worker_settings(self.num_workers)
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Run the jobs, and print the table of the results, however the sweep ends.
+
+        Raises:
+            UserError: there is nothing to run, another process runs this sweep, or a job failed (the others are run).
+            Interrupted: stopped by a signal; the message has the command that resumes the sweep.
+        """
+        lines = [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides(lines)
+        multirun.check(self.config, [override.key_or_group for override in overrides if override.is_sweep_override()])
+        job_overrides = combinations(overrides)
+        self._check_choices(job_overrides)
+        folder = Path(self.config.hydra.sweep.dir)
+        batch_size = self.max_batch_size or len(job_overrides)
+        forwarded = parallel.forwarded_signals(multirun.stop_file(folder), resume_command(folder))
+        results: list[JobReturn] = []
+        with files.exclusive(folder):
+            multirun.begin(self.config, folder)
+            try:
+                with forwarded if self.num_workers > 1 else contextlib.nullcontext():
+                    for first in range(0, len(job_overrides), batch_size):
+                        results += self.launcher.launch(job_overrides[first : first + batch_size], first)
+            finally:
+                summarize(folder, len(job_overrides), resume_command(folder))
+        jobs.raise_first_failure(results)
+        return results
+
+    def _check_choices(self, job_overrides: Sequence[Sequence[str]]) -> None:
+        """Compose a config for each combination of config files, to find a wrong name before any job runs.
+
+        All jobs would take too long: a config takes a tenth of a second.
+        """
+        loader = self.hydra_context.config_loader
+        chooses = [bool(loader.get_group_options(cli.key_of(override))) for override in job_overrides[0]]
+        distinct = {tuple(itertools.compress(overrides, chooses)): overrides for overrides in job_overrides}
+        self.validate_batch_is_legal(list(distinct.values()))
+
+
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Return the overrides of each job.
 
     Raises:
-        UserError: there is nothing to run, or another process runs it.
-        Exception: what the first job that failed raised, after the others.
+        UserError: there are none, or too many.
     """
-    assert sweeper.hydra_context is not None
-    jobs.check_sweep(sweeper.config)
-    lines = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *arguments]
-    parsed = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader).parse_overrides(lines)
-    check_number(parsed)
-    batches = sweeper.split_arguments(parsed, sweeper.max_batch_size)
-    sweeper.validate_batch_is_legal(differing(sweeper, [job for batch in batches for job in batch]))
-    folder = Path(sweeper.config.hydra.sweep.dir)
-    with files.exclusive(folder):
-        jobs.begin(sweeper.config, folder)
-        try:
-            results = launch(sweeper, batches, folder)
-        finally:
-            summarize(folder, sum(map(len, batches)), resume_command(folder))
-    for result in results:
-        jobs.raise_failure(result)
-    return results
-
-
-def check_number(parsed: Sequence[Override]) -> None:
-    """Refuse a sweep without jobs, or with more than anyone means."""
-    jobs = math.prod(len(space.values(override)) for override in parsed if override.is_sweep_override())
-    if jobs > space.MOST:
-        raise UserError(f"These are {jobs:,} combinations. Give {space.MOST:,} or less, or use cifarnet.search.")
-
-
-def differing(sweeper: BasicSweeper, jobs: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Those of which the configs must be composed to know that all can be: one of each combination of groups' choices.
-
-    Composing takes a tenth of a second, and other values cannot make it fail.
-    """
-    loader = sweeper.hydra_context.config_loader
-    groups = functools.cache(lambda key: bool(loader.get_group_options(key)))
-    found: dict[tuple[str, ...], Sequence[str]] = {}
-    for job in jobs:
-        parted = [override.partition("=") for override in job]
-        found.setdefault(tuple(f"{key}={value if groups(key.lstrip('+~')) else ''}" for key, _, value in parted), job)
-    return list(found.values())
-
-
-def launch(sweeper: BasicSweeper, batches: Sequence[Sequence[Sequence[str]]], folder: Path) -> list[JobReturn]:
-    """Run the jobs."""
-    beside = parallel.jobs_at_a_time(sweeper.config.hydra.launcher) > 1
-    results: list[JobReturn] = []
-    with contextlib.ExitStack() as stack:
-        received = stack.enter_context(parallel.passing_signals(jobs.stop_file(folder))) if beside else []
-        if beside:
-            stack.enter_context(parallel.joblib_of_ones_own())
-        try:
-            for batch in batches:
-                results += sweeper.launcher.launch(batch, initial_job_idx=len(results))
-        except BaseException:
-            if not received:
-                raise
-    if received:
-        what = f"Stopped by {signal.Signals(received[0]).name}."
-        raise Interrupted(what, 128 + received[0], resume_command(folder))
-    return results
+    choices: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        values = space.values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    if (number := math.prod(map(len, choices.values()))) > space.MOST:
+        raise UserError(f"These are {number:,} combinations. Give {space.MOST:,} or less, or use cifarnet.search.")
+    return [list(job) for job in itertools.product(*choices.values())]

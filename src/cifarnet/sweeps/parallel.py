@@ -1,65 +1,83 @@
-"""Jobs of a sweep side by side: each has its share of the machine, names itself, and stops when the sweep does."""
+"""Jobs of a sweep in worker processes of joblib, each with its share of the machine, and the sweeps' signal handlers.
+
+A terminal's Ctrl-C reaches only the process of the sweep, because each worker has a process group of its own. The sweep
+forwards it to the workers, whose jobs finish their batch and save.
+"""
 
 import contextlib
 import io
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 import psutil
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from cifarnet.errors import Interrupted, UserError
-from cifarnet.system import distributed, hardware
+from cifarnet.errors import Interrupted
+from cifarnet.system import hardware
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-# how many jobs hydra/launcher=parallel runs at a time: one a GPU; two where there is none
-OmegaConf.register_new_resolver("default_jobs", lambda: len(hardware.gpus()) or 2, replace=True)
+WORKER = "CIFARNET_WORKER"  # an environment variable of worker processes
 
 
-def jobs_at_a_time(launcher: DictConfig) -> int:
-    """How many the launcher of a sweep runs; joblib's -1 is one a core."""
-    jobs = launcher.get("n_jobs", 1)
-    if type(jobs) is not int or jobs == 0:
-        raise UserError(f"hydra.launcher.n_jobs={jobs}: give a whole number, 1 or more; -1 is one a core.")
-    return jobs if jobs > 0 else hardware.cores()
+def num_parallel(launcher: DictConfig) -> int:
+    """Return the number of jobs that a launcher runs at a time.
+
+    Its setting `n_jobs` is 0 for one per GPU, or 2 without GPUs; -1 for one per core; or the number.
+    """
+    n_jobs = launcher.get("n_jobs", 1)
+    if n_jobs == 0:
+        return len(hardware.gpus()) or 2
+    return n_jobs if n_jobs > 0 else hardware.cores()
+
+
+def worker_settings(num_workers: int) -> dict[str, Any]:
+    """Return the arguments of `joblib.Parallel` for so many workers."""
+    return {"n_jobs": num_workers, "initializer": _start_worker, "initargs": (os.getpid(), num_workers)}
+
+
+def _start_worker(parent: int, num_workers: int) -> None:
+    hardware.end_with_parent(parent)
+    for number in SIGNALS:  # between jobs
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform != "win32":
+        os.setpgid(0, 0)
+    os.environ[WORKER] = "1"
+    import torch
+
+    torch.set_num_threads(max(1, hardware.cores() // num_workers))
+
+
+def is_worker() -> bool:
+    """Whether this process runs jobs in parallel with others."""
+    return WORKER in os.environ
 
 
 @contextlib.contextmanager
-def side_by_side(config: DictConfig, name: str) -> Iterator[bool]:
-    """What a job's process does where others run beside it. Yields whether they do."""
-    jobs = jobs_at_a_time(HydraConfig.get().launcher)
-    if jobs == 1:
-        yield False
+def job_in_worker(config: DictConfig, name: str) -> Iterator[None]:
+    """In a worker process, give a job a GPU, handlers for signals, and its name before each line that it prints."""
+    if not is_worker():
+        yield
         return
-    if config.trainer.devices != 1 or distributed.placement().world_size > 1:
-        raise UserError("Runs on several devices are trained one after the other: leave out hydra/launcher.")
     if config.trainer.accelerator != "cpu":
         hardware.claim_gpu()
-    if config.threads is None:
-        import torch
-
-        torch.set_num_threads(max(1, hardware.cores() // jobs))
-    out, err = Named(sys.stdout, name), Named(sys.stderr, name)
-    with _own_signals(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield True
+    out, err = NamedLines(sys.stdout, name), NamedLines(sys.stderr, name)
+    with interrupting(SIGNALS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
-class Named(io.TextIOBase):
-    """Passes whole lines on, each after the name of its job."""
+class NamedLines(io.TextIOBase):
+    """Writes each line to a stream after the name of its job."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        self.stream, self.name, self.begun = stream, name, ""
+        self.stream, self.name, self.unfinished = stream, name, ""
 
     def write(self, text: str) -> int:
-        *lines, self.begun = (self.begun + text).split("\n")
+        *lines, self.unfinished = (self.unfinished + text).split("\n")
         for line in lines:
             self.stream.write(f"[{self.name}] {line}\n" if line else "\n")
         self.stream.flush()
@@ -67,75 +85,54 @@ class Named(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Signals come from the process that started this one (`passing_signals`): they stop a job, and nothing between."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("Stopped.", status=128 + number)
-
-    if sys.platform == "win32":
-        yield
-        return
-    try:
-        for number in SIGNALS:
-            signal.signal(number, stop)
-        os.setpgid(
-            0, 0
-        )  # a terminal's Ctrl-C goes to its whole group; and who started this one sees that it may stop it
-        yield
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def passing_signals(stop_file: Path) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are passed on to the jobs, and this process waits until they have saved.
+def forwarded_signals(stop_file: Path, command: str) -> Iterator[None]:
+    """Forward the first Ctrl-C or SIGTERM to the workers, and wait until their jobs have saved.
 
     Args:
-        stop_file: made then, so that no other job begins.
+        stop_file: created on the signal, so that no further job begins.
+        command: resumes the sweep.
 
-    Yields:
-        The signal received.
+    Raises:
+        Interrupted: at the end, if there was a signal.
     """
     received: list[int] = []
 
-    def receive(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
+        handlers.close()  # a second signal stops at once
         received.append(number)
-        restore()
         stop_file.touch()
-        print("\nFinishing the batches. Once more stops at once, without saving.", file=sys.stderr, flush=True)
-        for child in psutil.Process().children():  # one that still starts will find the file
+        print("\nFinishing the batches. A second signal stops at once, without saving.", file=sys.stderr, flush=True)
+        for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getpgid(child.pid) == child.pid:
+                if os.getpgid(child.pid) == child.pid:  # `_start_worker` has run
                     child.send_signal(signal.SIGINT)
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as handlers:
+        if sys.platform != "win32":  # its consoles send Ctrl-C to the workers
+            handlers.enter_context(_handled(SIGNALS, forward))
+        try:
+            yield
+        except BaseException:
+            if not received:
+                raise
+    if received:
+        raise Interrupted(f"Stopped by {signal.Signals(received[0]).name}.", 128 + received[0], command)
 
-    previous: dict[int, Any] = {}
-    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, receive) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        restore()
+
+def interrupting(numbers: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Raise `Interrupted` on these signals."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
+
+    return _handled(numbers, interrupt)
 
 
 @contextlib.contextmanager
-def joblib_of_ones_own() -> Iterator[None]:
-    """joblib's processes end with this one from their first moment on, before any job of theirs begins."""
-    from joblib import parallel
-    from joblib._parallel_backends import LokyBackend
-
-    class Ending(LokyBackend):
-        def configure(self, *args: Any, **settings: Any) -> int:
-            return super().configure(*args, **settings, initializer=hardware.end_with_parent, initargs=(os.getpid(),))
-
-    before = parallel.BACKENDS["loky"]
-    parallel.register_parallel_backend("loky", Ending)
+def _handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        parallel.register_parallel_backend("loky", before)
+        for number, before in previous.items():
+            signal.signal(number, before)

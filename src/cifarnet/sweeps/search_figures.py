@@ -22,11 +22,14 @@ def draw(study: "Study", folder: Path) -> None:
 
     from cifarnet.records import figures
 
-    name = {"target_name": "validation accuracy"}
+    name = "validation accuracy"
     with warnings.catch_warnings(), matplotlib.rc_context({"figure.dpi": 150, "savefig.bbox": "tight"}):
         warnings.simplefilter("ignore")  # Optuna calls them experimental
         pyplot.switch_backend("agg")  # no windows
-        drawn = {"history": plots.plot_optimization_history(study, **name), "slices": plots.plot_slice(study, **name)}
+        drawn = {
+            "history": plots.plot_optimization_history(study, target_name=name),
+            "slices": plots.plot_slice(study, target_name=name),
+        }
         drawn["importances"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         for file, axes in drawn.items():
             figure = np.ravel(axes)[0].figure

@@ -1,77 +1,143 @@
-"""A search's trials, and the folders they lie in, of which some may be on other machines."""
+"""The trials of a study, which any number of processes draw and run."""
 
-import platform
-import secrets
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cifarnet import cli
+from filelock import FileLock
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
 from cifarnet.errors import UserError
-from cifarnet.records.json_file import read
 from cifarnet.records.tables import Run, read_sweep
+from cifarnet.sweeps.jobs import Outcome
+from cifarnet.sweeps.storage import FOLDER, Database, Journal, trial_id
 from cifarnet.system import files
 
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.trial import FrozenTrial
-
-    from cifarnet.sweeps.database import Database
-
-COMMON = "common"  # the study's attribute: what its trials have in common, and what is searched
-PLACE = "folder"  # a trial's attribute in a database: on which machine it runs, and where
-OUTCOMES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
+STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
-def here(folder: Path) -> str:
-    """A study's folder as no other is called: machines may share a name, and paths, as copies of one image do."""
-    token = folder / "place.txt"
-    if not token.exists():
-        files.write(token, secrets.token_hex(4))
-    return f"{platform.node()}#{read(token, str.strip)}:{folder.resolve()}"
+@dataclass
+class Trials:
+    """The trials of a study.
 
+    A process that runs a trial holds the lock `<number>.lock` in the search's folder until it ends. For trials that run
+    outside this folder, the storage has heartbeats.
 
-def told(study: "Study", folder: Path, place: str, database: "Database | None") -> dict[str, Run]:
-    """The study's trials by number, as far as it knows them: the finished ones, and what other processes are at."""
+    Args:
+        space: the distribution of each setting that is searched.
+        folder: the search's folder.
+        count: the number of trials that the study should have.
+    """
 
-    def running(trial: "FrozenTrial") -> bool:
-        if files.is_locked(folder / f"{trial.number}.lock"):
-            return True
-        elsewhere = database is not None and trial.user_attrs.get(PLACE) != place  # where only a heartbeat tells
-        return elsewhere and not database.heard(trial._trial_id)[1]
+    study: Study
+    storage: Journal | Database
+    space: dict[str, BaseDistribution]
+    folder: Path
+    count: int
+    lock: FileLock | None = None  # of the trial that this process runs
 
-    runs = {}
-    for trial in study.get_trials(deepcopy=False):
-        state = trial.state.name
-        if status := "running" if state == "RUNNING" and running(trial) else OUTCOMES.get(state):
-            lines = [*study.user_attrs[COMMON]["fixed"], *(f"{key}={value}" for key, value in trial.params.items())]
-            settings = {key: value for key, _, value in (line.partition("=") for line in lines)}
-            numbers = {} if trial.value is None else {"val_accuracy": trial.value}
-            own = Path(trial.user_attrs.get(PLACE, ""), str(trial.number))
-            runs[str(trial.number)] = Run(own, settings, status, numbers=numbers)
-    return runs
+    def next(self) -> Trial | None:
+        """Return a trial whose process has died, or a new one; None if there are enough. It is locked until the next
+        call."""
+        self.release()
+        trial = self._draw()
+        if trial is None and (elsewhere := self._unlocked()):
+            numbers = ", ".join(str(running.number + 1) for running in elsewhere)
+            print(f"Waiting for heartbeats from other machines: trial {numbers}", flush=True)
+            time.sleep(self.storage.timeout + 1)  # a database's clock may have whole seconds
+            trial = self._draw()
+        return trial
 
+    def tell(self, trial: Trial, outcome: Outcome) -> None:
+        """Record the outcome of a trial. A trial that was interrupted remains open, and is continued later."""
+        if (state := STATES.get(outcome.status)) is not None:
+            score = outcome.score if outcome.status == "done" else None
+            self.study.tell(trial, score, state, skip_if_finished=True)  # another machine may have run it, too
 
-def check_folder(study: "Study", folder: Path) -> None:
-    """Refuse one in which another study's trials lie, such as those of a search that had no database."""
-    runs = read_sweep(folder)  # first: other processes are at work
-    params = {str(trial.number): trial.params for trial in study.get_trials(deepcopy=False)}
-    for run in runs:
-        own = params.get(run.folder.name)
-        if own is None or any(run.settings.get(key, str(value)) != str(value) for key, value in own.items()):
-            raise UserError(
-                f"{run.folder} is no trial of the study {study.study_name}. Choose another folder with "
-                "hydra.sweep.dir=…, or another hydra.sweeper.study_name."
-            )
+    def release(self) -> None:
+        """Unlock the trial of this process."""
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
 
+    def num_missing(self) -> int:
+        """The number of trials that are not finished yet."""
+        return self.count - sum(trial.state.is_finished() for trial in self._all())
 
-def differences(saved: Mapping[str, Any], common: Mapping[str, Any]) -> str:
-    """What only one of the two has, of what decides a trial's figures."""
-    before, now = (
-        {line for line in of["fixed"] if cli.key_of(line) not in ("classes", "data.url", "data.root")}
-        | {f"{key} in {values}" for key, values in of["space"].items()}
-        for of in (saved, common)
-    )
-    parts = [f"without {', '.join(sorted(now - before))}"] if now - before else []
-    parts += [f"with {', '.join(sorted(before - now))}"] if before - now else []
-    return " and ".join(parts)
+    def runs(self, fixed: Sequence[str]) -> dict[str, Run]:
+        """The trials that are finished or running, by number.
+
+        Args:
+            fixed: the overrides that they share.
+        """
+        statuses: dict[TrialState, str] = {state: status for status, state in STATES.items()}
+        with self.storage.lock:
+            dead = {trial.number for trial in self._unlocked() if self.storage.is_dead(trial)}
+        pairs = (override.partition("=") for override in fixed)
+        shared = {key: value for key, _, value in pairs if not key.startswith("sweep.") and key != "classes"}
+        runs = {}
+        for trial in self._all():
+            is_running = trial.state == TrialState.RUNNING and trial.number not in dead
+            if status := "running" if is_running else statuses.get(trial.state):
+                settings = shared | {key: str(value) for key, value in trial.params.items()}
+                folder = Path(trial.user_attrs.get(FOLDER, ""), str(trial.number))
+                numbers = {} if trial.value is None else {"val_accuracy": trial.value}
+                runs[str(trial.number)] = Run(folder, settings, status, numbers=numbers)
+        return runs
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds trials of another study.
+
+        Raises:
+            UserError: it does.
+        """
+        runs = read_sweep(self.folder)  # before the study, to which other processes add trials
+        params = {str(trial.number): trial.params for trial in self._all()}
+        for run in runs:
+            expected = params.get(run.folder.name)
+            if expected is None or any(run.settings.get(key, str(of)) != str(of) for key, of in expected.items()):
+                raise UserError(
+                    f"{run.folder} is not a trial of the study {self.study.study_name}. Choose another folder with "
+                    "hydra.sweep.dir=…, or another hydra.sweeper.study_name."
+                )
+
+    def _draw(self) -> Trial | None:
+        with self.storage.lock:
+            for trial in self._unlocked():
+                if self.storage.is_dead(trial):
+                    print(f"Trial {trial.number + 1} was cut off, and continues", flush=True)
+                    self._enqueue(trial)
+            if self._num_begun() >= self.count:
+                return None
+            drawn = self.study.ask(self.space)  # an enqueued trial, or a new one
+            if self._num_begun(drawn.number) >= self.count:  # another machine has drawn the last one
+                self._enqueue(drawn)
+                return None
+            self.storage.record_heartbeat(trial_id(drawn))
+            self.lock = FileLock(self._lock_file(drawn.number))
+            self.lock.acquire()
+            return drawn
+
+    def _enqueue(self, trial: Trial | FrozenTrial) -> None:
+        """Let a process draw a trial again."""
+        self.storage.record_heartbeat(trial_id(trial))  # so that no other machine takes it for dead
+        self.storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
+
+    def _num_begun(self, before: float = math.inf) -> int:
+        """The number of trials that are not enqueued, with a number below `before`."""
+        return sum(trial.state != TrialState.WAITING and trial.number < before for trial in self._all())
+
+    def _all(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _unlocked(self) -> list[FrozenTrial]:
+        """The running trials that no process in this folder runs."""
+        running = [trial for trial in self._all() if trial.state == TrialState.RUNNING]
+        return [trial for trial in running if not files.is_locked(self._lock_file(trial.number))]
+
+    def _lock_file(self, number: int) -> Path:
+        return self.folder / f"{number}.lock"

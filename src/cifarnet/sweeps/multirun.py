@@ -1,0 +1,120 @@
+"""A sweep as a whole: its checks, its record `multirun.yaml`, from which it is resumed, and its stop file.
+
+Resuming repeats the recorded overrides, which can run any code that a config can name: resume only your own sweeps.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from omegaconf import DictConfig, OmegaConf
+
+from cifarnet import cli
+from cifarnet.allowlist import refuse_foreign_classes
+from cifarnet.config import SweepSettings, effect
+from cifarnet.errors import UserError
+from cifarnet.records.json_file import read
+from cifarnet.schema import check_settings
+from cifarnet.system import files
+
+RECORD = "multirun.yaml"
+FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
+
+
+def check(config: DictConfig, keys: Iterable[str]) -> None:
+    """Check the settings of a sweep before any job runs.
+
+    Args:
+        keys: the settings that it varies.
+
+    Raises:
+        UserError: a setting is wrong, or there are no validation images to choose the best settings by.
+    """
+    check_settings(config.sweep, SweepSettings, "sweep.")
+    chosen = [key for key in keys if key != "seed"]
+    if chosen and config.data.get("val_fraction") == 0:
+        from cifarnet.build import make_data
+
+        if not make_data(config).validates:
+            raise UserError(
+                f"Sweeping {', '.join(chosen)} with data.val_fraction=0 leaves only the test set to choose by. Set "
+                "validation images aside, such as with data.val_fraction=0.1. (Only seed can be swept without.)"
+            )
+
+
+def begin(config: DictConfig, folder: Path) -> None:
+    """Write the record of a sweep that begins or is resumed."""
+    stop_file(folder).unlink(missing_ok=True)
+    files.write(folder / RECORD, OmegaConf.to_yaml(config))
+
+
+def stop_file(folder: Path) -> Path:
+    """Return the file that keeps further jobs of a sweep from beginning while it exists."""
+    return folder / "stop"
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that resumes the sweep in the folder of `sweep.resume=<folder>`.
+
+    Args:
+        arguments: of the command line: `sweep.resume`, `--config-dir`, and overrides that do not affect results, which
+            replace the recorded ones.
+
+    Raises:
+        UserError: there is no sweep in the folder, an override affects results, or the sweep names a class that is not
+            allowed.
+    """
+    folder = Path(cli.value_of("sweep.resume", arguments) or ".")
+    files.refuse_links(folder)
+    recorded, params = _recorded_overrides(folder)
+    flag_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag_parser.add_argument("--multirun", "-m", action="store_true")
+    flag_parser.add_argument("--config-dir", "-cd", default="")
+    flags, others = flag_parser.parse_known_args(list(arguments))
+    overrides = [override for override in others if cli.key_of(override) != "sweep.resume"]
+    if refused := [override for override in overrides if not _can_change(cli.key_of(override))]:
+        raise UserError(
+            f"sweep.resume={folder} repeats that sweep with its own settings. Remove {' '.join(refused)}: only "
+            "settings that do not affect results can be changed."
+        )
+    keys = {"hydra.sweep.dir", "sweep.resume", *map(cli.key_of, overrides)}
+    kept = [override for override in recorded if cli.key_of(override) not in keys]
+    if "hydra/launcher" in keys:  # the recorded settings are those of another launcher
+        kept = [override for override in kept if not override.startswith("hydra.launcher.")]
+    allowed = (cli.value_of("classes", arguments) or "").strip("[]").replace(" ", "").split(",")
+    parser = OverridesParser.create()
+    for override in parser.parse_overrides([*kept, *params]):
+        if isinstance(override.value(), ChoiceSweep):
+            texts = override.sweep_string_iterator()
+        elif override.is_sweep_override():  # of numbers, or of config files
+            continue
+        else:
+            texts = [override.get_value_element_as_str()]
+        name = override.key_or_group.rpartition(".")[2]
+        for text in texts:
+            refuse_foreign_classes({name: parser.parse_override(f"{name}={text}").value()}, folder / RECORD, allowed)
+    quoted = cli.literal(str(folder))
+    config_dir = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
+    return ["--multirun", *config_dir, *kept, *overrides, f"hydra.sweep.dir={quoted}", f"sweep.resume={quoted}"]
+
+
+def _can_change(key: str) -> bool:
+    """Whether a setting can be changed when a sweep is resumed."""
+    is_hydras = key.startswith(("hydra.", "hydra/"))
+    return key not in FIXED and (is_hydras or key == "model.checkpoint" or effect(key) in ("nothing", "speed"))
+
+
+def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the overrides of the command that began a sweep, and those in the config of its sweeper."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"sweep.resume={folder}: that folder holds no sweep ({path} is missing).")
+    record = read(path, yaml.safe_load)
+    try:
+        overrides, params = record["hydra"]["overrides"], record["hydra"]["sweeper"].get("params") or {}
+        return [*overrides["hydra"], *overrides["task"]], [f"{key}={value}" for key, value in params.items()]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: it is not the record of a sweep. Start the sweep again.") from error
