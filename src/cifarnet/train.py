@@ -6,7 +6,7 @@ python -m cifarnet.train +experiment=baseline
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet import cli
 from cifarnet.config import validate
 from cifarnet.errors import UserError
-from cifarnet.sweeps.jobs import resumed_sweep
+from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.sweeps.task import run_hydra
 from cifarnet.system import distributed, files, hardware
 from cifarnet.system.log_output import disable_tensorflow, log_to_file, quiet_libraries, report
@@ -114,7 +114,7 @@ def command(arguments: Sequence[str] | None = None) -> None:
         train(config, checkpoint)
         return
     if cli.value_of("sweep.resume", arguments) is not None:
-        arguments = resumed_sweep(arguments)
+        arguments = resume_arguments(arguments)
     run_hydra(train, arguments)
 
 
@@ -126,12 +126,12 @@ def train_run(run: dict[str, Any]) -> None:
     train(config, run["ckpt_path"])
 
 
-def main() -> None:
-    """Run `python -m cifarnet.train`."""
+def main(run_command: Callable[[], None] = command) -> None:
+    """Run `python -m cifarnet.train`, or another command that trains."""
     if distributed.placement().world_size > 1:
-        cli.run(lambda: distributed.run_ranks(command, train_run))
+        cli.run(lambda: distributed.run_ranks(run_command, train_run))
     else:
-        cli.run(command)
+        cli.run(run_command)
 
 
 if __name__ == "__main__":

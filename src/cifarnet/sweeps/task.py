@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cifarnet.config import CONFIGS
@@ -63,7 +64,7 @@ def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
     try:
         _run_hydra(parsed, parser, task, str(CONFIGS), "train")
     except OSError as error:
-        if task.called:
+        if task.called or isinstance(error, HydraException):  # some of Hydra's are OSErrors
             raise
         remedy = "Choose another folder: hydra.run.dir=…, or hydra.sweep.dir=… for a sweep."
         raise UserError(f"{error.filename} cannot be created: {error.strerror}. {remedy}") from error
