@@ -1,4 +1,10 @@
-"""Serve a page that predicts the class of a picture and shows which parts of it support the prediction."""
+"""Serve a page that predicts the class of a picture and shows which parts of it support the prediction.
+
+examples:
+  python -m cifarnet.demo lightning_logs/baseline/<date_time>
+  python -m cifarnet.demo <run> <another run>          side by side
+  python -m cifarnet.demo <run> data.root=pictures     other test pictures to choose from
+"""
 
 import contextlib
 import html
@@ -6,9 +12,8 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -16,36 +21,15 @@ from omegaconf import DictConfig
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.schema import Range, Seed
+from cifarnet.inference.settings import compose, without_data
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cifarnet.inference.trained import Trained
 
-EXAMPLES = """\
-  python -m cifarnet.demo lightning_logs/baseline/<date_time>
-  python -m cifarnet.demo <run> <another run>          side by side
-  python -m cifarnet.demo <run> data.root=pictures     other test pictures to choose from
-"""
 NUM_SEARCHED = 1000  # test pictures that are searched for mistakes
 SIDE = 256  # pixels to which pictures are enlarged
-
-
-@dataclass
-class Settings:
-    """The settings in `configs/demo.yaml`, without `data`."""
-
-    host: str
-    port: Annotated[int, Range(1, 65535)] | None
-    upload_limit: Annotated[float, Range(above=0, most=10_000)]
-    pictures: Annotated[int, Range(0, 1000)]
-    tta: str | None
-    temperature: float | str | None
-    precision: str | int | None
-    accelerator: str
-    seed: Seed
-    classes: list[str]
 
 
 @contextlib.contextmanager
@@ -70,7 +54,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     from cifarnet.system.log_output import quiet_libraries
 
     quiet_libraries()
-    config = test_images.compose_settings("demo", overrides, Settings)
+    config = compose("demo", without_data(overrides))
     models = {run: load(run, locate(config.classes)) for run in runs}
     for model in models.values():
         analyse(model, np.zeros((model.image_size, model.image_size, 3), np.uint8), config)  # checks the settings
@@ -195,7 +179,7 @@ def choose(
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("demo", __doc__, EXAMPLES)
+    paths, overrides, _ = cli.parse("demo", __doc__)
     with serving(paths, overrides) as address:
         print(f"Open {address} in a browser. Press Ctrl-C to stop.", flush=True)
         threading.Event().wait()

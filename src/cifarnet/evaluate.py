@@ -1,12 +1,18 @@
-"""Evaluate a trained network: accuracy, calibration, mistakes and robustness, as an HTML page."""
+"""Evaluate a trained network: accuracy, calibration, mistakes and robustness, as an HTML page.
+
+examples:
+  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
+  python -m cifarnet.evaluate <run> tta=mirror corruptions=false
+  python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
+  python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
+"""
 
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -14,32 +20,8 @@ from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
 from cifarnet.errors import printable
-from cifarnet.schema import Range, Seed
+from cifarnet.inference.settings import compose, without_data
 from cifarnet.system import files
-
-EXAMPLES = """\
-  python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
-  python -m cifarnet.evaluate <run> tta=mirror corruptions=false
-  python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
-  python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
-"""
-
-
-@dataclass
-class Settings:
-    """The settings in `configs/evaluate.yaml`, without `data`."""
-
-    tta: str | None
-    tta_share: Annotated[float, Range(0, 1)] | None
-    precision: str | int | None
-    accelerator: str
-    corruptions: bool
-    seed: Seed
-    cifar10_c: str | None
-    cifar10_1: str | None
-    cifar10h: str | None
-    classes: list[str]
-    output_dir: str | None
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -70,7 +52,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     quiet_libraries()
     hardware.keep_freed_memory()
-    settings = test_images.compose_settings("evaluate", overrides, Settings)
+    settings = compose("evaluate", without_data(overrides))
     checkpoint = Checkpoint.open(path)
     classifier = Trained.from_checkpoint(checkpoint, locate(settings.classes))
     config = test_images.compose("evaluate", overrides, checkpoint, settings.classes)
@@ -124,7 +106,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def main() -> None:
     """Run `python -m cifarnet.evaluate`."""
-    cli.run(lambda: evaluate(*cli.parse_one("evaluate", __doc__, EXAMPLES)))
+    cli.run(lambda: evaluate(*cli.parse_one("evaluate", __doc__)))
 
 
 if __name__ == "__main__":

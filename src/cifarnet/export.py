@@ -2,20 +2,24 @@
 
 The exported network is compared with the original on test images, or on random pixels if the run's images are not
 available. It is kept only if their logits agree.
+
+examples:
+  python -m cifarnet.export lightning_logs/baseline/<date_time>
+  python -m cifarnet.export <run> format=torch_export output=cnn.pt2
+  python -m cifarnet.export <run> format=hub            for Hugging Face's hub, with a model card
 """
 
 import importlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cifarnet import __version__, cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.schema import Range, Seed
+from cifarnet.inference.settings import compose, without_data
 from cifarnet.system import files
 
 if TYPE_CHECKING:
@@ -23,24 +27,8 @@ if TYPE_CHECKING:
 
     from cifarnet.inference.trained import Trained
 
-EXAMPLES = """\
-  python -m cifarnet.export lightning_logs/baseline/<date_time>
-  python -m cifarnet.export <run> format=torch_export output=cnn.pt2
-  python -m cifarnet.export <run> format=hub            for Hugging Face's hub, with a model card
-"""
 BATCH_SIZES = (1, 7, 64)
 TOLERANCE = 1e-4  # of logits, in float32
-
-
-@dataclass
-class Settings:
-    """The settings in `configs/export.yaml`, without `data`."""
-
-    format: str
-    output: str | None
-    images: Annotated[int, Range(1)]
-    seed: Seed
-    classes: list[str]
 
 
 def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -65,7 +53,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     from cifarnet.system.log_output import quiet_libraries
 
     quiet_libraries()
-    config = test_images.compose_settings("export", overrides, Settings)
+    config = compose("export", without_data(overrides))
     form, classes = find_format(config.format), locate(config.classes)
     classifier = load(path, classes)
     target = _target(config.output, classifier, form.FILE)
@@ -167,7 +155,7 @@ def _compare(network: Callable, exported: Callable, images: "Tensor") -> float:
 
 def main() -> None:
     """Run `python -m cifarnet.export`."""
-    cli.run(lambda: export(*cli.parse_one("export", __doc__, EXAMPLES)))
+    cli.run(lambda: export(*cli.parse_one("export", __doc__)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 The first path is a run's folder or a checkpoint file, the others are pictures. Exit status: 0; 1 if a picture cannot be
 read.
+
+examples:
+  python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
+  python -m cifarnet.predict <run> pictures top=1 tta=mirror output=predictions.csv
+  python -m cifarnet.predict <run> cat.jpg explain=true                  draw a Grad-CAM map of each picture
+  python -m cifarnet.predict <run> pictures temperature=evaluation     calibrate the probabilities
 """
 
 import csv
@@ -10,47 +16,24 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import UserError, printable
-from cifarnet.schema import Range, check_settings
+from cifarnet.inference.settings import compose
 from cifarnet.system import files, hardware
 
 if TYPE_CHECKING:
     from cifarnet.inference.trained import Answer, Trained
 
-EXAMPLES = """\
-  python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
-  python -m cifarnet.predict <run> pictures top=1 tta=mirror output=predictions.csv
-  python -m cifarnet.predict <run> cat.jpg explain=true                  draw a Grad-CAM map of each picture
-  python -m cifarnet.predict <run> pictures temperature=evaluation     calibrate the probabilities
-"""
 NUM_DRAWN = 10  # classes beside a Grad-CAM map, at most
 WIDTH = 60  # of the column of names, at most
 TITLE = 70  # characters of a path above a figure, at most
-
-
-@dataclass
-class Settings:
-    """The settings in `configs/predict.yaml`."""
-
-    top: Annotated[int, Range(1)] | None
-    output: str | None
-    explain: bool
-    tta: str | None
-    temperature: float | str | None
-    batch_size: Annotated[int, Range(1, 10**6)]
-    workers: Annotated[int, Range(1, 512)] | None
-    precision: str | int | None
-    accelerator: str
-    classes: list[str]
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
@@ -65,8 +48,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
         UserError: the checkpoint or a setting cannot be used, or, after all other pictures were processed, some
             pictures cannot be read.
     """
-    config = cli.compose("predict", overrides)
-    check_settings(config, Settings)
+    config = compose("predict", overrides)
     output = None if config.output is None else Path(config.output)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
@@ -171,7 +153,7 @@ def _write(rows: Sequence[Mapping[str, Any]], output: Path, circumstances: Mappi
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("predict", __doc__, EXAMPLES)
+    paths, overrides, _ = cli.parse("predict", __doc__)
     if len(paths) == 1:
         raise UserError("Name pictures as well: python -m cifarnet.predict <run> <files and folders>")
     predict(paths[0], paths[1:], overrides)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import StrictUndefined, Template
 from safetensors.torch import save
 from torch import Tensor
@@ -45,33 +44,16 @@ def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
 def card(classifier: Trained) -> str:
     """Return the model card: how the network was trained and measured, and how to use it.
 
-    In the template, whatever comes from a record is in a code block, where neither HTML nor Markdown has a meaning.
+    In the template, whatever comes from a record is JSON or in a code block, where neither HTML nor Markdown has a
+    meaning.
 
     Raises:
         UserError: a record cannot be read.
     """
     record, evaluation = classifier.record(), classifier.evaluation()
-    results = []
-    if record:
-        if evaluation and (evaluation.finished < record.finished or evaluation.data["sha256"] != record.data["sha256"]):
-            evaluation = None
-        results.append(
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=record.data["source"],
-                dataset_name=record.data["source"],
-                metric_type="accuracy",
-                metric_name="accuracy, without test-time augmentation",
-                metric_value=record.test_accuracy_one_view,
-            )
-        )
-    head = ModelCardData(
-        library_name="cifarnet",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "pytorch"],
-        model_name=printable(record.name if record else "classifier"),
-        eval_results=results or None,
-    )
+    if record and evaluation:
+        is_current = evaluation.finished >= record.finished
+        evaluation = evaluation if is_current and evaluation.data["sha256"] == record.data["sha256"] else None
     template = Template(
         Path(__file__).with_name("card.md.jinja").read_text("utf-8"),
         finalize=lambda value: printable(str(value)).replace("`", "'"),  # so that no value ends a code block
@@ -80,7 +62,6 @@ def card(classifier: Trained) -> str:
         keep_trailing_newline=True,
     )
     return template.render(
-        head=head.to_yaml(),
         classifier=classifier,
         network=type(classifier.network).__name__,
         parameters=num_parameters(classifier.network),

@@ -16,16 +16,8 @@ from cifarnet.allowlist import allowed_class, class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import check_sections
 from cifarnet.errors import NoImages
-from cifarnet.schema import check_settings
 
 SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data
-
-
-def compose_settings(command: str, overrides: Sequence[str], schema: type) -> DictConfig:
-    """Compose `configs/<command>.yaml` without its section `data`, and check it against the fields of a dataclass."""
-    config = cli.compose(command, [override for override in overrides if not cli.key_of(override).startswith("data")])
-    check_settings(config, schema)
-    return config
 
 
 def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> DictConfig:

@@ -16,7 +16,6 @@ from cifarnet.checkpoint import HUB_SETTINGS, Checkpoint
 from cifarnet.errors import UserError
 from cifarnet.inference.decoding import Picture, decode_all, expand_folders
 from cifarnet.inference.gradcam import grad_cam
-from cifarnet.models.tta import TTA
 from cifarnet.records.evaluation import Evaluation
 from cifarnet.records.json_file import JsonFile
 from cifarnet.records.record import Record
@@ -148,11 +147,9 @@ class Trained(NetworkAndNames):
         self,
         sources: Picture | Iterable[Picture],
         *,
-        tta: TTA | None = None,
         batch_size: int = 256,
         workers: int | None = None,
-        precision: str | int | None = None,
-        accelerator: str = "auto",
+        **settings: Any,
     ) -> Iterator[Answer]:
         """Yield the network's output for each picture, in order. While it computes a batch, the next ones are decoded.
 
@@ -161,15 +158,15 @@ class Trained(NetworkAndNames):
 
         Args:
             sources: pictures, as for `predict`.
-            tta: test-time augmentation; None: that of the run's test.
             batch_size: number of pictures in a batch.
             workers: number of threads that decode; None: one for each core.
-            precision, accelerator: as for Lightning's Trainer; None: the precision of training.
+            settings: `tta`, "none", "mirror" or "mirror_translate" (None: that of the run's test); `precision` (None:
+                that of training) and `accelerator`, as for Lightning's Trainer.
 
         Raises:
             UserError: a setting cannot be used, or the network's outputs are not finite.
         """
-        predictor = self.predictor(tta=tta, precision=precision, accelerator=accelerator)
+        predictor = self.predictor(**settings)
         decoded = decode_all(list(expand_folders(sources)), self.image_size, batch_size, workers or cores())
         while batch := list(itertools.islice(decoded, batch_size)):
             images = [pixels for _, pixels in batch if not isinstance(pixels, str)]
@@ -183,25 +180,17 @@ class Trained(NetworkAndNames):
                 is_error = isinstance(pixels, str)
                 yield Answer(source, None, None, pixels) if is_error else Answer(source, next(rows), pixels)
 
-    def predictor(
-        self,
-        *,
-        tta: TTA | None = None,
-        tta_share: float = 1.0,
-        precision: str | int | None = None,
-        accelerator: str = "auto",
-    ) -> "Predictor":
-        """Return a `Predictor` of a copy of the network; settings and errors are those of `answers`."""
+    def predictor(self, **settings: Any) -> "Predictor":
+        """Return a `Predictor` of a copy of the network, which it may move to another device.
+
+        Args:
+            settings: those of `Predictor`; for None, the default is the precision of training and the test-time
+                augmentation of the run's test, applied to all images.
+        """
         from cifarnet.inference.predictor import Predictor  # imports Lightning, which takes seconds
 
-        return Predictor(
-            copy.deepcopy(self.network),  # the predictor moves it to a device
-            tta=self.tested["tta"] if tta is None else tta,
-            tta_share=tta_share,
-            channels_last=self.channels_last,
-            precision=self.tested["precision"] if precision is None else precision,
-            accelerator=accelerator,
-        )
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return Predictor(copy.deepcopy(self.network), channels_last=self.channels_last, **self.tested | chosen)
 
     def heat(self, pixels: np.ndarray, logits: Tensor) -> np.ndarray:
         """Return the Grad-CAM map of the predicted class, float [H, W] from 0 to 1.
