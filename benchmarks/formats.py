@@ -13,7 +13,7 @@ import torch
 
 import cifarnet
 import common
-from cifarnet.export import chosen
+from cifarnet.export import find_format
 from cifarnet.system import hardware
 from cifarnet.system.log_output import quiet_libraries
 
@@ -29,7 +29,7 @@ def rate(overrides: Sequence[str], kind: str, batch: int) -> float:
     hardware.keep_freed_memory()
     run = classifier.predictor(tta="none", precision="32-true")
     if kind != "PyTorch":
-        form = chosen(kind)
+        form = find_format(kind)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, form.FILE)
             form.write(classifier, images[:1].repeat(2, 1, 1, 1), path, {})

@@ -17,7 +17,7 @@ import cifarnet
 import common
 from cifarnet import cli
 from cifarnet.data.pixels import image_files
-from cifarnet.inference.decoding import decoded
+from cifarnet.inference.decoding import decode_all
 from cifarnet.inference.trained import Trained
 from cifarnet.system import hardware
 from cifarnet.system.log_output import quiet_libraries
@@ -39,7 +39,7 @@ def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, 
 
 
 def decoding(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
-    for _ in decoded(files, classifier.image_size, BATCH, hardware.cores()):
+    for _ in decode_all(files, classifier.image_size, BATCH, hardware.cores()):
         pass
 
 

@@ -298,10 +298,10 @@ def test_arguments_are_paths_settings_or_paths_to_compare_with(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=1").mkdir()
     arguments = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
-    parsed = cli.parse("compare", "", "", against=True, arguments=arguments)
+    parsed = cli.parse("compare", "", against=True, arguments=arguments)
     assert parsed == (["a=1", "b"], ["metric=seconds", "+x=1", "~y", "output=o.png"], ["c"])
     with pytest.raises(SystemExit):
-        cli.parse("evaluate", "", "", arguments=["tta=mirror"])
+        cli.parse("evaluate", "", arguments=["tta=mirror"])
 
 
 @pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare", "predict"])

@@ -1,4 +1,4 @@
-"""The page answers as predict does, serves this machine alone, and does without what is not there."""
+"""The demo's page agrees with `predict`, and works without test pictures."""
 
 import socket
 
@@ -7,9 +7,10 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet import checkpoint, cli, demo
-from cifarnet.demo import choose, main, serving
+from cifarnet import cli
+from cifarnet.demo import analyse, choose, main, serving
 from cifarnet.errors import UserError
+from cifarnet.inference import test_images
 from conftest import picture
 from test_predict import odd_pictures
 
@@ -23,75 +24,73 @@ def client(run):
         yield Client(address, verbose=False)
 
 
-def asked(client, path):
+def upload(client, path):
     return client.predict(handle_file(str(path)), api_name="/answer")
 
 
-def shares(label) -> dict[str, float]:
+def probabilities(label) -> dict[str, float]:
     return {row["label"]: row["confidence"] for row in label["confidences"]}
 
 
-def test_the_same_picture_gets_the_same_answer_as_in_predict(client, run, tmp_path):
-    """Of every odd kind, and of two networks."""
+def test_page_agrees_with_predict(client, run, tmp_path):
     for path in odd_pictures(tmp_path):
-        first, _, _, second, _, _ = asked(client, path)
+        first, _, _, second, _, _ = upload(client, path)
         for label, trained in [(first, run), (second, run / "checkpoints/last.ckpt")]:
             (expected,) = cifarnet.load(trained).predict(path, accelerator="cpu")
-            assert shares(label) == pytest.approx(expected.probabilities, abs=1e-6), path.name
+            assert probabilities(label) == pytest.approx(expected.probabilities, abs=1e-6), path.name
             assert label["label"] == expected.label
 
 
-def test_a_test_picture_is_shown_enlarged(client, tmp_path):
+def test_pictures_are_enlarged(client, tmp_path):
     picture(tmp_path / "a.png")
-    _, seen, looked, *_ = asked(client, tmp_path / "a.png")
+    _, pixels, heat, *_ = upload(client, tmp_path / "a.png")
     from PIL import Image
 
-    assert Image.open(seen).size == Image.open(looked).size == (256, 256)
-    assert Image.open(seen).convert("RGB").getpixel((9, 9)) == (10, 20, 30)
+    assert Image.open(pixels).size == Image.open(heat).size == (256, 256)
+    assert Image.open(pixels).convert("RGB").getpixel((9, 9)) == (10, 20, 30)
 
 
-def test_what_is_no_picture_is_told(client, tmp_path):
+def test_files_that_are_not_pictures(client, tmp_path):
     path = tmp_path / "cut.png"
     picture(path, size=(300, 300))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(AppError, match=r"This picture cannot be read as an image .*Repair or remove it"):
-        asked(client, path)
+    with pytest.raises(AppError, match="This picture cannot be read as an image"):
+        upload(client, path)
     tmp_path.joinpath("text.png").write_text("no picture")
-    with pytest.raises(AppError, match=r"This picture cannot be read as an image \(of no kind that Pillow knows"):
-        asked(client, tmp_path / "text.png")
+    with pytest.raises(AppError, match="This picture cannot be read as an image"):
+        upload(client, tmp_path / "text.png")
     tmp_path.joinpath("large.bmp").write_bytes(bytes(2**20))
     with pytest.raises(Exception, match="exceeds the maximum file size of 524288 bytes"):
-        asked(client, tmp_path / "large.bmp")
+        upload(client, tmp_path / "large.bmp")
 
 
-def test_a_folder_of_uploads_is_no_picture(run, tmp_path):
+def test_folder_of_uploads_is_refused(run, tmp_path):
     picture(tmp_path / "somebodys.png")
-    with pytest.raises(UserError, match="This picture is no file"):
-        demo.shown(cifarnet.load(run), str(tmp_path), cli.compose("demo", CPU))
+    with pytest.raises(UserError, match="is not a file"):
+        analyse(cifarnet.load(run), str(tmp_path), cli.compose("demo", CPU))
 
 
-def test_pictures_to_choose_from(run, tmp_path):
+def test_example_pictures(run, tmp_path):
     classifier = cifarnet.load(run)
     overrides = ["data=synthetic", "data.test_size=60", "data.train_size=300", *CPU]
-    content = checkpoint.read(run / "checkpoints/best.ckpt")
-    examples = choose(classifier, content, cli.compose("demo", overrides), tmp_path)
+    images = test_images.read("demo", overrides, classifier.checkpoint, [], 1000)
+    examples = choose(classifier, *images, cli.compose("demo", CPU), tmp_path)
     captions = [caption for _, caption in examples]
     assert len(set(path for path, _ in examples)) == 6
     mistakes = captions[-2:]
-    assert all(", taken for " in caption for caption in mistakes)
-    sure = [int(caption.rpartition("(")[2].rstrip("%)")) for caption in captions if "taken" in caption]
-    assert sorted(sure)[-1] == int(mistakes[0].rpartition("(")[2].rstrip("%)"))  # the surest comes first of them
+    assert all(", predicted " in caption for caption in mistakes)
+    confidences = [int(caption.rpartition("(")[2].rstrip("%)")) for caption in captions if "predicted" in caption]
+    assert sorted(confidences)[-1] == int(
+        mistakes[0].rpartition("(")[2].rstrip("%)")
+    )  # the most confident mistake comes first
     for path, caption in examples:
         (answer,) = classifier.predict(path, accelerator="cpu")
-        assert answer.label == (caption.partition("taken for ")[2].partition(" (")[0] or caption)
+        assert answer.label == (caption.partition("predicted ")[2].partition(" (")[0] or caption)
 
 
-def test_without_its_images_there_is_nothing_to_choose_from(changed, capsys):
+def test_page_without_test_pictures(changed, capsys):
     def alter(checkpoint):
-        checkpoint["hyper_parameters"]["config"]["data"] |= {
-            "_target_": "cifarnet.data.ImageFolder",
-            "root": "/nowhere",
-        }
+        checkpoint["hyper_parameters"]["data"] = {"_target_": "cifarnet.data.ImageFolder", "root": "/nowhere"}
 
     path = str(changed(alter))
     with serving([path], CPU):
@@ -100,24 +99,24 @@ def test_without_its_images_there_is_nothing_to_choose_from(changed, capsys):
         pass
 
 
-def test_what_cannot_be_used(run, changed, command, monkeypatch):
+def test_bad_settings(run, changed, command, monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         status, _, err = command(str(run), f"port={port}", "pictures=0", main=main)
     assert (status, f"port={port} cannot be served" in err) == (1, True), err
-    for setting, told in {
-        "port=0": "port=0: give",
-        "upload_limit=0": "upload_limit=0: give",
-        "tta=x": "choose one",
+    for setting, message in {
+        "port=0": "port=0 is out of range",
+        "upload_limit=0": "upload_limit=0",
+        "tta=x": "tta=x",
     }.items():
         status, _, err = command(str(run), setting, main=main)
-        assert (status, told in err) == (1, True), err
+        assert (status, message in err) == (1, True), err
 
     def alter(checkpoint):
-        checkpoint["hyper_parameters"]["config"]["model"]["_target_"] = "os.system"
+        checkpoint["hyper_parameters"]["model"]["_target_"] = "os.system"
 
-    assert "asks for the class os.system" in command(str(changed(alter)), main=main)[2]
+    assert "names the class os.system" in command(str(changed(alter)), main=main)[2]
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert "pip install 'cifarnet[demo]'" in command(str(run), main=main)[2]

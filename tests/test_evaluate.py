@@ -16,12 +16,10 @@ from cifarnet import cli
 from cifarnet.config import CONFIGS
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
-from cifarnet.evaluate import evaluate, main, make_folder
-from cifarnet.evaluation import report
-from cifarnet.inference.test_images import plain
+from cifarnet.evaluate import evaluate, main
 from cifarnet.train import train
 
-# enough to tell some of the shapes: 60 steps
+# 60 steps, enough to learn some of the shapes
 LEARNS = [
     *("data=synthetic", "data.train_size=1500", "data.test_size=300", "data.batch_size=50", "trainer.max_epochs=2"),
     *("model=speednet", "model.widths=[8,16,16]", "optimizer=muon", "optimizer.lr=0.1", "scheduler=linear"),
@@ -40,24 +38,24 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(run):
-    """Its evaluation, with everything."""
-    return evaluate(run, ["output_dir=null"])
+    """Its evaluation, with corruptions."""
+    return evaluate(run)
 
 
 @pytest.fixture
 def command(command):
-    """Run `python -m cifarnet.evaluate …` in this process: exit status, what was printed, and to stderr."""
+    """Run `python -m cifarnet.evaluate …` in this process, and return its exit status, stdout and stderr."""
     return lambda *arguments: command(*map(str, arguments), main=main)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("tta", ["none", "mirror_translate"])
-def test_results_are_those_of_training(config, tmp_path, precision, tta):
+def test_results_equal_those_of_training(config, tmp_path, precision, tta):
     settings = [*LEARNS, f"trainer.precision={precision}", f"module.tta={tta}", "module.tta_share=0.3"]
     train(config(*settings, "data.eval_batch_size=70", without=""))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
     measured = evaluate(tmp_path / "run", QUICK)
-    assert measured["test"]["accuracy"] == trained["test_accuracy"] > 0.2  # 0.1 would be chance
+    assert measured["test"]["accuracy"] == trained["test_accuracy"] > 0.2  # chance is 0.1
     assert measured["test_accuracy_one_view"] == trained["test_accuracy_one_view"]
     assert measured["val"]["accuracy"] == trained["val_accuracy"]
     assert measured["test"]["cross_entropy"] == pytest.approx(trained["test_cross_entropy"], rel=1e-5)
@@ -67,22 +65,21 @@ def test_results_are_those_of_training(config, tmp_path, precision, tta):
     assert (measured["precision"], measured["tta"], measured["tta_share"]) == (precision, tta, 0.3)
 
 
-def test_folder_holds_what_it_should(run, evaluated, command):
+def test_files(run, evaluated):
     folder = run / "evaluation"
     pictures = ["accuracy", "confusion", "corruption_examples", "corruptions", "mistakes", "reliability"]
     files = sorted([*(f"{name}.png" for name in pictures), "metrics.json", "report.html"])
     assert sorted(path.name for path in folder.iterdir()) == files
-    kept = json.loads((folder / "metrics.json").read_text())
-    assert kept["test"] == evaluated["test"]
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["test"] == evaluated["test"]
     for key in ("versions", "hardware", "git_commit", "command", "config", "finished", "data"):
-        assert key in kept
+        assert key in record
 
     html = (folder / "report.html").read_text()
     assert f"<h1>{evaluated['test']['accuracy']:.2%}</h1>" in html
     inlined = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)', html)]
     assert sorted(inlined) == sorted((folder / f"{name}.png").read_bytes() for name in pictures)
     assert all(picture.startswith(b"\x89PNG") for picture in inlined)
-    assert not re.search(r"https?://|<script|<link|@import|url\(", html)  # it opens offline
 
 
 def test_results_agree_with_each_other(evaluated):
@@ -94,9 +91,9 @@ def test_results_agree_with_each_other(evaluated):
     assert [row["accuracy"] for row in evaluated["classes"]] == pytest.approx(
         (confusion.diagonal() / confusion.sum(1)).tolist()
     )
-    sureness = [mistake["confidence"] for mistake in evaluated["mistakes"]]
-    assert len(sureness) == 20
-    assert sureness == sorted(sureness, reverse=True)
+    confidences = [mistake["confidence"] for mistake in evaluated["mistakes"]]
+    assert len(confidences) == 20
+    assert confidences == sorted(confidences, reverse=True)
 
 
 def test_mistakes_are_mistakes(run, evaluated):
@@ -120,19 +117,19 @@ def test_corruptions_cost_accuracy(evaluated):
     assert corruptions["accuracy"]["noise"][-1] < clean
 
 
-def test_command_prints_what_it_found(run, command):
+def test_command_prints_its_results(run, command):
     status, printed, _ = command(run, *QUICK, "tta=mirror")
     assert status == 0
-    kept = json.loads((run / "evaluation/metrics.json").read_text())
-    for figure in (kept["test"]["accuracy"], *kept["test"]["interval"], kept["test_accuracy_one_view"]):
+    record = json.loads((run / "evaluation/metrics.json").read_text())
+    for figure in (record["test"]["accuracy"], *record["test"]["interval"], record["test_accuracy_one_view"]):
         assert f"{figure:.2%}" in printed
-    assert f"temperature {kept['temperature']:.3f}" in printed
+    assert f"temperature {record['temperature']:.3f}" in printed
     assert "report.html" in printed
-    assert kept["tta"] == "mirror"
-    assert kept["command"].endswith("corruptions=false tta=mirror")
+    assert record["tta"] == "mirror"
+    assert record["command"].endswith("corruptions=false tta=mirror")
 
 
-def test_a_path_is_taken_literally(run, command, tmp_path):
+def test_paths_with_special_characters(run, command, tmp_path):
     folder = tmp_path / "ckpt_path=a, (b)=[c] 'd'"
     shutil.copytree(run, folder)
     status, _, error = command(folder, *QUICK)
@@ -144,213 +141,189 @@ def test_a_path_is_taken_literally(run, command, tmp_path):
     assert (tmp_path / "lone=1_evaluation/report.html").exists()
 
 
-def test_training_on_all_images_leaves_no_temperature(config, tmp_path):
+def test_run_without_validation_images_has_no_temperature(config, tmp_path):
     train(config("data.val_fraction=0"))
     measured = evaluate(tmp_path / "run", QUICK)
     assert measured["val"] is measured["temperature"] is measured["test_with_temperature"] is None
-    assert "none are left to fit a temperature on" in (tmp_path / "run/evaluation/report.html").read_text()
 
 
-def test_other_data_is_split_as_the_runs_was(config, tmp_path):
+def test_other_data_is_split_like_the_runs_data(config, tmp_path):
     train(config("data.val_fraction=0.2", "data.split_seed=3", "data.eval_batch_size=30"))
     measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.train_size=300", "data.seed=1"])
     assert (measured["data"]["train"], measured["data"]["val"], measured["data"]["test"]) == (240, 60, 2000)
     data = measured["config"]["data"]
     assert (data["val_fraction"], data["split_seed"], data["eval_batch_size"]) == (0.2, 3, 30)
     measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.val_fraction=0.5", "data.train_size=100"])
-    assert measured["data"]["val"] == measured["data"]["train"] == 50  # fewer than a batch of training has
-    same = evaluate(tmp_path / "run", [*QUICK, "data.test_size=20"])  # the run's own, but for this
+    assert measured["data"]["val"] == measured["data"]["train"] == 50  # less than a training batch
+    same = evaluate(tmp_path / "run", [*QUICK, "data.test_size=20"])
     assert (same["data"]["train"], same["data"]["test"]) == (160, 20)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "named"),
+    ("overrides", "message"),
     [
         (["ttta=mirror"], "Did you mean tta?"),
-        (["data.rot=x"], "data.rot is no setting"),
+        (["data.rot=x"], "data.rot=x"),
         (["data=cifra10"], "Did you mean cifar10?"),
-        (["tta=rotate"], "tta=rotate: choose one of none, mirror"),
+        (["tta=rotate"], "tta=rotate"),
         (["tta_share=2"], "tta_share=2"),
-        (["tta_share=x"], "tta_share=x has the wrong type: expected a number"),
-        (["corruptions=some"], "corruptions=some has the wrong type: expected true or false"),
+        (["tta_share=x"], "tta_share=x has the wrong type"),
+        (["corruptions=some"], "corruptions=some has the wrong type"),
         (["precision=bf8"], "precision=bf8"),
         (["accelerator=abacus"], "accelerator=abacus"),
-        (["data.test_size=many"], "data.test_size=many has the wrong type: expected a whole number"),
-        (["data=folder"], "data.root is needed"),
-        (["~data"], "data names nothing to build"),
-        (["cifar10_c=nowhere"], "its labels are CIFAR-10's"),
-        (["cifar10h=nowhere"], "which Synthetic does not have"),
+        (["data.test_size=many"], "data.test_size=many has the wrong type"),
+        (["data=folder"], "data.root is required"),
+        (["~data"], "data"),
+        (["cifar10_c=nowhere"], "cifar10_c=nowhere has CIFAR-10's classes"),
+        (["cifar10h=nowhere"], "the data is Synthetic"),
         (["classes=[no.such]"], "there is no class no.such"),
-        (["classes=3"], "classes=3 has the wrong type: expected a list"),
-        (["classes=no.such"], "classes=no.such has the wrong type: expected a list"),
-        (["tta_share=nan"], "tta_share=nan: give a number from 0 to 1"),
-        (["seed=-1"], "seed=-1: give a number from 0 to 4,294,967,295"),
-        (["seed=4294967296"], "seed=4294967296: give a number from 0 to 4,294,967,295"),
-        (["data.eval_batch_size=0"], "data.eval_batch_size=0: give a number from 1 to 1,000,000"),
-        (["data.val_fraction=nan"], "data.val_fraction=nan: give a number that is finite"),
-        (["output_dir=/dev/null/x"], "output_dir=/dev/null/x cannot be made"),
+        (["classes=3"], "classes=3 has the wrong type"),
+        (["classes=no.such"], "classes=no.such has the wrong type"),
+        (["tta_share=nan"], "tta_share=nan"),
+        (["seed=-1"], "seed=-1 is out of range: give a number from 0 to 4,294,967,295"),
+        (["seed=4294967296"], "seed=4294967296"),
+        (["data.eval_batch_size=0"], "data.eval_batch_size=0"),
+        (["data.val_fraction=nan"], "data.val_fraction=nan"),
+        (["output_dir=/dev/null/x"], "output_dir=/dev/null/x cannot be created"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_settings_are_told_in_one_message(run, command, overrides, named):
+def test_bad_settings(run, command, overrides, message):
     status, _, error = command(run, *QUICK, *overrides)
     assert status == 1
-    assert named in error
-    assert "Traceback" not in error
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_one_checkpoint_at_a_time(run, command):
     status, _, error = command(run, run, *QUICK)
     assert status == 1
-    assert "2 paths are given" in error
+    assert "got 2 paths" in error
     assert command(*QUICK)[0] != 0
 
 
-def test_data_for_another_task_is_refused(run, changed, command):
-    status, _, error = command(changed(to_all(class_names=list("abcdefghij"))))
+def test_data_for_another_task(run, changed, command):
+    status, _, error = command(changed(to(class_names=list("abcdefghij"))))
     assert status == 1
     assert "The data has the classes disc, ring" in error
-    assert "the network knows a, b, c" in error
+    assert "the network was trained on a, b, c" in error
 
-    status, _, error = command(changed(to_all(image_size=33)))  # pooled to the same size as 32
+    status, _, error = command(changed(to(image_size=33)))  # pooled to the same size as 32
     assert status == 1
     assert "The images are 32 pixels wide; the network was trained on 33" in error
 
 
 class Bomb:
-    """What a stranger would have pickle run."""
+    """An object whose unpickling creates a folder."""
 
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
-def to(section, **values):
-    """Alter a section of the checkpoint's config."""
-    return lambda checkpoint: checkpoint["hyper_parameters"]["config"][section].update(values)
-
-
-def to_all(**values):
-    """Alter what the checkpoint keeps beside the weights."""
-    return lambda checkpoint: checkpoint["hyper_parameters"].update(values)
-
-
-def sections(**values):
-    """Put others in place of whole sections of the checkpoint's config."""
-    return lambda checkpoint: checkpoint["hyper_parameters"]["config"].update(values)
+def to(section=None, **values):
+    """Alter a checkpoint's hyperparameters, or a section of them."""
+    return lambda checkpoint: (
+        checkpoint["hyper_parameters"][section] if section else checkpoint["hyper_parameters"]
+    ).update(values)
 
 
 MKDIR = {"_target_": "os.mkdir", "path": "exploded"}
-QUOTED = "', _target_: os.mkdir, path: exploded, x: '"
 
 
 @pytest.mark.parametrize(
-    ("alter", "named"),
+    ("alter", "message"),
     [
-        (lambda checkpoint: checkpoint.update(extra=Bomb()), "not a checkpoint of cifarnet"),
-        (sections(model=MKDIR), "the class os.mkdir, which is no class that this project lists"),
-        (sections(data=MKDIR), "the class os.mkdir"),
+        (lambda checkpoint: checkpoint.update(extra=Bomb()), "cannot be read as a checkpoint of cifarnet"),
+        (to(model=MKDIR), "names the class os.mkdir, which is not part of cifarnet.models"),
+        (to(data=MKDIR), "names the class os.mkdir, which is not part of cifarnet.data"),
         (to("data", _target_="torch.hub.load"), "the class torch.hub.load"),
         (to("data", _target_="cifarnet.data.folder.os.mkdir"), "the class cifarnet.data.folder.os.mkdir"),
         (to("data", _target_=["os.mkdir"]), "the class ['os.mkdir']"),
-        (to("data", seed=MKDIR), "data.seed={'_target_': 'os.mkdir'"),
-        (to("data", train_sizes=[MKDIR]), "data.train_sizes=[{"),
-        (to("data", _args_=[1]), "data._args_"),
-        (to("data", defaults=["/optimizer: sgd"]), "data.defaults"),
-        (to("data", split_seed="${oc.env:HOME}"), "data.split_seed=${oc.env:HOME}"),
-        (to("data", **{"seed._target_": "os.mkdir"}), "data.seed._target_=os.mkdir"),
-        (to("data", **{"seed={_target_: os.mkdir, path: exploded}, x": 1}), "data.seed={_target_: os.mkdir"),
-        (to("data", flip=QUOTED), QUOTED),
-        (to("data", train_sizes=[f"[{QUOTED}]"]), QUOTED),
-        (to("model", widths=[8, 8, 8]), "its network has changed"),
-        (to("model", wings=2), "its network has changed"),
-        (to("model", widths=MKDIR), "its network has changed"),
-        (to_all(cifarnet="999.1"), "cifarnet 999.1, newer than the "),
-        (to_all(class_names=None), "not a checkpoint of cifarnet"),
-        (to_all(image_size="x"), "not a checkpoint of cifarnet"),
-        (lambda checkpoint: checkpoint["hyper_parameters"].pop("config"), "not a checkpoint of cifarnet"),
-        (to_all(precision="x"), "precision=x"),
-        (to("module", tta="x"), "tta=x"),
+        (to("data", val_fraction=float("nan")), "data.val_fraction=nan"),
+        (to("data", test_size=-1), "data.test_size=-1"),
+        (to("data", wings=1), "data.wings=1"),
+        (to("model", widths=[8, 8, 8]), "do not fit the network"),
+        (to("model", wings=2), "model.wings=2"),
+        (to("model", widths=MKDIR), "model.widths="),
+        (to(cifarnet="999.1"), "was written by cifarnet 999.1"),
+        (to(class_names=None), "cannot be read as a checkpoint of cifarnet"),
+        (to(image_size="x"), "image_size=x"),
+        (lambda checkpoint: checkpoint["hyper_parameters"].pop("model"), "cannot be read as a checkpoint of cifarnet"),
+        (to(precision="x"), "precision=x"),
+        (to(tta="x"), "tta=x"),
     ],
 )
-def test_altered_checkpoints_run_nothing(changed, command, tmp_path, monkeypatch, alter, named):
+def test_altered_checkpoints_run_no_code(changed, command, tmp_path, monkeypatch, alter, message):
     monkeypatch.chdir(tmp_path)
     path = changed(alter)
     status, _, error = command(path)
     assert status == 1
-    assert named in error
+    assert message in error
     assert "Traceback" not in error
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_other_data_may_not_be_smuggled_in(changed, command, tmp_path, monkeypatch):
-    """What is kept of a checkpoint's data settings beside `data=…` are numbers."""
+@pytest.mark.parametrize("other_data", [(), ("data=synthetic", "data.train_size=200", "data.test_size=20")])
+def test_only_numbers_of_the_data_are_used(changed, command, tmp_path, monkeypatch, other_data):
     monkeypatch.chdir(tmp_path)
-    path = changed(to("data", val_fraction="{_target_: os.mkdir, path: exploded}"))
-    status, _, error = command(path, *QUICK, "data=synthetic", "data.train_size=200", "data.test_size=20")
+    extra = {"seed={_target_: os.mkdir, path: exploded}, x": 1, "seed._target_": 1, "_args_": 1, "_partial_": True}
+    values = {"transforms": {"a": MKDIR}, "split_seed": MKDIR, "flip": "${oc.env:HOME}", "train_sizes": [MKDIR]}
+    path = changed(to("data", **values, **extra))
+    status, _, error = command(path, *QUICK, *other_data)
     assert status == 0, error
+    config = json.loads((tmp_path / "changed_evaluation/metrics.json").read_text())["config"]
+    assert "os.mkdir" not in json.dumps(config)
+    assert not extra.keys() & config["data"].keys()
     assert not (tmp_path / "exploded").exists()
 
 
-def test_damaged_files_are_told(run, command, tmp_path):
-    whole = (run / "checkpoints/best.ckpt").read_bytes()
-    for name, content in [("truncated", whole[: len(whole) // 2]), ("empty", b""), ("other", b"no checkpoint")]:
-        (tmp_path / name).write_bytes(content)
+def test_damaged_files(run, command, tmp_path):
+    content = (run / "checkpoints/best.ckpt").read_bytes()
+    for name, damaged in [("truncated", content[: len(content) // 2]), ("empty", b""), ("other", b"no checkpoint")]:
+        (tmp_path / name).write_bytes(damaged)
         status, _, error = command(tmp_path / name)
         assert status == 1
-        assert f"{tmp_path / name} is not a checkpoint of cifarnet, or is damaged" in error
+        assert f"{tmp_path / name} cannot be read as a checkpoint of cifarnet" in error
         assert "Traceback" not in error
     status, _, error = command(tmp_path)
     assert status == 1
     assert f"There is no checkpoint {tmp_path}/checkpoints/best.ckpt" in error
 
 
-def test_newer_checkpoints_are_refused_everywhere(changed):
-    path = changed(to_all(cifarnet="999"))
-    for use in (cifarnet.load, evaluate):
-        with pytest.raises(UserError, match=rf"cifarnet 999, newer than the {cifarnet.__version__} installed"):
-            use(path)
-
-
-@pytest.mark.parametrize("text", ["a, (b)=[c] 'd'", "end\\", "'\\'", "null", "1", "", " ✗\n", '"', "a#b,~c: {d}", "$e"])
-def test_hydra_reads_what_a_checkpoint_says(text):
-    """As text, whatever characters it has."""
-    values = {"root": text, "train_sizes": [text, 1, None, True, 1e-9], "val_fraction": 0.1, "url": None}
-    config = cli.compose("evaluate", [f"++data.{key}={plain(value)}" for key, value in values.items()])
-    assert config.data == values
-
-
 class OwnData(Synthetic):
     pass
 
 
-def test_own_classes_by_an_explicit_option(config, tmp_path):
+def test_own_classes_have_to_be_allowed(config, tmp_path):
     own = ["~model", "+model={_target_: conftest.OwnNetwork}", f"data._target_={__name__}.OwnData"]
     train(config(*own, without="model"))
     network, data = "conftest.OwnNetwork", f"{__name__}.OwnData"
-    with pytest.raises(UserError, match=rf"{data}, which is no class .*classes=\[module"):
-        evaluate(tmp_path / "run", QUICK)
-    with pytest.raises(UserError, match=rf"{data}, which is no class"):
-        evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]"])
-    with pytest.raises(UserError, match=rf"{network}, which is no class"):
+    with pytest.raises(UserError, match=rf"{network}, which is not part of cifarnet.models.*classes=\[module"):
         evaluate(tmp_path / "run", [*QUICK, f"classes=[{data}]"])
+    with pytest.raises(UserError, match=rf"{data}, which is not part of cifarnet.data"):
+        evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]"])
     measured = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network},{data}]"])
     assert measured["network"] == "OwnNetwork"
     assert measured["data"]["source"] == "OwnData"
     other = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]", "data=synthetic", f"data._target_={data}"])
-    assert other["data"]["source"] == "OwnData"  # the user names it
+    assert other["data"]["source"] == "OwnData"  # the command names it
 
 
-def test_precision_is_that_of_training_whatever_auto_means_here(changed):
-    def alter(checkpoint):
-        assert checkpoint["hyper_parameters"]["precision"] == "32-true"
-        to("trainer", precision="auto")(checkpoint)
-        to_all(precision="bf16-mixed")(checkpoint)
+def test_learning_curve_and_settings_come_from_the_run(run, evaluated, tmp_path):
+    assert evaluated["training_settings"]["optimizer.lr"] == "0.1"
+    assert not {"output_dir", "logger.tensorboard._target_"} & evaluated["training_settings"].keys()
+    file = shutil.copy(run / "checkpoints/best.ckpt", tmp_path)
+    assert evaluate(file, QUICK)["training_settings"] == {}
+    assert not (tmp_path / "best_evaluation/accuracy.png").exists()
+    assert (tmp_path / "best_evaluation/confusion.png").exists()
 
-    assert evaluate(changed(alter), QUICK)["precision"] == "bf16-mixed"
-    assert evaluate(changed(alter), [*QUICK, "precision=32-true"])["precision"] == "32-true"
+
+def test_precision_is_that_of_training(changed):
+    assert evaluate(changed(to(precision="bf16-mixed")), QUICK)["precision"] == "bf16-mixed"
+    assert evaluate(changed(to(precision="bf16-mixed")), [*QUICK, "precision=32-true"])["precision"] == "32-true"
 
 
-def test_diverged_network_is_told(changed):
+def test_diverged_network(changed):
     def alter(checkpoint):
         checkpoint["state_dict"]["network.normalize.mean"][0] = float("nan")
 
@@ -358,7 +331,7 @@ def test_diverged_network_is_told(changed):
         evaluate(changed(alter), QUICK)
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(run, evaluated, command, monkeypatch, tmp_path):
+def test_full_disk_keeps_the_previous_evaluation(run, evaluated, command, monkeypatch, tmp_path):
     before = {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()}
 
     def fail(descriptor):
@@ -371,21 +344,12 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(run, evaluated, command, 
     assert {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()} == before
 
 
-def test_names_from_strangers_do_nothing_on_the_page(evaluated):
-    named = {**evaluated, "network": "<script>a()</script>", "checkpoint": "<img src=x onerror=b()>"}
-    named["classes"] = [{**row, "name": "<b>c</b>"} for row in evaluated["classes"]]
-    html = report.render(named, {})
-    for harmful in ("<script>", "<img", "<b>"):
-        assert harmful not in html
-    assert "&lt;b&gt;c&lt;/b&gt;" in html
-
-
 def test_help_is_quick_and_complete():
     program = "import sys; from cifarnet.evaluate import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - start < 3  # a second, on a machine that does nothing else
+    assert time.perf_counter() - start < 3  # a second on an idle machine
     for line in (CONFIGS / "evaluate.yaml").read_text().splitlines()[1:]:
         assert line in result.stdout
     assert "python -m cifarnet.evaluate lightning_logs" in result.stdout
@@ -399,21 +363,22 @@ def test_gpu_agrees_with_the_processor(run, evaluated):
 
 
 def test_run_on_photographs(config, few_photographs, tmp_path):
-    """The settings of a folder of pictures come from the checkpoint, and may be given anew."""
+    """The folder of the pictures is never read from a checkpoint; the other settings are."""
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    few_photographs.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"few, which is no folder here. Say where: data\.root="):
+    with pytest.raises(UserError, match=r"does not name the folder of its images .*Add data\.root="):
         evaluate(tmp_path / "run", QUICK)
-    measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={tmp_path / 'moved'}"])
+    measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]
     assert measured["data"] == trained["data"]
 
 
-def test_a_link_in_a_strangers_run_leads_nowhere(tmp_path):
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
+def test_links_out_of_the_run_are_refused(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "run/evaluation").symlink_to(tmp_path / "mine")
+    (copy / "evaluation").symlink_to(tmp_path / "mine")
     with pytest.raises(UserError, match="evaluation is a link that leads out of"):
-        make_folder(None, tmp_path / "run/checkpoints/best.ckpt")
-    assert make_folder(str(tmp_path / "run/evaluation"), tmp_path / "best.ckpt").is_dir()
+        evaluate(copy, QUICK)
+    assert not list((tmp_path / "mine").iterdir())
+    assert evaluate(copy, [*QUICK, f"output_dir={copy / 'evaluation'}"])

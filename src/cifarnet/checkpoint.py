@@ -26,6 +26,7 @@ from cifarnet.errors import UserError
 from cifarnet.models import construct
 from cifarnet.models.tta import TTA
 from cifarnet.schema import Pixels, Range, check, check_arguments
+from cifarnet.system import files
 
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for Hugging Face's hub
 
@@ -100,9 +101,7 @@ class Checkpoint:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        prefix = "network."
-        weights = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
-        return cls._verified(path, content["hyper_parameters"], weights, content)
+        return cls._verified(path, content["hyper_parameters"], content["state_dict"], content)
 
     @classmethod
     def _open_hub_folder(cls, folder: Path) -> "Checkpoint":
@@ -118,6 +117,8 @@ class Checkpoint:
         cls, path: Path, settings: Mapping[str, Any], weights: dict[str, Tensor], content: dict[str, Any]
     ) -> "Checkpoint":
         """Check the types of the settings that loading uses, and that every weight is a tensor with its values."""
+        prefix = "network."
+        weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         for name, value in weights.items():
             has_values = value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.nbytes
             if not has_values:  # a small file could claim weights of any size, and a network that fits them
@@ -242,9 +243,15 @@ class Checkpoint:
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
 
     def folder_for(self, name: str) -> Path:
-        """The folder in which a command writes about this checkpoint: inside the run's folder, or beside the file."""
+        """Return the folder in which a command writes about this checkpoint: in the run's folder, or beside the file.
+
+        Raises:
+            UserError: it is a link that leads out of the run's folder.
+        """
         if self.run_folder is not None:
-            return self.run_folder / name
+            folder = self.run_folder / name
+            files.refuse_links(self.run_folder, [folder])
+            return folder
         path = self.path.resolve()  # it may be "."
         return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 

@@ -41,9 +41,9 @@ class Arguments(NamedTuple):
 
 
 def parse(
-    command: str, description: str | None, examples: str, against: bool = False, arguments: Sequence[str] | None = None
+    command: str, description: str | None, against: bool = False, arguments: Sequence[str] | None = None
 ) -> Arguments:
-    """Parse `PATH… key=value… [--against PATH…]`; `--help` shows the examples and the settings of the command.
+    """Parse `PATH… key=value… [--against PATH…]`; `--help` shows the description and the settings of the command.
 
     An argument that exists as a file or folder is a path. Any other argument is a setting if it has a `=`, or starts
     with + or ~.
@@ -57,7 +57,7 @@ def parse(
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
-        epilog=f"examples:\n{examples}\nsettings:\n" + "\n".join(f"  {line}" for line in settings),
+        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="runs, and settings: see below")
@@ -79,9 +79,9 @@ def parse(
     )
 
 
-def parse_one(command: str, description: str | None, examples: str) -> tuple[str, list[str]]:
+def parse_one(command: str, description: str | None) -> tuple[str, list[str]]:
     """Parse the arguments of a command that takes one run, and return its path and the settings."""
-    paths, settings, _ = parse(command, description, examples)
+    paths, settings, _ = parse(command, description)
     if len(paths) > 1:
         raise UserError(f"{command} takes one run or checkpoint, and got {len(paths)} paths: {', '.join(paths)}.")
     return paths[0], settings

@@ -2,6 +2,10 @@
 
 Runs that differ only by seed form a group. The means of the groups are compared by Welch's t-test. All results come
 from the runs' `metrics.json`.
+
+examples:
+  python -m cifarnet.compare lightning_logs/quickstart
+  python -m cifarnet.compare lightning_logs/mine --against lightning_logs/baseline metric=val_accuracy
 """
 
 from pathlib import Path
@@ -10,14 +14,9 @@ from cifarnet import cli
 from cifarnet.errors import UserError, printable
 from cifarnet.schema import check
 
-EXAMPLES = """\
-  python -m cifarnet.compare lightning_logs/quickstart
-  python -m cifarnet.compare lightning_logs/mine --against lightning_logs/baseline metric=val_accuracy
-"""
-
 
 def _compare() -> None:
-    arguments = cli.parse("compare", __doc__, EXAMPLES, against=True)
+    arguments = cli.parse("compare", __doc__, against=True)
     config = cli.compose("compare", arguments.settings)
     check("metric", config.metric, str | None)
     check("output", config.output, str)

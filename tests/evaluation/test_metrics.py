@@ -24,11 +24,11 @@ def test_wilson_interval_by_hand(correct, count, low, high):
     assert metrics.proportion(correct, count)["interval"] == pytest.approx([low, high], abs=1e-5)
 
 
-def test_nothing_counted_has_no_interval():
+def test_no_images_have_no_interval():
     assert all(map(math.isnan, metrics.proportion(0, 0)["interval"]))
 
 
-def test_wilson_interval_covers_the_truth_as_often_as_it_says():
+def test_wilson_interval_has_its_coverage():
     correct = torch.distributions.Binomial(50, torch.tensor(0.9))
     torch.manual_seed(0)
     intervals = [metrics.proportion(int(drawn), 50)["interval"] for drawn in correct.sample((4000,))]
@@ -43,8 +43,8 @@ def test_calibration_by_hand():
     assert figures["brier"] == pytest.approx(sum(squares) / 4)
     cross_entropy = -sum(math.log(p) for p in (0.8, 0.1, 0.5, 0.9)) / 4
     assert figures["cross_entropy"] == pytest.approx(cross_entropy, abs=1e-6)
-    of_one_class = metrics.calibration(PROBABILITIES[:1].log(), LABELS[:1])
-    assert of_one_class["brier"] == pytest.approx(squares[0])
+    one_image = metrics.calibration(PROBABILITIES[:1].log(), LABELS[:1])
+    assert one_image["brier"] == pytest.approx(squares[0])
 
 
 def test_bins_by_hand():
@@ -54,8 +54,8 @@ def test_bins_by_hand():
         assert math.isnan(row["confidence"]) == math.isnan(row["accuracy"]) == (row["images"] == 0)
 
 
-def test_complete_certainty_belongs_to_the_last_bin():
-    """0.96 and right, 1 and wrong: one bin, half right, with a mean confidence of 0.98."""
+def test_confidence_of_one_belongs_to_the_last_bin():
+    """A correct prediction with confidence 0.96 and a wrong one with 1 share a bin."""
     logits = torch.tensor([[math.log(0.96), math.log(0.04)], [100.0, 0.0]])
     labels = torch.tensor([0, 1])
     assert metrics.calibration(logits, labels)["calibration_error"] == pytest.approx(0.48, abs=1e-6)
@@ -64,7 +64,7 @@ def test_complete_certainty_belongs_to_the_last_bin():
     assert last["confidence"] == pytest.approx(0.98)
 
 
-def test_bins_of_the_diagram_give_the_error():
+def test_bins_give_the_calibration_error():
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(500, 10), torch.randint(0, 10, (500,))
     rows = [row for row in metrics.bins(logits, labels, temperature=2.0) if row["images"]]
@@ -74,7 +74,7 @@ def test_bins_of_the_diagram_give_the_error():
     assert error == pytest.approx(metrics.calibration(logits, labels, 2.0)["calibration_error"], abs=1e-6)
 
 
-def test_the_error_has_15_bins_as_usual():
+def test_calibration_error_has_15_bins():
     random = torch.Generator().manual_seed(1)
     logits, labels = 2 * torch.randn(300, 4, generator=random), torch.randint(0, 4, (300,), generator=random)
     confidence, predicted = logits.double().softmax(1).max(1)
@@ -87,7 +87,7 @@ def test_the_error_has_15_bins_as_usual():
     assert edges == [(i / 15, (i + 1) / 15) for i in range(15)]
 
 
-def test_temperature_is_found():
+def test_temperature_minimises_the_cross_entropy():
     torch.manual_seed(0)
     calibrated = torch.randn(10_000, 5, dtype=torch.float64)
     labels = torch.distributions.Categorical(logits=calibrated).sample()
@@ -99,13 +99,13 @@ def test_temperature_is_found():
         slope, step = 0.0, 1e-4
         for sign in (1, -1):
             slope += sign * F.cross_entropy(factor * calibrated / (fitted * (1 + sign * step)), labels).item()
-        assert abs(slope / (2 * step)) < 1e-6  # the valley's floor
+        assert abs(slope / (2 * step)) < 1e-6
     after = metrics.calibration(3 * calibrated, labels, metrics.fit_temperature(3 * calibrated, labels))
     assert after["calibration_error"] < 0.02 < metrics.calibration(3 * calibrated, labels)["calibration_error"]
 
 
 def test_temperature_by_hand():
-    """Of four answers with the same odds of e, three are right: odds of 3, at a temperature of 1 / log(3)."""
+    """Four predictions have odds of e, and three are right: the odds are 3 at a temperature of 1 / log(3)."""
     logits = torch.tensor([[1.0, 0.0]] * 4)
     fitted = metrics.fit_temperature(logits, torch.tensor([0, 0, 0, 1]))
     assert fitted == pytest.approx(1 / math.log(3), rel=1e-7)
@@ -119,7 +119,7 @@ def test_temperature_stays_within_its_limits():
 
 def test_summary():
     probabilities = torch.cat([PROBABILITIES, torch.tensor([[0.1, 0.2, 0.7]])])
-    labels = torch.tensor([0, 1, 2, 2, 0])  # the third image's class comes second, the last one's third
+    labels = torch.tensor([0, 1, 2, 2, 0])  # ranks of the true classes: 1, 1, 2, 1, 3
     figures = metrics.summary(probabilities.log(), labels)
     assert figures["accuracy"] == metrics.accuracy(probabilities, labels) == 0.6
     assert figures["top2_accuracy"] == pytest.approx(0.8)
@@ -134,12 +134,12 @@ def test_classes_without_images_have_no_accuracy():
     assert math.isnan(rows[1]["accuracy"])
 
 
-def test_distance_from_people_by_hand():
+def test_against_people_by_hand():
     people = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     figures = metrics.against_people(PROBABILITIES[:2].log(), people, temperature=0.5)
     expected = -(0.5 * math.log(0.8) + 0.5 * math.log(0.1) + math.log(0.1)) / 2
     assert figures["cross_entropy"] == pytest.approx(expected, abs=1e-6)
-    squares = 0.8**2 + 0.1**2 + 0.1**2  # the temperature squares probabilities, whose sum is then no longer 1
+    squares = 0.8**2 + 0.1**2 + 0.1**2  # the temperature squares the probabilities, which are then normalised
     expected = 2 * expected + math.log(squares)
     assert figures["cross_entropy_with_temperature"] == pytest.approx(expected, abs=1e-6)
     assert figures["entropy"] == pytest.approx(math.log(2) / 2)

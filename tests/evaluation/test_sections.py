@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from cifarnet.data import ImageDataModule, InMemoryLoader, Source, Split
+from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.evaluation import public_sets, sections
 from cifarnet.inference.predictor import Predictor
 
-# how strongly each test image looks like red, green and blue, of 255; the third and fifth are mistaken for red
+# red, green and blue of each test image; the third and fifth are mistaken for red
 STRENGTHS = [[200, 0, 0], [0, 150, 0], [250, 0, 100], [0, 0, 150], [120, 90, 0], [0, 200, 150]]
 LABELS = [0, 1, 2, 2, 1, 1]
 
@@ -31,7 +32,7 @@ class Coloured(ImageDataModule):
             images = torch.tensor(strengths, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
             return Split(images, torch.tensor(labels))
 
-        # red by 5, and right three times in four: calibrated when eˣ / (eˣ + 2) = 3/4, at x = ln 6
+        # the logit of red is 5, and red is right three times in four: eˣ / (eˣ + 2) = 3/4 at x = ln 6
         val = split([[255, 0, 0]] * 4, [0, 0, 0, 1])
         return Source(["red", "green", "blue"], split(STRENGTHS, LABELS), split(STRENGTHS, LABELS), val)
 
@@ -41,12 +42,12 @@ class Shuffled(Coloured):
 
     def test_dataloader(self):
         test, order = self.source.test, torch.tensor([4, 2, 5, 0, 1, 3])
-        return [(test.images[index], test.labels[index], index) for index in order.split(4)]
+        return [Batch(test.images[index], test.labels[index], index) for index in order.split(4)]
 
 
 def measure(cls=Coloured, public=None, noise_seed=None, network=None):
-    predictor, datamodule = Predictor(network or Colours(), accelerator="cpu"), cls(batch_size=2, eval_batch_size=4)
-    return sections.measure(predictor, datamodule, public or public_sets.PublicSets(), noise_seed)
+    predictor, data = Predictor(network or Colours(), accelerator="cpu"), cls(batch_size=2, eval_batch_size=4)
+    return sections.measure(predictor, data, public or public_sets.PublicSets(), noise_seed)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_test_images_by_hand():
     assert record["test"]["accuracy"] == record["test_accuracy_one_view"] == pytest.approx(4 / 6)
     assert record["confusion"] == [[1, 0, 0], [1, 2, 0], [1, 0, 1]]  # true, predicted
     assert [row["accuracy"] for row in record["classes"]] == pytest.approx([1, 2 / 3, 1 / 2])
-    assert [mistake["index"] for mistake in record["mistakes"]] == [2, 4]  # the surest first
+    assert [mistake["index"] for mistake in record["mistakes"]] == [2, 4]  # in descending order of confidence
     first = record["mistakes"][0]
     assert (first["class"], first["predicted"]) == ("blue", "red")
     powers = [math.exp(strength / 51) for strength in STRENGTHS[2]]
@@ -68,7 +69,7 @@ def test_test_images_by_hand():
     assert record["corruptions"] is record["cifar10_c"] is record["cifar10_1"] is record["cifar10h"] is None
 
 
-def test_temperature_is_that_of_the_validation_images():
+def test_temperature_is_fitted_on_validation_images():
     record, _ = measure()
     assert record["val"]["accuracy"] == 0.75
     assert record["temperature"] == pytest.approx(5 / math.log(6), rel=1e-4)
@@ -85,7 +86,7 @@ def test_order_of_the_images_does_not_matter(people):
     assert record["cifar10h"]["cross_entropy"] != pytest.approx(turned["cifar10h"]["cross_entropy"], rel=1e-3)
 
 
-def test_sections_that_are_asked_for_are_there(capsys):
+def test_all_sections(capsys):
     test = Coloured(batch_size=2).source.test
     right, wrong = (InMemoryLoader(test.images, labels, 4) for labels in (test.labels, (test.labels + 1) % 3))
     public = public_sets.PublicSets({"fog": [right] * 5, "spatter": [wrong] * 5}, {"v6": right})
@@ -97,12 +98,12 @@ def test_sections_that_are_asked_for_are_there(capsys):
     rows = record["corruptions"]["accuracy"]
     assert record["corruptions"]["mean"] == pytest.approx(sum(map(sum, rows.values())) / (5 * len(rows)))
     assert rows.keys() == record["corruptions"]["levels"].keys()
-    assert rows["pixelate"] == pytest.approx([4 / 6] * 5)  # of one colour
+    assert rows["pixelate"] == pytest.approx([4 / 6] * 5)  # each image has a single colour
     assert {"corruptions", "corruption_examples", "cifar10_c"} < set(figures)
     assert "pixelate" in capsys.readouterr().out
 
 
-def test_a_network_without_mistakes_has_no_figure_of_them():
+def test_network_without_mistakes():
     class Perfect(Coloured):
         def read(self):
             source = super().read()
@@ -114,7 +115,7 @@ def test_a_network_without_mistakes_has_no_figure_of_them():
     assert "mistakes" not in figures
 
 
-def test_diverged_network_is_told():
+def test_diverged_network():
     network = Colours()
     network.scale.data.fill_(math.nan)
     with pytest.raises(UserError, match="training diverged"):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.inference.predictor import Predictor
 
@@ -22,24 +23,24 @@ def images():
     return torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_answers_to_batches_belong_to_their_images(images):
+def test_predictions_belong_to_their_images(images):
     labels, order = torch.arange(10) % 2, torch.tensor([3, 9, 0, 1, 2, 4, 5, 6, 7, 8])
-    batches = [(images[index], labels[index], index, "whatever else") for index in order.split(4)]
-    answers = Predictor(Halves(), accelerator="cpu").over(batches, "test")
-    assert torch.equal(answers.index, order)
-    assert torch.equal(answers.labels, labels[order])
-    torch.testing.assert_close(answers.logits, Halves()(images[order]).detach())
-    assert torch.equal(answers.one_view, answers.logits)
-    assert not answers.logits.requires_grad
+    batches = [Batch(images[index], labels[index], index) for index in order.split(4)]
+    predictions = Predictor(Halves(), accelerator="cpu").predict_all(batches, "test")
+    assert torch.equal(predictions.index, order)
+    assert torch.equal(predictions.labels, labels[order])
+    torch.testing.assert_close(predictions.logits, Halves()(images[order]).detach())
+    assert torch.equal(predictions.one_view, predictions.logits)
+    assert not predictions.logits.requires_grad
 
 
-def test_mirror_images_are_averaged_in(images):
+def test_logits_are_averaged_with_those_of_mirror_images(images):
     one_view, logits = Predictor(Halves(), tta="mirror", accelerator="cpu")(images)
     torch.testing.assert_close(one_view, Halves()(images).detach())
     torch.testing.assert_close(logits, one_view.mean(1, keepdim=True).expand(-1, 2))
 
 
-def test_precision_is_the_one_asked_for(images):
+def test_precision(images):
     class Product(nn.Linear):
         def forward(self, images):
             self.computed = super().forward(images.float().flatten(1))
@@ -52,7 +53,7 @@ def test_precision_is_the_one_asked_for(images):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "setting"),
     [
         ({"tta": "rotate"}, "tta=rotate"),
         ({"tta_share": -1}, "tta_share=-1"),
@@ -60,6 +61,6 @@ def test_precision_is_the_one_asked_for(images):
         ({"accelerator": "abacus"}, "accelerator=abacus"),
     ],
 )
-def test_what_cannot_be_had_is_told(settings, named):
-    with pytest.raises(UserError, match=named):
+def test_bad_settings(settings, setting):
+    with pytest.raises(UserError, match=setting):
         Predictor(Halves(), **settings)

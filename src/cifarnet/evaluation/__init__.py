@@ -1,1 +1,1 @@
-"""Measuring a trained network: what it is asked, what its answers are worth, and the page that shows it."""
+"""Evaluation of a trained network: metrics, robustness and the HTML report."""

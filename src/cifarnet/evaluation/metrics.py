@@ -1,4 +1,4 @@
-"""What is measured on logits: accuracy with its interval, calibration, distance from people's judgement."""
+"""Metrics of logits: accuracy with its interval, calibration, and the distance from people's labels."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +11,26 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-BINS = 15  # of the calibration error: equally wide, by the confidence, which is the probability of the predicted class
+BINS = 15  # of the calibration error: intervals of the confidence, which is the probability of the predicted class
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of logits [N, num_classes] whose largest is that of the label, int64 [N]."""
+    """Return the fraction of logits [N, num_classes] whose maximum is at the label, int64 [N]."""
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy, top-2 accuracy and calibration of logits [N, num_classes] against labels int64 [N]."""
+    """Return accuracy, top-2 accuracy and calibration of logits [N, num_classes] for labels, int64 [N]."""
     correct = int((logits.argmax(1) == labels).sum())
     top2 = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro", top_k=2)
     return {**proportion(correct, len(labels)), "top2_accuracy": top2.item(), **calibration(logits, labels)}
 
 
 def proportion(correct: int, count: int) -> dict[str, Any]:
-    """A share and its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953); both are NaN of no images."""
+    """Return a proportion and its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953).
+
+    Both are NaN if `count` is 0.
+    """
     if count == 0:
         return {"images": 0, "accuracy": math.nan, "interval": [math.nan, math.nan]}
     interval = binomtest(correct, count).proportion_ci(method="wilson")
@@ -35,21 +38,21 @@ def proportion(correct: int, count: int) -> dict[str, Any]:
 
 
 def by_class(confusion: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracy on the images of each class, out of the confusion matrix, int64 [true, predicted]. NaN where none."""
+    """Return the accuracy on the images of each class, from a confusion matrix, int64 [true, predicted]."""
     rows = zip(class_names, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
     return [{"name": name, **proportion(correct, count)} for name, correct, count in rows]
 
 
 def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
-    """Cross-entropy, expected calibration error and Brier score of softmax(logits / temperature).
+    """Return cross-entropy, expected calibration error and Brier score of softmax(logits / temperature).
 
-    The error is the mean of the bins' |accuracy - mean confidence|, weighted by their images (Naeini et al., 2015).
-    The Brier score is the squared distance from the one-hot label, 0 to 2.
+    The calibration error is the mean of |accuracy - mean confidence| over the bins, weighted by their number of images
+    (Naeini et al., 2015). The Brier score is the squared distance from the one-hot label, from 0 to 2.
     """
     scaled = logits.double() / temperature
     probabilities = scaled.softmax(1)
     distance = probabilities - F.one_hot(labels, logits.shape[1])
-    # a confidence of exactly 1 would open a bin of its own; the largest float32 below 1 belongs to the last one
+    # torchmetrics puts a confidence of exactly 1 into a bin of its own; the next smaller float32 is in the last bin
     below_one = probabilities.clamp_max(1 - 2**-24)
     error = multiclass_calibration_error(below_one, labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
     return {
@@ -60,11 +63,11 @@ def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dic
 
 
 def bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:
-    """The bins of the calibration error, for the reliability diagram; accuracy and confidence are NaN in empty ones."""
+    """Return the bins of the calibration error; accuracy and confidence are NaN in empty bins."""
     confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
-    place = (confidence * BINS).long().clamp_max(BINS - 1)
-    count = place.bincount(minlength=BINS)
-    means = (place.bincount(values, BINS) / count for values in (confidence, (predicted == labels).double()))
+    bin_index = (confidence * BINS).long().clamp_max(BINS - 1)
+    count = bin_index.bincount(minlength=BINS)
+    means = (bin_index.bincount(values, BINS) / count for values in (confidence, (predicted == labels).double()))
     rows = zip(range(BINS), count.tolist(), *(mean.tolist() for mean in means), strict=True)
     return [
         {"from": i / BINS, "to": (i + 1) / BINS, "images": images, "confidence": mean, "accuracy": accuracy}
@@ -73,11 +76,14 @@ def bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T, from 0.05 to 20, with the least cross-entropy of softmax(logits / T) (Guo et al., 2017,
-    https://arxiv.org/abs/1706.04599). Fit it on images that are neither trained on nor tested."""
+    """Return the T, from 0.05 to 20, that minimises the cross-entropy of softmax(logits / T).
+
+    Fit it on images that are used neither for training nor for testing (Guo et al., 2017,
+    https://arxiv.org/abs/1706.04599).
+    """
     logits = logits.double()
-    found = minimize_scalar(  # the cross-entropy is convex in 1/T: it has one valley
-        lambda place: F.cross_entropy(logits / math.exp(place), labels).item(),
+    found: Any = minimize_scalar(  # the cross-entropy is convex in 1/T, so it has one minimum
+        lambda log_t: F.cross_entropy(logits / math.exp(log_t), labels).item(),
         bounds=(math.log(0.05), math.log(20)),
         method="bounded",
         options={"xatol": 1e-7},
@@ -86,8 +92,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def against_people(logits: Tensor, people: Tensor, temperature: float | None) -> dict[str, float]:
-    """Cross-entropy against the distribution of people's labels, [N, num_classes] (Peterson et al., 2019,
-    https://arxiv.org/abs/1908.07086). The entropy of their labels is the least that is possible."""
+    """Return the cross-entropy against the distribution of people's labels, [N, num_classes], and its lower bound.
+
+    The lower bound is the entropy of that distribution (Peterson et al., 2019, https://arxiv.org/abs/1908.07086).
+    """
     entropy = torch.special.entr(people).sum(1).mean().item()
     distance = {"cross_entropy": F.cross_entropy(logits.double(), people).item(), "entropy": entropy}
     if temperature is not None:

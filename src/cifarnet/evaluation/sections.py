@@ -1,7 +1,6 @@
-"""The sections of an evaluation: each asks the network, and gives its part of the record and its figures."""
+"""The sections of an evaluation. Each returns its part of the record, and the figures that belong to it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,57 +11,60 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
 from cifarnet.evaluation import figures, metrics, public_sets, robustness
-from cifarnet.inference import figures as predicted_figures
-from cifarnet.inference.predictor import Predictions, Predictor
+from cifarnet.inference import figures as inference_figures
+from cifarnet.inference.predictor import Batches, Predictions, Predictor
 
-MISTAKES = 20  # are shown
+NUM_MISTAKES = 20  # in the report
 
-# plain data for the record, and what draws the figures, by name
-Section = tuple[dict[str, Any], dict[str, Callable[[], Figure]]]
+Section = tuple[dict[str, Any], dict[str, Figure]]  # plain data for the record, and figures by name
 
 
 def measure(
-    predictor: Predictor, datamodule: ImageDataModule, public: public_sets.PublicSets, noise_seed: int | None
+    predictor: Predictor, data: ImageDataModule, public: public_sets.PublicSets, noise_seed: int | None
 ) -> Section:
-    """All sections: the test images, under corruption too unless `noise_seed` is None, and the public sets given.
+    """Return all sections.
+
+    Args:
+        public: the public test sets to measure.
+        noise_seed: the seed of the corruptions; None: do not corrupt the test images.
 
     Raises:
-        UserError: the network's answers are not finite.
+        UserError: the network's outputs are not finite.
     """
-    record, drawn = _on_test_images(predictor, datamodule, public.cifar10h)
+    record, drawn = _on_test_images(predictor, data, public.cifar10h)
     record |= {"corruptions": None, "cifar10_c": None, "cifar10_1": None}
     if noise_seed is not None:
-        table = _table(predictor, robustness.corrupted(datamodule.test_dataloader(), noise_seed))
+        table = _table(predictor, robustness.corrupted(data.test_dataloader(), noise_seed))
         mean, clean = _mean(table.values()), record["test"]["accuracy"]
         levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
         record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
         title = f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
-        drawn["corruptions"] = partial(figures.robustness, table, title)
-        examples = robustness.examples(datamodule.source.test.images[0], noise_seed)
-        drawn["corruption_examples"] = partial(figures.severities, examples)
+        drawn["corruptions"] = figures.robustness(table, title)
+        examples = robustness.examples(data.source.test.images[0], noise_seed)
+        drawn["corruption_examples"] = figures.severities(examples)
     if public.cifar10_c is not None:
         table = _table(predictor, public.cifar10_c)
         averaged = {name: row for name, row in table.items() if name not in public_sets.CIFAR10_C_EXTRA} or table
         mean = _mean(averaged.values())
         record["cifar10_c"] = {"mean": mean, "averaged": list(averaged), "accuracy": table}
-        drawn["cifar10_c"] = partial(figures.robustness, table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
+        drawn["cifar10_c"] = figures.robustness(table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
     if public.cifar10_1 is not None:
-        answers = {version: predictor.over(batches, version) for version, batches in public.cifar10_1.items()}
-        record["cifar10_1"] = {version: metrics.summary(of.logits, of.labels) for version, of in answers.items()}
+        predictions = {name: predictor.predict_all(batches, name) for name, batches in public.cifar10_1.items()}
+        record["cifar10_1"] = {name: metrics.summary(part.logits, part.labels) for name, part in predictions.items()}
     return record, drawn
 
 
-def _on_test_images(predictor: Predictor, datamodule: ImageDataModule, people: Tensor | None) -> Section:
-    """Accuracy, calibration and mistakes on the test images; the temperature comes from the validation images."""
-    names = datamodule.class_names
-    test = predictor.over(datamodule.test_dataloader(), "test")
+def _on_test_images(predictor: Predictor, data: ImageDataModule, people: Tensor | None) -> Section:
+    """Return accuracy, calibration and mistakes on the test images; the temperature is fitted on validation images."""
+    names = data.class_names
+    test = predictor.predict_all(data.test_dataloader(), "test")
     if not test.logits.isfinite().all():
-        raise UserError("The network's answers are not finite: its training diverged. Try a smaller optimizer.lr.")
+        raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
     summary, bins = metrics.summary(test.logits, test.labels), metrics.bins(test.logits, test.labels)
     panels = {f"as trained: error {summary['calibration_error']:.2%}": bins}
     val = temperature = scaled = None
-    if len(datamodule.source.val):
-        val = predictor.over(datamodule.val_dataloader(), "validation")
+    if val_batches := data.val_dataloader():
+        val = predictor.predict_all(val_batches, "validation")
         temperature = metrics.fit_temperature(val.logits, val.labels)
         scaled = metrics.calibration(test.logits, test.labels, temperature)
         title = f"temperature {temperature:.2f}: error {scaled['calibration_error']:.2%}"
@@ -82,33 +84,35 @@ def _on_test_images(predictor: Predictor, datamodule: ImageDataModule, people: T
         "cifar10h": None if people is None else metrics.against_people(test.logits, people[test.index], temperature),
     }
     drawn = {
-        "confusion": partial(predicted_figures.confusion, confusion, names),
-        "reliability": partial(figures.reliability, panels),
+        "confusion": inference_figures.confusion(confusion, names),
+        "reliability": figures.reliability(panels),
     }
     if mistakes:
-        images = torch.stack([datamodule.source.test.images[row["index"]] for row in mistakes])
-        drawn["mistakes"] = partial(predicted_figures.mistakes, images, mistakes)
+        images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
+        drawn["mistakes"] = inference_figures.mistakes(images, mistakes)
     return record, drawn
 
 
 def _mistakes(test: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The wrong answers that the network is most sure of."""
+    """Return the wrong predictions with the highest confidence."""
     confidence, predicted = test.logits.double().softmax(1).max(1)
     wrong = (predicted != test.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
     columns = (column[wrong].tolist() for column in (test.index, test.labels, predicted, confidence))
     return [
-        {"index": index, "class": names[label], "predicted": names[guess], "confidence": sure}
-        for index, label, guess, sure in zip(*columns, strict=True)
+        {"index": index, "class": names[label], "predicted": names[guess], "confidence": probability}
+        for index, label, guess, probability in zip(*columns, strict=True)
     ]
 
 
-def _table(predictor: Predictor, rows: Mapping[str, Sequence[Iterable]]) -> dict[str, list[float]]:
-    """The accuracy on each set of batches; a line is printed when those of a row are known."""
+def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[str, list[float]]:
+    """Return the accuracy on each set of batches, and print each row when it is complete."""
     table = {}
     for name, row in rows.items():
-        answers = (predictor.over(batches, f"{name}, severity {severity}") for severity, batches in enumerate(row, 1))
-        table[name] = [metrics.accuracy(of.logits, of.labels) for of in answers]
+        table[name] = []
+        for severity, batches in enumerate(row, 1):
+            predictions = predictor.predict_all(batches, f"{name}, severity {severity}")
+            table[name].append(metrics.accuracy(predictions.logits, predictions.labels))
         print(f"  {name:<18}", *(f"{accuracy:7.2%}" for accuracy in table[name]), flush=True)
     return table
 

@@ -1,10 +1,11 @@
-"""From what a user gives to what a network sees, by several threads."""
+"""Decode pictures into the pixels that a network takes, in several threads."""
 
 import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,35 +13,37 @@ from torch import Tensor
 
 from cifarnet.errors import UserError
 
-CHUNK = 16  # images that a thread decodes in one go, where there are many: small ones take less time than handing over
+CHUNK = 16  # images that a thread decodes at a time; for small images, handing over each one would take longer
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
-def listed(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
-    """One, or several; those of a folder in its place.
+def expand_folders(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
+    """Yield the pictures, and in place of each folder the image files in and below it.
 
-    Raises:
-        UserError: a folder cannot be read.
+    A folder that cannot be read is yielded itself.
     """
-    from cifarnet.data.pixels import image_files  # on first use, as Lightning, which it brings along
+    from cifarnet.data.pixels import image_files  # imports Lightning, which takes seconds
 
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
-
-    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
-    several = not single and (isinstance(images, Iterable) or hasattr(images, "__getitem__"))
-    for image in images if several else [images]:
-        if isinstance(image, str | os.PathLike) and os.path.isdir(image):
-            yield from image_files(os.fspath(image), unreadable)
+    is_single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+    pictures: Any = images if isinstance(images, Iterable) and not is_single else [images]
+    for picture in pictures:
+        if isinstance(picture, str | os.PathLike) and os.path.isdir(picture):
+            unreadable: list[OSError] = []
+            yield from image_files(os.fspath(picture), unreadable.append)
+            yield from (error.filename for error in unreadable)
         else:
-            yield image
+            yield picture
 
 
-def decoded(
+def decode_all(
     sources: Sequence[Picture], size: int, ahead: int, workers: int
 ) -> Iterator[tuple[Picture, np.ndarray | str]]:
-    """Each source with its pixels, uint8 [size, size, 3], or why it cannot be read; in order, by `workers` threads
-    (Pillow decodes outside the interpreter's lock). About twice `ahead` images, and no more, wait to be taken."""
+    """Yield each picture with its pixels, uint8 [size, size, 3], or with the reason why it cannot be read.
+
+    Args:
+        ahead: about twice this number of images are decoded before they are consumed.
+        workers: number of threads; Pillow decodes outside the interpreter's lock.
+    """
     from cifarnet.data.pixels import as_image, decode, fitted
 
     large = threading.Lock()
@@ -48,11 +51,13 @@ def decoded(
     def read(source: Picture) -> tuple[Picture, np.ndarray | str]:
         try:
             if isinstance(source, str | os.PathLike):
+                if os.path.isdir(source):
+                    return source, f"The folder {os.fspath(source)} cannot be read."
                 return source, np.asarray(decode(os.fspath(source), size, large))
             return source, np.asarray(fitted(as_image(source), size))
         except UserError as error:
             return source, str(error)
-        except Exception as error:  # whatever Pillow makes of an image that it opened before
+        except Exception as error:  # Pillow raises many types for broken images that were opened before
             return source, f"An image cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
 
     count = max(1, min(CHUNK, ahead, len(sources) // (4 * workers)))

@@ -1,21 +1,33 @@
-"""A trained network at work: the arithmetic of training's test, without a Trainer."""
+"""Run a trained network in the precision, and with the test-time augmentation, of the test in training."""
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sized
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
-from cifarnet.models import tta as test_time
+from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.schema import Range, check
 from cifarnet.system.log_output import quiet_fabric
 
 
+class Batches(Sized, Iterable[Batch], Protocol):
+    """A loader, or a list of batches."""
+
+
 class Predictions(NamedTuple):
-    """Of N images: logits of one view, and with test-time augmentation, float32 [N, num_classes]; labels, and which
-    image of its split each is, int64 [N]."""
+    """The predictions for N images.
+
+    Attributes:
+        one_view: logits without test-time augmentation, float32 [N, num_classes].
+        logits: logits with test-time augmentation, float32 [N, num_classes].
+        labels: int64 [N].
+        index: the positions of the images in their data set, int64 [N].
+    """
 
     one_view: Tensor
     logits: Tensor
@@ -24,36 +36,38 @@ class Predictions(NamedTuple):
 
 
 class Predictor:
-    """Batches of images in, logits out, in the precision and on the device that are asked for.
+    """Computes the logits of batches of images.
 
     Args:
         network: images [B, C, H, W] -> logits [B, num_classes], in eval mode.
-        tta, tta_share, channels_last: as of `Classifier`.
-        precision, accelerator: as of Lightning's Trainer.
+        tta, tta_share, channels_last: as for `Classifier`.
+        precision, accelerator: as for Lightning's Trainer.
 
     Raises:
-        UserError: the device or the precision cannot be had.
+        UserError: a setting is unknown, or the device does not exist or does not support the precision.
     """
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        tta: str = "none",
+        tta: TTA = "none",
         tta_share: float = 1.0,
         channels_last: bool = True,
-        precision: str = "32-true",
+        precision: str | int = "32-true",
         accelerator: str = "auto",
     ) -> None:
-        test_time.check(tta, tta_share)
+        check("tta", tta, TTA)
+        check("tta_share", tta_share, Annotated[float, Range(0, 1)])
         try:
             with quiet_fabric():
-                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
-        except Exception as error:  # Lightning raises many types for settings it cannot use
+                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)  # pyright: ignore[reportArgumentType]
+        except Exception as error:  # Lightning raises many types for settings that it cannot use
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."
             ) from error
-        self.tta, self.tta_share, self.device = tta, tta_share, fabric.device
+        self.tta: TTA = tta
+        self.tta_share, self.precision, self.device = tta_share, precision, fabric.device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = fabric.setup_module(network.to(memory_format=self.memory_format))
 
@@ -62,16 +76,18 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of images [B, C, H, W] from one view, and with test-time augmentation: twice [B, num_classes]."""
-        answers = test_time.AveragedLogits(self._forward, 1, self.tta, self.tta_share)
+        """Return the logits of images [B, C, H, W], without and with test-time augmentation: twice [B, num_classes]."""
+        answers = AveragedLogits(self._forward, 1, self.tta, self.tta_share)
         return answers.add(images.to(self.device)), answers.final()[0]
 
     @torch.inference_mode()
-    def over(self, batches: Collection[Sequence[Tensor]], title: str) -> Predictions:
-        """The answers, on the CPU, to all batches of (images, labels, index, …). A bar shows the way on a terminal."""
-        answers, rest = test_time.AveragedLogits(self._forward, len(batches), self.tta, self.tta_share), []
-        for images, labels, index, *_ in tqdm(batches, title, leave=False, disable=None):
-            answers.add(images.to(self.device))
-            rest.append((labels.cpu(), index.cpu()))
-        logits = [torch.cat(batch).cpu() for batch in (answers.single, answers.final())]
-        return Predictions(*logits, *(torch.cat(part) for part in zip(*rest, strict=True)))
+    def predict_all(self, batches: Batches, title: str) -> Predictions:
+        """Return the predictions for all batches, on the CPU. On a terminal, a progress bar shows the title."""
+        answers = AveragedLogits(self._forward, len(batches), self.tta, self.tta_share)
+        labels, index = [], []
+        for batch in tqdm(batches, title, leave=False, disable=None):
+            answers.add(batch.images.to(self.device))
+            labels.append(batch.labels.cpu())
+            index.append(batch.index.cpu())
+        one_view, logits = (torch.cat(parts).cpu() for parts in (answers.single, answers.final()))
+        return Predictions(one_view, logits, torch.cat(labels), torch.cat(index))

@@ -1,0 +1,60 @@
+"""The settings of the commands that use a trained network: types, ranges, and composition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from omegaconf import DictConfig
+
+from cifarnet import cli
+from cifarnet.schema import Range, Seed, check_settings
+
+
+@dataclass
+class Settings:
+    """The settings in `configs/evaluate.yaml`, `predict.yaml`, `export.yaml` and `demo.yaml`, without `data`."""
+
+    # the network and how it predicts; test-time augmentation and temperature are checked by `Trained`
+    classes: list[str]
+    tta: str | None
+    tta_share: Annotated[float, Range(0, 1)] | None
+    temperature: float | str | None
+    precision: str | int | None
+    accelerator: str
+    seed: Seed
+    # evaluate
+    corruptions: bool
+    cifar10_c: str | None
+    cifar10_1: str | None
+    cifar10h: str | None
+    output_dir: str | None
+    # predict
+    top: Annotated[int, Range(1)] | None
+    output: str | None
+    explain: bool
+    batch_size: Annotated[int, Range(1, 10**6)]
+    workers: Annotated[int, Range(1, 512)] | None
+    # export
+    format: str
+    images: Annotated[int, Range(1)]
+    # demo
+    host: str
+    port: Annotated[int, Range(1, 65535)] | None
+    upload_limit: Annotated[float, Range(above=0, most=10_000)]
+    pictures: Annotated[int, Range(0, 1000)]
+
+
+def compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose `configs/<command>.yaml` and check its settings, except for the section `data` (see `test_images`).
+
+    Raises:
+        UserError: a setting has another type or range.
+    """
+    config = cli.compose(command, overrides)
+    check_settings(config, Settings)
+    return config
+
+
+def without_data(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that neither choose nor change the data, as `data=folder` and `data.root=pictures` do."""
+    return [override for override in overrides if cli.key_of(override).partition(".")[0] != "data"]
