@@ -259,9 +259,8 @@ def test_bugs_are_not_explained_whatever_their_text_or_folder(kind):
 
 
 def test_settings_that_libraries_refuse_are_explained():
-    assert (
-        cli.explain(raised(ValueError("x must\nbe y"), "lightning.pytorch.trainer.trainer")) == "trainer: x must be y"
-    )
+    error = raised(ValueError("x must\nbe y"), "lightning.pytorch.trainer.trainer")
+    assert cli.explain(error) == "trainer: x must be y"
     assert cli.explain(raised(ValueError("no such group"), "hydra.core.plugins")) == "no such group"
     assert cli.explain(raised(TypeError("x"), "lightning.pytorch.trainer.trainer")) is None
 

@@ -167,7 +167,10 @@ def receive_run() -> Any:
     import torch
 
     received: list[Any] = [None]
-    torch.distributed.broadcast_object_list(received)
+    try:
+        torch.distributed.broadcast_object_list(received)
+    except RuntimeError:  # the connection is lost: rank 0 has failed, and reports why
+        sys.exit(1)
     return received[0]
 
 
