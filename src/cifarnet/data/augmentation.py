@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cifarnet.data.transforms import box_mask
 from cifarnet.seeding import generator
 
 Flip = Literal["none", "random", "alternating"]
@@ -56,15 +57,3 @@ class Augment:
         """Return the image's row (or column) for each row of the crop, int64 [B, size]."""
         position = torch.arange(size, device=start.device) + start[:, None] - self.crop_padding
         return (size - 1) - ((size - 1) - position.abs()).abs()  # reflected at both borders
-
-
-def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
-    """Return which pixels of square images lie in a box, bool [B, size, size].
-
-    Args:
-        first: row and column of the box's first pixel, int64 [B, 2]; the box may reach beyond the image.
-        extent: height and width of the box, int64 [B, 2] or [B, 1].
-    """
-    distance = torch.arange(size, device=first.device) - first[..., None]
-    inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]
-    return inside[:, 0, :, None] & inside[:, 1, None, :]

@@ -29,9 +29,8 @@ class Batch(NamedTuple):
 class BatchLoader:
     """Shuffles, crops, flips and batches images; subclasses provide the pixels.
 
-    Order, augmentation and mixing are a function of (seed, epoch, index). The position within an epoch can be saved and
-    restored (`position`, `restore`). If `share` is below 1, the order also depends on the losses that were passed to
-    `observe`, which are saved as well.
+    Order, augmentation and mixing are a function of (seed, epoch, index). If `share` is below 1, the order also depends
+    on the losses that were passed to `observe`. The position within an epoch can be saved and restored.
 
     Args:
         labels: int64 [N], of images that are `image_size` pixels high and wide.
@@ -42,9 +41,6 @@ class BatchLoader:
         pin: yield batches in pinned memory, which are copied to a GPU while it computes.
         rank, world_size: each process gets its part of every training batch, or of all images in order. The random
             draws are those of a single process.
-
-    Yields:
-        `Batch`: images in channels_last format, of the height and width that `sizes` gives for the epoch.
     """
 
     def __init__(

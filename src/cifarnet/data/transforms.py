@@ -1,7 +1,8 @@
-"""The interfaces of recipes that change images. Their random numbers are drawn for a whole epoch at once."""
+"""The interfaces of recipes that change images, whose random numbers are drawn for a whole epoch at once."""
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,15 @@ class Transform(Protocol):
     def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
         """Change images, uint8 [B, C, H, W], according to their draws, and return them as uint8."""
         ...
+
+
+def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
+    """Return which pixels of square images lie in a box, bool [B, size, size].
+
+    Args:
+        first: row and column of the box's first pixel, int64 [B, 2]; the box may reach beyond the image.
+        extent: height and width of the box, int64 [B, 2] or [B, 1].
+    """
+    distance = torch.arange(size, device=first.device) - first[..., None]
+    inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]
+    return inside[:, 0, :, None] & inside[:, 1, None, :]

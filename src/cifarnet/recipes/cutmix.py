@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.data.augmentation import box_mask
+from cifarnet.data.transforms import box_mask
 from cifarnet.recipes.mixup import Mixup
 from cifarnet.schema import Range
 from cifarnet.seeding import derive, generator

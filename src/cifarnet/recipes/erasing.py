@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.data.augmentation import box_mask
+from cifarnet.data.transforms import box_mask
 from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
