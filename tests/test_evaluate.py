@@ -295,8 +295,8 @@ class OwnData(Synthetic):
 
 
 def test_own_classes_have_to_be_allowed(config, tmp_path):
-    own = ["~model", "+model={_target_: conftest.OwnNetwork}", f"data._target_={__name__}.OwnData"]
-    train(config(*own, without="model"))
+    overrides = ["~model", "+model={_target_: conftest.OwnNetwork}", f"data._target_={__name__}.OwnData"]
+    train(config(*overrides, without="model"))
     network, data = "conftest.OwnNetwork", f"{__name__}.OwnData"
     with pytest.raises(UserError, match=rf"{network}, which is not part of cifarnet.models.*classes=\[module"):
         evaluate(tmp_path / "run", [*QUICK, f"classes=[{data}]"])

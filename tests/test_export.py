@@ -102,8 +102,8 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("form", ["onnx", "torch_export"])
 def test_unsupported_network(form, tmp_path, command):
     base = [setting for setting in LEARNS if not setting.startswith(("model", "optimizer", "module.tta"))]
-    own = ["~model", "+model={_target_: test_export.Branches}", "optimizer=adamw", f"output_dir={tmp_path}/run"]
-    train(cli.compose("train", [*base, *own]))
+    branches = ["~model", "+model={_target_: test_export.Branches}", "optimizer=adamw", f"output_dir={tmp_path}/run"]
+    train(cli.compose("train", [*base, *branches]))
     _, _, err = command(f"{tmp_path}/run", f"format={form}", "classes=[test_export.Branches]", main=main)
     assert err.splitlines()[-1].startswith(f"Error: format={form} does not support this network: ")
     assert not list((tmp_path / "run/exported").iterdir())

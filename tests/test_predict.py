@@ -157,7 +157,7 @@ def test_a_path_and_a_folder_instead_of_a_list(classifier, tmp_path):
         assert torch.equal(next(classifier.answers(pictures)).logits, expected[0])
     with pytest.raises(UserError, match="is not an image"):
         classifier.predict(None)
-    with pytest.raises(ValueError, match=r"\[3, 32, 32\] are no batch: give \[B, C, H, W\]"):
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\]"):
         classifier.network(torch.zeros(3, 32, 32))
 
 

@@ -63,7 +63,8 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     except NoImages as error:
         print(printable(f"No test images to compare on: {error}"))
         kind, generator = "random", torch.Generator().manual_seed(config.seed)
-        images = torch.randint(256, (config.images, 3, size, size), dtype=torch.uint8, generator=generator)
+        count = min(config.images, max(2, 2**28 // size**2))  # at most 800 MB
+        images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             draft = Path(folder, target.name)
