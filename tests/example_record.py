@@ -67,6 +67,8 @@ def write_record(folder: Path, **changes: Any) -> Path:
         for section in sections:
             node = node[section]
         node[last] = value
+    last = {key: record[key] for key in ("precision", "hardware", "versions", "git_commit")}
+    record.setdefault("sessions", [session(**last)])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(record))
     return folder

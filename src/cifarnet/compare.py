@@ -23,14 +23,14 @@ def _compare() -> None:
     # imported late, because scipy and matplotlib take a second
     from cifarnet.records import comparison, figures
 
-    groups, left_out, name = comparison.load(arguments.paths, arguments.against, config.metric)
-    metric, output = comparison.Metric(name, groups), Path(config.output)
-    print(printable(f"\n{comparison.table(groups, metric)}\n"))
-    lines = comparison.conclusions(groups, metric)
-    lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups, name)]
+    groups, left_out = comparison.load(arguments.paths, arguments.against, config.metric)
+    print(printable(f"\n{comparison.table(groups)}\n"))
+    lines = comparison.conclusions(groups)
+    lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups)]
     print(printable("\n".join(f"  {line}" for line in lines)))
+    output = Path(config.output)
     try:
-        figures.save(figures.comparison(groups, name, comparison.differences(groups)), output)
+        figures.save(figures.comparison(groups), output)
     except (OSError, ValueError) as error:
         raise UserError(f"output={output} cannot be written: {error}") from error
     print(f"  {output}\n")

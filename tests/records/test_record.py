@@ -35,12 +35,12 @@ def test_numbers_are_what_runs_can_be_compared_by(tmp_path):
 
 
 def test_unknown_keys_are_ignored_and_optional_ones_may_be_missing(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps(RECORD | {"later": 1} | {"partial": None}))
-    assert Record.read(tmp_path / "metrics.json").sessions == []
-    (tmp_path / "metrics.json").write_text(json.dumps({key: RECORD[key] for key in RECORD if key != "partial"}))
+    record = RECORD | {"sessions": [], "later": 1}
+    (tmp_path / "metrics.json").write_text(json.dumps({key: record[key] for key in record if key != "partial"}))
     assert Record.read(tmp_path / "metrics.json").partial is None
 
 
+RECORD = RECORD | {"sessions": [session()]}
 UNREADABLE = {
     "empty": "",
     "binary": "\udcff\udcfe",

@@ -17,7 +17,8 @@ def make(settings: dict[str, str], **numbers: float) -> Run:
 
 def finished(seed: int, date: str, accuracy: float) -> Run:
     changes = {"seed": seed, "finished": date, "val_accuracy": accuracy, "seconds": accuracy}
-    return Run(Path("runs"), {}, record=Record(**RECORD | changes))
+    record = Record(**RECORD | {"sessions": [], **changes})
+    return Run(Path("runs"), {}, record=record, numbers=record.numbers())
 
 
 def test_a_job_is_what_its_folder_describes(tmp_path):
@@ -77,7 +78,6 @@ def test_the_best_group_comes_first_and_groups_without_a_value_last():
     assert math.isnan(best.deviation)
     assert (second.mean, second.deviation) == (pytest.approx(0.55), pytest.approx(0.1 / math.sqrt(2)))
     assert math.isnan(last.mean)
-    assert len(tables.grouped(runs, "val_accuracy", key=lambda run: run.settings["seed"])) == 5
 
 
 @pytest.mark.parametrize(("metric", "best"), [("test_accuracy", 3), ("test_cross_entropy", 1), ("seconds", 1)])
@@ -113,6 +113,16 @@ def test_which_settings_vary(first, second, varying):
 def test_cells_are_aligned():
     assert tables.column_table({"": ["long", "a"], "n": ["1", ""]}) == "        n\n  long  1\n  a"
     assert tables.row_table({"long": "1", "a": "2"}) == "\n  long  1\n  a     2\n"
+
+
+def test_accuracies_are_written_in_percent():
+    [group] = tables.grouped(
+        [make({"seed": str(seed)}, val_accuracy=0.8 + seed / 10) for seed in (0, 1)], "val_accuracy"
+    )
+    assert group.result() == "85.00 ± 7.07 %"
+    assert replace(group, runs=group.runs[:1]).result() == "80.00 %"
+    assert replace(group, metric="seconds").result() == ""
+    assert (tables.number(0.02, "test_cross_entropy", "+"), tables.number(1234.5, "seconds")) == ("+0.0200", "1,234.50")
 
 
 def test_long_numbers_are_shortened():

@@ -41,8 +41,8 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert second.mean == pytest.approx(0.65)
     assert (failed.values, failed.runs[0].status) == ([], "failed")
     lines = summary.table([first, second, failed]).splitlines()
-    assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "n", "optimizer.lr", "seconds", "job"]
-    assert lines[1].split() == ["85.00%", "±", "7.07", "84.00%", "±", "7.07", "2", "0.1", "2.0", "0,1"]
+    assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "seconds", "n", "optimizer.lr", "job"]
+    assert " ".join(lines[1].split()) == "85.00 ± 7.07 % 84.00 ± 7.07 % 2.00 ± 0.00 2 0.1 0,1"
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
 
 
@@ -89,7 +89,7 @@ def test_unfinished_jobs_are_listed(folder, capsys):
     for number in (1, 3):
         (folder / str(number) / "metrics.json").unlink()
     summary.summarize(folder, 9, "sweep.resume=x")
-    assert "Not finished: 1, 3, 5-8\n" in capsys.readouterr().out
+    assert "Not finished: 1, 3, 5, 6, 7, 8\n" in capsys.readouterr().out
 
 
 def test_a_job_that_another_process_runs_is_running(folder, capsys):
@@ -103,6 +103,14 @@ def test_a_job_that_another_process_runs_is_running(folder, capsys):
     assert "Not finished: 1\n" in printed
     statuses = {row["folder"]: row["status"] for row in csv.DictReader((folder / "sweep.csv").open())}
     assert (statuses["1"], statuses["3"]) == ("cut off", "running")
+
+
+def test_a_sweep_without_a_result_has_no_figure(tmp_path):
+    for number in range(2):
+        make_job(tmp_path, number, [f"optimizer.lr={number}"], error="it exploded")
+    summary.summarize(tmp_path, 2, "sweep.resume=x")
+    assert (tmp_path / "sweep.csv").exists()
+    assert not (tmp_path / "sweep.png").exists()
 
 
 def test_pruned_jobs_are_not_missing(tmp_path, capsys):

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from cifarnet.callbacks.loggers import log_settings
 from cifarnet.classifier import Classifier
+from cifarnet.config import flat
 from cifarnet.records import figures
 from cifarnet.records.record import Session
 from cifarnet.system import hardware
@@ -41,32 +42,27 @@ class History(Callback):
         self.sessions: list[Session] = []
         self.validations: list[dict[str, float]] = []
         self._start = 0.0
-        self._validation: dict[str, float] = {}  # metrics at the end of this epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in STATE:
-            setattr(self, name, state.get(name, getattr(self, name)))
+        vars(self).update(state)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin_session(trainer)
+        session = new_session(trainer)
+        for last in self.sessions[-1:]:
+            before, now = flat(last), flat(session)
+            for key in sorted(before.keys() | now.keys() - {"from_step", "started"}):
+                if before.get(key) != now.get(key):
+                    report(f"{key} was {before.get(key)}, now {now.get(key)}")
+        self.sessions.append(session)
         log_settings(trainer, module.hparams["config"])
         # TensorBoard's logger appends to the curves of a resumed run; the others begin anew
         new = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         for row in self.epochs:
             self._log(new, row)
         self._start = time.perf_counter()  # on_train_epoch_start is not called if a run resumes within an epoch
-
-    def _begin_session(self, trainer: L.Trainer) -> None:
-        session = new_session(trainer)
-        if self.sessions:
-            before, now = _circumstances(self.sessions[-1]), _circumstances(session)
-            for key in before | now:
-                if before.get(key) != now.get(key):
-                    report(f"{key} was {before.get(key)}, now {now.get(key)}")
-        self.sessions.append(session)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -82,19 +78,16 @@ class History(Callback):
         self._start = now
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._keep_validation(trainer, cast("Classifier", module).means("val"))
-        self._start = time.perf_counter()
-
-    def _keep_validation(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
-        batches = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.sanity_checking:
+            return
+        batches, metrics = trainer.fit_loop.epoch_loop.batch_progress, cast("Classifier", module).means("val")
         fraction = 1 if batches.is_last_batch else batches.current.ready / trainer.num_training_batches
         self.validations.append({"epoch": trainer.current_epoch + fraction, "step": trainer.global_step, **metrics})
-        if fraction == 1:
-            self._validation = metrics
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics({f"{name}_within_epochs": value for name, value in metrics.items()}, trainer.global_step)
+        if fraction < 1:
+            within_epochs = {f"{name}_within_epochs": value for name, value in metrics.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(within_epochs, trainer.global_step)
+        self._start = time.perf_counter()
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -103,13 +96,10 @@ class History(Callback):
         self.test_seconds = time.perf_counter() - self._start  # the GPU is idle, since the metrics have been read
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        row = {
-            "epoch": trainer.current_epoch + 1,
-            **cast("Classifier", module).training_metrics(),
-            **self._validation,
-            "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
-        }
-        self._validation = {}
+        row = {"epoch": trainer.current_epoch + 1, **cast("Classifier", module).training_metrics()}
+        if self.validations and self.validations[-1]["epoch"] == row["epoch"]:
+            row |= {name: value for name, value in self.validations[-1].items() if name.startswith("val/")}
+        row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.epochs.append(row)
         self._log(trainer.loggers, row)
 
@@ -141,8 +131,3 @@ def new_session(trainer: L.Trainer) -> Session:
         "git_commit": hardware.git_commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _circumstances(session: Session) -> dict[str, Any]:
-    hardware = {f"hardware {key}": value for key, value in session["hardware"].items()}
-    return {"precision": session["precision"], **hardware, "git commit": session["git_commit"]}

@@ -49,25 +49,11 @@ def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
     files.write(Path(trainer.default_root_dir, f"{name.rpartition('/')[2]}.png"), content.getbuffer())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_image(logger, name, trainer.current_epoch, content.getvalue(), *pixels.shape)
+            logger.experiment.add_image(name, pixels, trainer.current_epoch, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels])
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(logger.run_id, pixels, f"{name}.png")
-
-
-def _log_image(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, *shape: int) -> None:
-    """Log a PNG file unchanged. torch's `add_image` would encode it again."""
-    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-    height, width, channels = shape
-    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
-    _add_summary(logger.experiment, Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
-
-
-def _add_summary(writer: Any, summary: Any, step: int | None = None) -> None:
-    """Write a message of TensorBoard's. torch's SummaryWriter has no public method for this."""
-    writer._get_file_writer().add_summary(summary, step)
 
 
 def log_results(record: Record, loggers: Iterable[Logger]) -> None:
@@ -90,14 +76,13 @@ def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str
     differ between runs; otherwise it would show the columns of an arbitrary run. It has a folder of its own because
     TensorBoard lists all curves in the same folder as results.
     """
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
+    from torch.utils.tensorboard import FileWriter
+    from torch.utils.tensorboard.summary import hparams, scalar
 
     shutil.rmtree(folder, ignore_errors=True)  # written before the run was resumed
     values = {key: parse_number(text) if math.isfinite(parse_number(text)) else text for key, text in settings.items()}
-    with SummaryWriter(str(folder)) as writer:
-        _, start, end = hparams(values, dict(results))
-        for summary in (start, end):
-            _add_summary(writer, summary)
-        for name, value in results.items():
-            writer.add_scalar(name, value)
+    _, start, end = hparams(values, dict(results))
+    writer = FileWriter(folder)
+    for summary in (start, end, *(scalar(name, value) for name, value in results.items())):
+        writer.add_summary(summary)
+    writer.close()

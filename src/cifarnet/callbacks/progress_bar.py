@@ -24,9 +24,8 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=10, leave=True)
         if not sys.stdout.isatty():
             self.disable()
-        self._start = 0.0
-        self._images = 0  # since the epoch began or was resumed
-        self._images_per_second = 0.0
+        self._images = 0  # since the epoch began or was resumed, at `_start`
+        self._start = self._images_per_second = 0.0
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
@@ -40,10 +39,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(_epoch(trainer))
         self._images = 0
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self._images:
-            self._start = time.perf_counter()
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -6,18 +6,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet.build import Built, with_total_steps
 from cifarnet.callbacks.compilation import Compile
 from cifarnet.callbacks.history import History, new_session
-from cifarnet.data import ImageDataModule
 from cifarnet.records.record import Data, Record
 from cifarnet.records.tables import overrides, row_table
 
-REPORTED = 20  # an epoch that drops more than one in so many images
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 
 
 def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
@@ -26,26 +24,19 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     Args:
         fresh: the run starts from the beginning.
     """
-    source = built.data.source
+    data, source, trainer = built.data, built.data.source, built.trainer
     images = " / ".join(f"{len(split):,}" for split in (source.train, source.validation, source.test))
-    name, parameters = config.model._target_.rpartition(".")[2], num_parameters(built.classifier.network)
-    ranks = f", on {built.trainer.world_size} ranks" if built.trainer.world_size > 1 else ""
-    lines = [
-        f"{type(built.data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes",
-        dropped_images(built.data),
-        f"Starts from the weights of {config.start.checkpoint}" if fresh and config.get("start") else "",
-        f"{name}: {parameters:,} parameters, in {built.trainer.precision}{ranks}",
-        os.path.relpath(config.output_dir),
-    ]
-    return "\n".join(filter(None, lines))
-
-
-def dropped_images(data: ImageDataModule) -> str:
-    """A note if each epoch drops a noticeable part of the images because they do not fill a batch; else empty."""
-    count = data.images_per_epoch(data.source)
+    lines = [f"{type(data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes"]
+    count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
-    note = f"data.batch_size={data.batch_size}: each epoch drops {dropped} of {count} images, chosen at random."
-    return note if REPORTED * dropped > count else ""
+    if 20 * dropped > count:  # not for larger data sets
+        lines.append(f"data.batch_size={data.batch_size}: each epoch drops {dropped} of {count} images at random.")
+    if fresh and config.get("start"):
+        lines.append(f"Starts from the weights of {config.start.checkpoint}")
+    name, parameters = config.model._target_.rpartition(".")[2], num_parameters(built.classifier.network)
+    ranks = f", on {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+    lines += [f"{name}: {parameters:,} parameters, in {trainer.precision}{ranks}", os.path.relpath(config.output_dir)]
+    return "\n".join(lines)
 
 
 def num_parameters(network: torch.nn.Module) -> int:
@@ -65,7 +56,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
     tested = validations.get(step) or {"epoch": epoch, **classifier.means("val")}
     test = classifier.means("test")
     sessions = history.sessions or [new_session(trainer)]
-    last = sessions[-1]
+    last: Any = sessions[-1]
     return Record(
         name=config.name,
         val_accuracy=tested.get("val/accuracy", math.nan),
@@ -73,7 +64,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
         tested_step=step,
         test_accuracy=test["test/accuracy"],
         test_cross_entropy=test["test/cross_entropy"],
-        partial=partial(trainer),
+        partial=partial(config.trainer),
         tta=classifier.tta,
         test_accuracy_one_view=classifier.means("one_view")["one_view/accuracy"],
         epochs=trainer.current_epoch,
@@ -84,10 +75,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
         images_per_second=history.images / history.seconds if history.seconds else math.nan,
         parameters=num_parameters(classifier.network),
         seed=config.seed,
-        precision=last["precision"],
-        hardware=last["hardware"],
-        versions=last["versions"],
-        git_commit=last["git_commit"],
+        **{key: last[key] for key in ("precision", "hardware", "versions", "git_commit")},
         sessions=sessions,
         data=cast("Data", data.describe()),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -103,33 +91,25 @@ def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
-def partial(trainer: L.Trainer) -> str | None:
+def partial(trainer: DictConfig) -> str | None:
     """The settings of Lightning's Trainer with which a run skips images; None if it uses all of them."""
-    for name in ("fast_dev_run", "overfit_batches"):
-        if value := getattr(trainer, name):
-            return f"{name}={value}"
-    limits = {
-        f"limit_{stage}_batches": getattr(trainer, f"limit_{stage}_batches") for stage in ("train", "val", "test")
-    }
+    skipping = [name for name in ("fast_dev_run", "overfit_batches") if trainer.get(name)]
     # 1.0 means all batches, 1 means one
-    return ", ".join(f"{name}={value}" for name, value in limits.items() if str(value) != "1.0") or None
+    skipping += [name for name in LIMITS if str(trainer.get(name)) not in ("None", "1.0")]
+    return ", ".join(f"{name}={trainer[name]}" for name in skipping) or None
 
 
 def summary(record: Record, folder: str) -> str:
     """The results of a run as a table."""
-    epoch = f"epoch {record.tested_epoch} of {record.epochs}"
     validation = f"{record.val_accuracy:.2%}" if math.isfinite(record.val_accuracy) else "none"
     images = f"no result: {record.partial}" if record.partial else f"{record.data['test']:,} images"
-    tested = f"{images}, with that epoch's weights"
-    if record.tta != "none":
-        tested += f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
+    no_tta = "" if record.tta == "none" else f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
     rows = {
-        "validation accuracy": f"{validation}  ({epoch})",
-        "test accuracy": f"{record.test_accuracy:.2%}  ({tested})",
+        "validation accuracy": f"{validation}  (epoch {record.tested_epoch} of {record.epochs})",
+        "test accuracy": f"{record.test_accuracy:.2%}  ({images}, with that epoch's weights{no_tta})",
         "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
-    losses = [row["train/cross_entropy"] for row in record.history[-1:]]
-    if any(loss is None or not math.isfinite(loss) for loss in losses):
+    if any(not math.isfinite(row["train/cross_entropy"] or math.nan) for row in record.history[-1:]):
         rows["diverged"] = "the training loss is not finite: try a smaller optimizer.lr"
     return row_table(rows)

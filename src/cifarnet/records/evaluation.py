@@ -1,25 +1,12 @@
 """An evaluation's record: the `metrics.json` that `cifarnet.evaluate` writes."""
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 from cifarnet.records.json_file import JsonFile
 from cifarnet.records.record import Data
 
-
-class Calibration(TypedDict):
-    cross_entropy: float
-    calibration_error: float
-    brier: float
-
-
-class Summary(Calibration):
-    """Metrics on a set of images. `interval` is the 95 % interval of the accuracy."""
-
-    images: int
-    accuracy: float
-    interval: list[float]
-    top2_accuracy: float
+Summary = dict[str, Any]  # metrics on a set of images; `interval` is the 95 % interval of the accuracy
 
 
 @dataclass(kw_only=True)
@@ -55,7 +42,7 @@ class Evaluation(JsonFile):
     test_accuracy_one_view: float
     val: Summary | None
     temperature: float | None
-    test_with_temperature: Calibration | None
+    test_with_temperature: dict[str, float] | None
     calibration_bins: list[dict[str, float | None]]
     classes: list[dict[str, Any]]
     confusion: list[list[int]]

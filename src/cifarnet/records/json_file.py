@@ -50,8 +50,8 @@ class JsonFile:
 
         def parse(text: str) -> T:
             values = {name: value for name, value in dict(json.loads(text)).items() if name in hints}
-            missing_numbers = {name: math.nan for name in values if values[name] is None and hints[name] is float}
-            content = cls(**values | missing_numbers)
+            nulls = {name for name, value in values.items() if value is None and hints[name] is float}
+            content = cls(**values | dict.fromkeys(nulls, math.nan))
             fields = TypedDict(cls.__name__, hints)  # pyright: ignore[reportArgumentType]
             check_type(vars(content), fields, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             return content
@@ -65,12 +65,5 @@ class JsonFile:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write a JSON file. NaN and infinity, which JSON lacks, become null."""
-    files.write(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    files.write(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict, get_type_hints
 
 from cifarnet.records.json_file import JsonFile
@@ -68,7 +68,7 @@ class Record(JsonFile):
     hardware: dict[str, Any]
     versions: dict[str, str]
     git_commit: str | None
-    sessions: list[Session] = field(default_factory=list)
+    sessions: list[Session]
     data: Data
     finished: str
     overrides: list[str]

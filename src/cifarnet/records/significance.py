@@ -70,8 +70,7 @@ def power(seeds: int, difference: float, deviations: tuple[float, float], level:
     return float(stats.nct.sf(stats.t.ppf(1 - level / 2, freedom), freedom, shift))
 
 
-def seeds_needed(difference: float, deviations: tuple[float, float], level: float = LEVEL) -> int | None:
-    """The smallest number of seeds in each group with which `power` is at least `POWER`; None above `MOST_SEEDS`."""
+def seeds_needed(difference: float, deviations: tuple[float, float], level: float = LEVEL) -> int:
+    """The smallest number of seeds in each group with which `power` is at least `POWER`; above `MOST_SEEDS` if none."""
     numbers = range(MOST_SEEDS + 1)
-    seeds = bisect_left(numbers, POWER, lo=2, key=lambda seeds: power(seeds, difference, deviations, level))
-    return seeds if seeds <= MOST_SEEDS else None
+    return bisect_left(numbers, POWER, lo=2, key=lambda seeds: power(seeds, difference, deviations, level))

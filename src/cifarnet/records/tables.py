@@ -6,10 +6,9 @@ from the beginning, and `error.txt` or `pruned.txt` if the job failed or was pru
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -35,10 +34,6 @@ class Run:
     note: str = ""
     record: Record | None = None
     numbers: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.record is not None:
-            self.numbers = self.record.numbers()
 
     @property
     def score(self) -> float:
@@ -69,15 +64,31 @@ class Group:
         measured_by_date = sorted(measured, key=lambda run: run.record.finished if run.record else "")
         last = {str(run.record.seed if run.record else run.settings.get("seed")): run for run in measured_by_date}
         self.counted = measured if is_time(self.metric) else list(last.values())
+        self.records = [run.record for run in self.counted if run.record]
         self.repeats = [run for run in measured if run not in self.counted]
         self.values = [run.numbers[self.metric] for run in self.counted]
         self.mean = statistics.mean(self.values) if self.values else math.nan
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
+    def result(self) -> str:
+        """The mean and standard deviation as text; empty if there is no value."""
+        spread = f" ± {number(self.deviation, self.metric)}" if len(self.values) > 1 else ""
+        return f"{number(self.mean, self.metric)}{spread}{unit(self.metric)}" if self.values else ""
+
 
 def is_time(metric: str) -> bool:
     """Whether a metric depends on the hardware."""
     return "second" in metric
+
+
+def number(value: float, metric: str, sign: str = "") -> str:
+    """A value of a metric as text without its unit. Accuracies are in percent."""
+    factor, decimals = (100, 2) if "accuracy" in metric else (1, 2 if is_time(metric) else 4)
+    return f"{factor * value:{sign},.{decimals}f}"
+
+
+def unit(metric: str) -> str:
+    return " %" if "accuracy" in metric else ""
 
 
 def sort_key(value: float, metric: str = "val_accuracy") -> float:
@@ -103,7 +114,8 @@ def read_run(folder: Path) -> Run:
         pairs = (line.partition("=") for line in overrides(folder))
         settings = {key: value for key, _, value in pairs if not key.startswith("sweep.") and key != "classes"}
         if (path := folder / "metrics.json").exists():
-            return Run(folder, settings, record=Record.read(path))
+            record = Record.read(path)
+            return Run(folder, settings, record=record, numbers=record.numbers())
         for name, status in [("pruned.txt", "pruned"), ("error.txt", "failed")]:
             if (path := folder / name).exists():
                 return Run(folder, settings, status, read(path, str.strip))
@@ -118,18 +130,14 @@ def read_sweep(folder: Path) -> list[Run]:
     return [read_run(folder / name) for name in sorted(names, key=lambda name: (name.isdigit(), len(name), name))]
 
 
-def grouped(runs: Sequence[Run], metric: str, key: Callable[[Run], Any] = lambda run: None) -> list[Group]:
-    """Group runs that differ only by seed and have the same `key`. The group with the best mean comes first."""
+def grouped(runs: Sequence[Run], metric: str) -> list[Group]:
+    """Group runs that differ only by seed. The group with the best mean comes first."""
     members: dict[tuple, list[Run]] = {}
     for run in runs:
-        settings = frozenset(_without_seed(run.settings).items())
-        members.setdefault((settings, key(run)), []).append(run)
-    groups = [Group(_without_seed(group[0].settings), group, metric) for group in members.values()]
+        settings = sorted((name, value) for name, value in run.settings.items() if name != "seed")
+        members.setdefault(tuple(settings), []).append(run)
+    groups = [Group(dict(settings), members, metric) for settings, members in members.items()]
     return sorted(groups, key=lambda group: sort_key(group.mean, metric))
-
-
-def _without_seed(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in settings.items() if name != "seed"}
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
@@ -141,15 +149,20 @@ def varied(groups: Sequence[Run | Group]) -> list[str]:
     for key in dict.fromkeys(key for one in settings for key in one):
         values = {one[key] for one in settings if key in one}
         having, lacking = ({_builder(key, one) for one in settings if (key in one) == has} for has in (True, False))
-        if len(values) > 1 or having & lacking or (lacking and key.endswith("_target_")):
+        if len(values) > 1 or having & lacking:
             keys.append(key)
     return keys
 
 
 def _builder(key: str, settings: dict[str, str]) -> str:
-    """The class or function whose argument a setting is."""
-    section = key.rpartition(".")[0]
+    """The class or function whose argument a setting is, or that uses what a setting ending in `_target_` builds."""
+    section = key.removesuffix("._target_").rpartition(".")[0]
     return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The settings that differ, with the value of each group."""
+    return {key: [shorten(group.settings.get(key, "none")) for group in groups] for key in varied(groups)}
 
 
 def column_table(columns: Mapping[str, Sequence[str]]) -> str:
