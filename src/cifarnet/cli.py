@@ -171,26 +171,31 @@ def run(task: Callable[[], Any]) -> None:
         with _raise_errors() as show_traceback:
             task()
     except Interrupted as interrupted:
-        if not report_to_launcher(str(interrupted)):
-            print(printable(str(interrupted)), file=sys.stderr)
+        _print_error(str(interrupted))
         sys.exit(interrupted.status)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, SystemExit) as end:
         if _is_instance(end, "lightning.pytorch.utilities.exceptions", "SIGTERMException"):
-            print("\nStopped by SIGTERM before training began; nothing was saved.", file=sys.stderr)
+            _print_error("\nStopped by SIGTERM before training began; nothing was saved.")
             sys.exit(143)
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise  # otherwise it is how Lightning passes on a Ctrl-C
-        print("\nInterrupted.", file=sys.stderr)
+        _print_error("\nInterrupted.")
         sys.exit(130)
     except Exception as error:
         message = explain(error)
         if show_traceback or message is None:
-            raise
-        if not report_to_launcher(message):
+            if not report_to_launcher(traceback.format_exc(), is_bug=True):
+                raise
+        elif not report_to_launcher(message):
             print(printable(f"Error: {message}"), file=sys.stderr)
         sys.exit(1)
+
+
+def _print_error(message: str) -> None:
+    if not report_to_launcher(message):
+        print(printable(message), file=sys.stderr)
 
 
 def explain(error: BaseException) -> str | None:

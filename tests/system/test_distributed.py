@@ -34,15 +34,20 @@ RECIPE = [
 ALLOW = "classes=[test_distributed.InRank]"
 
 
+BUG, MISTAKE = -1, 0
+
+
 class InRank(Callback):
-    """Sends a signal, or raises an error if the number is 0, in one rank after a batch of an epoch, counting from 0."""
+    """Sends a signal, or raises an error, in one rank after a batch of an epoch (both count from 0)."""
 
     def __init__(self, rank: int, epoch: int, batch: int, number: int, to_parent: bool = False) -> None:
         self.rank, self.moment, self.number, self.to_parent = rank, (epoch, batch), number, to_parent
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_rank == self.rank and (trainer.current_epoch, batch_idx) == self.moment:
-            if self.number == 0:
+            if self.number == BUG:
+                raise IndexError("a bug in this rank")
+            if self.number == MISTAKE:
                 raise UserError("something is wrong in this rank")
             os.kill(os.getppid() if self.to_parent else os.getpid(), self.number)
 
@@ -286,9 +291,14 @@ def test_ranks_under_srun_end_silently_with_rank_0(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_in_one_rank_is_reported_with_its_rank(config):
-    with pytest.raises(UserError, match=r"Rank 1 failed: .*something is wrong in this rank"):
-        train(config(*TWO, in_rank(1, 0, 1, 0), ALLOW, without="trainer=cpu"))
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(MISTAKE, "something is wrong in this rank$"), (BUG, "(?s)Traceback .*IndexError: a bug in this rank")],
+)
+def test_the_error_of_the_rank_that_failed_first_is_reported(config, number, message):
+    """Not that of rank 0, which then loses the connection."""
+    with pytest.raises(UserError, match=f"Rank 1 failed: {message}"):
+        train(config(*TWO, in_rank(1, 0, 1, number), ALLOW, without="trainer=cpu"))
 
 
 def test_each_job_of_a_sweep_starts_its_own_processes(command, tmp_path):

@@ -8,6 +8,7 @@ In both cases every rank builds and trains; rank 0 alone prints and writes.
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -29,6 +30,7 @@ from cifarnet.system.hardware import end_with_parent, slurm_tasks
 if TYPE_CHECKING:  # torch and lightning take seconds to import
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from torch import Tensor
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` has started
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
@@ -210,12 +212,12 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         with forwarded_signals():
             elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=_precedence)
         if failure.exitcode < 0:
             raise UserError(f"Rank {rank} was ended by {failure.signal_name()}.{_resume_hint(folder)}") from None
         if failure.exitcode > 128:
             raise Interrupted(failure.message, failure.exitcode) from None
-        reason = failure.message if Path(failure.error_file).is_file() else f"exit status {failure.exitcode}"
+        reason = failure.message if "time" in failure.error_file_data else f"exit status {failure.exitcode}"
         raise UserError(reason if rank == 0 else f"Rank {rank} failed: {reason}") from None
     finally:
         os.environ.clear()
@@ -223,12 +225,21 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def report_to_launcher(message: str) -> bool:
+def report_to_launcher(message: str, is_bug: bool = False) -> bool:
     """Write an error where torchrun's launcher expects it; return whether `launch` started this process, and so prints
     the error."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
+        report = {"message": message, "timestamp": int(time.time()), "time": time.time(), "is_bug": is_bug}
+        Path(path).write_text(json.dumps(report), "utf-8")
     return LAUNCHED in os.environ
+
+
+def _precedence(item: "tuple[int, ProcessFailure]") -> tuple[bool, bool, float]:
+    """Order the failures of ranks: the rank that failed first, while the others lost the connection to it."""
+    _, failure = item
+    report: dict[str, Any] = failure.error_file_data
+    was_killed = failure.exitcode < 0 and failure.signal_name() != "SIGTERM"  # with which the launcher ends the others
+    return not was_killed, report.get("is_bug", True), report.get("time", math.inf)
 
 
 def _resume_hint(folder: Path) -> str:
