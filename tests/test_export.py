@@ -9,6 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import cifarnet
@@ -228,6 +229,9 @@ def test_card_has_the_results(run, tmp_path):
     assert "95% interval" in card
     assert "SpeedNet" in card
     assert "Synthetic, 270 training and 30 validation images" in card
+    (result,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == record(run)["test_accuracy_one_view"]
+    assert result["dataset"]["name"] == "Synthetic"
     measured = evaluate(run, ["corruptions=false"])
     card = export(run, ["format=hub", f"output={tmp_path}/hub"]).joinpath("README.md").read_text()
     assert f"Brier score: {measured['test']['brier']:.4f}" in card

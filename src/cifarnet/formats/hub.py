@@ -5,6 +5,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def card(classifier: Trained) -> str:
         parameters=num_parameters(classifier.network),
         model=json.dumps(_model(classifier), indent=1),
         record=record,
-        overrides=[without_path(override) for override in record.overrides] if record else [],
+        overrides=shlex.join(map(without_path, record.overrides)) if record else "",
         evaluation=evaluation,
         results=report.summary(evaluation) if evaluation else None,
         proportion=metrics.proportion,
