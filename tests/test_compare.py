@@ -91,7 +91,7 @@ def test_against_names_the_baseline(run, compared):
     assert "a - b: +5.00 points" in printed
     status, _, error = compared("old", "--against", ".")
     assert status == 1
-    assert "old: no run can be compared" in error
+    assert "No run can be compared" in error
 
 
 def test_several_comparisons_are_corrected_and_the_best_group_is_doubted(run, compared, tmp_path):
@@ -154,7 +154,7 @@ def test_different_circumstances_are_reported(run, compared):
         run(f"a/{seed}", seed, 0.9 + seed / 100)
         run(f"b/{seed}", seed, 0.8 + seed / 100, other)
     _, printed, _ = compared("a", "b", "metric=test_accuracy")
-    assert f"warning: images.sha256 differs: {'d01fbde4' * 8} (a); {'beef' * 16} (b)" in printed
+    assert "warning: images.sha256 differs: d01fbde4 (a); beefbeef (b)" in printed
     assert "warning: versions.torch differs: 2.15.0 (a); 2.14.1 (b)" in printed
     assert re.search(r"warning: git_commit differs: a020c70c\w+ \(a\); d7600ac0-dirty \(b\)", printed)
     assert "uncommitted changes" in printed
@@ -275,10 +275,10 @@ def test_circumstances_of_each_session_are_compared(run, compared):
         (["empty"], "empty holds no finished run", "Name the folder of a run"),
         (["evaluated"], "evaluated holds no finished run", "Name the folder of a run"),
         (["broken"], "broken/metrics.json cannot be read: Expecting value", "Choose other runs"),
-        (["a=1", "metric=accuracy"], "metric=accuracy", "test_accuracy"),
-        (["a=1", "metric=tta"], "metric=tta", "test_accuracy"),
+        (["a=1", "metric=accuracy"], "a=1 has no accuracy", "test_accuracy"),
+        (["a=1", "metric=tta"], "a=1 has no tta", "test_accuracy"),
         (["a=1", "--against", "blind", "metric=val_accuracy"], "left out: blind has no val_accuracy", "metric"),
-        (["a=1", "--against", "a=1"], "a=1: no run can be compared", "--against"),
+        (["a=1", "--against", "a=1"], "No run can be compared", "--against"),
         (["a=1", "metric=3"], "metric=3 has the wrong type", "expected"),
         (["a=1", "metrik=seconds"], "metrik", "Did you mean metric?"),
         (["a=1", "output=picture.jpx"], "output=picture.jpx cannot be written", "png"),

@@ -110,6 +110,7 @@ def summary(record: Record, folder: str) -> str:
         "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
-    if any(not math.isfinite(row["train/cross_entropy"] or math.nan) for row in record.history[-1:]):
+    losses: list[Any] = [row["train/cross_entropy"] for row in record.history[-1:]]
+    if not all(map(math.isfinite, losses)):
         rows["diverged"] = "the training loss is not finite: try a smaller optimizer.lr"
     return row_table(rows)

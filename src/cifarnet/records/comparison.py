@@ -26,15 +26,11 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
     Raises:
         UserError: there is nothing to compare.
     """
-    if metric not in (None, *NUMBERS):
-        raise UserError(f"metric={metric}: metrics.json has no such number. Choose one of {', '.join(NUMBERS)}.")
     baseline = _files(against)
-    sides = {" ".join(paths): [file for file in _files(paths) if file not in baseline]}
-    if against:
-        sides[f"--against {' '.join(against)}"] = baseline
+    compared = [file for file in _files(paths) if file not in baseline]
     records: dict[Path, Record] = {}
     left_out = []
-    for file in [file for files in sides.values() for file in files]:
+    for file in [*compared, *baseline]:
         try:
             records[file] = _read(file, metric)
         except UserError as error:
@@ -43,18 +39,20 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
         is_validated = all(math.isfinite(record.val_accuracy) for record in records.values())
         metric = "val_accuracy" if is_validated else "test_accuracy"
     groups: list[Group] = []
-    for side, files in sides.items():
+    for files in [compared, baseline] if against else [compared]:
         runs = []
-        for file in files:
-            if record := records.get(file):
-                runs.append(Run(file.parent, _settings(record, metric), record=record, numbers=record.numbers()))
+        for file in filter(records.get, files):
+            record = records[file]
+            runs.append(Run(file.parent, _settings(record, metric), record=record, numbers=record.numbers()))
         if not runs:
-            hint = "Choose other runs, or another metric=…. (Runs at or below --against are only used as the baseline.)"
-            raise UserError(" ".join([f"{side}: no run can be compared.", *left_out, hint]))
+            hint = f"Choose other runs or another metric ({', '.join(NUMBERS)})."
+            note = "Runs at or below --against are only used as the baseline."
+            raise UserError(" ".join(["No run can be compared.", *left_out, hint, note]))
         for group in grouped(runs, metric):
-            group.label = letter(len(groups))
-            group.name = " / ".join(dict.fromkeys(record.name for record in group.records))
             group.is_baseline = files is baseline
+            group.label = letter(len(groups))
+            names = dict.fromkeys(record.name for record in group.records)
+            group.name = " / ".join(names) + (" (baseline)" if group.is_baseline else "")
             groups.append(group)
     return groups, left_out
 
@@ -90,8 +88,10 @@ def _settings(record: Record, metric: str) -> dict[str, str]:
 
 
 def _images(record: Record) -> dict[str, Any]:
-    """The number of images and their checksum; images that were streamed have none, but a place."""
-    return {"images": record.data | {"sha256": record.data["sha256"] or record.resolved["data"].get("root")}}
+    """The number of images, and their checksum; for streamed images, which have none, where they are."""
+    data = record.data
+    checksum = data["sha256"][:8] if data["sha256"] else record.resolved["data"].get("root")
+    return {"images": data | {"sha256": checksum}}
 
 
 def letter(number: int) -> str:
@@ -101,8 +101,7 @@ def letter(number: int) -> str:
 
 def table(groups: Sequence[Group]) -> str:
     """The groups as a table. Up to four settings that differ are columns; more are listed below."""
-    names = [f"{group.name} (baseline)" if group.is_baseline else group.name for group in groups]
-    columns = {"": [group.label for group in groups], " ": names}
+    columns = {"": [group.label for group in groups], " ": [group.name for group in groups]}
     columns[groups[0].metric.replace("_", " ")] = [group.result() for group in groups]
     columns["n"] = [str(len(group.values)) for group in groups]
     differing, below = differences(groups), []

@@ -4,13 +4,14 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifarnet.records.tables import Group, differences, parse_number, shorten
+from cifarnet.records.tables import Group, differences, parse_number
 from cifarnet.system import files
 
 TRAIN, VAL = "#0969da", "#d1570a"
@@ -40,10 +41,8 @@ def accuracy(history: Iterable[Mapping[str, float | None]]) -> Figure:
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if points:
             epochs, values = np.array(points, dtype=float).T
-            best = f"best {values.max():.1%}, epoch {epochs[values.argmax()]:g}"
-            axis.plot(
-                epochs, values, "o-", markersize=3.5, color=colour, label=f"{name}: last {values[-1]:.1%}, {best}"
-            )
+            label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%}"
+            axis.plot(epochs, values, "o-", markersize=3.5, color=colour, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -66,10 +65,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
     for column, group in enumerate(groups):
         settings = [f"{key}={values[column]}" for key, values in shown]
         labels.append("\n".join([f"{group.label}  {group.name}", f"n = {len(group.values)}", *settings]))
-    _draw(axis, labels, groups)
-    intervals = [interval(group.values) for group in groups]
-    means = [group.mean for group in groups]
-    axis.errorbar(labels, means, yerr=intervals, fmt="none", color=VAL, capsize=4, label="95 % interval")
+    _draw(axis, labels, groups, [interval(group.values) for group in groups])
     if "accuracy" in groups[0].metric:
         low, high = axis.get_ylim()
         axis.set_ylim(max(0, low), min(1, high))
@@ -90,28 +86,29 @@ def sweep(groups: Sequence[Group], keys: Sequence[str]) -> Figure:
     for axis, key in zip(axes, keys, strict=True):
         _draw(axis, _place(axis, [group.settings.get(key, "") for group in groups]), groups)
         axis.set_xlabel(key)
+        axis.label_outer()
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _place(axis: Axes, values: Sequence[str]) -> Sequence[float] | Sequence[str]:
+def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
     """Return the x of each value: numbers, on a logarithmic axis if they span a decade, or else sorted categories."""
     numbers = [parse_number(value) for value in values]
     if all(map(math.isfinite, numbers)):
         if 0 < 10 * min(numbers) <= max(numbers):
             axis.set_xscale("log")
         return numbers
-    categories = [shorten(value) for value in values]
-    axis.xaxis.update_units(sorted(set(categories)))
+    axis.xaxis.update_units(sorted(set(values)))
     axis.tick_params(axis="x", rotation=30)
-    return categories
+    return values
 
 
-def _draw(axis: Axes, x: Sequence[float] | Sequence[str], groups: Sequence[Group]) -> None:
-    """Draw the value of each run as a dot and the mean of each group as a diamond."""
+def _draw(axis: Axes, x: Sequence[float | str], groups: Sequence[Group], intervals: Any = None) -> None:
+    """Draw the value of each run as a dot and the mean of each group as a diamond, with half of its interval."""
     sizes, values = [len(group.values) for group in groups], [value for group in groups for value in group.values]
     axis.plot(np.repeat(x, sizes), values, "o", color=TRAIN, alpha=0.5, label="runs")
-    axis.plot(x, [group.mean for group in groups], "D", color=VAL, label="mean")
+    means, label = [group.mean for group in groups], "mean, 95 % interval" if intervals else "mean"
+    axis.errorbar(x, means, yerr=intervals, fmt="D", color=VAL, capsize=4, label=label)
     axis.set_ylabel(groups[0].metric.replace("_", " "))
     if "accuracy" in groups[0].metric:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import TypedDict, TypeVar, get_type_hints
 
 import yaml
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -60,10 +60,5 @@ class JsonFile:
 
     def write(self, path: Path) -> None:
         """Write the file. NaN and infinity, which JSON lacks, become null."""
-        write_json(vars(self), path)
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON file. NaN and infinity, which JSON lacks, become null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    files.write(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")
+        finite = json.loads(json.dumps(vars(self)), parse_constant=lambda _: None)
+        files.write(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")
