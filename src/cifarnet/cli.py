@@ -171,17 +171,17 @@ def run(task: Callable[[], Any]) -> None:
         with _raise_errors() as show_traceback:
             task()
     except Interrupted as interrupted:
-        _print_error(str(interrupted))
+        _print_error(str(interrupted), interrupted.status)
         sys.exit(interrupted.status)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, SystemExit) as end:
         if _is_instance(end, "lightning.pytorch.utilities.exceptions", "SIGTERMException"):
-            _print_error("\nStopped by SIGTERM before training began; nothing was saved.")
+            _print_error("\nStopped by SIGTERM before training began; nothing was saved.", 143)
             sys.exit(143)
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise  # otherwise it is how Lightning passes on a Ctrl-C
-        _print_error("\nInterrupted.")
+        _print_error("\nInterrupted.", 130)
         sys.exit(130)
     except Exception as error:
         message = explain(error)
@@ -193,8 +193,8 @@ def run(task: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
-def _print_error(message: str) -> None:
-    if not report_to_launcher(message):
+def _print_error(message: str, status: int) -> None:
+    if not report_to_launcher(message, status):
         print(printable(message), file=sys.stderr)
 
 

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -193,6 +194,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below says the same
+    logs = tempfile.TemporaryDirectory()  # of the errors that ranks report
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -201,7 +203,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name, local_ranks_filter={0}),
         signals_to_handle="SIGABRT",  # others are passed on below: the launcher would kill the processes after 30 s
     )
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
@@ -209,37 +211,39 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     files.write(file, json.dumps(run))
     os.environ |= {"PYTHONPATH": paths, LAUNCHED: str(os.getpid()), "HYDRA_FULL_ERROR": "0"}
     try:
-        with forwarded_signals():
+        with logs, forwarded_signals():
             elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=_precedence)
-        if failure.exitcode < 0:
-            raise UserError(f"Rank {rank} was ended by {failure.signal_name()}.{_resume_hint(folder)}") from None
-        if failure.exitcode > 128:
-            raise Interrupted(failure.message, failure.exitcode) from None
-        reason = failure.message if "time" in failure.error_file_data else f"exit status {failure.exitcode}"
-        raise UserError(reason if rank == 0 else f"Rank {rank} failed: {reason}") from None
+        report: dict[str, Any] = failure.error_file_data
+        if report.get("status", 0) > 128:
+            raise Interrupted(report["message"], report["status"]) from None
+        if "status" in report:
+            raise UserError(f"Rank {rank} failed: {report['message']}" if rank else report["message"]) from None
+        end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+        raise UserError(f"Rank {rank} {end}.{_resume_hint(folder)}") from None
     finally:
         os.environ.clear()
         os.environ |= variables
         file.unlink(missing_ok=True)
 
 
-def report_to_launcher(message: str, is_bug: bool = False) -> bool:
+def report_to_launcher(message: str, status: int = 1, is_bug: bool = False) -> bool:
     """Write an error where torchrun's launcher expects it; return whether `launch` started this process, and so prints
     the error."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": message, "timestamp": int(time.time()), "time": time.time(), "is_bug": is_bug}
+        now = time.time()
+        report = {"message": message, "status": status, "is_bug": is_bug, "time": now, "timestamp": int(now)}
         Path(path).write_text(json.dumps(report), "utf-8")
     return LAUNCHED in os.environ
 
 
 def _precedence(item: "tuple[int, ProcessFailure]") -> tuple[bool, bool, float]:
-    """Order the failures of ranks: the rank that failed first, while the others lost the connection to it."""
+    """Order the failures of ranks: the first failure, after which other ranks lose the connection, comes first."""
     _, failure = item
     report: dict[str, Any] = failure.error_file_data
-    was_killed = failure.exitcode < 0 and failure.signal_name() != "SIGTERM"  # with which the launcher ends the others
-    return not was_killed, report.get("is_bug", True), report.get("time", math.inf)
+    is_killed = failure.exitcode < 0 and failure.signal_name() != "SIGTERM"  # with which the launcher ends the others
+    return not is_killed, report.get("is_bug", True), report.get("time", math.inf)
 
 
 def _resume_hint(folder: Path) -> str:
