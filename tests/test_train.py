@@ -14,14 +14,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch._dynamo.utils import counters
 
 from cifarnet import cli
 from cifarnet.build import build
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.cli import CONFIGS
 from cifarnet.config import validate
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import Interrupted
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import ALLOW_SIGNAL, assert_same_weights, picture, signal_at, weights
@@ -271,31 +270,6 @@ def test_the_csv_log_of_a_resumed_run_is_complete(config, tmp_path):
     assert len(rows) == 3  # two epochs and the test
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["true", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_compiling_does_not_change_the_names_of_weights(config, tmp_path, mode):
-    train(config(f"compile={mode}"))
-    assert not any("_orig_mod" in name for name in Checkpoint.open(tmp_path / "run").weights)
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["compile_seconds"] > 0
-
-
-class CountGraphs(Callback):
-    """Counts the graphs that were compiled before training, and until its last batch."""
-
-    def on_train_start(self, trainer, module):
-        self.before = counters["stats"]["unique_graphs"]
-
-    def on_train_batch_end(self, *_):
-        self.after = counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-def test_every_size_is_compiled_before_training(config):
-    count, sizes = CountGraphs(), "data.train_sizes=[8,12,16]"
-    train(config("compile=true", "callbacks=lean", sizes, "trainer.max_epochs=4"), callbacks=[count])
-    assert count.after == count.before > 1
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -325,12 +299,6 @@ def test_a_partial_run_reports_no_result(config, capsys):
 def test_without_a_progress_bar_a_line_per_epoch_is_printed(config, capsys):
     train(config("+trainer.enable_progress_bar=false"))
     assert "Epoch 2/2  loss" in capsys.readouterr().out
-
-
-def test_compiling_without_a_compiler_is_reported(config, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match=r"no working C\+\+ compiler.*compile=false"):
-        train(config("compile=true"))
 
 
 def test_training_on_all_images_tests_the_last_weights(config, tmp_path, capsys):
