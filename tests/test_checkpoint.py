@@ -228,7 +228,7 @@ def test_a_class_that_is_not_a_network_of_this_project_is_refused(changed, targe
         ({"widths": [{"_target_": "os.mkdir", "path": "exploded"}]}, r"model\.widths=.* plain data"),
         ({"widths": ["${oc.env:HOME}"]}, r"model\.widths=.* plain data"),
         ({"widths": b"8"}, r"model\.widths=.* plain data"),
-        ({"widths": "888"}, r"model\.widths=888 has the wrong type"),
+        ({"widths": "888"}, r"model\.widths=888 is not valid"),
         ({"widths": [0, 8, 8]}, r"model\.widths=\[0, 8, 8\] is out of range"),
         ({"depth": 3}, r"has no argument depth"),
         ({"_target_": "cifarnet.models.tta.AveragedLogits"}, ""),

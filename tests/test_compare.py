@@ -279,7 +279,7 @@ def test_circumstances_of_each_session_are_compared(run, compared):
         (["a=1", "metric=tta"], "a=1 has no tta", "test_accuracy"),
         (["a=1", "--against", "blind", "metric=val_accuracy"], "left out: blind has no val_accuracy", "metric"),
         (["a=1", "--against", "a=1"], "No run can be compared", "--against"),
-        (["a=1", "metric=3"], "metric=3 has the wrong type", "expected"),
+        (["a=1", "metric=3"], "metric=3 is not valid", "expected"),
         (["a=1", "metrik=seconds"], "metrik", "Did you mean metric?"),
         (["a=1", "output=picture.jpx"], "output=picture.jpx cannot be written", "png"),
         (["a=1", "output=broken/metrics.json/x.png"], "metrics.json/x.png cannot be written", "metrics.json"),

@@ -102,7 +102,7 @@ def test_values_that_fit(value, hint):
 def test_values_that_do_not(value, hint, words):
     with pytest.raises(UserError) as error:
         check("a.b", value, hint)
-    assert str(error.value) == f"a.b={value} has the wrong type: expected {words}."
+    assert str(error.value) == f"a.b={value} is not valid: expected {words}."
 
 
 @pytest.mark.parametrize("asks", ["${mine}", "${mine[0]}", "${oc.select:mine,3}"])
@@ -115,7 +115,7 @@ def test_what_is_asked_for_may_be_added(config, asks):
 def test_check_reads_no_more_than_it_must(config):
     validate(config())
     validate(config("trainer.precision=auto"))
-    with pytest.raises(UserError, match=r"optimizer\.lr=fast has the wrong type: expected a number"):
+    with pytest.raises(UserError, match=r"optimizer\.lr=fast is not valid: expected a number"):
         validate(config("optimizer.lr=fast"))
 
 

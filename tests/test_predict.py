@@ -291,7 +291,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
         (["a.png", "ttta=mirror"], 1, "Did you mean tta?"),
         (["a.png", "tta=rotate"], 1, "tta=rotate"),
         (["a.png", "top=0"], 1, "top=0 is out of range: give a number from 1"),
-        (["a.png", "top=many"], 1, "top=many has the wrong type"),
+        (["a.png", "top=many"], 1, "top=many is not valid"),
         (["a.png", "workers=0"], 1, "workers=0"),
         (["a.png", "batch_size=0"], 1, "batch_size=0"),
         (["a.png", "temperature=0"], 1, "temperature=0"),

@@ -85,6 +85,7 @@ class Checkpoint:
             raise
         except Exception as error:  # a damaged file raises exceptions of any type
             reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+            reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
             raise UserError(
                 f"{path} cannot be read as a checkpoint of cifarnet: {reason[:200]}. Use another one, or train again."
             ) from error

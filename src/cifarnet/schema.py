@@ -84,7 +84,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
-        raise UserError(f"{name}={value} has the wrong type: expected {_describe(hint)}.")
+        raise UserError(f"{name}={value} is not valid: expected {_describe(hint)}.")
     is_list = isinstance(plain, list | tuple)
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):
@@ -156,4 +156,5 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(str, arguments))
     if origin in (list, Sequence) and arguments:
         return f"a list like […, …] of {_describe(arguments[0]).removeprefix('a ')}s"
-    return " or ".join(dict.fromkeys(map(_describe, arguments)))
+    alternatives = " or ".join(map(_describe, arguments)).split(" or ")
+    return " or ".join(dict.fromkeys(alternatives))

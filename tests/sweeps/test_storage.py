@@ -185,7 +185,7 @@ def test_a_trial_that_another_finished_meanwhile_keeps_its_figure(run, url, monk
         ("redis://127.0.0.1", "redis://127.0.0.1 cannot be used: Can't load plugin"),
         ("group", "hydra.sweeper.storage is not the URL of a database"),
         ("''", "hydra.sweeper.storage is not the URL of a database"),
-        ("3", "hydra.sweeper.storage=3 has the wrong type"),
+        ("3", "hydra.sweeper.storage=3 is not valid"),
         ("${oc.env:NONE}", "Environment variable 'NONE' not found"),
     ],
 )

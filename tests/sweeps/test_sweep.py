@@ -116,7 +116,7 @@ def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
         (["optimizer.lr=range(0.0,nan,0.1)"], "give finite numbers"),
         (["seed=range(999)", "split=range(999)"], "998,001 combinations"),
         (["optimizer.lr=interval(0,1)"], "Use cifarnet.search"),
-        (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe has the wrong type"),
+        (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe is not valid"),
         (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1 is out of range"),
         (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range"),
         (["optimizer=sgd,none"], "There is no optimizer=none"),

@@ -223,7 +223,7 @@ class ImageDataModule(L.LightningDataModule):
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:
-            raise UserError(f"{size} devices cannot share batches of {least} images: use {least} devices or fewer.")
+            raise UserError(f"{size} devices cannot share batches of {least} images: use at most {least}.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
         settings |= {"transforms": self.transforms}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}

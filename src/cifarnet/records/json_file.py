@@ -51,9 +51,11 @@ class JsonFile:
         def parse(text: str) -> T:
             values = {name: value for name, value in dict(json.loads(text)).items() if name in hints}
             nulls = {name for name, value in values.items() if value is None and hints[name] is float}
+            if missing := [name for name in hints if name not in values and not hasattr(cls, name)]:
+                raise ValueError(f"it has no {', '.join(missing)}")
             content = cls(**values | dict.fromkeys(nulls, math.nan))
-            fields = TypedDict(cls.__name__, hints)  # pyright: ignore[reportArgumentType]
-            check_type(vars(content), fields, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            schema = TypedDict(cls.__name__, hints)  # pyright: ignore[reportArgumentType]
+            check_type(vars(content), schema, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             return content
 
         return read(path, parse, "; delete it or repeat the run")
