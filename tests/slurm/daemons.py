@@ -1,4 +1,4 @@
-"""A SLURM of one machine: munged, slurmctld and slurmd in a folder of their own, without systemd and accounting."""
+"""SLURM on one machine: munged, slurmctld and slurmd in a temporary folder, without systemd and accounting."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# eight processors, whatever there is; no container or cgroup needed; jobs may start again at once
+# eight processors, however many there are; no container or cgroup; jobs restart at once
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -45,7 +45,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def obstacle() -> str | None:
-    """Why there can be none here."""
+    """Return why SLURM cannot be started, or None."""
     programs = ["munged", "slurmctld", "slurmd", "sbatch"]
     if missing := [name for name in programs if shutil.which(name, path=_path()) is None]:
         return f"no {', '.join(missing)} (Debian: apt-get install slurm-wlm munge)"
@@ -54,10 +54,10 @@ def obstacle() -> str | None:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Start the daemons, and stop them and their jobs in the end. SLURM_CONF is set meanwhile.
+    """Run the daemons, with SLURM_CONF set, and stop them and their jobs at the end.
 
     Raises:
-        TimeoutError: the machine does not become idle; the message holds the ends of the logs.
+        TimeoutError: the machine does not become idle; the message has the ends of the logs.
     """
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -99,16 +99,16 @@ def _path() -> str:
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for of in sockets:
-            of.bind(("127.0.0.1", 0))
-        return [of.getsockname()[1] for of in sockets]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def _wait_until_idle(folder: Path) -> None:
     for _ in range(30):
-        told = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, check=False)
-        if told.stdout.strip() == "idle":
+        result = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, check=False)
+        if result.stdout.strip() == "idle":
             return
         time.sleep(1)
     logs = "\n".join(f"{file}: {file.read_text()[-1000:]}" for file in [*folder.glob("*.out"), *folder.glob("*.log")])
-    raise TimeoutError(f"SLURM did not start ({told.stdout}{told.stderr}).\n{logs}")
+    raise TimeoutError(f"SLURM did not start ({result.stdout}{result.stderr}).\n{logs}")

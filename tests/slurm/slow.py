@@ -4,7 +4,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Slow(Callback):
-    """Gives time to stop a run in its middle, which its figures do not depend on."""
+    """Slows a run down, so that it can be stopped; the results do not depend on it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

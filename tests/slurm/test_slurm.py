@@ -1,4 +1,4 @@
-"""Sweeps and searches on a real SLURM, as root: python -m pytest -m slurm tests/slurm -s"""
+"""Sweeps and searches with a real SLURM, as root: python -m pytest -m slurm tests/slurm -s"""
 
 import json
 import os
@@ -30,7 +30,7 @@ SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Path]:
-    """SLURM's folder, with its logs."""
+    """Start SLURM; the folder has its logs."""
     if (why := daemons.obstacle()) is not None:
         pytest.skip(f"no SLURM here: {why}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -45,10 +45,12 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The jobs of LONG with four seeds that nobody stops, here."""
+    """The jobs of LONG with four seeds, run without SLURM and not stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    status, told = finish(start(folder, "cifarnet.train", "-m", *LONG, SLOW % 0, "seed=range(4)", "hydra.sweep.dir=a"))
-    assert status == 0, told
+    status, printed = finish(
+        start(folder, "cifarnet.train", "-m", *LONG, SLOW % 0, "seed=range(4)", "hydra.sweep.dir=a")
+    )
+    assert status == 0, printed
     return folder / "a"
 
 
@@ -60,9 +62,9 @@ def start(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    told, _ = process.communicate(timeout=600)
-    print(told)
-    return process.returncode, told
+    printed, _ = process.communicate(timeout=600)
+    print(printed)
+    return process.returncode, printed
 
 
 def until(what: Callable[[], object], seconds: int = 300) -> None:
@@ -74,7 +76,7 @@ def until(what: Callable[[], object], seconds: int = 300) -> None:
 
 
 def name(folder: Path, job: int) -> str:
-    """SLURM's for a job."""
+    """SLURM's name for a job."""
     return json.loads((folder / "slurm.json").read_text())[str(job)]
 
 
@@ -84,19 +86,21 @@ def squeue(job: str, what: str) -> str:
 
 
 def kill(job: str) -> None:
-    """SIGKILL for the process that trains."""
+    """Kill the process that trains."""
     number = squeue(job, "%A")
     for process in psutil.process_iter(["environ", "cmdline"]):
         environment = process.info["environ"] or {}
         words = process.info["cmdline"] or [""]
-        ours = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]  # no other cluster's job of that number
+        ours = (
+            environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+        )  # not a job with that number of another cluster
         if ours and environment.get("SLURM_JOB_ID") == number and words[0] == sys.executable:
             print(f"kill -9 {process.pid}: {job}")
             process.kill()
 
 
 def release(job: str) -> bool:
-    """What waits after a requeue starts now."""
+    """Start a job at once that waits after a requeue."""
     if squeue(job, "%T") == "PENDING":
         subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False)
         return True
@@ -104,7 +108,7 @@ def release(job: str) -> bool:
 
 
 def logged(cluster: Path, pattern: str) -> list[str]:
-    """Lines of SLURM's own logs."""
+    """The matching lines in SLURM's logs."""
     files = [cluster / f"{daemon}.log" for daemon in ("slurmctld", "slurmd")]
     lines = [line for file in files for line in file.read_text().splitlines() if re.search(pattern, line)]
     print("\n".join(lines))
@@ -115,7 +119,7 @@ def sessions(run: Path) -> int:
     return len(json.loads((run / "metrics.json").read_text())["sessions"])
 
 
-def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_path):
+def test_a_preempted_job_and_a_killed_job(cluster, whole, tmp_path):
     sweep = tmp_path / "sweep"
     process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, "seed=range(4)", "hydra.sweep.dir=sweep")
     until(lambda: all((sweep / job / "checkpoints/last.ckpt").exists() for job in "02"))
@@ -123,29 +127,29 @@ def test_of_four_jobs_one_is_preempted_and_one_is_killed(cluster, whole, tmp_pat
     subprocess.run(["scontrol", "requeue", preempted], check=True)
     kill(name(sweep, 2))
     until(lambda: release(preempted))
-    status, told = finish(process)
+    status, printed = finish(process)
     assert status == 1
-    assert "Job 2 was ended: SLURM says FAILED. See sweep/.submitit/" in told
-    assert "3 of 4 jobs done" in told
-    assert "Not finished: 2\n" in told
-    assert "Error: Job 2 was ended before it was done." in told
+    assert "Job 2: ended by SLURM (state FAILED). See sweep/.submitit/" in printed
+    assert "3 of 4 jobs done" in printed
+    assert "Not finished: 2\n" in printed
+    assert "Error: Job 2 was ended before it was done." in printed
     assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
     for job in "013":
         same_run(whole / job, sweep / job)
     assert [sessions(sweep / job) for job in "013"] == [2, 1, 1]
 
     allowed = "classes=[slurm.slow.Slow]"
-    status, told = finish(
+    status, printed = finish(
         start(tmp_path, "cifarnet.train", "sweep.resume=sweep", allowed, "hydra.launcher.timeout_min=30")
     )
     assert status == 0
-    assert told.count("is done") == 3
-    assert "4 of 4 jobs done" in told
+    assert printed.count("is done") == 3
+    assert "4 of 4 jobs done" in printed
     same_run(whole / "2", sweep / "2")
     assert sessions(sweep / "2") == 2
 
 
-def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
+def test_a_job_continues_after_its_time_limit(cluster, whole, tmp_path):
     times = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30", SLOW % 0.7]
     process = start(tmp_path, "cifarnet.train", "-m", *LONG, *SLURM, *times, "hydra.sweep.dir=sweep")
     until(lambda: (tmp_path / "sweep/slurm.json").exists())
@@ -155,9 +159,9 @@ def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
     while process.poll() is None:
         release(job)
         time.sleep(1)
-    status, told = finish(process)
+    status, printed = finish(process)
     assert status == 0
-    assert "1 of 1 jobs done" in told
+    assert "1 of 1 jobs done" in printed
     assert "Stopped by SIGUSR2 after batch" in "".join(
         file.read_text() for file in (tmp_path / "sweep/.submitit").glob("*/*.err")
     )
@@ -166,32 +170,32 @@ def test_a_job_whose_time_is_over_goes_on(cluster, whole, tmp_path):
     assert sessions(tmp_path / "sweep/0") >= 2
 
 
-def test_jobs_outlive_who_waits_and_have_the_cores_they_were_given(cluster, tmp_path):
+def test_jobs_continue_when_the_sweep_is_interrupted_and_use_their_cores(cluster, tmp_path):
     few = [*SMALL, *LEAN, "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "hydra.sweep.dir=sweep"]
     process = start(tmp_path, "cifarnet.train", "-m", *few, "seed=0,1")
     until(lambda: (tmp_path / "sweep/slurm.json").exists())
     process.send_signal(signal.SIGINT)
-    status, told = finish(process)
+    status, printed = finish(process)
     assert status == 130
     array = name(tmp_path / "sweep", 0).partition("_")[0]
-    assert f"The jobs go on in SLURM's queue; they save and end with scancel {array}. Go on with:" in told
-    status, told = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep"))
+    assert f"scancel {array} " in printed
+    status, printed = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep"))
     assert status == 0
-    assert f"In SLURM's queue already: {array}_0, {array}_1" in told
-    assert "2 of 2 jobs done" in told
+    assert f"In SLURM's queue already: {array}_0, {array}_1" in printed
+    assert "2 of 2 jobs done" in printed
     for job in "01":
         assert json.loads((tmp_path / "sweep" / job / "metrics.json").read_text())["hardware"]["threads"] == 2
 
 
-def test_processes_of_a_search_are_jobs_and_one_takes_over_from_another(cluster, tmp_path):
+def test_a_process_of_a_search_continues_the_trial_of_a_killed_one(cluster, tmp_path):
     search = [*LONG, "trainer.max_epochs=20", "seed=0,1,2,3", "hydra.sweeper.trials=4", "hydra.sweeper.pruner=null"]
     search += [*SLURM, "hydra.launcher.array_parallelism=2", "hydra.sweep.dir=search"]
     process = start(tmp_path, "cifarnet.search", *search)
     until(lambda: len(list((tmp_path / "search").glob("*/checkpoints/last.ckpt"))) == 2)
     kill(name(tmp_path / "search", 1))
-    status, told = finish(process)
+    status, printed = finish(process)
     assert status == 0
-    assert "4 of 4 jobs done" in told
+    assert "4 of 4 jobs done" in printed
     printed = "".join(file.read_text() for file in (tmp_path / "search/.submitit").glob("*/*.out"))
     assert "was cut off, and continues" in printed
 
@@ -203,9 +207,9 @@ def test_two_tasks_train_one_network(cluster, tmp_path):
     job = name(tmp_path / "sweep", 0)
     subprocess.run(["scontrol", "requeue", job], check=True)
     until(lambda: release(job))
-    status, told = finish(process)
+    status, printed = finish(process)
     assert status == 0
-    assert "2 of 2 jobs done" in told
+    assert "2 of 2 jobs done" in printed
     for number in "01":
         assert json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())["hardware"]["ranks"] == 2
     same_run(tmp_path / "sweep/1", tmp_path / "sweep/0")

@@ -35,7 +35,7 @@ def states(folder: Path) -> list[str]:
     return [trial.state.name for trial in study(folder).trials]
 
 
-def test_search_and_its_continuation(run, command, tmp_path):
+def test_a_search_can_be_continued_with_more_trials(run, command, tmp_path):
     status, printed, error = run(RATE, "hydra.sweeper.trials=2")
     assert status == 0, error
     assert "2 of 2 jobs done" in printed
@@ -70,14 +70,14 @@ def test_search_and_its_continuation(run, command, tmp_path):
     assert "has other settings: seed=1" in error
 
 
-def test_the_seed_decides_what_is_tried(run, tmp_path):
+def test_the_seed_determines_the_trials(run, tmp_path):
     for folder in ("one", "same"):
         run(RATE, "hydra.sweeper.trials=2", f"hydra.sweep.dir={folder}", "trainer.max_epochs=1")
     one, same = ([trial.params for trial in study(tmp_path / folder).trials] for folder in ("one", "same"))
     assert one == same
 
 
-def test_a_trial_that_was_cut_off_goes_on(run, tmp_path):
+def test_a_trial_that_was_cut_off_continues(run, tmp_path):
     stop = signal_at(1, 2, signal.SIGTERM)
     status, _, _ = run(RATE, stop, "hydra.sweeper.trials=1")
     assert status == 143
@@ -113,7 +113,7 @@ def test_a_search_that_another_process_stopped_draws_no_trials(run, tmp_path, mo
     assert states(tmp_path / "search") == []
 
 
-def test_a_failed_trial_stops_no_other_and_is_told(run, tmp_path):
+def test_a_failed_trial_does_not_stop_the_others(run, tmp_path):
     status, printed, error = run("optimizer.lr=-1,-2", "hydra.sweeper.trials=2")
     assert status == 1
     assert "Invalid learning rate: -" in error
@@ -138,7 +138,7 @@ def test_a_failed_trial_stops_no_other_and_is_told(run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_work_is_refused(run, arguments, named):
+def test_wrong_settings_are_refused(run, arguments, named):
     status, _, error = run(*arguments)
     assert status == 1
     assert named in error
@@ -146,8 +146,8 @@ def test_what_cannot_work_is_refused(run, arguments, named):
     assert "Traceback" not in error
 
 
-def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
-    """Until that process ends, however it does."""
+def test_a_trial_of_a_running_process_is_not_drawn_again(run, tmp_path):
+    """It is continued once that process has ended, even if it was killed."""
     assert run(RATE, "hydra.sweeper.trials=1")[0] == 0
     with pytest.MonkeyPatch.context() as patch:
         killed = SimpleNamespace(launch=lambda *_, **__: signal.raise_signal(signal.SIGINT))
@@ -178,7 +178,7 @@ def test_a_trial_that_another_process_runs_is_left_to_it(run, tmp_path):
     assert states(tmp_path / "search") == ["COMPLETE"] * 3
 
 
-def test_the_printed_command_goes_on_with_the_search(command, tmp_path):
+def test_the_printed_command_resumes_the_search(command, tmp_path):
     arguments = [*TINY[:-1], RATE, "hydra.sweeper.trials=1", signal_at(1, 2, signal.SIGINT)]
     status, printed, error = command(*arguments, main=search.main)
     assert status == 130
@@ -190,7 +190,7 @@ def test_the_printed_command_goes_on_with_the_search(command, tmp_path):
     assert "1 of 1 jobs done" in printed
 
 
-def test_each_search_has_a_folder_of_its_own(command, tmp_path):
+def test_each_search_has_its_own_folder(command, tmp_path):
     lean = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger", "hydra.sweeper.trials=1"]
     for more in ([], ["seed=1"], ["hydra.sweeper.study_name=mine"]):
         status, printed, error = command(*lean, RATE, *more, main=search.main)
@@ -206,7 +206,7 @@ def test_each_search_has_a_folder_of_its_own(command, tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])
-def test_a_journal_whose_last_line_was_cut_off_is_mended(run, tmp_path, torn):
+def test_an_unfinished_last_line_of_a_journal_is_removed(run, tmp_path, torn):
     lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
     assert run(*lean, "hydra.sweeper.trials=1")[0] == 0
     with (tmp_path / "search/study.journal").open("ab") as file:
@@ -222,7 +222,7 @@ def test_a_journal_whose_last_line_was_cut_off_is_mended(run, tmp_path, torn):
 @pytest.mark.parametrize(
     "content", [b"hello\nworld\n", b"[1]\n", b"{}\n", b'{"op_code": 99, "worker_id": "x"}\n', b"\xff\xfe\n"]
 )
-def test_a_journal_that_is_none_is_told_in_one_message(run, tmp_path, content):
+def test_an_unreadable_journal_is_reported_in_one_message(run, tmp_path, content):
     (tmp_path / "search").mkdir()
     (tmp_path / "search/study.journal").write_bytes(content)
     status, printed, error = run(RATE)
@@ -240,8 +240,8 @@ def test_a_folder_that_was_renamed_keeps_its_study(run, tmp_path):
     assert "Trial 1 of 2" not in printed
 
 
-def test_processes_of_one_search_draw_other_trials_and_each_has_a_gpu(tmp_path):
-    """Started together; each says which GPU it sees."""
+def test_processes_of_a_search_draw_different_trials_and_claim_different_gpus(tmp_path):
+    """The processes start at the same time; each prints the GPU that it sees."""
     program = (
         "import os, sys; from cifarnet.sweeps.search import Search\n"
         "def launcher(self, task):\n"

@@ -1,4 +1,4 @@
-"""With programs that stand for SLURM's; tests/slurm/ has the real ones."""
+"""The SLURM launcher with fake SLURM programs; tests/slurm/ has tests with real ones."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytest.importorskip("submitit")
 LEAN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger", "threads=1"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "hydra.launcher.partition=main"]
 
-# sbatch runs a script's jobs, if it is to, one after the other before it answers
+# sbatch records the jobs of a script
 SBATCH = """
 import os, re, subprocess, sys
 script = open(sys.argv[1]).read()
@@ -31,7 +31,7 @@ jobs = [("7_%d" % i if array else "7") for i in range(int(array[1]) + 1 if array
 open("todo.txt", "w").write(" ".join(jobs))
 print("Submitted batch job 7")
 """
-# the queue is empty once what was submitted has run, if it is to run
+# squeue runs the recorded jobs, if the file `runs` exists; then the queue is empty
 SQUEUE = """
 import os, subprocess, sys
 if os.path.exists("state.txt"):
@@ -53,7 +53,7 @@ SCONTROL = "import sys; open('asked.txt', 'a').write(' '.join(sys.argv[1:]))"
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Path:
-    """A folder to run commands in: its file `runs` says that jobs run, `state.txt` what squeue says."""
+    """The working directory of commands. If the file `runs` exists, submitted jobs run; `state.txt` is the output of squeue."""
     for name, program in {"sbatch": SBATCH, "squeue": SQUEUE, "srun": SRUN, "scontrol": SCONTROL}.items():
         file = tmp_path / "bin" / name
         file.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def cluster(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_what_slurm_loses_is_told(command, cluster):
+def test_jobs_that_slurm_ends_are_reported(command, cluster):
     more = ["hydra.launcher.setup=[echo ready]", "hydra.launcher.gpus_per_node=1"]
     status, printed, error = command("-m", *LEAN, *SLURM, *more, "seed=range(3)", "hydra.sweep.dir=sweep")
     assert status == 1
@@ -79,7 +79,7 @@ def test_what_slurm_loses_is_told(command, cluster):
     assert error == "Error: Job 0 was ended before it was done.\n"
 
 
-def test_jobs_run_and_a_sweep_that_is_resumed_waits_for_those_in_the_queue(command, cluster, monkeypatch):
+def test_jobs_run_and_a_resumed_sweep_waits_for_jobs_in_the_queue(command, cluster, monkeypatch):
     (cluster / "runs").touch()
     begin = ["-m", *LEAN, *SLURM, "optimizer.lr=0.01,0.02,-1", "trainer.max_epochs=2", "hydra.sweep.dir=sweep"]
     status, printed, error = command(*begin)
@@ -105,7 +105,7 @@ def test_jobs_run_and_a_sweep_that_is_resumed_waits_for_those_in_the_queue(comma
     assert status == 1  # nothing takes job 2
 
 
-def test_a_slurm_that_does_not_answer_is_told(command, cluster):
+def test_an_error_of_squeue_is_reported(command, cluster):
     (cluster / "bin/squeue").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no controller')")
     status, _, error = command("-m", *LEAN, *SLURM, "seed=0,1", "hydra.sweep.dir=sweep")
     assert status == 1
@@ -113,7 +113,7 @@ def test_a_slurm_that_does_not_answer_is_told(command, cluster):
 
 
 @pytest.mark.slow
-def test_processes_of_a_search_are_jobs(command, cluster):
+def test_the_processes_of_a_search_run_as_jobs(command, cluster):
     pytest.importorskip("optuna")
     (cluster / "runs").touch()
     begin = [*LEAN, *SLURM, "seed=0,1,2", "hydra.sweeper.trials=2", "hydra.sweep.dir=search"]
@@ -130,7 +130,7 @@ def interrupted(number: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "state", "environment", "told"),
+    ("number", "state", "environment", "expected"),
     [
         (signal.SIGUSR2, "RUNNING", {}, "It is in SLURM's queue again."),
         (signal.SIGTERM, "RUNNING", {}, "It is in SLURM's queue again."),
@@ -139,8 +139,8 @@ def interrupted(number: int) -> Callable[[], None]:
         (signal.SIGUSR2, "RUNNING", {"SLURM_PROCID": "1"}, ""),
     ],
 )
-def test_a_job_that_was_only_warned_asks_to_be_queued_again(
-    cluster, monkeypatch, capsys, number, state, environment, told
+def test_a_job_that_receives_a_warning_signal_is_queued_again(
+    cluster, monkeypatch, capsys, number, state, environment, expected
 ):
     job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     for name, value in (job | {"SLURM_PROCID": "0"} | environment).items():
@@ -151,9 +151,9 @@ def test_a_job_that_was_only_warned_asks_to_be_queued_again(
         Task(interrupted(number), train.train_run, max_restarts=3)()
     assert end.value.code == 128 + number
     assert signal.getsignal(number) == before
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     asked = (cluster / "asked.txt").read_text() if (cluster / "asked.txt").exists() else ""
-    assert asked == ("requeue 7_2" if "again." in told else "")
+    assert asked == ("requeue 7_2" if "again." in expected else "")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_job_that_was_only_warned_asks_to_be_queued_again(
         ({"SLURM_CPUS_ON_NODE": "8", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, 4),
     ],
 )
-def test_cores_are_those_that_slurm_gave(monkeypatch, environment, cores):
+def test_the_number_of_cores_is_that_of_the_slurm_job(monkeypatch, environment, cores):
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -176,7 +176,7 @@ def test_cores_are_those_that_slurm_gave(monkeypatch, environment, cores):
     assert hardware.cores() == (cores or 16)
 
 
-def test_a_sweep_may_be_resumed_on_another_launcher(tmp_path):
+def test_a_sweep_can_be_resumed_with_another_launcher(tmp_path):
     hydra = ["hydra.mode=MULTIRUN", "hydra/launcher=slurm", "hydra.launcher.mem_gb=4", "hydra.launcher.partition=main"]
     overrides = {"hydra": {"overrides": {"hydra": hydra, "task": ["seed=0,1"]}, "sweeper": {}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(overrides))
@@ -186,11 +186,11 @@ def test_a_sweep_may_be_resumed_on_another_launcher(tmp_path):
     assert resume_arguments([resume, "hydra/launcher=basic"])[2:4] == ["seed=0,1", "hydra/launcher=basic"]
 
 
-def test_a_launcher_without_a_sweep_is_refused(command):
+def test_a_launcher_for_a_single_run_is_refused(command):
     status, _, error = command(*LEAN, "hydra/launcher=slurm")
     assert (status, "hydra/launcher=slurm" in error, "add -m" in error) == (1, True, True)
 
 
-def test_a_launcher_that_is_not_installed_is_named():
+def test_the_package_of_a_missing_launcher_is_named():
     missing = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic", "slurm"])
     assert cli.explain(missing) == "This launcher needs submitit: pip install 'cifarnet[slurm]'"

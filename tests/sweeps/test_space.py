@@ -23,7 +23,7 @@ from cifarnet.sweeps import space
         ("a=[1,2],[3]", CategoricalDistribution(["[1,2]", "[3]"])),
     ],
 )
-def test_sweeps_in_the_words_of_hydra(override, expected):
+def test_sweeps_become_distributions(override, expected):
     assert space.distribution(OverridesParser.create().parse_override(override)) == expected
 
 
@@ -44,7 +44,7 @@ def test_sweeps_in_the_words_of_hydra(override, expected):
         (f"a=range(0,1{'0' * 400}.0)", "give finite numbers"),
     ],
 )
-def test_what_cannot_be_searched_is_told_in_one_line(override, named):
+def test_a_wrong_sweep_is_reported_in_one_line(override, named):
     with pytest.raises(UserError) as error:
         space.distribution(OverridesParser.create().parse_override(override))
     assert override in str(error.value)

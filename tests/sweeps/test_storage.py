@@ -1,4 +1,4 @@
-"""A search on a database: SQLite stands for it here, and with `-m postgres` a PostgreSQL of the tests' own."""
+"""Searches with a database: SQLite, and with `-m postgres` a PostgreSQL server that the tests start."""
 
 import contextlib
 import itertools
@@ -41,7 +41,7 @@ def url(tmp_path):
 
 @pytest.fixture
 def run(command, url):
-    """A search in a folder, which stands for a machine."""
+    """Run a search in a folder, as on another machine."""
 
     def start(folder: str, trials: int, *more: str):
         own = [f"hydra.sweep.dir={folder}", f"hydra.sweeper.trials={trials}", f"hydra.sweeper.storage={url}"]
@@ -51,7 +51,7 @@ def run(command, url):
 
 
 def connect(url: str, folder: Path) -> storage_module.Database:
-    """As a machine with that folder does."""
+    """Connect as a machine with this folder."""
     folder.mkdir(exist_ok=True)
     return storage_module.connect(url, folder, "train/shared", 1)
 
@@ -64,7 +64,7 @@ def states(url: str) -> list[str]:
     return [trial.state.name for trial in study(url).trials]
 
 
-def test_machines_share_a_search_and_each_tells_of_all(run, url, tmp_path):
+def test_machines_share_a_search_and_each_reports_all_trials(run, url, tmp_path):
     assert run("one", 1)[0] == 0
     status, printed, error = run("two", 2)
     assert status == 0, error
@@ -79,14 +79,14 @@ def test_machines_share_a_search_and_each_tells_of_all(run, url, tmp_path):
     assert first.value == read_run(tmp_path / "one/0").score
 
 
-def test_a_trial_of_another_machine_that_died_is_run_again_and_counts_once(run, url, tmp_path):
+def test_a_dead_trial_of_another_machine_is_run_again_and_counts_once(run, url, tmp_path):
     stop = signal_at(0, 2, signal.SIGTERM)
     assert run("one", 1, stop)[0] == 143
     [before] = study(url).trials
     assert before.state == TrialState.RUNNING
     status, printed, _ = run("two", 1, stop)
     assert (status, "Trial 1 was cut off, and continues" in printed, "last.ckpt" in printed) == (143, True, False)
-    # on its own machine that is known at once, by its lock
+    # on its own machine, its lock shows at once that it is dead
     status, printed, error = run("two", 1, stop, "hydra.sweeper.heartbeat=1000")
     assert status == 0, error
     assert "Waiting" not in printed
@@ -97,7 +97,7 @@ def test_a_trial_of_another_machine_that_died_is_run_again_and_counts_once(run, 
     assert (status, "Trial 1 of" in printed, "1 of 1 jobs done, 1 elsewhere" in printed) == (0, False, True)
 
 
-def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url, tmp_path):
+def test_a_trial_that_runs_on_another_machine_is_not_drawn_again(run, url, tmp_path):
     storage = connect(url, tmp_path / "elsewhere")
     trial = create_study(study_name="train/shared", storage=storage).ask(SPACE)
     storage.record_heartbeat(trial._trial_id)
@@ -111,7 +111,7 @@ def test_a_trial_that_lives_elsewhere_is_left_to_it(run, url, tmp_path):
     assert states(url) == ["RUNNING"]
 
 
-def test_a_machine_of_the_same_name_and_path_is_another(run, url, tmp_path):
+def test_machines_with_the_same_name_and_path_are_distinguished(run, url, tmp_path):
     assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
     (tmp_path / "one").rename(tmp_path / "on the other")
     [trial] = study(url).trials
@@ -127,7 +127,7 @@ def test_a_machine_of_the_same_name_and_path_is_another(run, url, tmp_path):
     assert (name.partition("#")[0], path) == (platform.node(), str(tmp_path / "one"))
 
 
-def test_no_more_trials_than_asked_for_when_two_machines_draw_the_last(run, url, monkeypatch):
+def test_two_machines_that_draw_the_last_trial_do_not_run_too_many(run, url, monkeypatch):
     ask = Study.ask
 
     def beside_another(self, *arguments):
@@ -141,13 +141,13 @@ def test_no_more_trials_than_asked_for_when_two_machines_draw_the_last(run, url,
     assert status == 0, error
     assert "1 of 1 jobs done, 1 elsewhere" in printed
     assert states(url) == ["COMPLETE", "WAITING"]
-    status, printed, error = run("one", 2)  # that one is run when there is room for it
+    status, printed, error = run("one", 2)  # the enqueued trial is run when more are allowed
     assert status == 0, error
     assert "Trial 2 of 2" in printed
     assert states(url) == ["COMPLETE", "COMPLETE"]
 
 
-def test_a_trial_whose_process_died_before_it_had_settings_draws_them(run, url, tmp_path):
+def test_a_trial_whose_process_died_before_it_had_settings_is_continued(run, url, tmp_path):
     storage = connect(url, tmp_path / "elsewhere")
     create_study(study_name="train/shared", storage=storage, direction="maximize").ask()
     storage.record_heartbeat(1)
@@ -157,7 +157,7 @@ def test_a_trial_whose_process_died_before_it_had_settings_draws_them(run, url, 
     assert states(url) == ["COMPLETE"]
 
 
-def test_a_trial_that_another_finished_meanwhile_keeps_its_figure(run, url, monkeypatch):
+def test_a_trial_that_another_machine_finished_keeps_its_score(run, url, monkeypatch):
     tell = Study.tell
 
     def late(self, trial, *arguments, **more):
@@ -189,7 +189,7 @@ def test_a_trial_that_another_finished_meanwhile_keeps_its_figure(run, url, monk
         ("${oc.env:NONE}", "Environment variable 'NONE' not found"),
     ],
 )
-def test_what_cannot_be_connected_to_is_told_in_one_line(command, tmp_path, storage, named):
+def test_a_database_that_cannot_be_used_is_reported_in_one_line(command, tmp_path, storage, named):
     quoted = storage if storage[0] in "$'3" else f"'{storage}'"
     status, printed, error = command(*SHORT, f"hydra.sweeper.storage={quoted}", main=search.main)
     assert (status, printed) == (1, "")
@@ -216,7 +216,7 @@ def test_a_heartbeat_is_a_number_of_seconds(command, beats):
     assert (status, f"hydra.sweeper.heartbeat={beats}" in error) == (1, True)
 
 
-def test_an_address_in_a_variable_is_nowhere_written(command, url, tmp_path, monkeypatch):
+def test_a_url_in_a_variable_is_not_written_to_any_file(command, url, tmp_path, monkeypatch):
     monkeypatch.setenv("GROUPS_STUDIES", url)
     arguments = ["hydra.sweeper.storage=${oc.env:GROUPS_STUDIES}", "hydra.sweep.dir=one", "hydra.sweeper.trials=1"]
     stop = signal_at(0, 2, signal.SIGTERM)
@@ -239,8 +239,8 @@ def test_a_resumed_search_uses_its_database(run, command, url):
 
 
 @pytest.mark.parametrize("storage_first", [True, False])
-def test_trials_of_another_study_are_not_taken_for_ones_own(run, command, storage_first):
-    """The same search, whose folder has the same name, with a database and without."""
+def test_a_folder_with_trials_of_another_study_is_refused(run, command, storage_first):
+    """The same search in the same folder, with a database and without."""
     own = "hydra.sweeper.storage=null"
     assert run("one", 1, *([] if storage_first else [own]))[0] == 0
     status, printed, error = run("one", 2, *([own] if storage_first else []))
@@ -249,7 +249,7 @@ def test_trials_of_another_study_are_not_taken_for_ones_own(run, command, storag
     assert run("two", 1, *([own] if storage_first else []))[0] == 0
 
 
-def test_a_lost_connection_is_made_again(url, tmp_path, monkeypatch, capsys):
+def test_a_lost_connection_is_restored(url, tmp_path, monkeypatch, capsys):
     storage = connect(url, tmp_path)
     dialect, slept = storage.engine.dialect, []
     reconnect, failures = dialect.connect, [dialect.loaded_dbapi.OperationalError("starting up")] * 3
@@ -267,7 +267,7 @@ def test_a_lost_connection_is_made_again(url, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("starting up. Trying again for 300 s") == 1
 
 
-def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, tmp_path, monkeypatch):
+def test_each_outage_is_waited_for(url, tmp_path, monkeypatch):
     storage, slept, left = connect(url, tmp_path), [], 0
     dialect = storage.engine.dialect
     reconnect = dialect.connect
@@ -280,7 +280,7 @@ def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, tm
         return reconnect(*arguments, **settings)
 
     def waited(outage: int) -> int | None:
-        """Seconds until there is a connection; None if it is given up."""
+        """The seconds until there is a connection; None if there is none in time."""
         nonlocal left
         left = outage
         slept.clear()
@@ -293,14 +293,14 @@ def test_an_outage_that_outlasts_the_patience_takes_it_from_no_later_one(url, tm
     clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=slept.append)
     monkeypatch.setattr(storage_module, "time", clock)
     assert (waited(1000), len(slept)) == (None, storage_module.PATIENCE - 1)
-    assert (waited(1000), len(slept)) == (None, 0)  # it is still away: what ends the search need not wait again
+    assert (waited(1000), len(slept)) == (None, 0)  # it is still down: ending the search does not wait again
     assert (waited(0), waited(3)) == (0, 3)
     with ThreadPoolExecutor(1) as heartbeat:
         assert heartbeat.submit(waited, 1000).result() is None
     assert waited(3) == 3
 
 
-def test_a_database_that_stays_away_ends_the_search_in_one_line(run, url, tmp_path, monkeypatch):
+def test_a_lost_database_ends_the_search_with_one_line(run, url, tmp_path, monkeypatch):
     def lost(*_, **__):
         raise storage_module.SQLAlchemyError("it is gone")
 
@@ -322,7 +322,7 @@ def test_a_database_that_stays_away_ends_the_search_in_one_line(run, url, tmp_pa
 
 
 class Server:
-    """A PostgreSQL in a folder of its own, which root may start too; its user's password is asked for."""
+    """A PostgreSQL server in its own folder, which root can start, too; its user has a password."""
 
     def __init__(self, folder: Path) -> None:
         found = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
@@ -425,11 +425,11 @@ def test_one_of_two_processes_is_killed(empty, server, tmp_path, shared):
         assert_same_weights(runs[1] / "0/checkpoints" / name, runs[2] / "0/checkpoints" / name)
     values = load_values(runs[2])
     assert (held[0].value, held[0].intermediate_values) == values
-    assert read_run(runs[1] / "0").metrics["test_accuracy"] == read_run(runs[2] / "0").metrics["test_accuracy"]
+    assert read_run(runs[1] / "0").value("test_accuracy") == read_run(runs[2] / "0").value("test_accuracy")
 
 
 def load_values(folder: Path) -> tuple[float, dict[int, float]]:
-    """Of the first trial in a folder's journal."""
+    """The score of the first trial in a journal, and its accuracies by epoch."""
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     journal = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
@@ -438,7 +438,7 @@ def load_values(folder: Path) -> tuple[float, dict[int, float]]:
 
 
 @pytest.mark.postgres
-def test_a_server_that_is_started_again_ends_no_search(empty, server, tmp_path):
+def test_a_restart_of_the_server_does_not_end_a_search(empty, server, tmp_path):
     process = start(tmp_path, *LONG, f"hydra.sweeper.storage={empty}", "hydra.sweeper.trials=1")
     wait_for((tmp_path / "lightning_logs/train/s/0/checkpoints/last.ckpt").exists)
     server.stop()
@@ -452,15 +452,15 @@ def test_a_server_that_is_started_again_ends_no_search(empty, server, tmp_path):
 
 
 @pytest.mark.postgres
-def test_processes_that_start_together_make_the_tables_once(empty, tmp_path):
+def test_processes_that_start_together_create_the_tables_once(empty, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         opened = list(pool.map(lambda number: connect(empty, tmp_path / str(number)), range(8)))
     assert len({storage.get_current_version() for storage in opened}) == 1
 
 
 @pytest.mark.postgres
-def test_a_wrong_password_is_told_and_not_shown(empty, tmp_path, monkeypatch):
+def test_a_wrong_password_is_reported_but_not_shown(empty, tmp_path, monkeypatch):
     monkeypatch.setenv("PGPASSWORD", "wrong one")
-    with pytest.raises(UserError, match=r"password authentication failed.*PGPASSWORD or ~/.pgpass") as told:
+    with pytest.raises(UserError, match=r"password authentication failed.*PGPASSWORD or ~/.pgpass") as raised:
         connect(empty, tmp_path)
-    assert "wrong one" not in str(told.value)
+    assert "wrong one" not in str(raised.value)

@@ -23,7 +23,7 @@ TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.picture
 LEAN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks=lean", "~logger"]
 
 
-def test_a_failed_job_stops_no_other_and_is_told(command, tmp_path):
+def test_a_failed_job_does_not_stop_the_others(command, tmp_path):
     status, printed, error = command("-m", *TINY, "optimizer.lr=0.01,-1,0.02", "hydra.sweep.dir=sweep")
     assert status == 1
     assert "Invalid learning rate: -1" in error
@@ -32,12 +32,12 @@ def test_a_failed_job_stops_no_other_and_is_told(command, tmp_path):
     assert [(tmp_path / f"sweep/{job}/metrics.json").is_file() for job in "012"] == [True, False, True]
 
 
-def test_resuming_runs_only_what_is_missing(command, tmp_path):
+def test_resuming_runs_only_missing_jobs(command, tmp_path):
     status, _, error = command("-m", *TINY, "optimizer.lr=0.01,0.02,0.03", "hydra.sweep.dir=sweep")
     assert status == 0, error
     finished = [json.loads((tmp_path / f"sweep/{job}/metrics.json").read_text())["finished"] for job in "012"]
-    (tmp_path / "sweep/1/metrics.json").unlink()  # as if cut off after its last checkpoint
-    shutil.rmtree(tmp_path / "sweep/2")  # as if never begun
+    (tmp_path / "sweep/1/metrics.json").unlink()  # as if it had been cut off after its last checkpoint
+    shutil.rmtree(tmp_path / "sweep/2")  # as if it had not begun
 
     status, printed, error = command("sweep.resume=sweep")
     assert status == 0, error
@@ -65,20 +65,20 @@ def test_jobs_with_the_same_images_read_them_once(command, tmp_path, monkeypatch
         assert records[0]["data"] == records[1]["data"]
     del reading[:]
     assert command("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'b'}")[0] == 0
-    assert reading == [200]  # a sweep of its own: files may have changed
+    assert reading == [200]  # a new sweep, because files can have changed
 
 
-def test_a_job_whose_images_were_read_before_is_refused_what_they_are_too_small_for(command, tmp_path):
+def test_settings_are_checked_with_shared_images_too(command, tmp_path):
     swept = ["data.crop_padding=2,40", f"hydra.sweep.dir={tmp_path / 'a'}"]
-    status, _, told = command("-m", *TINY, *swept)
+    status, _, error = command("-m", *TINY, *swept)
     assert status == 1
-    assert "Job 1 failed: data.crop_padding=40 " in told
+    assert "Job 1 failed: data.crop_padding=40 " in error
 
 
-def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
-    status, _, told = command("-m", *SMALL, "seed=0,1", "scheduler=cosine,nope", f"hydra.sweep.dir={tmp_path / 'a'}")
+def test_a_wrong_choice_is_reported_before_any_job_begins(command, tmp_path):
+    status, _, error = command("-m", *SMALL, "seed=0,1", "scheduler=cosine,nope", f"hydra.sweep.dir={tmp_path / 'a'}")
     assert status == 1
-    assert "nope" in told
+    assert "nope" in error
     assert not (tmp_path / "a/0").exists()
 
 
@@ -93,13 +93,13 @@ def test_a_wrong_choice_is_told_before_any_job_begins(command, tmp_path):
     ],
     ids=["resume", "blind"],
 )
-def test_what_cannot_work_is_refused(command, arguments, named):
+def test_wrong_settings_are_refused(command, arguments, named):
     status, _, error = command(*arguments)
     assert status == 1
     assert named in error
 
 
-def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
+def test_seeds_can_be_swept_without_validation(command):
     status, printed, error = command("-m", *TINY, "data.val_fraction=0", "seed=range(2)", "hydra.sweep.dir=sweep")
     assert status == 0, error
     assert "2 of 2 jobs done" in printed
@@ -123,7 +123,7 @@ def test_seeds_of_a_recipe_without_validation_may_be_swept(command):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_sweep_of_nothing_is_refused_before_a_folder_is_made(command, tmp_path, arguments, named):
+def test_wrong_sweeps_are_refused_before_a_folder_is_created(command, tmp_path, arguments, named):
     status, _, error = command("-m", *TINY, *arguments)
     assert status == 1
     assert named in error
@@ -145,12 +145,12 @@ def test_a_failed_job_can_stop_the_sweep(command, tmp_path):
     assert status == 1
     assert "0 of 8 jobs done, 1 failed" in printed
     assert not (tmp_path / "stopped/7").exists()
-    status, printed, error = command("sweep.resume=stopped")  # tries again
+    status, printed, error = command("sweep.resume=stopped")  # runs the failed job again
     assert status == 1, error
     assert "0 of 8 jobs done, 1 failed" in printed
 
 
-def test_parallel_jobs_tell_their_names_and_failures(tmp_path):
+def test_parallel_jobs_print_their_names_and_failures(tmp_path):
     parallel = ["hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}/sweep", "threads=1"]
     program = [sys.executable, "-m", "cifarnet.train", *FAILING, *parallel]
     result = subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -161,7 +161,7 @@ def test_parallel_jobs_tell_their_names_and_failures(tmp_path):
     assert sorted(re.findall(r"^\[(\d)\]   test accuracy ", result.stdout, re.MULTILINE)) == ["4", "5", "6", "7"]
 
 
-def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
+def test_a_job_with_damaged_files_is_repeated(command, tmp_path):
     begin = ["-m", *TINY, "optimizer.lr=0.01,0.02,0.03,0.04", "hydra.sweep.dir=sweep"]
     assert command(*begin)[0] == 0
     whole = (tmp_path / "sweep/2/metrics.json").read_text()
@@ -183,7 +183,7 @@ def test_damaged_files_of_a_job_stop_no_other(command, tmp_path):
     assert again["history"] == json.loads(whole)["history"]
 
 
-def test_a_resumed_sweep_repeats_its_settings_and_takes_new_ones_that_decide_nothing(command, tmp_path):
+def test_a_resumed_sweep_accepts_only_settings_that_do_not_affect_results(command, tmp_path):
     (tmp_path / "conf/optimizer").mkdir(parents=True)
     (tmp_path / "conf/optimizer/mine.yaml").write_text("{_target_: torch.optim.RMSprop, lr: 0.001}")
     config_dir = ["--config-dir", "conf"]
@@ -216,7 +216,7 @@ def test_a_resumed_sweep_repeats_its_settings_and_takes_new_ones_that_decide_not
         "+hydra.sweeper.params.recipe='{_target_: os.mkdir, path: exploded}'",
     ],
 )
-def test_a_sweep_that_names_a_foreign_class_is_not_resumed_unless_it_is_allowed(tmp_path, monkeypatch, line):
+def test_a_recorded_class_from_elsewhere_must_be_allowed(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     params = {"recipe": "{_target_: os.mkdir, path: exploded}"} if "params" in line else {}
     overrides = {"hydra": [line] if line.lstrip("+").startswith("hydra") else [], "task": ["seed=0,1", line]}
@@ -228,7 +228,7 @@ def test_a_sweep_that_names_a_foreign_class_is_not_resumed_unless_it_is_allowed(
     assert line in resume_arguments(["sweep.resume=.", "classes=[os.mkdir]"])
 
 
-def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
+def test_a_link_out_of_the_folder_is_refused(command, tmp_path):
     (tmp_path / "sweep/0").mkdir(parents=True)
     (tmp_path / "sweep/multirun.yaml").touch()
     (tmp_path / "sweep/0/.hydra").symlink_to(tmp_path)
@@ -238,7 +238,7 @@ def test_a_link_in_a_strangers_sweep_leads_nowhere(command, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
-def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, content):
+def test_a_damaged_record_of_a_sweep_is_reported_in_one_message(command, tmp_path, content):
     (tmp_path / "multirun.yaml").write_text(content)
     status, _, error = command("sweep.resume=.")
     assert status == 1
@@ -246,7 +246,7 @@ def test_a_damaged_record_of_a_sweep_is_told_in_one_message(command, tmp_path, c
     assert error.count("\n") == 1
 
 
-def test_two_processes_do_not_work_on_one_sweep(command, tmp_path):
+def test_two_processes_cannot_run_the_same_sweep(command, tmp_path):
     assert command("-m", *LEAN, "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
     before = (tmp_path / "sweep/multirun.yaml").read_text()
     with files.exclusive(tmp_path / "sweep"):
@@ -258,7 +258,7 @@ def test_two_processes_do_not_work_on_one_sweep(command, tmp_path):
     assert command("sweep.resume=sweep")[0] == 0
 
 
-def test_the_command_printed_after_ctrl_c_goes_on_with_the_sweep(command, tmp_path):
+def test_the_command_printed_after_ctrl_c_resumes_the_sweep(command, tmp_path):
     name = "my sweep (a)"
     begin = ["-m", *TINY, "trainer.max_epochs=2", "optimizer.lr=0.01,0.02", f"hydra.sweep.dir='{name}'"]
     for arguments in ([*begin, signal_at(0, 2, signal.SIGINT)],):
@@ -299,7 +299,7 @@ def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
         if begun == {"0", "1"}:
             break
     workers = psutil.Process(process.pid).children()
-    os.killpg(process.pid, number)  # as a terminal does
+    os.killpg(process.pid, number)  # as a terminal's Ctrl-C does
     printed, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
     assert f"sweep.resume={os.path.relpath(tmp_path / 'sweep')}" in error.splitlines()[-1]
@@ -314,11 +314,11 @@ def test_a_signal_lets_parallel_jobs_save(command, tmp_path, number):
     assert not alive
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes half a second")
-def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take half a second")
+def test_a_computing_process_ends_at_once_with_its_parent():
     job = "import os; from cifarnet.system import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
-    job += "import re; re.match('(a+)+b', 'a' * 100)"  # lets no other thread run
+    job += "import re; re.match('(a+)+b', 'a' * 100)"  # blocks all other threads
     start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {job!r}]); print(p.pid, flush=True); "
     parent = subprocess.Popen([sys.executable, "-c", start + "p.wait()"], stdout=subprocess.PIPE, text=True)
     printed = {parent.stdout.readline().strip() for _ in range(2)}
@@ -331,7 +331,7 @@ def test_a_job_that_computes_ends_at_once_with_the_process_that_started_it():
     assert not alive
 
 
-def test_jobs_end_with_the_process_that_started_them():
+def test_processes_end_with_their_parent():
     job = "import os; from cifarnet.system import hardware; hardware.end_with_parent(os.getppid()); "
     job += "print('ready', flush=True); "
     job += "import time; time.sleep(60)"

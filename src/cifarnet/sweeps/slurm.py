@@ -111,10 +111,8 @@ class Slurm(SlurmLauncher):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, parallel.SIGNALS)
                 self._wait(names, is_search)
         except Interrupted as stopped:
-            arrays = sorted({name.partition("_")[0] for name in names.values()})
-            what = (
-                f"{stopped.what} The jobs stay in SLURM's queue. To let them save and end: scancel {' '.join(arrays)}"
-            )
+            arrays = " ".join(sorted({name.partition("_")[0] for name in names.values()}))
+            what = f"{stopped.what} The jobs stay in SLURM's queue (scancel {arrays} lets them save and end)."
             raise Interrupted(what, stopped.status, resume_command(folder)) from None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, parallel.SIGNALS)
