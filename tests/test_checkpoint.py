@@ -74,7 +74,7 @@ def test_a_run_without_validation_has_its_last_checkpoint(tmp_path):
     assert find(tmp_path) == tmp_path / "checkpoints/best.ckpt"
 
 
-def test_commands_write_into_the_run_or_beside_the_file(run, tmp_path, monkeypatch):
+def test_commands_write_into_the_run_or_beside_the_file(run, tmp_path):
     checkpoint = Checkpoint.open(run)
     assert checkpoint.run_folder == run
     assert checkpoint.folder_for("exported") == run / "exported"
@@ -82,6 +82,15 @@ def test_commands_write_into_the_run_or_beside_the_file(run, tmp_path, monkeypat
     copy = Checkpoint.open(tmp_path / "copy.ckpt")
     assert copy.run_folder is None
     assert copy.folder_for("exported") == tmp_path / "copy_exported"
+
+
+def test_a_folder_that_is_a_link_out_of_the_run_is_refused(run, tmp_path):
+    (run / "predictions").symlink_to(tmp_path)
+    try:
+        with pytest.raises(UserError, match=r"predictions is a link that leads out of"):
+            Checkpoint.open(run).folder_for("predictions")
+    finally:
+        (run / "predictions").unlink()
 
 
 def test_a_custom_network_must_be_allowed(config, tmp_path):
@@ -290,8 +299,8 @@ def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
     names = ("class_names", "image_size", "model", "tta", "precision")
     settings = {name: getattr(recorded, name) for name in names} | {"cifarnet": __version__, "epoch": 7}
     (tmp_path / HUB_SETTINGS).write_text(json.dumps(settings))
-    contiguous = {name: value.contiguous() for name, value in recorded.weights.items()}
-    save_file(contiguous, tmp_path / HUB_WEIGHTS)
+    weights = {f"network.{name}": value.contiguous() for name, value in recorded.weights.items()}
+    save_file(weights, tmp_path / HUB_WEIGHTS)
     checkpoint = Checkpoint.open(tmp_path)
     assert (checkpoint.epoch, checkpoint.step, checkpoint.content) == (7, 0, {})
     assert (checkpoint.data, checkpoint.tta_share) == ({}, 1.0)

@@ -2,9 +2,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cifarnet.system import hardware
 
@@ -13,7 +15,7 @@ import resource, sys, torch
 from cifarnet.system.hardware import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(20):  # until the heap has settled
+for _ in range(20):  # until the size of the heap is stable
     torch.ones(2**24)  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -23,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator setting of glibc")
-def test_freed_memory_is_used_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
     faults = {}
     for mode in ("keep", "return"):
         command = [sys.executable, "-c", PROGRAM, mode]
@@ -32,47 +34,82 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert faults["return"] > 10 * max(faults["keep"], 10)
 
 
-def test_each_process_has_a_gpu_of_its_own(tmp_path):
-    claim = (
-        "from cifarnet import hardware; hardware.claim_gpu(); import os; print(os.environ['CUDA_VISIBLE_DEVICES']); "
-    )
-    claim += "print(len(hardware.gpus()), flush=True); input()"
+CLAIM = """
+import os
+from cifarnet.system import hardware
+hardware.claim_gpu()
+hardware.claim_gpu()  # once is enough
+print(os.environ["CUDA_VISIBLE_DEVICES"], hardware.gpus(), flush=True)
+input()
+"""
+
+
+def test_processes_claim_gpus_evenly(tmp_path):
     settings = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)}, "text": True}
+    command = [sys.executable, "-c", CLAIM]
     claimed, processes = [], []
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **settings
-        )
-        claimed.append(process.stdout.readline().strip())
-        assert process.stdout.readline().strip() == "1"  # it sees its own alone
-        processes.append(process)
-    assert claimed == ["3", "5", "3"]  # more processes than GPUs
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **settings))
+        claimed.append(processes[-1].stdout.readline().strip())
+    assert claimed == ["3 ['3']", "5 ['5']", "3 ['3']"]  # more processes than GPUs
     for process in processes[1:]:
         process.kill()
         process.communicate()
-    again = subprocess.run([sys.executable, "-c", claim], input="\n", stdout=subprocess.PIPE, **settings, check=True)
-    assert again.stdout.startswith("5")  # a process that ended, however it did, has none
+    again = subprocess.run(command, input="\n", stdout=subprocess.PIPE, **settings, check=True)
+    assert again.stdout.startswith("5")  # the claim of the process that was killed has ended
     processes[0].communicate("\n")
 
 
-def test_without_a_gpu_there_is_none_to_claim(monkeypatch):
+def test_without_gpus_none_is_claimed(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    hardware.claim_gpu.cache_clear()
+    hardware.claim_gpu()
     assert hardware.gpus() == []
-    assert hardware.claim_gpu() is None
-    hardware.claim_gpu.cache_clear()
+    assert hardware.CLAIMED not in os.environ
 
 
-def test_cores_are_those_of_this_process():
+def test_cores_are_those_that_this_process_may_use():
     program = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-    program += "from cifarnet import hardware; print(hardware.cores())"
+    program += "from cifarnet.system import hardware; print(hardware.cores())"
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("only Linux lets a process choose its cores")
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
-def test_threads_are_as_many_as_before():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
-    with hardware.same_threads():
-        torch.set_num_threads(before + 1)
+    config = OmegaConf.create({"threads": before + 1, "keep_freed_memory": False})
+    with hardware.prepared_process(config):
+        assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, None),
+        ({"LOCAL_WORLD_SIZE": "3"}, 2),  # torchrun
+        ({"SLURM_CPUS_PER_TASK": "4"}, 4),
+        ({"SLURM_CPUS_ON_NODE": "6", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "4", "LOCAL_WORLD_SIZE": "2"}, 2),
+    ],
+    ids=str,
+)
+def test_threads_of_several_processes_share_the_cores(monkeypatch, variables, threads):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "LOCAL_WORLD")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    assert hardware.default_threads() == threads
+
+
+def test_the_commit_of_a_checkout_is_recorded():
+    checkout = Path(__file__).parents[2]
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    commit = hardware.git_commit()
+    assert commit is not None
+    assert commit.removesuffix("-dirty") == result.stdout.strip()

@@ -44,7 +44,7 @@ class JsonFile:
         """Return the content of a file. In fields declared as float, null becomes NaN.
 
         Raises:
-            UserError: the file cannot be read, or a field is missing or has the wrong type.
+            UserError: the file cannot be read, or a field is missing or is not valid.
         """
         hints = get_type_hints(cls)
 

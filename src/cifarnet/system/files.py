@@ -110,10 +110,15 @@ def is_locked(lock: Path) -> bool:
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before it started: it holds nothing but the record of the command."""
-    records = {".hydra", ".lock", "train.log", "hparams.yaml"}
-    if all(path.name in records or path.name.startswith("events.out.") for path in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folder of a run that failed before it started, if it holds nothing but the record of the command."""
+    hydra = {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
+    records = hydra | {".lock", "train.log", "hparams.yaml"}
+    for path in folder.rglob("*"):
+        is_log = path.name.startswith("events.out.") and path.stat().st_size < 100  # a header without any event
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_log and not is_folder and path.relative_to(folder).as_posix() not in records:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
