@@ -53,7 +53,7 @@ class History(Callback):
         session = new_session(trainer)
         for last in self.sessions[-1:]:
             before, now = flat(last), flat(session)
-            for key in sorted(before.keys() | now.keys() - {"from_step", "started"}):
+            for key in sorted((before.keys() | now.keys()) - {"from_step", "started"}):
                 if before.get(key) != now.get(key):
                     report(f"{key} was {before.get(key)}, now {now.get(key)}")
         self.sessions.append(session)

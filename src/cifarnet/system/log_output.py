@@ -34,7 +34,6 @@ def quiet_libraries() -> None:
         ".*treespec.*",
         ".*`srun` command is available.*",  # a single process does not need it
         ".*sync_dist=True.*",  # the metrics cover all ranks
-        ".*your dataloader is not resumable.*",  # callbacks.training_state.TrainingState resumes it
         ".*Total length of `list`.*",  # training without validation
         ".*Glyph .* missing from font.*",  # in the name of an image or a class
         ".*decompression bomb DOS attack.*",  # raised only for larger images
