@@ -53,7 +53,7 @@ SCONTROL = "import sys; open('asked.txt', 'a').write(' '.join(sys.argv[1:]))"
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Path:
-    """The working directory of commands. If the file `runs` exists, submitted jobs run; `state.txt` is the output of squeue."""
+    """The working directory. If the file `runs` exists, submitted jobs run; `state.txt` is the output of squeue."""
     for name, program in {"sbatch": SBATCH, "squeue": SQUEUE, "srun": SRUN, "scontrol": SCONTROL}.items():
         file = tmp_path / "bin" / name
         file.parent.mkdir(exist_ok=True)
