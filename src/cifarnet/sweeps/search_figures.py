@@ -1,6 +1,7 @@
-"""A search's figures, as Optuna draws them: its history, how much each setting matters, and slices through each."""
+"""Optuna's figures of a search: its history, the importance of each setting, and the score against each setting."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,29 +10,24 @@ if TYPE_CHECKING:
 
 
 def draw(study: "Study", folder: Path) -> None:
-    """Into `history.png`, `importances.png` and `slices.png`, once two trials are done."""
+    """Write `history.png`, `importances.png` and `slices.png` into a folder, if at least two trials are done."""
     from optuna.trial import TrialState
 
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) < 2:
         return
     import matplotlib
-    import numpy as np
     from matplotlib import pyplot
     from optuna.importance import PedAnovaImportanceEvaluator
     from optuna.visualization import matplotlib as plots
 
     from cifarnet.records import figures
 
-    name = "validation accuracy"
+    importances = partial(plots.plot_param_importances, evaluator=PedAnovaImportanceEvaluator())
+    drawing = {"history": plots.plot_optimization_history, "slices": plots.plot_slice, "importances": importances}
     with warnings.catch_warnings(), matplotlib.rc_context({"figure.dpi": 150, "savefig.bbox": "tight"}):
-        warnings.simplefilter("ignore")  # Optuna calls them experimental
-        pyplot.switch_backend("agg")  # no windows
-        drawn = {
-            "history": plots.plot_optimization_history(study, target_name=name),
-            "slices": plots.plot_slice(study, target_name=name),
-        }
-        drawn["importances"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-        for file, axes in drawn.items():
-            figure = np.ravel(axes)[0].figure
-            figures.save(figure, folder / f"{file}.png")
-            pyplot.close(figure)
+        warnings.simplefilter("ignore")  # these functions are experimental
+        pyplot.switch_backend("agg")  # without windows
+        for name, draw_figure in drawing.items():
+            draw_figure(study, target_name="validation accuracy")
+            figures.save(pyplot.gcf(), folder / f"{name}.png")
+            pyplot.close()
