@@ -80,7 +80,7 @@ def types(random: random.Random) -> Iterator[Input]:
 def names(random: random.Random) -> Iterator[Input]:
     for key in settings():
         place = random.randrange(len(key.rpartition(".")[2])) + len(key) - len(key.rpartition(".")[2])
-        yield "unknown", "train", [*TRAIN, f"{key[:place]}x{key[place + 1 :]}=1"]
+        yield "unknown", "train", [*TRAIN, f"{key[:place]}q{key[place + 1 :]}=1"]
         yield "unknown", "train", [*TRAIN, f"+{key}x=1"]
     for group in ("data", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger", "objective"):
         yield "unknown", "train", [*TRAIN, f"{group}=nosuch"]
