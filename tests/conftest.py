@@ -23,10 +23,10 @@ from cifarnet.cli import compose
 from cifarnet.models import Normalize
 from cifarnet.train import main, train
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: each takes one core
+if "PYTEST_XDIST_WORKER" in os.environ:  # of several workers, each uses one core
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which they ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores the signal
 
 SMALL = [
     "data=synthetic",
@@ -40,7 +40,7 @@ SMALL = [
     "trainer.precision=32-true",
 ]
 
-LEARNS = [  # something, in a moment
+LEARNS = [  # learns something within seconds
     *("data=synthetic", "data.train_size=300", "data.test_size=60", "data.batch_size=50", "trainer.max_epochs=1"),
     *("model=speednet", "model.widths=[8,8,8]", "optimizer=muon", "optimizer.lr=0.1", "scheduler=linear"),
     *("trainer=cpu", "trainer.precision=32-true", "threads=1", "module.tta=mirror", "module.tta_share=0.3"),
@@ -61,7 +61,7 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
-class OwnNetwork(nn.Module):
+class CustomNetwork(nn.Module):
     """A network from outside the project."""
 
     def __init__(self, num_classes: int, image_size: int) -> None:
@@ -73,12 +73,11 @@ class OwnNetwork(nn.Module):
 
 
 def signal_at(epoch: int, batch: int, number: int) -> str:
-    """The override that lets a run send itself a signal there."""
+    """Return the override that adds `SignalAt` to a run."""
     return f"+callbacks.signal={{_target_: conftest.SignalAt, epoch: {epoch}, batch: {batch}, number: {int(number)}}}"
 
 
 ALLOW_SIGNAL = "classes=[conftest.SignalAt]"
-OWN = ALLOW_SIGNAL
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -94,27 +93,27 @@ def assert_same_weights(one: Path, other: Path):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Tests leave no trace in the user's cache, and find none there."""
+    """Use an empty cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("CIFARNET_CACHE", str(folder))
     return folder
 
 
 def small(*overrides: str, without: str | tuple[str, ...] = "-"):
-    """Compose a small run: small("optimizer.lr=0.1", …), leaving out settings that start with `without`."""
+    """Compose a small run, without the settings of SMALL that start with `without`."""
     settings = [setting for setting in SMALL if not setting.startswith(without)]
     return compose("train", [*settings, *overrides])
 
 
 @pytest.fixture
 def config(tmp_path):
-    """Compose a small run in a folder of its own: config("optimizer.lr=0.1", …, folder="run")."""
+    """Compose a small run in a temporary folder: config("optimizer.lr=0.1", …, folder="run")."""
     return lambda *overrides, folder="run", **settings: small(f"output_dir={tmp_path / folder}", *overrides, **settings)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A SpeedNet of ten classes of shapes, tested with mirror images of the least confident."""
+    """The folder of a trained SpeedNet, which is tested with mirror images of the least confident."""
     folder = tmp_path_factory.mktemp("trained")
     train(compose("train", [*LEARNS, f"output_dir={folder}"]))
     return folder
@@ -122,22 +121,23 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def logs():
-    """No test's log goes to a file, or a terminal, of a test before."""
+    """Remove the log handlers that a test has added."""
     yield
     for logger in (logging.getLogger(), logging.getLogger("cifarnet")):
-        for handler in [one for one in logger.handlers if type(one) in (logging.StreamHandler, logging.FileHandler)]:
-            logger.removeHandler(handler)
-            handler.close()
+        for handler in list(logger.handlers):
+            if type(handler) in (logging.StreamHandler, logging.FileHandler):
+                logger.removeHandler(handler)
+                handler.close()
 
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """A checkpoint file in which something of the module's `run` was altered: changed(lambda checkpoint: …)."""
+    """Write a changed copy of the best checkpoint of `run`: changed(lambda content: …) returns its path."""
 
     def change(alter):
-        checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-        alter(checkpoint)
-        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+        alter(content)
+        torch.save(content, tmp_path / "changed.ckpt")
         return tmp_path / "changed.ckpt"
 
     return change
@@ -145,7 +145,7 @@ def changed(run, tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Run `python -m cifarnet.train …`, or another command's main: exit status, what was printed, and to stderr."""
+    """Run `python -m cifarnet.train …`, or the `main` of another command: exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
@@ -165,23 +165,23 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def picture(path: Path, colour=(10, 20, 30), size=(32, 32), mode="RGB") -> None:
-    """An image file of one colour."""
+    """Write an image file of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path)
 
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
-    """CIFAR-10 as image files, train/<class>/… and test/<class>/…"""
+    """A folder of CIFAR-10 as image files, train/<class>/… and test/<class>/…"""
     folder = Path(os.environ.get("CIFARNET_IMAGES", "~/.cache/cifar10-jpeg")).expanduser()
     if not (folder / "train").is_dir():
-        pytest.skip(f"no photographs: set CIFARNET_IMAGES to an image-folder copy of CIFAR-10 (not in {folder})")
+        pytest.skip(f"no photographs in {folder}: set CIFARNET_IMAGES to an image-folder copy of CIFAR-10")
     return folder
 
 
 @pytest.fixture
 def few_photographs(photographs, tmp_path) -> Path:
-    """20 training and 5 test images of each class."""
+    """A folder of 20 training and 5 test images of each class."""
     for split, count in [("train", 20), ("test", 5)]:
         for folder in sorted((photographs / split).iterdir()):
             target = tmp_path / "few" / split / folder.name
@@ -193,7 +193,7 @@ def few_photographs(photographs, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def archive() -> dict:
-    """A small archive in the official format: its bytes, and the checksums of it and of its members."""
+    """A small archive in the official format: its bytes, its checksum, and those of its members."""
     published, random = torchvision.datasets.CIFAR10, np.random.default_rng(0)
     members = {}
     for name, _ in [*published.train_list, *published.test_list]:
@@ -216,7 +216,7 @@ def archive() -> dict:
 
 @pytest.fixture
 def published(archive, monkeypatch):
-    """torchvision's checksums, replaced by those of the small archive."""
+    """Replace the checksums in torchvision by those of the small archive."""
     cls, members = torchvision.datasets.CIFAR10, archive["members"]
     monkeypatch.setattr(cls, "tgz_md5", archive["md5"])
     monkeypatch.setattr(cls, "train_list", [[name, members[name]] for name, _ in cls.train_list])

@@ -12,7 +12,7 @@ from cifarnet.errors import UserError
 from cifarnet.models import Normalize, SpeedNet
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import OwnNetwork
+from conftest import CustomNetwork
 
 LIBRARY = {
     "_target_": "cifarnet.models.library.LibraryModel",
@@ -94,11 +94,11 @@ def test_a_folder_that_is_a_link_out_of_the_run_is_refused(run, tmp_path):
 
 
 def test_a_custom_network_must_be_allowed(config, tmp_path):
-    train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model"))
+    train(config("~model", "+model={_target_: conftest.CustomNetwork}", without="model"))
     checkpoint = Checkpoint.open(tmp_path / "run")
-    with pytest.raises(UserError, match=r"best\.ckpt names the class conftest\.OwnNetwork, .*classes=\["):
+    with pytest.raises(UserError, match=r"best\.ckpt names the class conftest\.CustomNetwork, .*classes=\["):
         checkpoint.network()
-    network = checkpoint.network(classes=[OwnNetwork])
+    network = checkpoint.network(classes=[CustomNetwork])
     assert network.layers[0].std.max() < 1  # the statistics of the training images
 
 

@@ -89,6 +89,7 @@ ROOT = Path(__file__).parents[1]
         (["+trainer.num_nodes=2"], "trainer.num_nodes=2", "torchrun or srun"),
         (["trainer.strategy=ddp_spawn", "trainer.devices=2"], "trainer.strategy=ddp_spawn", "Choose trainer=ddp"),
         (["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"], "sync_batchnorm", "requires GPUs"),
+        (["trainer.devices=text"], "trainer.devices=text", "int > 0"),
         (["trainer.devices=3000000000"], "trainer.devices=3000000000", "from -1 to 4,096"),
         (["trainer.max_epochs=null"], "trainer.max_epochs=null", "give a number of epochs"),
         (["+trainer.val_check_interval=0"], "trainer.val_check_interval=0", "from 1"),

@@ -295,15 +295,15 @@ class OwnData(Synthetic):
 
 
 def test_own_classes_have_to_be_allowed(config, tmp_path):
-    overrides = ["~model", "+model={_target_: conftest.OwnNetwork}", f"data._target_={__name__}.OwnData"]
+    overrides = ["~model", "+model={_target_: conftest.CustomNetwork}", f"data._target_={__name__}.OwnData"]
     train(config(*overrides, without="model"))
-    network, data = "conftest.OwnNetwork", f"{__name__}.OwnData"
+    network, data = "conftest.CustomNetwork", f"{__name__}.OwnData"
     with pytest.raises(UserError, match=rf"{network}, which is not part of cifarnet.models.*classes=\[module"):
         evaluate(tmp_path / "run", [*QUICK, f"classes=[{data}]"])
     with pytest.raises(UserError, match=rf"{data}, which is not part of cifarnet.data"):
         evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]"])
     measured = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network},{data}]"])
-    assert measured["network"] == "OwnNetwork"
+    assert measured["network"] == "CustomNetwork"
     assert measured["data"]["source"] == "OwnData"
     other = evaluate(tmp_path / "run", [*QUICK, f"classes=[{network}]", "data=synthetic", f"data._target_={data}"])
     assert other["data"]["source"] == "OwnData"  # the command names it

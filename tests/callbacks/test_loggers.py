@@ -17,7 +17,7 @@ from cifarnet.build import make_trainer
 from cifarnet.errors import Interrupted
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import OWN, SMALL, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, signal_at
 
 PICTURES = ["train/augmented_batch", "whole_run/confusion_matrix", "whole_run/predictions"]
 RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")
@@ -80,7 +80,7 @@ def test_mlflow_logs_everything(config, tmp_path):
     client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
     with pytest.raises(Interrupted):
         train(config("logger=mlflow", signal_at(1, 1, signal.SIGTERM)))
-    train(*resume(tmp_path / "run", [OWN]))
+    train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
     [experiment] = [one for one in client.search_experiments() if one.name == "train"]
     run, stopped = client.search_runs([experiment.experiment_id])
     assert (run.info.status, stopped.info.status) == ("FINISHED", "FAILED")

@@ -1,4 +1,4 @@
-"""Commands of cifarnet, run one after the other by a process that outlives them."""
+"""Commands of cifarnet that run one after the other in one process."""
 
 import json
 import os
@@ -16,13 +16,13 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PLACES), "OMP_NUM_THRE
 
 
 class Worker:
-    """A process that runs commands, and is made anew when one crashes or hangs it."""
+    """A process that runs commands; a new one replaces it when a command crashes or hangs."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder, self.environment, self.process = folder, ENVIRONMENT | dict(environment or {}), None
 
     def run(self, command: str, arguments: list[str]) -> tuple[str, str]:
-        """The outcome, and what was told."""
+        """Return the outcome, and the message that was printed."""
         if self.process is None:
             worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -35,11 +35,11 @@ class Worker:
             self.process.kill()
             code, self.process = self.process.wait(), None
             return ("crash", f"ended with {code}") if ready else ("hang", f"more than {LIMIT} s")
-        told = json.loads(answer)
-        lines = [line for line in told["error"].splitlines() if line.strip()]
-        if "Traceback" in told["error"]:
+        reply = json.loads(answer)
+        lines = [line for line in reply["error"].splitlines() if line.strip()]
+        if "Traceback" in reply["error"]:
             return "traceback", lines[-1]
-        if told["status"] == 0:
+        if reply["status"] == 0:
             return "accepted", ""
-        clear = told["status"] in (1, 2) and any(line.startswith(("Error: ", "usage: ")) for line in lines)
+        clear = reply["status"] in (1, 2) and any(line.startswith(("Error: ", "usage: ")) for line in lines)
         return ("clear" if clear else "unclear"), " / ".join(lines[-2:])

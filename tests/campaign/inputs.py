@@ -1,6 +1,6 @@
-"""Bad inputs, generated from classes of them: numbers, types, names, files, folders, records, search spaces, strangers.
+"""Generated bad inputs: (class, command, arguments).
 
-Each is (class, command, arguments). Those of `MUST` have to be refused; of the others some may work.
+Commands must refuse those of the classes `REFUSED`. They may accept some of the others.
 """
 
 import json
@@ -20,7 +20,7 @@ from cifarnet.cli import compose
 from conftest import SMALL, picture
 
 Input = tuple[str, str, list[str]]
-MUST = {"no number", "unknown", "missing", "stranger", "space", "flipped"}
+REFUSED = {"no number", "unknown", "missing", "foreign class", "space", "damaged"}
 NO_NUMBERS = ["nan", "inf", "-inf", str(2**70), "text", "[]", "{}", "[1,[2]]"]
 NUMBERS = ["-1", "0", "0.5", "-1e30", "1e30", "true", "null", "3000000000", "''"]
 TRAIN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "hydra.run.dir=run"]
@@ -28,22 +28,26 @@ TRAIN = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictur
 FOLDER = [*TRAIN[len(SMALL) :], "trainer=cpu", "data=folder", "data.batch_size=4"]
 
 
-FINETUNE = ["+experiment=finetune", *(of for of in TRAIN if not of.startswith("model."))]
+FINETUNE = ["+experiment=finetune", *(setting for setting in TRAIN if not setting.startswith("model."))]
 
 
-def uses(checkpoint: str) -> dict[str, tuple[str, list[str]]]:
-    """What a checkpoint may be given to: a name, the command and its arguments."""
-    return {
-        "go on": ("train", [f"ckpt_path={checkpoint}"]),
-        "evaluate": ("evaluate", [checkpoint, "corruptions=false"]),
-        "predict": ("predict", [checkpoint, "picture.png", "accelerator=cpu", "explain=true"]),
-        "export": ("export", [checkpoint, "format=hub", "output=shared", "images=3"]),
-        "fine-tune": ("train", [*FINETUNE, f"model.checkpoint={checkpoint}"]),
-    }
+def loading(checkpoint: str) -> list[tuple[str, list[str]]]:
+    """Return the commands that load a checkpoint, with their arguments."""
+    return [
+        ("evaluate", [checkpoint, "corruptions=false"]),
+        ("predict", [checkpoint, "picture.png", "accelerator=cpu", "explain=true"]),
+        ("export", [checkpoint, "format=hub", "output=shared", "images=3"]),
+        ("train", [*FINETUNE, f"model.checkpoint={checkpoint}"]),
+    ]
+
+
+def resuming(checkpoint: str) -> tuple[str, list[str]]:
+    """Return the command that resumes a run from a checkpoint, with its arguments."""
+    return "train", [f"ckpt_path={checkpoint}"]
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its value."""
+    """Yield every setting with its value."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -76,7 +80,7 @@ def types(random: random.Random) -> Iterator[Input]:
 def names(random: random.Random) -> Iterator[Input]:
     for key in settings():
         place = random.randrange(len(key.rpartition(".")[2])) + len(key) - len(key.rpartition(".")[2])
-        yield "unknown", "train", [*TRAIN, f"{key[:place]}x{key[place + 1 :]}=1"]
+        yield "unknown", "train", [*TRAIN, f"{key[:place]}q{key[place + 1 :]}=1"]
         yield "unknown", "train", [*TRAIN, f"+{key}x=1"]
     for group in ("data", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger", "objective"):
         yield "unknown", "train", [*TRAIN, f"{group}=nosuch"]
@@ -86,11 +90,11 @@ def names(random: random.Random) -> Iterator[Input]:
         yield "unknown", command, ["good", f"{known}x=1", *(["picture.png"] if command == "predict" else [])]
         yield "missing", command, ["nowhere"]
         yield "missing", command, ["good/.hydra"]
-    for command, given in {"predict": ["good", "picture.png"], "export": ["good"]}.items():
+    for command, arguments in {"predict": ["good", "picture.png"], "export": ["good"]}.items():
         for key in compose(command, []):
             if key != "data":
                 wrongs = [*NO_NUMBERS, *NUMBERS, "${nothing}", "ä$%&", "../x"]
-                yield from (("type", command, [*given, f"{key}={wrong}"]) for wrong in random.sample(wrongs, 4))
+                yield from (("type", command, [*arguments, f"{key}={wrong}"]) for wrong in random.sample(wrongs, 4))
 
 
 LIGHTNING = """
@@ -115,73 +119,82 @@ def lightnings() -> Iterator[Input]:
 
 
 def checkpoints(good: Path, folder: Path, random: random.Random) -> Iterator[Input]:
+    """Checkpoints that are damaged, or hold values of other types."""
     whole = (good / "checkpoints/last.ckpt").read_bytes()
 
-    def both(kind: str, name: str, content: bytes) -> Iterator[Input]:
+    def written(kind: str, name: str, content: bytes) -> Iterator[Input]:
         path = folder / f"{name}.ckpt"
         path.write_bytes(content)
-        yield kind, *uses(path.name)["go on"]
-        yield kind, *random.choice([use for name, use in uses(path.name).items() if name != "go on"])
+        yield kind, *resuming(path.name)
+        yield kind, *random.choice(loading(path.name))
 
-    yield from both("flipped", "empty", b"")
-    yield from both("flipped", "text", b"no checkpoint\n" * 99)
+    yield from written("damaged", "empty", b"")
+    yield from written("damaged", "text", b"no checkpoint\n" * 99)
     for number in range(6):
-        yield from both("flipped", f"short{number}", whole[: random.randrange(len(whole))])
+        yield from written("damaged", f"short{number}", whole[: random.randrange(len(whole))])
     for number in range(12):
         flipped = bytearray(whole)
         flipped[random.randrange(len(whole))] ^= 1 << random.randrange(8)
-        yield from both("file", f"flipped{number}", bytes(flipped))
+        yield from written("file", f"flipped{number}", bytes(flipped))
     content = torch.load(good / "checkpoints/last.ckpt", weights_only=True)
-    hparams = content["hyper_parameters"]
-    for where, keys in {"": content, "hyper_parameters": hparams, "config": hparams["config"]}.items():
+    for where, keys in {"": content, "hyper_parameters": content["hyper_parameters"]}.items():
         for key in keys:
             for wrong in random.sample(["missing", None, 3, "text", [], {}, math.nan, [[[]]]], 2):
-                path = folder / f"altered-{where}-{key}-{str(wrong)[:4]}.ckpt"
                 altered = torch.load(good / "checkpoints/last.ckpt", weights_only=True)
-                inner = altered["hyper_parameters"] if where else altered
-                inner = inner["config"] if where == "config" else inner
-                inner[key] = wrong
+                part = altered[where] if where else altered
+                part[key] = wrong
                 if wrong == "missing":
-                    del inner[key]
+                    del part[key]
+                path = folder / f"altered-{where}-{key}-{str(wrong)[:4]}.ckpt"
                 torch.save(altered, path)
-                yield "file", *random.choice(list(uses(path.name).values()))
+                yield "file", *random.choice(loading(path.name))
 
 
-def strangers(good: Path, folder: Path) -> Iterator[Input]:
-    """Each of these would leave a file `exploded` behind, if it ran."""
-    payloads = [
-        {"_target_": "os.mkdir", "path": "exploded"},
-        {"_target_": "os.system", "command": "touch exploded"},
-        {"_target_": "torch.utils.collect_env.run", "command": "touch exploded"},
-        {"_target_": "shutil.copy", "src": "/etc/hostname", "dst": "exploded"},
-        {"_target_": "pathlib.Path.touch", "_args_": ["exploded"]},
-        {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "exploded"},
-        {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}/../exploded"},
-        {"_target_": "cifarnet.system.files.write", "path": "exploded", "content": ""},
-        {"_target_": "builtins.open", "file": "exploded", "mode": "w"},
-        {"_target_": "hydra.utils.get_method", "path": "os.getcwd"},
-    ]
-    for number, payload in enumerate(payloads):
-        for section in ("callbacks", "recipe", "logger", "model", "data", "objective"):
+FOREIGN = [  # each would leave a file `exploded` behind if it ran
+    {"_target_": "os.mkdir", "path": "exploded"},
+    {"_target_": "os.system", "command": "touch exploded"},
+    {"_target_": "shutil.copy", "src": "/etc/hostname", "dst": "exploded"},
+    {"_target_": "pathlib.Path.touch", "_args_": ["exploded"]},
+    {"_target_": "builtins.open", "file": "exploded", "mode": "w"},
+    {"_target_": "hydra.utils.get_method", "path": "os.getcwd"},
+]
+KNOWN = [  # of the packages whose classes a run that is resumed may name
+    {"_target_": "torch.utils.collect_env.run", "command": "touch exploded"},
+    {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "exploded"},
+    {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "${output_dir}/../exploded"},
+    {"_target_": "cifarnet.system.files.write", "path": "exploded", "content": ""},
+]
+
+
+def foreign_classes(good: Path, folder: Path, random: random.Random) -> Iterator[Input]:
+    """Checkpoints and sweeps of others, whose classes must not be built."""
+    for number, payload in enumerate([*FOREIGN, *KNOWN]):
+        for place in ("model", "model.widths", "data", "config"):
             content = torch.load(good / "checkpoints/last.ckpt", weights_only=True)
-            config = content["hyper_parameters"]["config"]
-            nested = {"x": payload} if section in ("callbacks", "recipe") else payload
-            config[section] = nested if section not in ("model", "data") else config[section] | {"mix": payload}
-            path = folder / f"stranger-{section}-{number}.ckpt"
+            hparams = content["hyper_parameters"]
+            if place == "config":  # loading does not use it
+                hparams["config"] |= {"callbacks": {"x": payload}, "model": payload, "logger": payload}
+            elif place == "model.widths":
+                hparams["model"]["widths"] = payload
+            else:
+                hparams[place] = payload
+            path = folder / f"foreign-{place}-{number}.ckpt"
             torch.save(content, path)
-            yield "stranger", *uses(path.name)["go on"]
-            if section == "model":  # the others ask for nothing else of it
-                yield from (("stranger", *use) for name, use in uses(path.name).items() if name != "go on")
-        record = folder / f"multirun-{number}"
-        shutil.copytree(folder / "sweep", record)
-        multirun = OmegaConf.load(record / "multirun.yaml")
-        multirun.hydra.overrides.task.append("+callbacks.x=" + json.dumps(payload).replace('"', "'"))
-        OmegaConf.save(multirun, record / "multirun.yaml")
-        yield "stranger", "train", [f"sweep.resume={record.name}"]
+            kind = "foreign class" if place.startswith("model") else "file"
+            yield from ((kind, *use) for use in loading(path.name))
+            if place == "config" and payload in FOREIGN:
+                yield "foreign class", *resuming(path.name)
+        if payload in FOREIGN:
+            record = folder / f"multirun-{number}"
+            shutil.copytree(folder / "sweep", record)
+            multirun = OmegaConf.load(record / "multirun.yaml")
+            multirun.hydra.overrides.task.append("+callbacks.x=" + json.dumps(payload).replace('"', "'"))
+            OmegaConf.save(multirun, record / "multirun.yaml")
+            yield "foreign class", "train", [f"sweep.resume={record.name}"]
 
 
 def records(good: Path, folder: Path, random: random.Random) -> Iterator[Input]:
-    """Records of a run and of a sweep's job with something else in them."""
+    """Records of a run and of a job of a sweep with other contents."""
     metrics = json.loads((good / "metrics.json").read_text())
     wrongs = [[], {}, None, "text", 1e308, -1, [1, [2]], True]
     texts = ["", "{", "[]", "nan", "{} {}", "[" * 100_000, '{"config": 1' + "0" * 400 + "}", "\0\0"]
@@ -202,7 +215,7 @@ def records(good: Path, folder: Path, random: random.Random) -> Iterator[Input]:
 
 
 def folders(folder: Path, random: random.Random) -> Iterator[Input]:
-    """Trees of images with something strange in them."""
+    """Folders of images with other files in them."""
 
     def fifo(path: Path) -> None:
         os.mkfifo(path)
@@ -218,8 +231,8 @@ def folders(folder: Path, random: random.Random) -> Iterator[Input]:
         "folder.jpg": lambda path: path.mkdir(),
         "empty.jpg": lambda path: path.touch(),
         "short.jpg": lambda path: path.write_bytes(path.with_name("0.jpg").read_bytes()[:300]),
-        "text.png": lambda path: path.write_text("no picture"),
-        "._0.png": lambda path: path.write_text("of a Mac"),
+        "text.png": lambda path: path.write_text("no image"),
+        "._0.png": lambda path: path.write_text("a resource fork of macOS"),
         ".DS_Store": lambda path: path.touch(),
         "$HOME ${x} {a} %d\n.jpg": lambda path: shutil.copy(path.with_name("0.jpg"), path),
         "device.jpg": lambda path: path.symlink_to("/dev/zero"),
@@ -263,7 +276,12 @@ def spaces() -> Iterator[Input]:
 
 
 def all_inputs(good: Path, folder: Path, seed: int) -> Iterator[Input]:
-    """`good` is a finished run; files are made in `folder`, which holds it, and a finished sweep, `sweep`."""
+    """Yield all inputs.
+
+    Args:
+        good: a finished run.
+        folder: the folder of the run and of a finished sweep, `sweep`; files are written here.
+    """
     draw = random.Random(seed)
     picture(folder / "picture.png")
     yield from numbers()
@@ -271,7 +289,7 @@ def all_inputs(good: Path, folder: Path, seed: int) -> Iterator[Input]:
     yield from names(draw)
     yield from lightnings()
     yield from checkpoints(good, folder, draw)
-    yield from strangers(good, folder)
+    yield from foreign_classes(good, folder, draw)
     yield from records(good, folder, draw)
     yield from folders(folder, draw)
     yield from spaces()

@@ -1,4 +1,4 @@
-"""Kills at random moments: what is gone on with equals what was never stopped.
+"""After kills at random moments, resumed runs equal uninterrupted ones.
 
 python -m pytest -m campaign tests/campaign -s
 """
@@ -22,13 +22,13 @@ pytestmark = [pytest.mark.campaign, pytest.mark.skipif(sys.platform != "linux", 
 RECIPE = [*SMALL, "data.train_size=600", "trainer.max_epochs=25", "model.drop_rate=0.2", "optimizer.lr=0.02"]
 SEEDS = [f"seed={seed}" for seed in range(3)]
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
-STARTED, LONGEST = 4, 14  # seconds, between which a process is killed
+EARLIEST, LATEST = 4, 14  # seconds after which a process is killed
 
 
 def start(folder: Path, command: list[str]) -> subprocess.Popen:
-    words = [sys.executable, "-m", *command]
+    program = [sys.executable, "-m", *command]
     pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipe)
+    return subprocess.Popen(program, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipe)
 
 
 def reference(folder: Path, command: list[str]) -> None:
@@ -38,16 +38,16 @@ def reference(folder: Path, command: list[str]) -> None:
 
 
 def survive(folder: Path, command: Callable[[], list[str]], kills: int, seed: int) -> None:
-    """Start, kill, start again; after so many kills the process runs to its end."""
+    """Start a process, kill it and start it again; after `kills` kills, it runs to its end."""
     draw = random.Random(seed)
     killed = 0
     while True:
         process = start(folder, command())
         try:
-            _, error = process.communicate(timeout=draw.uniform(STARTED, LONGEST) if killed < kills else 300)
+            _, error = process.communicate(timeout=draw.uniform(EARLIEST, LATEST) if killed < kills else 300)
         except subprocess.TimeoutExpired:
             number = draw.choice(SIGNALS)
-            process.send_signal(number)  # to the process that was started: others have to notice
+            process.send_signal(number)  # only to the process that was started
             _, error = process.communicate(timeout=60)
             killed += 1
             assert "Traceback" not in error, error
@@ -58,17 +58,17 @@ def survive(folder: Path, command: Callable[[], list[str]], kills: int, seed: in
         if killed >= kills:
             print(f"{killed} kills survived (seed {seed})")
             return
-        killed += 1  # it was quicker: begin once more where all is done
+        killed += 1  # it has ended before the kill: repeat the command
 
 
 def workers(group: int) -> list[str]:
-    """Processes that are left of a group."""
+    """Return the processes of a group that still run."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in listed.splitlines())
     return [" ".join(row) for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
 
 
-def same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path) -> None:
     for name in ("best.ckpt", "last.ckpt"):
         assert_same_weights(one / "checkpoints" / name, other / "checkpoints" / name)
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, other))
@@ -78,13 +78,13 @@ def same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Runs of three seeds, as jobs 0, 1 and 2 of a sweep, that nobody stops."""
+    """Uninterrupted runs of three seeds: jobs 0, 1 and 2 of a sweep."""
     folder = tmp_path_factory.mktemp("whole")
     reference(folder, ["cifarnet.train", "-m", *RECIPE, "seed=0,1,2", "hydra.sweep.dir=sweep"])
     return folder / "sweep"
 
 
-@pytest.mark.parametrize("disk", ["", "/dev/shm"], ids=["here", "another disk"])
+@pytest.mark.parametrize("disk", ["", "/dev/shm"], ids=["same disk", "another disk"])
 def test_a_run_survives_kills(whole, tmp_path, disk):
     run = Path(disk, f"cifarnet-campaign-{os.getpid()}") if disk else tmp_path / "run"
 
@@ -96,7 +96,7 @@ def test_a_run_survives_kills(whole, tmp_path, disk):
     before = set(os.listdir("/tmp"))
     try:
         survive(tmp_path, command, 10, seed=int(os.environ.get("CAMPAIGN_SEED", "0")))
-        same_run(whole / "0", run)
+        assert_same_run(whole / "0", run)
         assert sorted(os.listdir(run / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     finally:
         if disk:
@@ -115,7 +115,7 @@ def test_a_sweep_survives_kills(whole, tmp_path, launcher):
 
     survive(tmp_path, command, 10, seed=int(os.environ.get("CAMPAIGN_SEED", "0")) + 1)
     for job in "012":
-        same_run(whole / job, tmp_path / "sweep" / job)
+        assert_same_run(whole / job, tmp_path / "sweep" / job)
 
 
 @pytest.mark.parametrize("storage", ["null", "sqlite:///studies.db"])
@@ -128,4 +128,4 @@ def test_a_search_survives_kills(whole, tmp_path, storage):
     for trial in trials:
         assert not (trial / "error.txt").exists(), (trial / "error.txt").read_text()
         seed = json.loads((trial / "metrics.json").read_text())["seed"]
-        same_run(whole / str(seed), trial)
+        assert_same_run(whole / str(seed), trial)

@@ -1,6 +1,6 @@
-"""A process that runs commands of cifarnet one after the other: a line of JSON in, a line out, for each.
+"""A process that runs commands of cifarnet one after the other. For each, it reads and writes a line of JSON.
 
-In: {"command": "train", "arguments": […]}; out: {"status": exit status, "error": what went to stderr}.
+Input: {"command": "train", "arguments": […]}; output: {"status": exit status, "error": the text on stderr}.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def run(command: str, arguments: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")  # what commands print is no answer
+    answers = os.fdopen(os.dup(1), "w")  # commands print elsewhere
     os.dup2(2, 1)
     for line in sys.stdin:
         answers.write(json.dumps(run(**json.loads(line))) + "\n")

@@ -20,7 +20,7 @@ from cifarnet.models import CNN
 from cifarnet.recipes.distillation import Teacher
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import OWN, SMALL, OwnNetwork, assert_same_weights, signal_at, small, weights
+from conftest import ALLOW_SIGNAL, SMALL, CustomNetwork, assert_same_weights, signal_at, small, weights
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_resuming_a_student_needs_its_teacher_and_loading_does_not(config, tmp_p
     cifarnet.load(tmp_path / "run")
     assert evaluate(tmp_path / "run", ["corruptions=false"])["network"] == "CNN"
     with pytest.raises(UserError, match=r"There is no checkpoint .*/teacher"):
-        train(*resume(tmp_path / "run", [OWN]))
+        train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
     (tmp_path / "moved").rename(copied)
-    train(*resume(tmp_path / "run", [OWN]))
+    train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, teacher, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, teacher, mo
     train(config(*settings, folder="whole"))
     with pytest.raises(Interrupted):
         train(config(*settings, signal_at(1, 2, signal.SIGINT), folder="parts"))
-    train(*resume(tmp_path / "parts", [OWN]))
+    train(*resume(tmp_path / "parts", [ALLOW_SIGNAL]))
     for name in ("best.ckpt", "last.ckpt"):
         assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
     assert {name.partition(".")[0] for name in weights(tmp_path / "parts/checkpoints/last.ckpt")} == {"network"}
@@ -146,13 +146,13 @@ def test_a_teacher_is_required(config):
 
 
 def test_a_foreign_network_teaches_if_it_is_allowed(config, tmp_path):
-    train(config("~model", "+model={_target_: conftest.OwnNetwork}", without="model", folder="own"))
-    with pytest.raises(UserError, match=r"names the class conftest\.OwnNetwork"):
+    train(config("~model", "+model={_target_: conftest.CustomNetwork}", without="model", folder="own"))
+    with pytest.raises(UserError, match=r"names the class conftest\.CustomNetwork"):
         build(config(*taught(tmp_path / "own")))
-    built = build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]"))
-    assert isinstance(built.classifier.teacher.network, OwnNetwork)
+    built = build(config(*taught(tmp_path / "own"), "classes=[conftest.CustomNetwork]"))
+    assert isinstance(built.classifier.teacher.network, CustomNetwork)
     with pytest.raises(UserError, match=r"the teacher .*/best.ckpt fails on a 24×24 input"):
-        build(config(*taught(tmp_path / "own"), "classes=[conftest.OwnNetwork]", "data.train_sizes=[24]"))
+        build(config(*taught(tmp_path / "own"), "classes=[conftest.CustomNetwork]", "data.train_sizes=[24]"))
 
 
 def test_a_recorded_teacher_is_read_as_a_checkpoint(teacher, tmp_path, monkeypatch):

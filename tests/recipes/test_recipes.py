@@ -9,7 +9,7 @@ from cifarnet.config import CONFIGS, validate
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import OWN, assert_same_weights, signal_at
+from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at
 
 # recipes that need a setting, such as a teacher, have separate tests
 RECIPES = sorted(path.stem for path in CONFIGS.glob("recipe/*.yaml") if "???" not in path.read_text("utf-8"))
@@ -51,7 +51,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, recipe):
     train(config(*recipe, folder="whole"))
     with pytest.raises(Interrupted):
         train(config(*recipe, signal_at(1, 2, signal.SIGINT), folder="parts"))
-    train(*resume(tmp_path / "parts", [OWN]))
+    train(*resume(tmp_path / "parts", [ALLOW_SIGNAL]))
     for name in ("best.ckpt", "last.ckpt"):
         assert_same_weights(tmp_path / "whole/checkpoints" / name, tmp_path / "parts/checkpoints" / name)
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))

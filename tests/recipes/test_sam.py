@@ -16,7 +16,7 @@ from cifarnet.errors import Interrupted, UserError
 from cifarnet.recipes.sam import SAM
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import OWN, SMALL, assert_same_weights, signal_at, weights
+from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, signal_at, weights
 from test_classifier import quiet_trainer
 
 RHO = 0.7
@@ -154,7 +154,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     train(config(*settings, folder="whole"))
     with pytest.raises(Interrupted):
         train(config(*settings, signal_at(1, 2, signal.SIGINT), folder="parts"))
-    train(*resume(tmp_path / "parts", [OWN]))
+    train(*resume(tmp_path / "parts", [ALLOW_SIGNAL]))
     assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "parts/checkpoints/last.ckpt")
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
     assert whole["history"] == parts["history"]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import cifarnet
-from campaign.test_kills import same_run
+from campaign.test_kills import assert_same_run
 from conftest import SMALL
 from slurm import daemons
 
@@ -135,7 +135,7 @@ def test_a_preempted_job_and_a_killed_job(cluster, whole, tmp_path):
     assert "Error: Job 2 was ended before it was done." in printed
     assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
     for job in "013":
-        same_run(whole / job, sweep / job)
+        assert_same_run(whole / job, sweep / job)
     assert [sessions(sweep / job) for job in "013"] == [2, 1, 1]
 
     allowed = "classes=[slurm.slow.Slow]"
@@ -145,7 +145,7 @@ def test_a_preempted_job_and_a_killed_job(cluster, whole, tmp_path):
     assert status == 0
     assert printed.count("is done") == 3
     assert "4 of 4 jobs done" in printed
-    same_run(whole / "2", sweep / "2")
+    assert_same_run(whole / "2", sweep / "2")
     assert sessions(sweep / "2") == 2
 
 
@@ -166,7 +166,7 @@ def test_a_job_continues_after_its_time_limit(cluster, whole, tmp_path):
         file.read_text() for file in (tmp_path / "sweep/.submitit").glob("*/*.err")
     )
     assert logged(cluster, rf"warning signal 12 to JobId={job}|JobId={job}.*requeue|requeue.*JobId={job}")
-    same_run(whole / "0", tmp_path / "sweep/0")
+    assert_same_run(whole / "0", tmp_path / "sweep/0")
     assert sessions(tmp_path / "sweep/0") >= 2
 
 
@@ -212,6 +212,6 @@ def test_two_tasks_train_one_network(cluster, tmp_path):
     assert "2 of 2 jobs done" in printed
     for number in "01":
         assert json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())["hardware"]["ranks"] == 2
-    same_run(tmp_path / "sweep/1", tmp_path / "sweep/0")
+    assert_same_run(tmp_path / "sweep/1", tmp_path / "sweep/0")
     assert sessions(tmp_path / "sweep/0") == 2
     logged(cluster, r"launch task StepId=\S+ request|DUE TO JOB REQUEUE")

@@ -15,7 +15,7 @@ from optuna.study import Study, load_study
 
 from cifarnet import search
 from cifarnet.sweeps import search as study_module
-from conftest import OWN, SMALL, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, signal_at
 
 TINY = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "hydra.sweep.dir=search"]
 RATE = "optimizer.lr=tag(log,interval(0.001,0.1))"
@@ -184,7 +184,7 @@ def test_the_printed_command_resumes_the_search(command, tmp_path):
     assert status == 130
     assert "0 of 1 jobs done" in printed
     again = shlex.split(error.rpartition("python -m cifarnet.train ")[2])
-    status, printed, error = command(*again, OWN)
+    status, printed, error = command(*again, ALLOW_SIGNAL)
     assert status == 0, error
     assert "Trial 1 was cut off, and continues" in printed
     assert "1 of 1 jobs done" in printed

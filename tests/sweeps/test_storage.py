@@ -25,7 +25,7 @@ from cifarnet import search
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_run
 from cifarnet.sweeps import storage as storage_module
-from conftest import OWN, SMALL, assert_same_weights, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, signal_at
 
 RATE = "optimizer.lr=tag(log,interval(0.001,0.1))"
 LEAN = [*SMALL, "scheduler=constant", "callbacks.pictures=null", "~logger", "threads=1", RATE]
@@ -230,7 +230,7 @@ def test_a_url_in_a_variable_is_not_written_to_any_file(command, url, tmp_path, 
 
 def test_a_resumed_search_uses_its_database(run, command, url):
     assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
-    status, printed, error = command("sweep.resume=one", OWN)
+    status, printed, error = command("sweep.resume=one", ALLOW_SIGNAL)
     assert status == 0, error
     assert "Trial 1 was cut off, and continues" in printed
     assert "1 of 1 jobs done" in printed

@@ -16,7 +16,7 @@ from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.system import files
-from conftest import OWN, SMALL, assert_same_weights, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, signal_at
 
 TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger"]
 
@@ -266,10 +266,10 @@ def test_the_command_printed_after_ctrl_c_resumes_the_sweep(command, tmp_path):
         assert status == 130
     resume = shlex.split(error.split("cifarnet.train ")[-1])
     assert resume == [f"sweep.resume='{name}'"]
-    status, printed, error = command(*resume, OWN)  # which stops job 1 at the same batch
+    status, printed, error = command(*resume, ALLOW_SIGNAL)  # which stops job 1 at the same batch
     assert status == 130, error
     assert shlex.split(error.split("cifarnet.train ")[-1]) == resume
-    status, printed, error = command(*resume, OWN)
+    status, printed, error = command(*resume, ALLOW_SIGNAL)
     assert status == 0, error
     assert "2 of 2 jobs done" in printed
 

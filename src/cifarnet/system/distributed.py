@@ -89,7 +89,10 @@ def num_processes(section: Mapping[str, Any]) -> int:
     import lightning as L
 
     chosen: dict[str, Any] = {key: section[key] for key in ("accelerator", "devices", "strategy") if key in section}
-    return L.Trainer(**chosen, plugins=[environment()], logger=False, enable_checkpointing=False).world_size
+    try:
+        return L.Trainer(**chosen, plugins=[environment()], logger=False, enable_checkpointing=False).world_size
+    except Exception as error:  # Lightning raises many types for settings that it cannot use
+        raise UserError(f"trainer.devices={section['devices']} cannot be used: {error}") from error
 
 
 def environment() -> "ClusterEnvironment":
