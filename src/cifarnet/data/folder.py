@@ -133,7 +133,7 @@ def _decoded(files: ImageFiles, folder: Path) -> Tensor:
     stats = ((path, os.stat(path)) for path in files.paths)
     lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
     fingerprint = _sha256("\n".join([header, *lines]))
-    images = _load(cache, fingerprint)
+    images = _load(cache, fingerprint, files.shape)
     if images is None:
         images = files.read(progress_bar=True)
         _save(cache, {"fingerprint": fingerprint, "images": images})
@@ -159,14 +159,16 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("CIFARNET_CACHE", Path(os.environ.get(name, default), "cifarnet"))).expanduser()
 
 
-def _load(cache: Path, fingerprint: str) -> Tensor | None:
+def _load(cache: Path, fingerprint: str, shape: tuple[int, ...]) -> Tensor | None:
     """Return the cached images, or None if there are none, or others, or the file is damaged."""
     try:
         with zipfile.ZipFile(cache) as archive:
             if archive.testzip() is not None:  # compares checksums
                 return None
         content = torch.load(cache, weights_only=True)
-        return content["images"] if content["fingerprint"] == fingerprint else None
+        images = content["images"]
+        matches = content["fingerprint"] == fingerprint and images.dtype == torch.uint8 and images.shape == shape
+        return images if matches else None
     except Exception:  # any type: the file may hold anything
         return None
 

@@ -28,10 +28,7 @@ class CutMix:
     """
 
     def __init__(
-        self,
-        cutmix_alpha: Alpha = 1.0,
-        prob: Annotated[float, Range(0, 1)] = 0.5,
-        mixup_alpha: Alpha | None = None,
+        self, cutmix_alpha: Alpha = 1.0, prob: Annotated[float, Range(0, 1)] = 0.5, mixup_alpha: Alpha | None = None
     ) -> None:
         self.cutmix_alpha, self.prob = cutmix_alpha, prob
         self.mixup = None if mixup_alpha is None else Mixup(mixup_alpha)

@@ -31,10 +31,8 @@ class Lookahead(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         weights = list(module.parameters())
-        if self.slow:  # from a checkpoint
-            self.slow = [slow.to(weight.device) for slow, weight in zip(self.slow, weights, strict=True)]
-        else:
-            self.slow = [weight.clone() for weight in weights]
+        start = self.slow or [weight.clone() for weight in weights]  # `self.slow` is that of a checkpoint
+        self.slow = [slow.to(weight.device) for slow, weight in zip(start, weights, strict=True)]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
