@@ -61,9 +61,8 @@ class Source:
         counts = torch.zeros(self.train.images.shape[1], 256, dtype=torch.int64)
         for images in self.train.chunks():
             counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        frequencies = counts.double() / counts.double().sum(
-            1, keepdim=True
-        )  # exact, without a float copy of the images
+        # exact, without a float copy of the images
+        frequencies = counts.double() / counts.double().sum(1, keepdim=True)
         levels = torch.arange(256).double() / 255
         mean = frequencies @ levels
         return mean, (frequencies @ levels.square() - mean.square()).clamp_min(0).sqrt()
@@ -151,11 +150,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.batch_size > (count := self.images_per_epoch(source)):
             print(f"data.batch_size={self.batch_size}: the {count} images of an epoch form one batch.", flush=True)
         size = source.train.images.shape[-1]
-        for name, value, most in [
-            ("crop_padding", self.augment.crop_padding, size - 1),
-            ("cutout", self.augment.cutout, size),
-        ]:
-            if value > most:
+        for name, most in {"crop_padding": size - 1, "cutout": size}.items():
+            if (value := getattr(self.augment, name)) > most:
                 raise UserError(
                     f"data.{name}={value} is too large for images of {size} pixels. Choose data.{name}={most} or less."
                 )

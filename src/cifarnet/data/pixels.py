@@ -60,8 +60,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):  # colors of transparent pixels are arbitrary
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

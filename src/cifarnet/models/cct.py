@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import MLP, StochasticDepth
 
 from cifarnet.models.normalize import Normalize
 from cifarnet.models.vit import Attention, Count, Rate, Width, add_positions, drop_path_rates, initialize
@@ -22,12 +22,11 @@ class Block(nn.Module):
         self, width: int, num_heads: int, mlp_width: int, drop_rate: float, attn_drop_rate: float, drop_path_rate: float
     ) -> None:
         super().__init__()
-        dropout = nn.Dropout(drop_rate)
         self.drop_path = StochasticDepth(drop_path_rate, "row")  # drops the branch of a whole image
         attention = Attention(width, num_heads, bias=False, drop_rate=attn_drop_rate)
-        self.attention = nn.Sequential(nn.LayerNorm(width), attention, dropout)
+        self.attention = nn.Sequential(nn.LayerNorm(width), attention, nn.Dropout(drop_rate))
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), dropout, nn.Linear(mlp_width, width), dropout)
+        self.mlp = MLP(width, [mlp_width, width], activation_layer=nn.GELU, dropout=drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x + self.drop_path(self.attention(x)))

@@ -56,9 +56,7 @@ class LibraryModel(nn.Module):
         super().__init__()
         for key in settings:
             if re.match("pretrained|weights|checkpoint|cache_dir|progress|features_only", key):
-                raise UserError(
-                    f"model.{key} is not supported: pretrained weights are read from model.checkpoint=FILE."
-                )
+                raise UserError(f"model.{key} is not supported: read pretrained weights from model.checkpoint=FILE.")
         settings |= {"num_classes": num_classes, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
         self.settings = {key: value for key, value in settings.items() if value is not None}
         self.library, self.name, self.image_size = library, name, image_size

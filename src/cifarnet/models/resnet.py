@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -17,17 +16,6 @@ Stage = tuple[int, int, int]  # number of blocks, of channels inside a block, an
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-class Pad(nn.Module):
-    """A shortcut without parameters: take every stride-th pixel and append channels of zeros."""
-
-    def __init__(self, new_chans: int, stride: int) -> None:
-        super().__init__()
-        self.new_chans, self.stride = new_chans, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_chans))
-
-
 class Block(nn.Module):
     """x + residual(x), where the residual is two 3×3 convolutions or a bottleneck of 1×1, 3×3 and 1×1 convolutions.
 
@@ -37,7 +25,8 @@ class Block(nn.Module):
     Args:
         chans, width, out: number of channels of the input, between the convolutions, and of the output.
         groups: of the bottleneck's 3×3 convolution.
-        shortcut: "pad" or "conv", where the shape changes; otherwise the shortcut is the identity.
+        shortcut: "conv" or "pad", where the shape changes; otherwise the shortcut is the identity. "pad" takes every
+            stride-th pixel and appends channels of zeros.
         drop_rate: of a dropout before the last convolution; None adds no such layer.
         drop_path_rate: the probability with which the residual of an image is dropped in training.
     """
@@ -75,7 +64,8 @@ class Block(nn.Module):
         if stride > 1 or chans != out:
             norm = nn.Identity() if preact else nn.BatchNorm2d(out)
             projection = nn.Sequential(nn.Conv2d(chans, out, 1, stride, bias=False), norm)
-            self.shortcut = Pad(out - chans, stride) if shortcut == "pad" else projection
+            padding = nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, 0, out - chans)))
+            self.shortcut = padding if shortcut == "pad" else projection
 
     def forward(self, x: Tensor) -> Tensor:
         start = self.before(x)
@@ -229,9 +219,7 @@ class ResNeXt(ConvNet):
         in_chans: int = 3,
         depth: Annotated[int, Range(11, 2000)] = 29,
         cardinality: Annotated[int, Range(1, 1024)] = 8,  # groups of the 3×3 convolutions
-        base_width: Annotated[
-            int, Range(1, 1024)
-        ] = 64,  # channels a group in the first stage; each further stage doubles it
+        base_width: Annotated[int, Range(1, 1024)] = 64,  # channels of a group in the first stage; later ones double it
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
         if depth % 9 != 2:

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import MLP, StochasticDepth
 
 from cifarnet.models.normalize import Normalize
 from cifarnet.schema import Range
@@ -64,13 +64,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_width: int, drop_rate: float, drop_path_rate: float) -> None:
         super().__init__()
-        dropout = nn.Dropout(drop_rate)
         self.drop_path = StochasticDepth(drop_path_rate, "row")  # drops the branch of a whole image
-        self.attention = nn.Sequential(nn.LayerNorm(width, eps=1e-6), Attention(width, num_heads), dropout)
-        self.mlp = nn.Sequential(
-            *(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, mlp_width), nn.GELU(), dropout),
-            *(nn.Linear(mlp_width, width), dropout),
-        )
+        attention = Attention(width, num_heads)
+        self.attention = nn.Sequential(nn.LayerNorm(width, eps=1e-6), attention, nn.Dropout(drop_rate))
+        mlp = MLP(width, [mlp_width, width], activation_layer=nn.GELU, dropout=drop_rate)
+        self.mlp = nn.Sequential(nn.LayerNorm(width, eps=1e-6), *mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attention(x))

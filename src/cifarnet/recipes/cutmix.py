@@ -2,16 +2,13 @@
 
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cifarnet.data.transforms import box_mask
-from cifarnet.recipes.mixup import Mixup
+from cifarnet.recipes.mixup import Alpha, Mixup, draw_pairs
 from cifarnet.schema import Range
-from cifarnet.seeding import derive, generator
-
-Alpha = Annotated[float, Range(above=0, most=1000)]
+from cifarnet.seeding import generator
 
 
 class CutMix:
@@ -31,10 +28,7 @@ class CutMix:
     """
 
     def __init__(
-        self,
-        cutmix_alpha: Alpha = 1.0,
-        prob: Annotated[float, Range(0, 1)] = 0.5,
-        mixup_alpha: Alpha | None = None,
+        self, cutmix_alpha: Alpha = 1.0, prob: Annotated[float, Range(0, 1)] = 0.5, mixup_alpha: Alpha | None = None
     ) -> None:
         self.cutmix_alpha, self.prob = cutmix_alpha, prob
         self.mixup = None if mixup_alpha is None else Mixup(mixup_alpha)
@@ -45,13 +39,9 @@ class CutMix:
         random = generator(seed, epoch, "cutmix")
         cut = torch.rand(count, generator=random) < self.prob
         center = torch.rand(count, 2, generator=random)
-        beta = np.random.default_rng(derive(seed, epoch, "cutmix")).beta(self.cutmix_alpha, self.cutmix_alpha, count)
-        if self.mixup is not None:
-            partner, mixup_lam = self.mixup.draw(count, size, seed, epoch)
-        else:
-            partner = torch.randint(0, count, (count,), generator=generator(seed, epoch, "partner"))
-            mixup_lam = torch.ones(count)
-        return partner, torch.where(cut, torch.from_numpy(beta).float(), mixup_lam), cut, center
+        partner, lam = draw_pairs(self.cutmix_alpha, count, seed, epoch, "cutmix")
+        mixup_lam = torch.ones(count) if self.mixup is None else self.mixup.draw(count, size, seed, epoch)[1]
+        return partner, torch.where(cut, lam, mixup_lam), cut, center
 
     def __call__(
         self, images: Tensor, partners: Tensor, lam: Tensor, cut: Tensor, center: Tensor

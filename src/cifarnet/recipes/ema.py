@@ -1,13 +1,11 @@
 """EMA: validate, test and save a moving average of the weights."""
 
-from collections import defaultdict
 from itertools import chain
 from typing import Annotated, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cifarnet.schema import Range
@@ -34,12 +32,9 @@ class EMA(WeightAveraging):
             return
         assert self._average_model is not None
         networks = (self._average_model.module, module)
-        tensors = (chain(network.parameters(), network.buffers()) for network in networks)
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for average, value in zip(*tensors, strict=True):
-            by_dtype[value.dtype][0].append(average.detach())
-            by_dtype[value.dtype][1].append(value.detach())
-        for averages, values in by_dtype.values():
+        tensors = [[*chain(network.parameters(), network.buffers())] for network in networks]
+        for dtype in {tensor.dtype for tensor in tensors[0]}:
+            averages, values = ([tensor.detach() for tensor in part if tensor.dtype == dtype] for part in tensors)
             if self._latest_update_step == 0:
                 torch._foreach_copy_(averages, values)
             else:

@@ -1,6 +1,6 @@
 """Lookahead: slow weights follow the optimizer's fast ones."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -8,9 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cifarnet.schema import Range
-
-if TYPE_CHECKING:
-    from cifarnet.classifier import Classifier
 
 
 class Lookahead(Callback):
@@ -32,18 +29,16 @@ class Lookahead(Callback):
         self.step = 0  # of the optimizer, at the last update of the slow weights
 
     @torch.no_grad()
-    def on_train_start(self, trainer: L.Trainer, module: "Classifier") -> None:
-        weights = list(module.network.parameters())
-        if self.slow:  # from a checkpoint
-            self.slow = [slow.to(weight.device) for slow, weight in zip(self.slow, weights, strict=True)]
-        else:
-            self.slow = [weight.clone() for weight in weights]
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        weights = list(module.parameters())
+        start = self.slow or [weight.clone() for weight in weights]  # `self.slow` is that of a checkpoint
+        self.slow = [slow.to(weight.device) for slow, weight in zip(start, weights, strict=True)]
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, module: "Classifier", *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.k == 0 and trainer.global_step > self.step:
             self.step = trainer.global_step
-            for slow, weight in zip(self.slow, module.network.parameters(), strict=True):
+            for slow, weight in zip(self.slow, module.parameters(), strict=True):
                 if weight.requires_grad:  # frozen weights stay as they are
                     weight.copy_(slow.lerp_(weight, self.alpha))
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from cifarnet.schema import Range
 from cifarnet.seeding import derive, generator
 
+Alpha = Annotated[float, Range(above=0, most=1000)]
+
 
 class Mixup:
     """x ← λx + (1 - λ)x', loss ← λ loss(y) + (1 - λ) loss(y'), where λ is drawn from Beta(alpha, alpha)
@@ -22,16 +24,24 @@ class Mixup:
         alpha: the larger, the more evenly two images are mixed.
     """
 
-    def __init__(self, alpha: Annotated[float, Range(above=0, most=1000)] = 0.2) -> None:
+    def __init__(self, alpha: Alpha = 0.2) -> None:
         self.alpha = alpha
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the partner, int64 [count], and λ, float32 [count], of each image in this epoch."""
-        partner = torch.randint(0, count, (count,), generator=generator(seed, epoch, "partner"))
-        lam = np.random.default_rng(derive(seed, epoch, "mixup")).beta(self.alpha, self.alpha, count)
-        return partner, torch.from_numpy(lam).float()
+        return draw_pairs(self.alpha, count, seed, epoch, "mixup")
 
     def __call__(self, images: Tensor, partners: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed images, uint8, and λ; images and partners are uint8 [B, C, H, W], lam is float [B]."""
         mixed = torch.lerp(partners.float(), images.float(), lam[:, None, None, None])
         return mixed.round().to(torch.uint8), lam
+
+
+def draw_pairs(alpha: float, count: int, seed: int, epoch: int, stream: str) -> tuple[Tensor, Tensor]:
+    """Return for each image its partner, int64 [count], and λ from Beta(alpha, alpha), float32 [count].
+
+    Partners depend on (seed, epoch) alone; `stream` selects the random numbers of λ.
+    """
+    partner = torch.randint(0, count, (count,), generator=generator(seed, epoch, "partner"))
+    lam = np.random.default_rng(derive(seed, epoch, stream)).beta(alpha, alpha, count)
+    return partner, torch.from_numpy(lam).float()

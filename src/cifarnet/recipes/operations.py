@@ -14,10 +14,17 @@ MOVES = ["identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate
 SIGNED = range(1, 10)  # the operations whose strength may be negative
 
 
-def with_sign(operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Multiply strengths by signs, 1 or -1, for operations whose strength may be negative."""
+def draw_strengths(operation: Tensor, level: Tensor | float, most: list[float], random: torch.Generator) -> Tensor:
+    """Return level × the largest strength of each operation, float32, with a random sign where it may be negative.
+
+    Args:
+        operation: indices of NAMES, int64 of any shape.
+        level: from 0 to 1, of the shape of `operation` or one number.
+        most: the largest strength of each of NAMES.
+    """
+    sign = torch.randint(2, operation.shape, generator=random) * 2 - 1
     signed = (operation >= SIGNED.start) & (operation < SIGNED.stop)
-    return strength * torch.where(signed, sign, 1)
+    return level * torch.tensor(most)[operation] * torch.where(signed, sign, 1)
 
 
 def apply(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.recipes.operations import NAMES, apply, with_sign
+from cifarnet.recipes.operations import NAMES, apply, draw_strengths
 from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
@@ -31,10 +31,9 @@ class RandAugment:
         """Return the operations of each image in this epoch, int64 [count, num_ops], and their strengths, float32."""
         random = generator(seed, epoch, "randaugment")
         operation = torch.randint(len(NAMES), (count, self.num_ops), generator=random)
-        sign = torch.randint(2, (count, self.num_ops), generator=random) * 2 - 1
         shift = 150 / 331 * size
-        strength = self.magnitude / 30 * torch.tensor([0, 0.3, 0.3, shift, shift, 30, *4 * [0.9], 4, 1, 0, 0])
-        return operation, with_sign(operation, strength[operation], sign)
+        most = [0, 0.3, 0.3, shift, shift, 30, *4 * [0.9], 4, 1, 0, 0]
+        return operation, draw_strengths(operation, self.magnitude / 30, most, random)
 
     def __call__(self, images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         """Return the changed images, uint8 [B, 3, H, W]."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cifarnet.recipes.operations import NAMES, apply, with_sign
+from cifarnet.recipes.operations import NAMES, apply, draw_strengths
 from cifarnet.seeding import generator
 
 LEVELS = 30  # of strength above 0
@@ -21,9 +21,8 @@ class TrivialAugment:
         random = generator(seed, epoch, "trivialaugment")
         operation = torch.randint(len(NAMES), (count,), generator=random)
         level = torch.randint(LEVELS + 1, (count,), generator=random) / LEVELS
-        sign = torch.randint(2, (count,), generator=random) * 2 - 1
-        most = torch.tensor([0, 0.99, 0.99, 32, 32, 135, *4 * [0.99], 6, 1, 0, 0])
-        return operation, with_sign(operation, level * most[operation], sign)
+        most = [0, 0.99, 0.99, 32, 32, 135, *4 * [0.99], 6, 1, 0, 0]
+        return operation, draw_strengths(operation, level, most, random)
 
     def __call__(self, images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         """Return the changed images, uint8 [B, 3, H, W]."""
