@@ -14,8 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
@@ -42,7 +40,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
-    from cifarnet.records.collect import num_parameters
+    from cifarnet.records.collect import num_parameters, plain
     from cifarnet.records.evaluation import Evaluation
     from cifarnet.records.figures import accuracy, save
     from cifarnet.records.tables import row_table
@@ -54,7 +52,6 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = test_images.compose("evaluate", overrides, checkpoint, settings.classes)
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
     predictor = classifier.predictor(
         tta=config.tta,
@@ -85,7 +82,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         versions=hardware.versions(),
         git_commit=hardware.git_commit(),
         command=shlex.join(["python", "-m", "cifarnet.evaluate", str(checkpoint.path), *overrides]),
-        config=plain,
+        config=plain(config, resolve=True),
         **measured,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

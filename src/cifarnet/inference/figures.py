@@ -103,7 +103,10 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
 def heat_map(
     fractions: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, decimals: int = 0
 ) -> Figure:
-    """Draw fractions, float [rows, columns], as coloured cells with their values in percent; without decimals, zeros are left out."""
+    """Draw fractions, float [rows, columns], as coloured cells with their values in percent.
+
+    Without decimals, zeros are left out.
+    """
     height, width = 0.5 * len(rows), 0.5 * len(columns)  # inches
     left, bottom = 0.5 + 0.09 * max(map(len, rows)), 0.6 + 0.065 * max(map(len, columns))
     whole = max(left + width + 0.4, 4.6), bottom + height + 0.5
