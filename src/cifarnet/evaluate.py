@@ -87,8 +87,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     if run:
-        rows: list[Any] = [*run.history, *run.within_epochs]
-        drawn["accuracy"] = accuracy(sorted(rows, key=lambda row: row["epoch"]))
+        drawn["accuracy"] = accuracy([*run.history, *run.within_epochs])
     for name, figure in drawn.items():
         save(figure, folder / f"{name}.png")
     evaluation.write(folder / "metrics.json")

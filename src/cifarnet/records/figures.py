@@ -29,19 +29,19 @@ def save(figure: Figure, path: Path) -> None:
     files.write(path, content.getbuffer())
 
 
-def accuracy(history: Iterable[Mapping[str, float | None]]) -> Figure:
+def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
     """Draw training and validation accuracy against epoch.
 
     Args:
-        history: a row for each epoch, with the keys of `Classifier`'s metrics.
+        history: rows of metrics in any order, with their epoch and the keys of `Classifier`'s metrics.
     """
     figure = Figure(figsize=(8, 4.5), dpi=150)
     axis = figure.add_axes((0.09, 0.12, 0.89, 0.8))  # faster than a layout
     for key, name, colour in [("train/accuracy", "train", TRAIN), ("val/accuracy", "validation", VAL)]:
-        points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+        points = sorted((row["epoch"], row[key]) for row in history if row.get(key) is not None)
         if points:
             epochs, values = np.array(points, dtype=float).T
-            label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%}"
+            label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%} (epoch {epochs[values.argmax()]:.4g})"
             axis.plot(epochs, values, "o-", markersize=3.5, color=colour, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
