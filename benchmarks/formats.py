@@ -25,7 +25,9 @@ FORMATS = ["PyTorch", "torch_export", "onnx"]
 def rate(overrides: Sequence[str], kind: str, batch: int) -> float:
     quiet_libraries()
     classifier = cifarnet.load(*overrides)
-    images = torch.randint(0, 256, (batch, 3, classifier.image_size, classifier.image_size), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (batch, 3, classifier.checkpoint.image_size, classifier.checkpoint.image_size), dtype=torch.uint8
+    )
     hardware.keep_freed_memory()
     run = classifier.predictor(tta="none", precision="32-true")
     if kind != "PyTorch":

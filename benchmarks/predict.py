@@ -39,12 +39,12 @@ def rate(overrides: Sequence[str], run: Callable[[Trained, list[str], dict[str, 
 
 
 def decoding(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
-    for _ in decode_all(files, classifier.image_size, BATCH, hardware.cores()):
+    for _ in decode_all(files, classifier.checkpoint.image_size, BATCH, hardware.cores()):
         pass
 
 
 def network(classifier: Trained, files: list[str], settings: dict[str, Any]) -> None:
-    size = classifier.image_size
+    size = classifier.checkpoint.image_size
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, 3, size, size), np.uint8))
     predictor = classifier.predictor(**settings)
     for _ in range(0, len(files), BATCH):

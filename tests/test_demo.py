@@ -7,7 +7,6 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet import cli
 from cifarnet.demo import analyse, choose, main, serving
 from cifarnet.errors import UserError
 from cifarnet.inference import test_images
@@ -67,14 +66,14 @@ def test_files_that_are_not_pictures(client, tmp_path):
 def test_folder_of_uploads_is_refused(run, tmp_path):
     picture(tmp_path / "somebodys.png")
     with pytest.raises(UserError, match="is not a file"):
-        analyse(cifarnet.load(run), str(tmp_path), cli.compose("demo", CPU))
+        analyse(cifarnet.load(run), str(tmp_path), {"accelerator": "cpu"})
 
 
 def test_example_pictures(run, tmp_path):
     classifier = cifarnet.load(run)
     overrides = ["data=synthetic", "data.test_size=60", "data.train_size=300", *CPU]
     images = test_images.read("demo", overrides, classifier.checkpoint, [], 1000)
-    examples = choose(classifier, *images, cli.compose("demo", CPU), tmp_path)
+    examples = choose(classifier, *images, 6, tmp_path, {"accelerator": "cpu"})
     captions = [caption for _, caption in examples]
     assert len(set(path for path, _ in examples)) == 6
     mistakes = captions[-2:]

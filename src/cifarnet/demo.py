@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.inference.settings import compose, without_data
+from cifarnet.inference.settings import prepare, without_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,22 +50,21 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
 
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
-    from cifarnet.system.log_output import quiet_libraries
 
-    quiet_libraries()
-    config = compose("demo", without_data(overrides))
+    config = prepare("demo", without_data(overrides))
     models = {run: load(run, locate(config.classes)) for run in runs}
+    settings = {key: config[key] for key in ("temperature", "tta", "precision", "accelerator")}
     for model in models.values():
-        analyse(model, np.zeros((model.image_size, model.image_size, 3), np.uint8), config)  # checks the settings
+        model.predict(np.zeros((32, 32, 3), np.uint8), **settings)  # checks the settings
     first, examples = models[runs[0]], []
     with tempfile.TemporaryDirectory(prefix="cifarnet-demo-") as folder:
         try:
             if config.pictures:
                 test = test_images.read("demo", overrides, first.checkpoint, config.classes, NUM_SEARCHED)
-                examples = choose(first, *test, config, Path(folder))
+                examples = choose(first, *test, config.pictures, Path(folder), settings)
         except NoImages as error:
             print(printable(f"No test pictures to choose from: {error}"))
-        page = build_page(models, examples, config)
+        page = build_page(models, examples, settings)
         try:
             _, address, _ = page.launch(
                 server_name=config.host,
@@ -88,12 +86,15 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
             page.close(verbose=False)
 
 
-def build_page(models: "Mapping[str, Trained]", examples: list[tuple[str, str]], config: DictConfig) -> Any:
+def build_page(
+    models: "Mapping[str, Trained]", examples: Sequence[tuple[str, str]], settings: Mapping[str, Any]
+) -> Any:
     """Return the page: a picture on the left, then a column for each network.
 
     Args:
         models: networks by the path of their run.
         examples: paths of pictures to choose from, and their captions.
+        settings: those of `Trained.answers`.
     """
     import gradio as gr
 
@@ -101,7 +102,7 @@ def build_page(models: "Mapping[str, Trained]", examples: list[tuple[str, str]],
         if path is None:
             return [None, None, None] * len(models)
         try:
-            return [output for model in models.values() for output in analyse(model, path, config)]
+            return [output for model in models.values() for output in analyse(model, path, settings)]
         except UserError as error:
             message = str(error).replace(path, "This picture")
             raise gr.Error(html.escape(printable(message)), print_exception=False) from error
@@ -120,7 +121,7 @@ def build_page(models: "Mapping[str, Trained]", examples: list[tuple[str, str]],
         outputs = []
         for run, model in models.items():
             with gr.Column(min_width=280):
-                outputs.append(gr.Label(label=f"{run}, epoch {model.epoch}", num_top_classes=10))
+                outputs.append(gr.Label(label=f"{run}, epoch {model.checkpoint.epoch}", num_top_classes=10))
                 with gr.Row():
                     style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
                     outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
@@ -128,46 +129,46 @@ def build_page(models: "Mapping[str, Trained]", examples: list[tuple[str, str]],
     return page
 
 
-def analyse(model: "Trained", picture: str | np.ndarray, config: DictConfig) -> list[Any]:
+def analyse(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
     """Return the probabilities by class, the network's input and its Grad-CAM map.
 
     Raises:
-        UserError: the picture cannot be read, or a setting cannot be used.
+        UserError: the picture cannot be read.
     """
     from cifarnet.inference.figures import overlay
 
-    if isinstance(picture, str) and not os.path.isfile(picture):  # a request may name a folder of uploads
-        raise UserError(f"{picture} is not a file.")
-    (answer,) = model.answers([picture], tta=config.tta, precision=config.precision, accelerator=config.accelerator)
-    if answer.logits is None or answer.pixels is None:
+    if not os.path.isfile(path):  # a request may name a folder of uploads
+        raise UserError(f"{path} is not a file.")
+    (answer,) = model.answers([path], **settings)
+    if answer.error:
         raise UserError(answer.error)
-    ranked = model.ranked(answer.logits, model.temperature(config.temperature, config.tta))
-    images = [answer.pixels, overlay(answer.pixels, model.heat(answer.pixels, answer.logits))]
-    factor = max(1, SIDE // model.image_size)  # each pixel becomes a square
-    return [dict(ranked), *(image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images)]
+    images = [answer.pixels, overlay(answer.pixels, model.heat(answer))]
+    factor = max(1, SIDE // len(answer.pixels))  # each pixel becomes a square
+    return [dict(answer.ranked), *(image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images)]
 
 
 def choose(
-    model: "Trained", images: "Tensor", labels: Sequence[int], config: DictConfig, folder: Path
+    model: "Trained", images: "Tensor", labels: Sequence[int], count: int, folder: Path, settings: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Choose test pictures: two thirds or more at regular intervals, then the most confident mistakes.
 
     Args:
         images: uint8 [N, 3, size, size].
+        count: number of pictures to choose.
         folder: where the chosen pictures are written.
+        settings: those of `Trained.answers`.
 
     Returns:
         The paths of the pictures, and their captions.
     """
     from PIL import Image
 
-    settings = {key: config[key] for key in ("temperature", "tta", "precision", "accelerator")}
     predictions = model.predict(images, **settings)
     names = [model.class_names[label] for label in labels]
     wrong = [index for index, name in enumerate(names) if predictions[index].label != name]
-    mistakes = sorted(wrong, key=lambda index: -predictions[index].probability)[: config.pictures // 3]
+    mistakes = sorted(wrong, key=lambda index: -predictions[index].probability)[: count // 3]
     others = [index for index in range(len(names)) if index not in mistakes]
-    count = config.pictures - len(mistakes)
+    count -= len(mistakes)
     examples = []
     for index in others[:: max(1, len(others) // count)][:count] + mistakes:
         path, caption, prediction = folder / f"{index}.png", names[index], predictions[index]

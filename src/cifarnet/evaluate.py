@@ -14,13 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
 from cifarnet.errors import printable
-from cifarnet.inference.settings import compose, without_data
+from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
 
@@ -39,26 +37,21 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
-    from cifarnet.checkpoint import Checkpoint
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.inference import test_images
-    from cifarnet.inference.trained import Trained
-    from cifarnet.records.collect import num_parameters
+    from cifarnet.inference.trained import load
+    from cifarnet.records.collect import num_parameters, plain
     from cifarnet.records.evaluation import Evaluation
     from cifarnet.records.figures import accuracy, save
     from cifarnet.records.tables import row_table
     from cifarnet.system import hardware
-    from cifarnet.system.log_output import quiet_libraries
 
-    quiet_libraries()
-    hardware.keep_freed_memory()
-    settings = compose("evaluate", without_data(overrides))
-    checkpoint = Checkpoint.open(path)
-    classifier = Trained.from_checkpoint(checkpoint, locate(settings.classes))
+    settings = prepare("evaluate", without_data(overrides))
+    classifier = load(path, locate(settings.classes))
+    checkpoint = classifier.checkpoint
     config = test_images.compose("evaluate", overrides, checkpoint, settings.classes)
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
     predictor = classifier.predictor(
         tta=config.tta,
@@ -89,13 +82,12 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         versions=hardware.versions(),
         git_commit=hardware.git_commit(),
         command=shlex.join(["python", "-m", "cifarnet.evaluate", str(checkpoint.path), *overrides]),
-        config=plain,
+        config=plain(config, resolve=True),
         **measured,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     if run:
-        rows: list[Any] = [*run.history, *run.within_epochs]
-        drawn["accuracy"] = accuracy(sorted(rows, key=lambda row: row["epoch"]))
+        drawn["accuracy"] = accuracy([*run.history, *run.within_epochs])
     for name, figure in drawn.items():
         save(figure, folder / f"{name}.png")
     evaluation.write(folder / "metrics.json")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cifarnet import __version__, cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.inference.settings import compose, without_data
+from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
 if TYPE_CHECKING:
@@ -50,14 +50,12 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
-    from cifarnet.system.log_output import quiet_libraries
 
-    quiet_libraries()
-    config = compose("export", without_data(overrides))
+    config = prepare("export", without_data(overrides))
     form, classes = find_format(config.format), locate(config.classes)
     classifier = load(path, classes)
     target = _target(config.output, classifier, form.FILE)
-    kind, size = "test", classifier.image_size
+    kind, size = "test", classifier.checkpoint.image_size
     try:
         images, _ = test_images.read("export", overrides, classifier.checkpoint, config.classes, config.images)
     except NoImages as error:
@@ -116,13 +114,13 @@ def _target(output: str | None, classifier: "Trained", file: str) -> Path:
 
 def facts(classifier: "Trained", channels: int) -> dict[str, Any]:
     """Return what a user of the exported file needs to know, as plain data; accuracies are from 0 to 1."""
-    size, names = classifier.image_size, classifier.class_names
+    size, names = classifier.checkpoint.image_size, classifier.class_names
     known = {
         "input": f"uint8 [batch, {channels}, {size}, {size}], RGB, not normalised: the network normalises them",
         "output": f"logits, float32 [batch, {len(names)}]; softmax gives the probabilities of class_names",
         "class_names": names,
         "image_size": size,
-        "epoch": classifier.epoch,
+        "epoch": classifier.checkpoint.epoch,
         "cifarnet": __version__,
     }
     if record := classifier.record():

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import UserError, printable
-from cifarnet.inference.settings import compose
-from cifarnet.system import files, hardware
+from cifarnet.inference.settings import prepare
+from cifarnet.system import files
 
 if TYPE_CHECKING:
     from cifarnet.inference.trained import Answer, Trained
@@ -48,7 +48,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
         UserError: the checkpoint or a setting cannot be used, or, after all other pictures were processed, some
             pictures cannot be read.
     """
-    config = compose("predict", overrides)
+    config = prepare("predict", overrides)
     output = None if config.output is None else Path(config.output)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
@@ -56,40 +56,36 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
         files.make_folder(output.parent, f"output={output} cannot be written")
     # imported here, because it takes seconds and `--help` does not need it
     from cifarnet.inference.trained import load
-    from cifarnet.system.log_output import quiet_libraries
 
-    quiet_libraries()
-    hardware.keep_freed_memory()
     classifier = load(run, locate(config.classes))
-    temperature = classifier.temperature(config.temperature, config.tta)
+    settings = {key: config[key] for key in ("tta", "batch_size", "workers", "precision", "accelerator")}
+    settings["temperature"] = classifier.temperature(config.temperature, config.tta)
     sources = _list_pictures(images)
     drawings = None
     if config.explain:
         drawings = classifier.checkpoint.folder_for("explained") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         files.make_folder(drawings, f"explain=true: {drawings} cannot be created")
-    settings = {key: config[key] for key in ("tta", "batch_size", "workers", "precision", "accelerator")}
     width = min(WIDTH, max(len(_on_one_line(source)) for source in sources))
     rows = []
     with tqdm(total=len(sources), desc="Predicting", unit=" images", leave=False, disable=None) as bar:
         for answer in classifier.answers(sources, **settings):
             bar.update()
-            rows.append({"file": str(answer.source), "top": [], "error": answer.error or None})
-            if answer.logits is None:
+            top = [{"class": name, "probability": value} for name, value in answer.ranked[: config.top]]
+            rows.append({"file": str(answer.source), "top": top, "error": answer.error or None})
+            if answer.error:
                 tqdm.write(_on_one_line(answer.error), file=sys.stderr)
-                continue
-            ranked = classifier.ranked(answer.logits, temperature)
-            rows[-1]["top"] = [{"class": name, "probability": value} for name, value in ranked[: config.top]]
-            if drawings is not None:
-                _draw(classifier, answer, ranked[:NUM_DRAWN], drawings)
-            if output is None:
-                top = "  ".join(f"{_on_one_line(name)} {value:.2%}" for name, value in ranked[: config.top])
-                tqdm.write(f"{_on_one_line(str(answer.source)):<{width}}  {top}")
+            elif output is None:
+                cells = [f"{row['class']} {row['probability']:.2%}" for row in top]
+                tqdm.write(_on_one_line("  ".join([f"{_on_one_line(str(answer.source)):<{width}}", *cells])))
+            if drawings is not None and not answer.error:
+                _draw(classifier, answer, drawings)
     if drawings is not None:
         print(f"Grad-CAM maps: {_on_one_line(os.path.relpath(drawings))}")
     if output is not None:
-        chosen = {key: settings[key] for key in ("tta", "precision") if settings[key] is not None}
-        circumstances = {"checkpoint": str(classifier.path), "epoch": classifier.epoch, **classifier.tested, **chosen}
-        _write(rows, output, circumstances | {"temperature": temperature})
+        checkpoint = classifier.checkpoint
+        circumstances = {"checkpoint": str(checkpoint.path), "epoch": checkpoint.epoch, **classifier.tested}
+        circumstances |= {key: settings[key] for key in ("tta", "precision", "temperature") if settings[key]}
+        _write(circumstances | {"predictions": rows}, output)
         print(printable(f"{output}: {len(rows):,} row{'s' * (len(rows) != 1)}"))
     if unread := sum(row["error"] is not None for row in rows):
         raise UserError(f"{unread:,} of {len(rows):,} pictures could not be read; the reasons are above.")
@@ -110,21 +106,20 @@ def _list_pictures(images: Sequence[str]) -> list[str]:
     return pictures
 
 
-def _draw(classifier: "Trained", answer: "Answer", ranked: Sequence[tuple[str, float]], folder: Path) -> None:
+def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
     """Save a figure of the Grad-CAM map under the picture's name; a number makes it unique."""
     from cifarnet.inference.figures import explanation
     from cifarnet.records.figures import save
 
-    assert answer.pixels is not None
-    assert answer.logits is not None
+    source = _on_one_line(str(answer.source))
+    title = source if len(source) <= TITLE else f"…{source[-TITLE:]}"
+    figure = explanation(answer.pixels, classifier.heat(answer), answer.ranked[:NUM_DRAWN], title)
     stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
     path, number = folder / f"{stem}.png", 1
     while path.exists():
         number += 1
         path = folder / f"{stem}_{number}.png"
-    source = _on_one_line(str(answer.source))
-    title = source if len(source) <= TITLE else f"…{source[-TITLE:]}"
-    save(explanation(answer.pixels, classifier.heat(answer.pixels, answer.logits), ranked, title), path)
+    save(figure, path)
 
 
 def _on_one_line(text: str) -> str:
@@ -132,22 +127,23 @@ def _on_one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _write(rows: Sequence[Mapping[str, Any]], output: Path, circumstances: Mapping[str, Any]) -> None:
-    """Write a CSV file with a row for each picture, or a JSON file that includes what the predictions depend on."""
+def _write(content: Mapping[str, Any], output: Path) -> None:
+    """Write a JSON file with the predictions and what they depend on, or a CSV file with a row for each picture."""
     if output.suffix.lower() == ".json":
-        content = json.dumps({**circumstances, "predictions": rows}, indent=1).encode()
+        text = json.dumps(content, indent=1)
     else:
-        num_classes = max(len(row["top"]) for row in rows)
-        names = [f"{name}_{rank}" for rank in range(1, num_classes + 1) for name in ("class", "probability")]
+        rows = []
+        for row in content["predictions"]:
+            ranked = enumerate(row["top"], 1)
+            cells = {f"{key}_{rank}": cell for rank, entry in ranked for key, cell in entry.items()}
+            rows.append({"file": row["file"], **cells, "error": row["error"]})
         table = io.StringIO()
-        writer = csv.DictWriter(table, ["file", *names, "error"])
+        writer = csv.DictWriter(table, max(rows, key=len))  # a picture that cannot be read has no classes
         writer.writeheader()
-        for row in rows:
-            cells = [cell for entry in row["top"] for cell in entry.values()]
-            writer.writerow({"file": row["file"], **dict(zip(names, cells, strict=False)), "error": row["error"]})
-        content = table.getvalue().encode("utf-8", "surrogateescape")  # file names may be any bytes
+        writer.writerows(rows)
+        text = table.getvalue()
     try:
-        files.write(output, content)
+        files.write(output, text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
     except OSError as error:
         raise UserError(f"output={output} cannot be written ({error.strerror}).") from error
 

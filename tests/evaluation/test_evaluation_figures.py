@@ -23,14 +23,18 @@ def test_robustness_ends_in_the_mean():
     figure = figures.robustness({"fog": [0.9, 0.7], "snow": [0.8, 0.2]}, "title")
     (axis,) = figure.axes
     np.testing.assert_allclose(axis.images[0].get_array(), [[0.9, 0.7, 0.8], [0.8, 0.2, 0.5]])
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "mean"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["severity 1", "severity 2", "mean"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["fog", "snow"]
 
 
 def test_severities_are_columns():
     (axis,) = figures.severities({"fog": IMAGES[:2], "snow": IMAGES[2:4]}).axes
-    pixels = torch.from_numpy(axis.images[0].get_array())
-    assert torch.equal(pixels[12:20, 12:20], IMAGES[3].permute(1, 2, 0))  # a border of two pixels
+    assert [text.get_text() for text in axis.texts[:4]] == ["fog 1", "fog 2", "snow 1", "snow 2"]
+    for image, drawn in zip(IMAGES[:4], axis.images, strict=True):
+        assert torch.equal(torch.from_numpy(drawn.get_array()), image.permute(1, 2, 0))
+    left, _, bottom, _ = np.array([drawn.get_extent() for drawn in axis.images]).T
+    assert left[0] == left[2] < left[1] == left[3]
+    assert bottom[0] == bottom[1] < bottom[2] == bottom[3]
 
 
 def test_drawing_needs_no_torch():

@@ -79,6 +79,6 @@ def test_a_figure_that_cannot_be_saved_leaves_no_file(tmp_path):
 def test_accuracy_against_epoch():
     history = [{"epoch": 1, "train/accuracy": 0.5}, {"epoch": 2, "train/accuracy": 0.6, "val/accuracy": 0.55}]
     history.append({"epoch": 3, "train/accuracy": None})  # not finite
-    [axis] = figures.accuracy(history).axes
+    [axis] = figures.accuracy(history[::-1]).axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert names == ["train: last 60.0%, best 60.0%", "validation: last 55.0%, best 55.0%"]
+    assert names == ["train: last 60.0%, best 60.0% (epoch 2)", "validation: last 55.0%, best 55.0% (epoch 2)"]

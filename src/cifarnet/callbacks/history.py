@@ -112,8 +112,8 @@ class History(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.epochs and trainer.is_global_zero:
-            rows = sorted([*self.epochs, *self.within_epochs], key=lambda row: row["epoch"])
-            figures.save(figures.accuracy(rows), Path(trainer.default_root_dir) / "accuracy.png")
+            figure = figures.accuracy([*self.epochs, *self.within_epochs])
+            figures.save(figure, Path(trainer.default_root_dir) / "accuracy.png")
 
     @property
     def within_epochs(self) -> list[dict[str, float]]:

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from cifarnet.inference.figures import grid, heat_map
+
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
@@ -43,38 +45,17 @@ def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 def robustness(table: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Draw the accuracy under each corruption (a row) at each severity, and their mean, as a heat map."""
-    grid = np.array([[*row, np.mean(row)] for row in table.values()])
-    severities = grid.shape[1] - 1
-    figure = Figure(figsize=(7.5, 1.6 + 0.36 * len(table)), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axis.axvline(severities - 0.5, color=axis.get_facecolor(), linewidth=4)
-    for (row, column), value in np.ndenumerate(grid):
-        axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="black" if value > 0.55 else "white")
-    axis.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
-    axis.set_yticks(range(len(table)), list(table))
-    axis.set(xlabel="severity", title=title)
-    return figure
+    fractions = np.array([[*row, np.mean(row)] for row in table.values()])
+    severities = [f"severity {severity}" for severity in range(1, fractions.shape[1])]
+    return heat_map(fractions, list(table), [*severities, "mean"], title, decimals=1)
 
 
-def severities(images: Mapping[str, "Tensor"]) -> Figure:
+def severities(images: "Mapping[str, Tensor]") -> Figure:
     """Draw an image under each corruption (a row) at each severity.
 
     Args:
         images: uint8 [severities, 3, H, W] by the name of the corruption.
     """
-    import torch
-    from torchvision.utils import make_grid
-
-    rows = list(images.values())
-    count, _, height, width = rows[0].shape
-    figure = Figure(figsize=(6, 0.3 + 0.95 * len(rows)), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    grid = make_grid(torch.cat(rows), nrow=count, pad_value=255)
-    axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_xticks([(width + 2) * (column + 0.5) for column in range(count)], [*map(str, range(1, count + 1))])
-    axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(rows))], list(images))
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.set(xlabel="severity")
-    return figure
+    captions = [(f"{name} {number}", "black") for name, row in images.items() for number in range(1, len(row) + 1)]
+    columns = max(map(len, images.values()))
+    return grid([image for row in images.values() for image in row], captions, "Corruptions and severities", columns)

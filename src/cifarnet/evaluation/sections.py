@@ -1,6 +1,7 @@
 """The sections of an evaluation. Each returns its part of the record, and the figures that belong to it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def measure(
     record |= {"corruptions": None, "cifar10_c": None, "cifar10_1": None}
     if noise_seed is not None:
         table = _table(predictor, robustness.corrupted(data.test_dataloader(), noise_seed))
-        mean, clean = _mean(table.values()), record["test"]["accuracy"]
+        mean, clean = fmean(map(fmean, table.values())), record["test"]["accuracy"]
         levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
         record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
         title = f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
@@ -45,7 +46,7 @@ def measure(
     if public.cifar10_c is not None:
         table = _table(predictor, public.cifar10_c)
         averaged = {name: row for name, row in table.items() if name not in public_sets.CIFAR10_C_EXTRA} or table
-        mean = _mean(averaged.values())
+        mean = fmean(map(fmean, averaged.values()))
         record["cifar10_c"] = {"mean": mean, "averaged": list(averaged), "accuracy": table}
         drawn["cifar10_c"] = figures.robustness(table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
     if public.cifar10_1 is not None:
@@ -115,8 +116,3 @@ def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[
             table[name].append(metrics.accuracy(predictions.logits, predictions.labels))
         print(f"  {name:<18}", *(f"{accuracy:7.2%}" for accuracy in table[name]), flush=True)
     return table
-
-
-def _mean(rows: Iterable[list[float]]) -> float:
-    values = [value for row in rows for value in row]
-    return sum(values) / len(values)

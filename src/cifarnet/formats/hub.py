@@ -78,7 +78,7 @@ def card(classifier: Trained) -> str:
 
 def _model(classifier: Trained) -> dict[str, Any]:
     """Return the network's arguments, without the file that its initial weights came from."""
-    return {key: value for key, value in classifier.model.items() if key != "checkpoint"}
+    return {key: value for key, value in classifier.checkpoint.model.items() if key != "checkpoint"}
 
 
 def without_path(override: str) -> str:

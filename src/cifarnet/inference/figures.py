@@ -29,17 +29,17 @@ def predictions(
         mistake = f"✗ {class_names[guess]}\n(is {class_names[label]})"
         captions.append((class_names[guess], RIGHT) if label == guess else (mistake, WRONG))
     num_right = int((labels == predicted).sum())
-    return _grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns)
+    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns)
 
 
 def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are the `mistakes` of the evaluation's record."""
     captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
-    return _grid(images, captions, "The most confident mistakes", columns=5)
+    return grid(images, captions, "The most confident mistakes", columns=5)
 
 
-def _grid(images: "Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:
-    """Draw images, each below its caption (text and colour)."""
+def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:
+    """Draw images, uint8 [3, H, W], each below its caption (text and colour)."""
     rows = -(-len(images) // columns)
     width, height = 1.35 * columns, 1.75 * rows + 0.5  # inches
     figure = Figure(figsize=(width, height), dpi=120)
@@ -95,23 +95,32 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix, int64 [num_classes, num_classes], in percent of each true class (a row)."""
     counts = matrix.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
-    cells = 0.5 * len(class_names)  # inches
-    longest = max(map(len, class_names))
-    left, bottom = 0.5 + 0.09 * longest, 0.6 + 0.065 * longest
-    width, height = max(left + cells + 0.4, 3.8), bottom + cells + 0.5
-    figure = Figure(figsize=(width, height), dpi=120)
-    axis = figure.add_axes((left / width, bottom / height, cells / width, cells / height))  # faster than a layout
+    figure = heat_map(fractions, class_names, class_names, "Confusion matrix, % of each true class")
+    figure.axes[0].set(xlabel="predicted", ylabel="true")
+    return figure
+
+
+def heat_map(
+    fractions: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, decimals: int = 0
+) -> Figure:
+    """Draw fractions, float [rows, columns], as coloured cells with their values in percent.
+
+    Without decimals, zeros are left out.
+    """
+    height, width = 0.5 * len(rows), 0.5 * len(columns)  # inches
+    left, bottom = 0.5 + 0.09 * max(map(len, rows)), 0.6 + 0.065 * max(map(len, columns))
+    whole = max(left + width + 0.4, 4.6), bottom + height + 0.5
+    figure = Figure(figsize=whole, dpi=120)
+    axis = figure.add_axes((left / whole[0], bottom / whole[1], width / whole[0], height / whole[1]))
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(class_names))
-    axis.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axis.set_yticks(ticks, class_names)
-    axis.set(xlabel="predicted", ylabel="true")
-    figure.suptitle("Confusion matrix, % of each true class", y=1 - 0.15 / height)
-    if len(class_names) <= 20:  # the numbers of more classes would be unreadable
-        for (row, column), percent in np.ndenumerate((100 * fractions).round().astype(int)):
-            if percent > 0:
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(rows)), rows)
+    figure.suptitle(title, y=1 - 0.15 / whole[1])
+    if len(columns) <= 20:  # the numbers of more columns would be unreadable
+        for (row, column), percent in np.ndenumerate((100 * fractions).round(decimals)):
+            if percent > 0 or decimals:
                 colour = "white" if percent > 50 else "black"
-                axis.text(column, row, str(percent), ha="center", va="center", color=colour)
+                axis.text(column, row, f"{percent:.{decimals}f}", ha="center", va="center", color=colour)
     return figure
 
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from cifarnet import cli
 from cifarnet.schema import Range, Seed, check_settings
+from cifarnet.system import hardware
 
 
 @dataclass
@@ -44,14 +45,19 @@ class Settings:
     pictures: Annotated[int, Range(0, 1000)]
 
 
-def compose(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose `configs/<command>.yaml` and check its settings, except for the section `data` (see `test_images`).
+def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Prepare this process for a command: compose `configs/<command>.yaml`, check its settings, except for the section
+    `data` (see `test_images`), and suppress messages of libraries.
 
     Raises:
         UserError: a setting has another type or range.
     """
     config = cli.compose(command, overrides)
     check_settings(config, Settings)
+    from cifarnet.system.log_output import quiet_libraries  # imports TensorBoard
+
+    quiet_libraries()
+    hardware.keep_freed_memory()
     return config
 
 

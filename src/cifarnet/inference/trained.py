@@ -49,15 +49,17 @@ class Answer(NamedTuple):
 
     Attributes:
         source: the path or the picture itself.
-        logits: float32 [num_classes], on the CPU; None if the picture cannot be read.
-        pixels: the network's input, uint8 [size, size, 3]; None if the picture cannot be read.
-        error: why the picture cannot be read.
+        error: why the picture cannot be read; the other attributes are then empty.
+        pixels: the network's input, uint8 [size, size, 3].
+        logits: float32 [num_classes], on the CPU.
+        ranked: the classes and their probabilities, in descending order.
     """
 
     source: Picture
-    logits: Tensor | None
-    pixels: np.ndarray | None
     error: str = ""
+    pixels: np.ndarray = np.empty(0)
+    logits: Tensor = torch.empty(0)
+    ranked: Sequence[tuple[str, float]] = ()
 
 
 class Calibration(TypedDict):
@@ -85,46 +87,21 @@ class Trained(NetworkAndNames):
     Attributes:
         network: images [B, 3, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; in eval mode, on the CPU.
         class_names: the names of the classes in the order of the logits.
-        checkpoint: the checkpoint, without its weights.
-        path: the checkpoint file.
-        image_size: height and width of the training images in pixels.
-        epoch: the number of epochs after which the checkpoint was saved.
-        step: the number of optimizer steps after which it was saved.
+        checkpoint: the checkpoint, without its weights: the image size, the epoch and so on.
         tested: the test-time augmentation "tta" and the "precision" of the run's test.
-        channels_last: the memory format of the network in training.
-        model: the arguments of the network, with its class as `_target_`.
     """
 
     checkpoint: Checkpoint
-    path: Path
-    image_size: int
-    epoch: int
-    step: int
     tested: dict[str, Any]
-    channels_last: bool
-    model: dict[str, Any]
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, classes: Sequence[Any] = ()) -> "Trained":
-        """Build the network of a checkpoint; `classes` as for `load`."""
-        trained = cls(checkpoint.network(classes), checkpoint.class_names)
-        trained.checkpoint = replace(checkpoint, weights={}, content={})
-        trained.tested = {"tta": checkpoint.tta, "precision": checkpoint.precision}
-        for name in ("path", "image_size", "epoch", "step", "channels_last", "model"):
-            setattr(trained, name, getattr(checkpoint, name))
-        return trained
-
-    def predict(
-        self, images: Picture | Iterable[Picture], *, temperature: Temperature = None, **settings: Any
-    ) -> list[Prediction]:
+    def predict(self, images: Picture | Iterable[Picture], **settings: Any) -> list[Prediction]:
         """Predict the class of each picture.
 
         Args:
             images: one picture or several. A picture is a path; a folder, which stands for the image files in and below
                 it; a Pillow image; a NumPy array [H, W] or [H, W, 1, 3 or 4]; or a tensor [1, 3 or 4, H, W]. Arrays are
                 uint8, or float in [0, 1], which is rounded to 8 bits; an array with one more dimension is a batch.
-                Pictures of any size are scaled and cropped to `image_size`, as the images of a folder in training.
-            temperature: divides the logits; "evaluation" uses the temperature that `cifarnet.evaluate` fitted.
+                Pictures of any size are scaled and cropped to the image size of training, as those of a folder.
             settings: those of `answers`.
 
         Returns:
@@ -133,14 +110,12 @@ class Trained(NetworkAndNames):
         Raises:
             UserError: a picture cannot be read, or a setting cannot be used.
         """
-        divisor = self.temperature(temperature, settings.get("tta"))
         predictions = []
         for answer in self.answers(images, **settings):
-            if answer.logits is None:
+            if answer.error:
                 raise UserError(answer.error)
-            ranked = self.ranked(answer.logits, divisor)
             source = os.fspath(answer.source) if isinstance(answer.source, str | os.PathLike) else None
-            predictions.append(Prediction(source, *ranked[0], dict(ranked)))
+            predictions.append(Prediction(source, *answer.ranked[0], dict(answer.ranked)))
         return predictions
 
     def answers(
@@ -149,6 +124,7 @@ class Trained(NetworkAndNames):
         *,
         batch_size: int = 256,
         workers: int | None = None,
+        temperature: Temperature = None,
         **settings: Any,
     ) -> Iterator[Answer]:
         """Yield the network's output for each picture, in order. While it computes a batch, the next ones are decoded.
@@ -160,25 +136,32 @@ class Trained(NetworkAndNames):
             sources: pictures, as for `predict`.
             batch_size: number of pictures in a batch.
             workers: number of threads that decode; None: one for each core.
+            temperature: divides the logits; "evaluation" uses the temperature that `cifarnet.evaluate` fitted.
             settings: `tta`, "none", "mirror" or "mirror_translate" (None: that of the run's test); `precision` (None:
                 that of training) and `accelerator`, as for Lightning's Trainer.
 
         Raises:
             UserError: a setting cannot be used, or the network's outputs are not finite.
         """
+        divisor = self.temperature(temperature, settings.get("tta"))
         predictor = self.predictor(**settings)
-        decoded = decode_all(list(expand_folders(sources)), self.image_size, batch_size, workers or cores())
+        size = self.checkpoint.image_size
+        decoded = decode_all(list(expand_folders(sources)), size, batch_size, workers or cores())
         while batch := list(itertools.islice(decoded, batch_size)):
             images = [pixels for _, pixels in batch if not isinstance(pixels, str)]
             logits = torch.empty(0)
             if images:
                 logits = predictor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].cpu()
             if not logits.isfinite().all():
-                raise UserError(f"{self.path}: the network's outputs are not finite. Its training has diverged.")
+                path = self.checkpoint.path
+                raise UserError(f"{path}: the network's outputs are not finite. Its training has diverged.")
             rows = iter(logits)
             for source, pixels in batch:
-                is_error = isinstance(pixels, str)
-                yield Answer(source, None, None, pixels) if is_error else Answer(source, next(rows), pixels)
+                if isinstance(pixels, str):
+                    yield Answer(source, pixels)
+                else:
+                    row = next(rows)
+                    yield Answer(source, "", pixels, row, self._ranked(row, divisor))
 
     def predictor(self, **settings: Any) -> "Predictor":
         """Return a `Predictor` of a copy of the network, which it may move to another device.
@@ -190,20 +173,18 @@ class Trained(NetworkAndNames):
         from cifarnet.inference.predictor import Predictor  # imports Lightning, which takes seconds
 
         chosen = {name: value for name, value in settings.items() if value is not None}
-        return Predictor(copy.deepcopy(self.network), channels_last=self.channels_last, **self.tested | chosen)
+        channels_last = self.checkpoint.channels_last
+        return Predictor(copy.deepcopy(self.network), channels_last=channels_last, **self.tested | chosen)
 
-    def heat(self, pixels: np.ndarray, logits: Tensor) -> np.ndarray:
+    def heat(self, answer: Answer) -> np.ndarray:
         """Return the Grad-CAM map of the predicted class, float [H, W] from 0 to 1.
 
         It is computed in float32 on the CPU, without test-time augmentation.
-
-        Args:
-            pixels, logits: those of an `Answer`.
         """
-        image = torch.tensor(pixels).permute(2, 0, 1)[None]
-        return grad_cam(self.network, image, logits.argmax()[None])[0].numpy()
+        image = torch.tensor(answer.pixels).permute(2, 0, 1)[None]
+        return grad_cam(self.network, image, answer.logits.argmax()[None])[0].numpy()
 
-    def ranked(self, logits: Tensor, temperature: float = 1.0) -> list[tuple[str, float]]:
+    def _ranked(self, logits: Tensor, temperature: float) -> list[tuple[str, float]]:
         """Return the classes and their probabilities for logits [num_classes], in descending order."""
         values, order = (logits.double() / temperature).softmax(0).sort(descending=True, stable=True)
         return [(self.class_names[i], value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
@@ -222,20 +203,20 @@ class Trained(NetworkAndNames):
         check("temperature", value, Temperature)
         if value != "evaluation":
             return 1.0 if value is None else float(value)
-        tta = self.tested["tta"] if tta is None else tta
+        tta, path = tta or self.tested["tta"], self.checkpoint.path
         for calibration in self.calibrations():
             if calibration["tta"] == tta:
                 return self.temperature(calibration["temperature"])
-        data = " data=…" if self.path.is_dir() else ""
+        data = " data=…" if path.is_dir() else ""
         raise UserError(
-            f"temperature=evaluation: no temperature was fitted to {self.path} with tta={tta}. Fit one on validation "
-            f"images: python -m cifarnet.evaluate {self.path}{data} tta={tta}"
+            f"temperature=evaluation: no temperature was fitted to {path} with tta={tta}. Fit one on validation "
+            f"images: python -m cifarnet.evaluate {path}{data} tta={tta}"
         )
 
     def calibrations(self) -> list[Calibration]:
         """Return the temperatures that were fitted: that of a shared folder, and that of the last evaluation."""
-        evaluation = self.evaluation()
-        fitted = [HubSettings.read(self.path / HUB_SETTINGS).evaluation] if self.path.is_dir() else []
+        path, evaluation = self.checkpoint.path, self.evaluation()
+        fitted = [HubSettings.read(path / HUB_SETTINGS).evaluation] if path.is_dir() else []
         if evaluation and evaluation.temperature is not None:
             fitted.append({"tta": evaluation.tta, "temperature": evaluation.temperature})
         return [calibration for calibration in fitted if calibration is not None]
@@ -248,16 +229,16 @@ class Trained(NetworkAndNames):
 
     def record(self) -> Record | None:
         """Return the record of the run if it is about these weights and they were tested on all test images."""
-        record = self.run_record()
-        if record is None or record.partial:
-            return None
-        return record if (record.tested_epoch, record.tested_step) == (self.epoch, self.step) else None
+        record, saved_after = self.run_record(), (self.checkpoint.epoch, self.checkpoint.step)
+        is_same = record and not record.partial and (record.tested_epoch, record.tested_step) == saved_after
+        return record if is_same else None
 
     def evaluation(self) -> Evaluation | None:
         """Return the record of the last evaluation if it is about these weights."""
         file = self.checkpoint.folder_for("evaluation") / "metrics.json"
         evaluation = Evaluation.read(file) if file.exists() else None
-        is_same = evaluation and (Path(evaluation.checkpoint).name, evaluation.epoch) == (self.path.name, self.epoch)
+        weights = self.checkpoint.path.name, self.checkpoint.epoch
+        is_same = evaluation and (Path(evaluation.checkpoint).name, evaluation.epoch) == weights
         return evaluation if is_same else None
 
 
@@ -279,4 +260,8 @@ def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
     Raises:
         UserError: there is no checkpoint, it cannot be read, or it names a class that is not allowed.
     """
-    return Trained.from_checkpoint(Checkpoint.open(path), classes)
+    checkpoint = Checkpoint.open(path)
+    trained = Trained(checkpoint.network(classes), checkpoint.class_names)
+    trained.checkpoint = replace(checkpoint, weights={}, content={})
+    trained.tested = {"tta": checkpoint.tta, "precision": checkpoint.precision}
+    return trained

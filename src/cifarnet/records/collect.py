@@ -80,14 +80,15 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
         data=cast("Data", data.describe()),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         overrides=overrides(Path(config.output_dir)),
-        config=_plain(config, resolve=False),
-        resolved=_plain(with_total_steps(config, classifier.total_steps), resolve=True),
+        config=plain(config, resolve=False),
+        resolved=plain(with_total_steps(config, classifier.total_steps), resolve=True),
         history=history.epochs,
         within_epochs=history.within_epochs,
     )
 
 
-def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
+def plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Return a config as plain data, with or without its `${…}` replaced."""
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 

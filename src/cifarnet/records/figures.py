@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import setp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -29,19 +30,19 @@ def save(figure: Figure, path: Path) -> None:
     files.write(path, content.getbuffer())
 
 
-def accuracy(history: Iterable[Mapping[str, float | None]]) -> Figure:
+def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
     """Draw training and validation accuracy against epoch.
 
     Args:
-        history: a row for each epoch, with the keys of `Classifier`'s metrics.
+        history: rows of metrics in any order, with their epoch and the keys of `Classifier`'s metrics.
     """
     figure = Figure(figsize=(8, 4.5), dpi=150)
     axis = figure.add_axes((0.09, 0.12, 0.89, 0.8))  # faster than a layout
     for key, name, colour in [("train/accuracy", "train", TRAIN), ("val/accuracy", "validation", VAL)]:
-        points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+        points = sorted((row["epoch"], row[key]) for row in history if row.get(key) is not None)
         if points:
             epochs, values = np.array(points, dtype=float).T
-            label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%}"
+            label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%} (epoch {epochs[values.argmax()]:.4g})"
             axis.plot(epochs, values, "o-", markersize=3.5, color=colour, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -58,13 +59,15 @@ def comparison(groups: Sequence[Group]) -> Figure:
     """
     from cifarnet.records.significance import interval  # scipy takes a second to import
 
-    figure = Figure(figsize=(max(8, 2.5 * len(groups)), 5), dpi=150, layout="constrained")
-    axis = figure.subplots()
     shown = list(differences(groups).items())[:3]
     labels = []
     for column, group in enumerate(groups):
         settings = [f"{key}={values[column]}" for key, values in shown]
         labels.append("\n".join([f"{group.label}  {group.name}", f"n = {len(group.values)}", *settings]))
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    width = len(groups) * max(2.5, 0.09 * longest)  # inches; the labels do not overlap
+    figure = Figure(figsize=(min(max(8, width), 400), 5), dpi=150, layout="constrained")  # PNG: up to 65,535 pixels
+    axis = figure.subplots()
     _draw(axis, labels, groups, [interval(group.values) for group in groups])
     if "accuracy" in groups[0].metric:
         low, high = axis.get_ylim()
@@ -99,7 +102,7 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
             axis.set_xscale("log")
         return numbers
     axis.xaxis.update_units(sorted(set(values)))
-    axis.tick_params(axis="x", rotation=30)
+    setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return values
 
 
