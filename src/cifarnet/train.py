@@ -69,8 +69,7 @@ def train(
         distributed.launch(run, folder, num_processes)
         return Record.read(folder / "metrics.json").val_accuracy
     with files.exclusive(folder) if leads else contextlib.nullcontext(), hardware.prepared_process(config):
-        built = build(config, callbacks, checkpoint, images)
-        trainer, classifier, data, _ = built
+        trainer, classifier, data, _ = built = build(config, callbacks, checkpoint, images)
         if checkpoint is not None:
             checkpoint.check_images(classifier.hparams)
             checkpoint.check_weights(classifier.network)
@@ -128,10 +127,8 @@ def train_run(run: dict[str, Any]) -> None:
 
 def main(run_command: Callable[[], None] = command) -> None:
     """Run `python -m cifarnet.train`, or another command that trains."""
-    if distributed.placement().world_size > 1:
-        cli.run(lambda: distributed.run_ranks(run_command, train_run))
-    else:
-        cli.run(run_command)
+    is_rank = distributed.placement().world_size > 1
+    cli.run((lambda: distributed.run_ranks(run_command, train_run)) if is_rank else run_command)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
 from cifarnet.schema import Range, check
+from cifarnet.system import distributed
 from cifarnet.system.log_output import quiet_fabric
 
 
@@ -61,7 +62,8 @@ class Predictor:
         check("tta_share", tta_share, Annotated[float, Range(0, 1)])
         try:
             with quiet_fabric():
-                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)  # pyright: ignore[reportArgumentType]
+                plugins = [distributed.environment()]  # or else Fabric warns wherever srun is installed
+                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=plugins)  # pyright: ignore[reportArgumentType]
         except Exception as error:  # Lightning raises many types for settings that it cannot use
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."

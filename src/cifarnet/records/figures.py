@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import setp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -100,9 +99,13 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
     if all(map(math.isfinite, numbers)):
         if 0 < 10 * min(numbers) <= max(numbers):
             axis.set_xscale("log")
+        if len(set(values)) <= 8:
+            axis.set_xticks(numbers, values)
+            axis.minorticks_off()
         return numbers
     axis.xaxis.update_units(sorted(set(values)))
-    setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    for label in axis.get_xticklabels():
+        label.set(rotation=30, ha="right", rotation_mode="anchor")
     return values
 
 
@@ -110,7 +113,7 @@ def _draw(axis: Axes, x: Sequence[float | str], groups: Sequence[Group], interva
     """Draw the value of each run as a dot and the mean of each group as a diamond, with half of its interval."""
     sizes, values = [len(group.values) for group in groups], [value for group in groups for value in group.values]
     axis.plot(np.repeat(x, sizes), values, "o", color=TRAIN, alpha=0.5, label="runs")
-    means, label = [group.mean for group in groups], "mean, 95 % interval" if intervals else "mean"
+    means, label = [group.mean for group in groups], "mean, 95% interval" if intervals else "mean"
     axis.errorbar(x, means, yerr=intervals, fmt="D", color=VAL, capsize=4, label=label)
     axis.set_ylabel(groups[0].metric.replace("_", " "))
     if "accuracy" in groups[0].metric:
