@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import setp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -102,7 +101,8 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
             axis.set_xscale("log")
         return numbers
     axis.xaxis.update_units(sorted(set(values)))
-    setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    for label in axis.get_xticklabels():
+        label.set(rotation=30, ha="right", rotation_mode="anchor")
     return values
 
 
