@@ -84,7 +84,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
-        raise UserError(f"{name}={value} is not valid: expected {_describe(hint)}.")
+        shown = "null" if value is None else value
+        raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.")
     is_list = isinstance(plain, list | tuple)
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):

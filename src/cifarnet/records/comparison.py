@@ -182,7 +182,7 @@ def _circumstances(group: Group) -> Iterator[tuple[str, str]]:
         for session in record.sessions:
             same = _images(record)
             same |= {"git_commit": session["git_commit"] or "unknown", "versions": session["versions"]}
-            if group.metric in ("test_accuracy", "test_cross_entropy"):
+            if group.metric.startswith("test_"):
                 same["tta"] = record.tta
             if is_time(group.metric):
                 same["hardware"] = session["hardware"]

@@ -93,8 +93,8 @@ def unit(metric: str) -> str:
 
 def sort_key(value: float, metric: str = "val_accuracy") -> float:
     """The key that sorts the best value of a metric first and NaN last."""
-    lower_is_better = metric.endswith(("cross_entropy", "seconds", "epochs", "parameters"))
-    return math.inf if math.isnan(value) else value if lower_is_better else -value
+    higher_is_better = "accuracy" in metric or "per_second" in metric
+    return math.inf if math.isnan(value) else -value if higher_is_better else value
 
 
 def overrides(folder: Path) -> list[str]:
