@@ -27,9 +27,9 @@ def locate(names: Sequence[str]) -> list[Any]:
         try:
             found.append(pydoc.locate(str(name)))
         except pydoc.ErrorDuringImport as error:
-            raise UserError(f"classes: {name} cannot be imported: {error}") from error
+            raise UserError(f"classes: {name} cannot be imported: {error}. Check the name and PYTHONPATH.") from error
         if not callable(found[-1]):
-            raise UserError(f"classes: there is no class {name}. Give it as classes=[module.Class].")
+            raise UserError(f"classes: there is no class or function {name}. Write it as classes=[module.Class].")
     return found
 
 

@@ -121,7 +121,8 @@ def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Te
         losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
-            f"objective returns {losses} for two images: expected two losses. Set objective.reduction=none."
+            f"objective returned {losses} for two images; expected one finite loss per image. "
+            "Set objective.reduction=none."
         )
     return objective
 
@@ -138,7 +139,9 @@ def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
 def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
-            raise UserError("scheduler needs the number of steps: set trainer.max_epochs=20, or scheduler=constant.")
+            raise UserError(
+                "scheduler needs the number of steps: set trainer.max_epochs, or choose scheduler=constant."
+            )
         with _explained(f"scheduler, planned for {total_steps} steps"):
             section = with_total_steps(config, total_steps).scheduler
             make_schedule = instantiate(section, _partial_=True, _convert_="all")
@@ -158,6 +161,6 @@ def _explained(part: str) -> Iterator[None]:
     try:
         yield
     except ArithmeticError as error:  # a warm-up of one step or none
-        raise UserError(f"{part}: {error}. Train for longer, or choose scheduler=linear or constant.") from error
+        raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{part}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{part}: {' '.join(str(error).split()).rstrip('.')}. Change its settings.") from error

@@ -87,11 +87,11 @@ class Checkpoint:
             reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
             reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
             raise UserError(
-                f"{path} cannot be read as a checkpoint of cifarnet: {reason[:200]}. Use another one, or train again."
+                f"{path} is not a readable cifarnet checkpoint: {reason[:200]}. Use another checkpoint, or train again."
             ) from error
         if is_newer:
             raise UserError(
-                f"{path} was written by cifarnet {checkpoint.version}, and {__version__} is installed: update cifarnet."
+                f"{path} was written by cifarnet {checkpoint.version}, but {__version__} is installed: update cifarnet."
             )
         return checkpoint
 
@@ -161,7 +161,8 @@ class Checkpoint:
                 self.check_weights(build())  # some networks of other libraries cannot be built like this
             network = build()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: the network cannot be built: {' '.join(str(error).split())}") from error
+            problem = f"the network cannot be built: {' '.join(str(error).split()).rstrip('.')}"
+            raise UserError(f"{self.path}: {problem}. Use the library versions that trained it.") from error
         self.check_weights(network)
         network.load_state_dict(self.weights)
         return network.eval()
@@ -180,7 +181,7 @@ class Checkpoint:
         arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # a file that training started from
         for key, value in arguments.items():
             if not _is_plain(value):
-                raise UserError(f"{self.path}: model.{key}={value} is not plain data.")
+                raise UserError(f"{self.path}: model.{key}={value} is not plain data. Use another checkpoint.")
         check_arguments(f"{self.path}: model", make, arguments)
         return make, arguments
 
@@ -195,8 +196,8 @@ class Checkpoint:
         differing = [name for name in expected | found if expected.get(name) != found.get(name)]
         if differing:
             raise UserError(
-                f"The weights in {self.path} do not fit the network: {differing[0]} differs, and {len(differing) - 1} "
-                "more. The network's code or settings have changed since; use the version that trained it."
+                f"The weights in {self.path} do not fit the network: {len(differing)} differ, such as {differing[0]}. "
+                "The network's code or settings have changed since it was trained; use the version that trained it."
             )
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:
@@ -208,7 +209,7 @@ class Checkpoint:
         if list(class_names) != self.class_names:
             raise UserError(
                 f"The data has the classes {', '.join(class_names)}; {name} was trained on "
-                f"{', '.join(self.class_names)}. Use data with these classes, in folders of these names."
+                f"{', '.join(self.class_names)}. Use data with these classes, in folders with these names."
             )
         self.check_image_size(image_size, name)
 
@@ -220,8 +221,8 @@ class Checkpoint:
         """
         if image_size != self.image_size:
             raise UserError(
-                f"The images are {image_size} pixels wide; {name} was trained on {self.image_size} pixels. "
-                f"For a folder, set data.image_size={self.image_size}."
+                f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size} pixels. "
+                f"With data=folder, set data.image_size={self.image_size}."
             )
 
     def check_images(self, hparams: Mapping[str, Any]) -> None:
@@ -234,7 +235,7 @@ class Checkpoint:
         for name in ("class_names", "image_size", "num_images"):
             if recorded[name] != hparams[name]:
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]}, now {hparams[name]}. "
+                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {hparams[name]}. "
                     "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
                 )
 
@@ -287,5 +288,5 @@ def _missing(path: Path) -> UserError:
     runs = sorted(folder.glob("*/checkpoints"), key=lambda found: found.stat().st_mtime)
     suggestion = f" Did you mean {runs[-1].parent}?" if runs else ""
     return UserError(
-        f"There is no checkpoint {path}.{suggestion} Name a run's folder, or a file in <run>/checkpoints/."
+        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, or a file in <run>/checkpoints/."
     )

@@ -167,7 +167,7 @@ class Classifier(L.LightningModule):
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ValueError, ArithmeticError) as error:
-            raise UserError(f"scheduler: step {self.global_step} failed: {error}. Choose other settings.") from error
+            raise UserError(f"scheduler: step {self.global_step} failed: {error}. Change its settings.") from error
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None

@@ -60,7 +60,7 @@ def parse(
         epilog="settings:\n" + "\n".join(f"  {line}" for line in settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="runs, and settings: see below")
+    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="paths and settings (see below)")
     parser.set_defaults(against=[])
     if against:
         parser.add_argument("--against", nargs="+", metavar="PATH", help="the runs to compare with")
@@ -68,7 +68,9 @@ def parse(
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
         setting = f"{key.replace('-', '_')}={value or '…'}"
-        parser.error(f"unknown option {unknown[0]}. Settings have no dashes: {setting} (a file: ./{unknown[0]})")
+        parser.error(
+            f"unknown option {unknown[0]}. Write settings without dashes: {setting} (for a file, ./{unknown[0]})"
+        )
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
         parser.error("a path is required: the folder of a run")
@@ -83,7 +85,8 @@ def parse_one(command: str, description: str | None) -> tuple[str, list[str]]:
     """Parse the arguments of a command that takes one run, and return its path and the settings."""
     paths, settings, _ = parse(command, description)
     if len(paths) > 1:
-        raise UserError(f"{command} takes one run or checkpoint, and got {len(paths)} paths: {', '.join(paths)}.")
+        found = f"{len(paths)}: {', '.join(paths)}"
+        raise UserError(f"{command} takes one run or checkpoint, but got {found}. Give only one.")
     return paths[0], settings
 
 
@@ -207,7 +210,8 @@ def explain(error: BaseException) -> str | None:
     if (disk_error := _disk_error(error)) is not None:
         file = disk_error.filename or "A file"
         return (
-            f"{file} cannot be written: {disk_error.strerror}. The previous version is kept. Make room and try again."
+            f"{file} cannot be written: {disk_error.strerror}. The previous version was kept. Free disk space, or "
+            "choose another disk, and try again."
         )
     if isinstance(error, MemoryError) or _is_instance(error, "torch", "OutOfMemoryError"):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
@@ -224,7 +228,7 @@ def explain(error: BaseException) -> str | None:
         if (extra := {"joblib": "sweep", "submitit_slurm": "slurm"}.get(name)) is not None:
             return f"This launcher needs {name.partition('_')[0]}: pip install 'cifarnet[{extra}]'"
         suggestion = did_you_mean(name, error.options)
-        return f"There is no {group}={name}.{suggestion} Choose one of {', '.join(error.options)}."
+        return f"{group}={name} does not exist.{suggestion} Choose one of these: {', '.join(error.options)}."
     if isinstance(error, ConfigCompositionException) and isinstance(
         error.__cause__, ConfigKeyError | ConfigAttributeError
     ):
@@ -248,7 +252,7 @@ def _unknown_setting(error: Any) -> str:
     if not str(error.full_key).startswith("hydra"):
         root.pop("hydra", None)
     suggestion = did_you_mean(error.full_key, _keys(root) | {path.name for path in CONFIGS.glob("*/")})
-    return f"{error.full_key}: unknown setting.{suggestion} (To add a new setting, put a + in front.)"
+    return f"{error.full_key}: unknown setting.{suggestion} (To add a new setting, put a + before it.)"
 
 
 def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:

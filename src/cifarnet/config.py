@@ -98,11 +98,12 @@ def validate(config: DictConfig) -> None:
     for section in ("callbacks", "recipe", "logger"):
         parts = config.get(section) or {}
         if not isinstance(parts, DictConfig | dict):
-            raise UserError(f"{section}={parts} is not a mapping of names, such as {section}.mine={{_target_: …}}.")
+            example = f"{section}.mine={{_target_: …}}"
+            raise UserError(f"{section}={parts} must map names to components, such as {example}.")
         is_part = section == "logger" and has_target(parts)  # a single one, without a name
         for name, part in {} if is_part else parts.items():
             if part is not None and not has_target(part):
-                raise UserError(f"{section}.{name}={part} has no _target_.")
+                raise UserError(f"{section}.{name}={part} has no _target_. Add {section}.{name}._target_=module.Class.")
     check_sections(config)
     _check_trainer(config.trainer)
     check("objective.label_smoothing", config.objective.get("label_smoothing", 0), Annotated[float, Range(0, 1)])
@@ -169,23 +170,23 @@ def _check_trainer(trainer: DictConfig) -> None:
     for name, limits in LIBRARY_RANGES.items():
         value = trainer.get(name)
         if isinstance(value, int) and value not in limits:
-            raise UserError(f"trainer.{name}={value} is out of range: give a whole number {limits}.")
+            raise UserError(f"trainer.{name}={value} is out of range: it must be {limits}.")
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise UserError(f"trainer.strategy={strategy} is not supported. Choose trainer=ddp.")
     precision = str(trainer.get("precision"))
     if precision in ("16-true", "bf16-true"):
         mixed = precision.replace("true", "mixed")
-        raise UserError(f"trainer.precision={precision} is not supported: weights stay in float32. Choose {mixed}.")
+        raise UserError(f"trainer.precision={precision} is not supported: the weights stay in float32. Choose {mixed}.")
     max_epochs, max_steps, max_time = (trainer.get(name) for name in ("max_epochs", "max_steps", "max_time"))
     if max_epochs is None and max_steps in (None, -1) and max_time is None:
-        raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop the run.")
+        raise UserError("trainer.max_epochs=null: use a number of epochs, or -1 to train until you stop the run.")
     if max_epochs == 0:
-        raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
+        raise UserError("trainer.max_epochs=0 would train nothing. Set it to 1 or more.")
     if (folder := trainer.get("default_root_dir")) is not None:
-        raise UserError(f"trainer.default_root_dir={folder}: a run has one folder. Set it with hydra.run.dir=…")
+        raise UserError(f"trainer.default_root_dir={folder} is not supported. Set the run's folder: hydra.run.dir=…")
     if (clip := trainer.get("gradient_clip_val") or 0) < 0:
-        raise UserError(f"trainer.gradient_clip_val={clip}: give a number above 0, or null for no clipping.")
+        raise UserError(f"trainer.gradient_clip_val={clip}: use a number above 0, or null for no clipping.")
 
 
 def _check_keys(config: DictConfig) -> None:
@@ -198,7 +199,8 @@ def _check_keys(config: DictConfig) -> None:
         for key in map(str, section):
             is_used = re.search(rf"\$\{{[^}}]*(?<![\w.]){re.escape(prefix + key)}\b", written)
             if key not in options and not is_used:
-                raise UserError(f"{prefix}{key}: unknown setting; nothing uses it.{did_you_mean(key, options)}")
+                suggestion = did_you_mean(key, options) or " Remove it, or correct its name."
+                raise UserError(f"{prefix}{key}: unknown setting; nothing uses it.{suggestion}")
 
 
 def _check_node(name: str, node: DictConfig) -> None:
@@ -227,10 +229,10 @@ def _locate(name: str, target: str) -> Callable[..., Any]:
     try:
         called = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{name}={target} cannot be imported: {error.value}") from error
+        raise UserError(f"{name}={target} cannot be imported: {error.value}. Correct the module.") from error
     if not callable(called):
         library = target.partition(".")[0]
         is_missing = library.isidentifier() and importlib.util.find_spec(library) is None
-        reason = f": the package {library} is not installed" if is_missing else ""
-        raise UserError(f"{name}={target}: there is no such class or function{reason}. Check the name.")
+        remedy = f"The package {library} is not installed: install it." if is_missing else "Check the name."
+        raise UserError(f"{name}={target}: there is no such class or function. {remedy}")
     return called

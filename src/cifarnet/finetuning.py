@@ -29,7 +29,7 @@ def expand(config: DictConfig) -> DictConfig:
     if not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in list(model):
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
-        raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")
+        raise UserError("model.checkpoint is required: set it to a run's folder, model.checkpoint=RUN.")
     checkpoint = Checkpoint.open(str(model.checkpoint))
     make, arguments = checkpoint.architecture(locate(config.classes))
     recorded = {"_target_": class_path(make)} | arguments

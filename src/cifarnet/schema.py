@@ -30,8 +30,8 @@ class Range:
         return self.least <= number <= self.most and self.above < number < self.below  # false for NaN
 
     def __str__(self) -> str:
-        words = {"from": self.least, "above": self.above, "to": self.most, "and below": self.below}
-        return " ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
+        words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
 
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -63,8 +63,8 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
     for key, value in arguments.items():
         if names is not None and key not in names:
             suggestion = did_you_mean(key, names) or (
-                f" Remove it. If two choices both set {name}, use only one of them; to replace the whole section, "
-                f"give '~{name}' '+{name}={{_target_: …}}'."
+                f" Remove this setting. If two of your choices set {name}, use only one of them. To replace the whole "
+                f"section, use '~{name}' '+{name}={{_target_: …}}'."
             )
             owner = f"{called.__module__}.{called.__qualname__}"
             raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
@@ -89,10 +89,10 @@ def check(name: str, value: Any, hint: Any) -> None:
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):
         if (is_list and not plain) or any(number not in limits for number in numbers):
-            expected = "one or more numbers, each" if is_list else "a number"
-            raise UserError(f"{name}={value} is out of range: give {expected} {limits}.")
+            expected = "one or more numbers, each " if is_list else ""
+            raise UserError(f"{name}={value} is out of range: it must be {expected}{limits}.")
     if not all(abs(number) < 2**63 for number in numbers):  # NaN too
-        raise UserError(f"{name}={value} is not a finite number.")
+        raise UserError(f"{name}={value} is too large or not finite: use a number below 2**63.")
 
 
 def did_you_mean(key: str, options: Iterable[str]) -> str:

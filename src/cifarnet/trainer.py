@@ -64,7 +64,7 @@ def make_trainer(
         raise
     except Exception as error:  # Lightning raises many types for settings that it cannot use
         chosen = " ".join(f"trainer.{key}={config.trainer.get(key)}" for key in ("accelerator", "devices", "strategy"))
-        raise UserError(f"{chosen} cannot be used: {error} Choose trainer=auto, cpu or ddp.") from error
+        raise UserError(f"{chosen}: {error} Choose trainer=auto, trainer=cpu or trainer=ddp.") from error
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
     return trainer
@@ -79,7 +79,8 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     callbacks = [expect(Callback, section._target_, instantiate(section)) for section in chosen]
     averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
     if len(averages) > 1:
-        raise UserError(f"{' and '.join(averages)} both replace the network's weights by an average: choose one.")
+        names = " and ".join(averages)
+        raise UserError(f"{names} both replace the network's weights with an average. Use only one of them.")
     first = [instantiate({"_target_": STATE})]
     if config.compile:
         first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))
