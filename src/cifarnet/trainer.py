@@ -28,12 +28,12 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
     **trainer_settings: Any,
 ) -> L.Trainer:
-    """Build Lightning's Trainer with callbacks and loggers; `validates`: whether there are validation images."""
+    """Build Lightning's Trainer with callbacks and loggers; `validates` says whether there are validation images."""
     all_callbacks = [*_callbacks(config, validates), *callbacks]
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False
     for bar in bars if not shows_bar else []:
-        bar.disable()  # it still prints a line after every epoch
+        bar.disable()  # the bar still prints a line after every epoch
     defaults = {
         "default_root_dir": config.output_dir,
         "enable_model_summary": False,
@@ -71,7 +71,7 @@ def make_trainer(
 
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
-    """Build the callbacks of a config, recipes first: those that save a checkpoint then save what a recipe changed."""
+    """Build the callbacks of a config, recipes first, so that checkpoints contain the changes that recipes make."""
     sections = [*(config.get("recipe") or {}).values(), *(config.get("callbacks") or {}).values()]
     chosen = [section for section in sections if section]
     if not validates:  # there is no metric by which to choose a checkpoint
