@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[1]
         ),
         (["+callbacks.mine=3"], "callbacks.mine=3", "_target_"),
         (["+experiment=basline"], "no experiment=basline", "Did you mean baseline?"),
-        (["model=resnet"], "no model=resnet", "Choose one of cct7_3x1, cnn"),
+        (["model=resnet"], "model=resnet does not exist", "Choose one of these: cct7_3x1, cnn"),
         (["trainer.max_epochs=many"], "trainer.max_epochs=many", "expected a whole number"),
         (["optimizer.lr=fast"], "optimizer.lr=fast", "expected a number"),
         (["data.batch_size=2.5"], "data.batch_size=2.5", "expected a whole number"),
@@ -69,7 +69,7 @@ ROOT = Path(__file__).parents[1]
         (["seed=x"], "seed=x", "expected a whole number"),
         (["model.widths=[4,4,8]"], "widths=[4, 4, 8]", "even number"),
         (["+optimizer.lrr=1"], "optimizer.lrr=1", "Did you mean lr?"),
-        (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing", "1 or more"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 would train nothing", "1 or more"),
         (["trainer.max_epochs=-1"], "scheduler", "trainer.max_epochs"),
         (["+trainer.limit_train_batches=0"], "scheduler", "trainer.max_epochs"),
         (["trainer.precision=bf16-true"], "trainer.precision=bf16-true", "bf16-mixed"),
@@ -91,7 +91,7 @@ ROOT = Path(__file__).parents[1]
         (["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"], "sync_batchnorm", "requires GPUs"),
         (["trainer.devices=text"], "trainer.devices=text", "int > 0"),
         (["trainer.devices=3000000000"], "trainer.devices=3000000000", "from -1 to 4,096"),
-        (["trainer.max_epochs=null"], "trainer.max_epochs=null", "give a number of epochs"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null", "use a number of epochs"),
         (["+trainer.val_check_interval=0"], "trainer.val_check_interval=0", "from 1"),
         (["optimizer.lr=0.1,"], "optimizer.lr=0.1,", ""),
         (["scheduler=null"], "group override must be a string", ""),
@@ -185,7 +185,7 @@ def test_two_runs_in_one_folder_are_refused(command, tmp_path):
     with files.exclusive(tmp_path / "run"):
         status, _, error = command(*SMALL, "hydra.run.dir=run")
     assert status == 1
-    assert "Another process uses" in error
+    assert "Another process is using" in error
     assert "hydra.run.dir=" in error
 
 

@@ -139,7 +139,7 @@ trainer.strategy
 
 
 def test_a_library_that_is_not_installed_is_named():
-    with pytest.raises(UserError, match=r"no such class or function: the package nowhere is not installed"):
+    with pytest.raises(UserError, match=r"no such class or function\. The package nowhere is not installed"):
         validate(compose("train", ["optimizer._target_=nowhere.Lion", "output_dir=run"]))
 
 

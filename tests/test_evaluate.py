@@ -180,7 +180,7 @@ def test_other_data_is_split_like_the_runs_data(config, tmp_path):
         (["classes=3"], "classes=3 is not valid"),
         (["classes=no.such"], "classes=no.such is not valid"),
         (["tta_share=nan"], "tta_share=nan"),
-        (["seed=-1"], "seed=-1 is out of range: give a number from 0 to 4,294,967,295"),
+        (["seed=-1"], "seed=-1 is out of range: it must be at least 0 and at most 4,294,967,295"),
         (["seed=4294967296"], "seed=4294967296"),
         (["data.eval_batch_size=0"], "data.eval_batch_size=0"),
         (["data.val_fraction=nan"], "data.val_fraction=nan"),
@@ -210,7 +210,7 @@ def test_data_for_another_task(run, changed, command):
 
     status, _, error = command(changed(to(image_size=33)))  # pooled to the same size as 32
     assert status == 1
-    assert "The images are 32 pixels wide; the network was trained on 33" in error
+    assert "The images are 32 pixels wide; the network was trained on images of 33" in error
 
 
 class Bomb:
@@ -233,7 +233,7 @@ MKDIR = {"_target_": "os.mkdir", "path": "exploded"}
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda checkpoint: checkpoint.update(extra=Bomb()), "cannot be read as a checkpoint of cifarnet"),
+        (lambda checkpoint: checkpoint.update(extra=Bomb()), "is not a readable cifarnet checkpoint"),
         (to(model=MKDIR), "names the class os.mkdir, which is not part of cifarnet.models"),
         (to(data=MKDIR), "names the class os.mkdir, which is not part of cifarnet.data"),
         (to("data", _target_="torch.hub.load"), "the class torch.hub.load"),
@@ -246,9 +246,9 @@ MKDIR = {"_target_": "os.mkdir", "path": "exploded"}
         (to("model", wings=2), "model.wings=2"),
         (to("model", widths=MKDIR), "model.widths="),
         (to(cifarnet="999.1"), "was written by cifarnet 999.1"),
-        (to(class_names=None), "cannot be read as a checkpoint of cifarnet"),
+        (to(class_names=None), "is not a readable cifarnet checkpoint"),
         (to(image_size="x"), "image_size=x"),
-        (lambda checkpoint: checkpoint["hyper_parameters"].pop("model"), "cannot be read as a checkpoint of cifarnet"),
+        (lambda checkpoint: checkpoint["hyper_parameters"].pop("model"), "is not a readable cifarnet checkpoint"),
         (to(precision="x"), "precision=x"),
         (to(tta="x"), "tta=x"),
     ],
@@ -283,11 +283,11 @@ def test_damaged_files(run, command, tmp_path):
         (tmp_path / name).write_bytes(damaged)
         status, _, error = command(tmp_path / name)
         assert status == 1
-        assert f"{tmp_path / name} cannot be read as a checkpoint of cifarnet" in error
+        assert f"{tmp_path / name} is not a readable cifarnet checkpoint" in error
         assert "Traceback" not in error
     status, _, error = command(tmp_path)
     assert status == 1
-    assert f"There is no checkpoint {tmp_path}/checkpoints/best.ckpt" in error
+    assert f"{tmp_path}/checkpoints/best.ckpt: no checkpoint found" in error
 
 
 class OwnData(Synthetic):
@@ -378,7 +378,7 @@ def test_links_out_of_the_run_are_refused(run, tmp_path):
     shutil.rmtree(copy / "evaluation", ignore_errors=True)
     (tmp_path / "mine").mkdir()
     (copy / "evaluation").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="evaluation is a link that leads out of"):
+    with pytest.raises(UserError, match="evaluation is a link to a place outside"):
         evaluate(copy, QUICK)
     assert not list((tmp_path / "mine").iterdir())
     assert evaluate(copy, [*QUICK, f"output_dir={copy / 'evaluation'}"])

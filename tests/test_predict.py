@@ -290,7 +290,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
         ([], 1, "Name pictures as well"),
         (["a.png", "ttta=mirror"], 1, "Did you mean tta?"),
         (["a.png", "tta=rotate"], 1, "tta=rotate"),
-        (["a.png", "top=0"], 1, "top=0 is out of range: give a number from 1"),
+        (["a.png", "top=0"], 1, "top=0 is out of range: it must be at least 1"),
         (["a.png", "top=many"], 1, "top=many is not valid"),
         (["a.png", "workers=0"], 1, "workers=0"),
         (["a.png", "batch_size=0"], 1, "batch_size=0"),
@@ -299,8 +299,8 @@ def test_temperature_of_the_evaluation(run, tmp_path):
         (["a.png", "precision=bf8"], 1, "precision=bf8"),
         (["a.png", "output=a.png"], 1, "output=a.png: give a file name that ends with .csv or .json"),
         (["a.png", "output=a.png/b.csv"], 1, "output=a.png/b.csv cannot be written"),
-        (["a.png", "--batch-size=3"], 2, "Settings have no dashes: batch_size=3"),
-        (["a.png", "--top", "3"], 2, "Settings have no dashes: top=…"),
+        (["a.png", "--batch-size=3"], 2, "Write settings without dashes: batch_size=3"),
+        (["a.png", "--top", "3"], 2, "Write settings without dashes: top=…"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -398,7 +398,7 @@ class Bomb:
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda checkpoint: checkpoint.update(extra=Bomb()), "cannot be read as a checkpoint of cifarnet"),
+        (lambda checkpoint: checkpoint.update(extra=Bomb()), "is not a readable cifarnet checkpoint"),
         (
             lambda checkpoint: checkpoint["hyper_parameters"].update(
                 model={"_target_": "os.mkdir", "path": "exploded"}

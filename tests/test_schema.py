@@ -14,10 +14,10 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("limits", "inside", "outside", "words"),
     [
-        (Range(0, 1), [0, 0.5, 1], [-1e-9, 1.1, NAN, INF, -INF], "from 0 to 1"),
-        (Range(above=0, most=9), [1e-9, 9], [0, -1, 10, NAN], "above 0 to 9"),
-        (Range(0, below=1), [0, 0.99], [1, NAN], "from 0 and below 1"),
-        (Range(least=3), [3, 2**62], [2, NAN, INF], "from 3"),
+        (Range(0, 1), [0, 0.5, 1], [-1e-9, 1.1, NAN, INF, -INF], "at least 0 and at most 1"),
+        (Range(above=0, most=9), [1e-9, 9], [0, -1, 10, NAN], "above 0 and at most 9"),
+        (Range(0, below=1), [0, 0.99], [1, NAN], "at least 0 and below 1"),
+        (Range(least=3), [3, 2**62], [2, NAN, INF], "at least 3"),
     ],
     ids=str,
 )
@@ -27,7 +27,7 @@ def test_numbers_out_of_range_are_refused(limits, inside, outside, words):
     for number in outside:
         with pytest.raises(UserError) as error:
             check("a.b", number, Annotated[float, limits] | None)
-        assert str(error.value) == f"a.b={number} is out of range: give a number {words}."
+        assert str(error.value) == f"a.b={number} is out of range: it must be {words}."
 
 
 def test_every_number_of_a_list_is_checked():
@@ -35,7 +35,7 @@ def test_every_number_of_a_list_is_checked():
     check("a", [1, 9], hint)
     check("a", None, hint)
     for wrong in ([], [1, 0], (10,)):
-        with pytest.raises(UserError, match=r"give one or more numbers, each from 1 to 9"):
+        with pytest.raises(UserError, match=r"it must be one or more numbers, each at least 1 and at most 9"):
             check("a", wrong, hint)
 
 
@@ -75,7 +75,7 @@ def test_values_of_another_type_are_refused(value, hint, words):
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 2**63, [1.0, NAN]])
 def test_numbers_are_finite_and_fit_into_64_bits(value):
-    with pytest.raises(UserError, match=r"^a\.b=.* is not a finite number"):
+    with pytest.raises(UserError, match=r"^a\.b=.* is too large or not finite"):
         check("a.b", value, Any)
 
 
@@ -94,7 +94,7 @@ class Open:
 def test_arguments_are_checked_against_the_signature_of_a_class_and_its_bases():
     check_arguments("data", Derived, {"size": 3, "flip": "random", "rate": 1})
     for arguments, message in [
-        ({"size": 10}, r"data\.size=10 is out of range: give a number from 1 to 9"),
+        ({"size": 10}, r"data\.size=10 is out of range: it must be at least 1 and at most 9"),
         ({"flip": "left"}, r"data\.flip=left .* expected none or random"),
         ({"rate": "fast"}, r"data\.rate=fast .* expected a number"),
         ({"sizes": 3}, r"data\.sizes=3: .*Derived has no argument sizes\. Did you mean size\?"),

@@ -10,7 +10,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # on first use: importing torch takes seconds, and `--help` needs none of it
+    if name == "load":  # imported on first use: torch takes seconds to import, and `--help` does not need it
         from cifarnet.inference.trained import load
 
         return load

@@ -1,7 +1,7 @@
-"""Which classes a checkpoint file may name.
+"""The classes that a checkpoint file may name.
 
-Instantiating whatever a file names would let a stranger's file run code. Loading therefore accepts this project's own
-networks and data sets, and the classes that the user lists in the command.
+Instantiating any class that a file names would allow an untrusted file to run code. Loading therefore accepts only the
+networks and data sets of this project, and the classes that the user lists in the command.
 """
 
 import importlib
@@ -20,16 +20,16 @@ def locate(names: Sequence[str]) -> list[Any]:
     """Import the classes and functions that the user lists, as in `classes=[module.Class]`.
 
     Raises:
-        UserError: there is no class or function of that name.
+        UserError: a class or function does not exist.
     """
     found = []
     for name in names:
         try:
             found.append(pydoc.locate(str(name)))
         except pydoc.ErrorDuringImport as error:
-            raise UserError(f"classes: {name} cannot be imported: {error}") from error
+            raise UserError(f"classes: {name} cannot be imported: {error}. Check the name and PYTHONPATH.") from error
         if not callable(found[-1]):
-            raise UserError(f"classes: there is no class {name}. Give it as classes=[module.Class].")
+            raise UserError(f"classes: there is no class or function {name}. Write it as classes=[module.Class].")
     return found
 
 
@@ -40,7 +40,7 @@ def allowed_class(name: Any, package: str, path: Path, classes: Sequence[Any] = 
         name: the value of `_target_` in the file.
         package: the package of this project whose classes are allowed, such as "cifarnet.models".
         path: the file, for the error message.
-        classes: classes and functions that the user allows in addition.
+        classes: other classes and functions that the user allows.
 
     Raises:
         UserError: the class is not allowed.
@@ -69,12 +69,12 @@ def class_path(found: Any) -> str:
 
 
 def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Sequence[str] = ()) -> None:
-    """Check that a recorded config, which is about to be repeated, names no class from outside the known libraries.
+    """Check that a recorded config, which is about to be reused, names only classes of known libraries.
 
     Args:
-        config: nested dictionaries and lists.
-        path: the file that holds the config, for the error message.
-        classes: full names of further classes that the user allows.
+        config: the config as nested dictionaries and lists.
+        path: the file that contains the config, for the error message.
+        classes: full names of other classes that the user allows.
 
     Raises:
         UserError: the config names another class.

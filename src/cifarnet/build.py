@@ -1,4 +1,4 @@
-"""Build the trainer, the classifier and the data that a config describes. Only `build` and `trainer` instantiate."""
+"""Build the trainer, the classifier and the data of a config. Only `build` and `trainer` call `instantiate`."""
 
 import contextlib
 import time
@@ -30,7 +30,7 @@ class Built(NamedTuple):
     trainer: L.Trainer
     classifier: Classifier
     data: ImageDataModule
-    fit_seconds: float  # spent in the network's own `fit`
+    fit_seconds: float  # the duration of the network's `fit`
 
 
 def build(
@@ -40,17 +40,17 @@ def build(
     images: SharedImages | None = None,
     **trainer_settings: Any,
 ) -> Built:
-    """Build everything that a run consists of.
+    """Build the trainer, the classifier and the data of a run.
 
     Args:
         config: a valid config, as composed from `configs/train.yaml`.
         callbacks: callbacks in addition to those of the config.
         checkpoint: the checkpoint of this run from which training will be resumed.
-        images: images that the previous run has read.
+        images: the images that the previous run read.
         trainer_settings: settings of Lightning's Trainer that replace those of the config.
 
     Raises:
-        UserError: a setting or the data cannot be used; the message says what to do.
+        UserError: a setting or the data cannot be used.
     """
     L.seed_everything(config.seed, verbose=False)
     data = make_data(config)
@@ -86,15 +86,15 @@ def build(
 
 
 def make_data(config: DictConfig) -> ImageDataModule:
-    """Build the data module of a config's section `data`; it reads the images on first use."""
+    """Build the data module of a config's section `data`; the module reads the images on first use."""
     return expect(ImageDataModule, "data", instantiate(config.data))
 
 
 def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = False) -> tuple[nn.Module, float]:
-    """Build the network, and return it with the seconds that its own `fit` took.
+    """Build the network; return it, and the duration of its `fit` in seconds.
 
-    Its input is normalised by the statistics of the training images; a network that starts from the weights of another
-    run (`config.start`) keeps the statistics of that run. With `resumes`, a checkpoint provides all of this.
+    The network normalizes its input with the statistics of the training images; a network that starts from the weights
+    of another run (`config.start`) keeps the statistics of that run. With `resumes`, a checkpoint provides them.
     """
     make = instantiate(config.model, _partial_=True)
     with _explained("model"):
@@ -115,13 +115,14 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
 
 
 def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the objective, and try it on two images: torch's losses check their settings when they are called."""
+    """Build the objective, and call it on two images, because torch's losses check their settings when called."""
     objective = instantiate(config.objective)
     with _explained("objective"):
         losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
-            f"objective returns {losses} for two images: expected two losses. Set objective.reduction=none."
+            f"objective returned {losses} for two images; expected one finite loss per image. "
+            "Set objective.reduction=none."
         )
     return objective
 
@@ -138,7 +139,9 @@ def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
 def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
-            raise UserError("scheduler needs the number of steps: set trainer.max_epochs=20, or scheduler=constant.")
+            raise UserError(
+                "scheduler needs the number of steps: set trainer.max_epochs, or choose scheduler=constant."
+            )
         with _explained(f"scheduler, planned for {total_steps} steps"):
             section = with_total_steps(config, total_steps).scheduler
             make_schedule = instantiate(section, _partial_=True, _convert_="all")
@@ -154,10 +157,10 @@ def with_total_steps(config: DictConfig, total_steps: float) -> Any:
 
 @contextlib.contextmanager
 def _explained(part: str) -> Iterator[None]:
-    """Report the errors by which networks, optimizers, schedules and losses reject their settings."""
+    """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""
     try:
         yield
-    except ArithmeticError as error:  # a warm-up of one step or none
-        raise UserError(f"{part}: {error}. Train for longer, or choose scheduler=linear or constant.") from error
+    except ArithmeticError as error:  # the warm-up has fewer than two steps
+        raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{part}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{part}: {' '.join(str(error).split()).rstrip('.')}. Change its settings.") from error

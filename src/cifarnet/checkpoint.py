@@ -1,8 +1,8 @@
-"""A checkpoint file, read and verified once.
+"""A checkpoint file, which is read and verified once.
 
 Loading is safe: it uses the weights, the network's class and plain arguments, the class names, the image size and the
-settings of the test. It reads no path, no callback and no config from the file, and runs no code of it. Resuming
-(`resuming.py`) repeats the recorded config, and is for your own runs.
+settings of the test. It reads no path, no callback and no config from the file, and runs no code in it. Resuming
+(`resuming.py`) reuses the recorded config, which can run code: resume only your own runs.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from cifarnet.models.tta import TTA
 from cifarnet.schema import Pixels, Range, check, check_arguments
 from cifarnet.system import files
 
-HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for Hugging Face's hub
+HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for the Hugging Face Hub
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Checkpoint:
         weights: the network's weights by name.
         model: the network's plain arguments, with its class as `_target_`.
         class_names: the names of the classes in the order of the logits.
-        image_size: height and width of the training images in pixels.
-        tta, tta_share, precision, channels_last: how the run tests its network.
-        data: the class of the run's data set as `_target_`, and those of its arguments that are numbers; never a path.
+        image_size: the height and width of the training images in pixels.
+        tta, tta_share, precision, channels_last: the settings of the run that also apply to its test.
+        data: the class of the run's data set as `_target_`, and its numeric arguments; never a path.
         content: everything that Lightning saved, for resuming; empty for a folder in Hugging Face's format.
     """
 
@@ -73,7 +73,7 @@ class Checkpoint:
                 a folder in Hugging Face's format.
 
         Raises:
-            UserError: there is no such checkpoint, it cannot be read, or a newer version of cifarnet wrote it.
+            UserError: the checkpoint does not exist, cannot be read, or was written by a newer version of cifarnet.
         """
         path = find(path)
         if not path.exists():
@@ -87,18 +87,18 @@ class Checkpoint:
             reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
             reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
             raise UserError(
-                f"{path} cannot be read as a checkpoint of cifarnet: {reason[:200]}. Use another one, or train again."
+                f"{path} is not a readable cifarnet checkpoint: {reason[:200]}. Use another checkpoint, or train again."
             ) from error
         if is_newer:
             raise UserError(
-                f"{path} was written by cifarnet {checkpoint.version}, and {__version__} is installed: update cifarnet."
+                f"{path} was written by cifarnet {checkpoint.version}, but {__version__} is installed: update cifarnet."
             )
         return checkpoint
 
     @classmethod
     def _open_file(cls, path: Path) -> "Checkpoint":
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares the checksums that torch.save wrote
+            damaged = archive.testzip()  # verifies the checksums that torch.save wrote
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -117,12 +117,12 @@ class Checkpoint:
     def _verified(
         cls, path: Path, settings: Mapping[str, Any], weights: dict[str, Tensor], content: dict[str, Any]
     ) -> "Checkpoint":
-        """Check the types of the settings that loading uses, and that every weight is a tensor with its values."""
+        """Check the types of the settings that loading uses, and that the file contains all values of every weight."""
         prefix = "network."
         weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         for name, value in weights.items():
             has_values = value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.nbytes
-            if not has_values:  # a small file could claim weights of any size, and a network that fits them
+            if not has_values:  # otherwise a small file could claim weights of any size
                 raise ValueError(f"the weight {name} has fewer values than its shape {list(value.shape)} says")
         data = dict(settings.get("data") or {})
         checkpoint = cls(
@@ -149,7 +149,7 @@ class Checkpoint:
         """Build the network with its trained weights, in eval mode on the CPU.
 
         Args:
-            classes: network classes (or functions that return a network) from outside this project that are allowed.
+            classes: allowed network classes (or functions that return a network) from outside this project.
 
         Raises:
             UserError: the class is not allowed, or the weights do not fit the network.
@@ -158,10 +158,11 @@ class Checkpoint:
         build = partial(construct, make, len(self.class_names), self.image_size, **arguments)
         try:
             with contextlib.suppress(NotImplementedError), torch.device("meta"):  # allocates no memory
-                self.check_weights(build())  # some networks of other libraries cannot be built like this
+                self.check_weights(build())  # some networks of other libraries cannot be built on the meta device
             network = build()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: the network cannot be built: {' '.join(str(error).split())}") from error
+            problem = f"the network cannot be built: {' '.join(str(error).split()).rstrip('.')}"
+            raise UserError(f"{self.path}: {problem}. Use the library versions that trained it.") from error
         self.check_weights(network)
         network.load_state_dict(self.weights)
         return network.eval()
@@ -177,30 +178,32 @@ class Checkpoint:
         """
         make = allowed_class(self.model.get("_target_"), "cifarnet.models", self.path, classes)
         arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
-        arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # a file that training started from
+        arguments |= (
+            {"checkpoint": None} if "checkpoint" in arguments else {}
+        )  # the pretrained weights with which training started
         for key, value in arguments.items():
             if not _is_plain(value):
-                raise UserError(f"{self.path}: model.{key}={value} is not plain data.")
+                raise UserError(f"{self.path}: model.{key}={value} is not plain data. Use another checkpoint.")
         check_arguments(f"{self.path}: model", make, arguments)
         return make, arguments
 
     def check_weights(self, network: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Check that the weights, or others instead, fit a network.
+        """Check that weights fit a network; None checks the weights of this checkpoint.
 
         Raises:
-            UserError: names or shapes differ.
+            UserError: the names or shapes differ.
         """
         expected = {name: value.shape for name, value in network.state_dict().items()}
         found = {name: value.shape for name, value in (weights or self.weights).items()}
         differing = [name for name in expected | found if expected.get(name) != found.get(name)]
         if differing:
             raise UserError(
-                f"The weights in {self.path} do not fit the network: {differing[0]} differs, and {len(differing) - 1} "
-                "more. The network's code or settings have changed since; use the version that trained it."
+                f"The weights in {self.path} do not fit the network: {len(differing)} differ, such as {differing[0]}. "
+                "The network's code or settings have changed since it was trained; use the version that trained it."
             )
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:
-        """Check that data have the classes and the image size that the network was trained on.
+        """Check that the data has the classes and the image size that the network was trained on.
 
         Raises:
             UserError: they differ.
@@ -208,7 +211,7 @@ class Checkpoint:
         if list(class_names) != self.class_names:
             raise UserError(
                 f"The data has the classes {', '.join(class_names)}; {name} was trained on "
-                f"{', '.join(self.class_names)}. Use data with these classes, in folders of these names."
+                f"{', '.join(self.class_names)}. Use data with these classes, in folders with these names."
             )
         self.check_image_size(image_size, name)
 
@@ -220,12 +223,12 @@ class Checkpoint:
         """
         if image_size != self.image_size:
             raise UserError(
-                f"The images are {image_size} pixels wide; {name} was trained on {self.image_size} pixels. "
-                f"For a folder, set data.image_size={self.image_size}."
+                f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size} pixels. "
+                f"With data=folder, set data.image_size={self.image_size}."
             )
 
     def check_images(self, hparams: Mapping[str, Any]) -> None:
-        """Check that a run, described by its hyperparameters, has the images that this checkpoint was trained on.
+        """Check that a run, described by its hyperparameters, uses the images that this checkpoint was trained on.
 
         Raises:
             UserError: they differ.
@@ -234,26 +237,26 @@ class Checkpoint:
         for name in ("class_names", "image_size", "num_images"):
             if recorded[name] != hparams[name]:
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]}, now {hparams[name]}. "
+                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {hparams[name]}. "
                     "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
                 )
 
     @property
     def run_folder(self) -> Path | None:
-        """The folder of the run that the checkpoint belongs to; None for a file outside of a run."""
+        """The folder of the run that the checkpoint belongs to; None for a file outside a run."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
 
     def folder_for(self, name: str) -> Path:
-        """Return the folder in which a command writes about this checkpoint: in the run's folder, or beside the file.
+        """Return the folder for a command's output about this checkpoint: in the run's folder, or next to the file.
 
         Raises:
-            UserError: it is a link that leads out of the run's folder.
+            UserError: the folder is a link to a place outside the run's folder.
         """
         if self.run_folder is not None:
             folder = self.run_folder / name
             files.refuse_links(self.run_folder, [folder])
             return folder
-        path = self.path.resolve()  # it may be "."
+        path = self.path.resolve()  # the path may be "."
         return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 
     def sha256(self) -> str:
@@ -263,8 +266,9 @@ class Checkpoint:
 
 
 def find(path: str | Path) -> Path:
-    """Return the checkpoint that a path stands for: a run's best checkpoint, or its last one if nothing was validated;
-    a file, and a folder in Hugging Face's format, stand for themselves."""
+    """Return the path of a checkpoint: for a run's folder, the best one, or the last one if nothing was validated.
+
+    The path of a file, or of a folder in Hugging Face's format, is returned unchanged."""
     path = Path(path).expanduser()
     if not path.is_dir() or (path / HUB_WEIGHTS).is_file():
         return path
@@ -273,7 +277,7 @@ def find(path: str | Path) -> Path:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is safe in a config: Hydra would import what `_target_` names, and OmegaConf evaluate `${…}`."""
+    """Return whether a value is safe in a config: Hydra imports `_target_`, and OmegaConf evaluates `${…}`."""
     if isinstance(value, Mapping):
         return all(not str(key).startswith("_") and _is_plain(member) for key, member in value.items())
     if isinstance(value, list | tuple):
@@ -282,10 +286,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _missing(path: Path) -> UserError:
-    """Return the error for a checkpoint that does not exist, with the latest run below that path, if there is one."""
+    """Return the error for a missing checkpoint, which suggests the latest run below that path."""
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     runs = sorted(folder.glob("*/checkpoints"), key=lambda found: found.stat().st_mtime)
     suggestion = f" Did you mean {runs[-1].parent}?" if runs else ""
     return UserError(
-        f"There is no checkpoint {path}.{suggestion} Name a run's folder, or a file in <run>/checkpoints/."
+        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, or a file in <run>/checkpoints/."
     )

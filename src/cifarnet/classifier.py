@@ -19,30 +19,31 @@ from cifarnet.system.distributed import all_gather, rank, world_size
 
 
 class Classifier(L.LightningModule):
-    """A network trained with cross-entropy and weight decay on every learned variable, biases included.
+    """A network trained with cross-entropy and weight decay on every learned parameter, including biases.
 
-    The objective is cross-entropy + λ/2 Σ‖w‖². The gradient of the second term, λw, is what `weight_decay=λ` adds in
-    SGD's `step()`, so `training_step` returns the cross-entropy alone, and the term is computed only to be logged.
-    (AdamW decouples the decay from the gradient; the logged term is then not what is minimised.)
+    The objective is cross-entropy + λ/2 Σ‖w‖². SGD's `step()` adds λw, the gradient of the second term, for
+    `weight_decay=λ`, so `training_step` returns the cross-entropy alone. The second term is computed only for logging.
+    (AdamW decouples the decay from the gradient; the logged term is then not minimized.)
 
     Metrics are means over the images of an epoch: cross_entropy and accuracy of train/…, val/…, test/…, and of
-    one_view/… (the test without augmentation); train/weight_decay and train/objective are taken at its end.
+    one_view/… (the test without augmentation). train/weight_decay and train/objective are computed at its end.
 
-    With several ranks, each rank processes its part of every batch. Gradient and metrics are those of the whole batch;
-    except for rounding, only the statistics of batch norm layers (rank 0's are kept) and dropout's draws differ.
+    With several ranks, each rank processes its part of every batch. The gradient and the metrics are those of the
+    whole batch. Except for rounding, only the statistics of batch norm layers (rank 0's are kept) and the dropout masks
+    differ from a single process.
 
     Args:
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
         optimizer: creates the optimizer from the parameters, such as `partial(torch.optim.SGD, lr=0.05)`.
         scheduler: creates the learning-rate schedule from the optimizer and the number of steps of the whole run (0 if
-            the run has no end); it is stepped after every batch. None: a constant learning rate.
-        objective: logits [B, num_classes], labels int64 [B] -> the loss of each image [B]. None: cross-entropy.
+            the run has no end); it is stepped after every batch. None keeps the learning rate constant.
+        objective: logits [B, num_classes], labels int64 [B] -> the loss of each image [B]. None uses the cross-entropy.
         teacher: losses [B], logits and images -> losses [B] that include a distillation term, such as
             `recipes.distillation.Teacher`.
-        tta, tta_share: test-time augmentation, and the fraction of test images that it is used for.
-        no_decay: apply no weight decay to variables with fewer than two dimensions: biases and norm layers.
-        channels_last: use this memory format for network and images, which is faster on most hardware.
-        seed: dropout and other random draws in an epoch are a function of (seed, epoch).
+        tta, tta_share: test-time augmentation, and the fraction of the test images that are augmented.
+        no_decay: apply no weight decay to parameters with fewer than two dimensions: biases and norm layers.
+        channels_last: use this memory format for the network and the images; it is faster on most hardware.
+        seed: determines dropout and other random draws, which are a function of (seed, epoch).
         hparams: plain data (dicts, lists, scalars) to store in the checkpoint.
     """
 
@@ -73,12 +74,12 @@ class Classifier(L.LightningModule):
         # sums of (loss, correct, 1) over an epoch's images on this rank; not buffers, which EMA and DDP would change
         self.sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
         self._totals: dict[str, Tensor] = {}  # the sums over all ranks, once the epoch has ended
-        self.total_steps = 0.0  # of the whole run; infinite if it has no end
+        self.total_steps = 0.0  # the steps of the whole run; infinite if it has no end
         self.test_logits: Tensor | None = None  # [N, num_classes], after the test
-        self.test_index: Tensor | None = None  # the images that they belong to, int64 [N]
+        self.test_index: Tensor | None = None  # the indices of their images, int64 [N]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits in float32, whatever the precision of the network."""
+        """Return logits in float32, for any precision of the network."""
         logits = self.network(images.contiguous(memory_format=self.memory_format))
         return logits.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites its output
 
@@ -98,7 +99,7 @@ class Classifier(L.LightningModule):
         return logits, losses if self.teacher is None else self.teacher(losses, logits, batch.images)
 
     def scale_loss(self, loss: Tensor, count: int) -> Tensor:
-        """Weight the loss of a rank by its `count` images, because DDP averages the gradients of all ranks evenly."""
+        """Weight the loss of a rank by its number of images, because DDP gives equal weight to all ranks."""
         if world_size() == 1:
             return loss
         loader: Any = self.trainer.train_dataloader
@@ -117,13 +118,13 @@ class Classifier(L.LightningModule):
 
     @torch.no_grad()
     def _count(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add to the sums on the device: reading a number in every step would make the host wait for the GPU."""
+        """Update the sums on the device: reading a number in every step would make the host wait for the GPU."""
         correct = (logits.argmax(1) == labels).sum()
         self.sums[stage] += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
 
     def means(self, stage: str) -> dict[str, float]:
-        """Return cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began: over all
-        ranks after the epoch, over this rank before."""
+        """Return cross-entropy and accuracy of "train", "val", "test" or "one_view" since the epoch began: over
+        all ranks after the epoch, over this rank during it."""
         loss, correct, count = self._totals.get(stage, self.sums[stage]).tolist()
         count = count or float("nan")
         return {f"{stage}/cross_entropy": loss / count, f"{stage}/accuracy": correct / count}
@@ -134,7 +135,7 @@ class Classifier(L.LightningModule):
 
     @torch.no_grad()
     def weight_decay(self) -> Tensor:
-        """Return λ/2 Σ‖w‖², with the λ of each parameter group."""
+        """Return λ/2 Σ‖w‖², where each parameter group has its own λ."""
         terms = [
             group.get("weight_decay", 0.0) / 2 * parameter.square().sum()
             for group in self.trainer.optimizers[0].param_groups
@@ -157,7 +158,7 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters with weight decay, and those without."""
+        """Return a group of parameters with weight decay and a group without."""
         parameters = list(self.network.parameters())
         decayed = [parameter for parameter in parameters if parameter.ndim > 1]
         others = [parameter for parameter in parameters if parameter.ndim <= 1]
@@ -167,7 +168,7 @@ class Classifier(L.LightningModule):
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ValueError, ArithmeticError) as error:
-            raise UserError(f"scheduler: step {self.global_step} failed: {error}. Choose other settings.") from error
+            raise UserError(f"scheduler: step {self.global_step} failed: {error}. Change its settings.") from error
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
@@ -197,11 +198,13 @@ class Classifier(L.LightningModule):
         trainer = self.trainer
         ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
         if world_size() > 1 and ends:
-            self._totals["train"] = self.total("train")  # callbacks read the metrics before this module ends the epoch
+            self._totals["train"] = self.total(
+                "train"
+            )  # callbacks read the metrics before `on_train_epoch_end` of this module
 
     def on_validation_epoch_start(self) -> None:
         self._reset("val")
-        if world_size() > 1:  # validate one network: every rank has batch norm statistics of its own
+        if world_size() > 1:  # all ranks validate the same network: each has its own batch norm statistics
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 

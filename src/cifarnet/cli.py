@@ -1,4 +1,4 @@
-"""What all commands share: reading arguments, composing a config, and reporting errors."""
+"""Functions that all commands use: they read arguments, compose a config, and report errors."""
 
 import argparse
 import contextlib
@@ -45,13 +45,13 @@ def parse(
 ) -> Arguments:
     """Parse `PATH… key=value… [--against PATH…]`; `--help` shows the description and the settings of the command.
 
-    An argument that exists as a file or folder is a path. Any other argument is a setting if it has a `=`, or starts
+    The path of an existing file or folder is a path. Any other argument is a setting if it contains `=`, or starts
     with + or ~.
 
     Args:
         command: the name of the command, whose settings are in `configs/<command>.yaml`.
-        against: whether the command has `--against`.
-        arguments: the arguments; None: those of this process.
+        against: whether the command accepts `--against`.
+        arguments: the arguments; None uses the arguments of this process.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
     parser = argparse.ArgumentParser(
@@ -60,7 +60,7 @@ def parse(
         epilog="settings:\n" + "\n".join(f"  {line}" for line in settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="runs, and settings: see below")
+    parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="paths and settings (see below)")
     parser.set_defaults(against=[])
     if against:
         parser.add_argument("--against", nargs="+", metavar="PATH", help="the runs to compare with")
@@ -68,7 +68,9 @@ def parse(
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
         setting = f"{key.replace('-', '_')}={value or '…'}"
-        parser.error(f"unknown option {unknown[0]}. Settings have no dashes: {setting} (a file: ./{unknown[0]})")
+        parser.error(
+            f"unknown option {unknown[0]}. Write settings without dashes: {setting} (for a file, ./{unknown[0]})"
+        )
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
         parser.error("a path is required: the folder of a run")
@@ -83,12 +85,13 @@ def parse_one(command: str, description: str | None) -> tuple[str, list[str]]:
     """Parse the arguments of a command that takes one run, and return its path and the settings."""
     paths, settings, _ = parse(command, description)
     if len(paths) > 1:
-        raise UserError(f"{command} takes one run or checkpoint, and got {len(paths)} paths: {', '.join(paths)}.")
+        found = f"{len(paths)}: {', '.join(paths)}"
+        raise UserError(f"{command} takes one run or checkpoint, but got {found}. Give only one.")
     return paths[0], settings
 
 
 def is_setting(argument: str) -> bool:
-    """Whether an argument is a setting, and not the path of an existing file or folder."""
+    """Return whether an argument is a setting, and not the path of an existing file or folder."""
     return not Path(argument).exists() and ("=" in argument or argument.startswith(("+", "~")))
 
 
@@ -104,7 +107,7 @@ def key_of(override: str) -> str:
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of the last `key=value` among the arguments, without quotes; None if there is none."""
+    """Return the value of the last `key=value` among the arguments, without quotes, or None."""
     values = [argument.partition("=")[2] for argument in arguments if key_of(argument) == key and "=" in argument]
     return values[-1].strip("'\"") if values else None
 
@@ -122,8 +125,8 @@ def quoted(key: str, value: str) -> str:
 
 
 def without_resolvers(config: DictConfig) -> dict[str, Any]:
-    """Return a config as plain data for another process: `${hydra:…}`, `${now:…}` and other resolvers are replaced by
-    their values, and `${key}` is kept."""
+    """Return a config as plain data for another process: `${hydra:…}`, `${now:…}` and other resolvers are replaced with
+    their values; `${key}` is kept."""
 
     def plain(parent: Any, key: Any, raw: Any) -> Any:
         if isinstance(raw, dict):
@@ -141,11 +144,11 @@ def without_resolvers(config: DictConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _raise_errors() -> Iterator[bool]:
-    """Let Hydra raise errors that it would print. Yields whether the user wants to see tracebacks."""
+    """Make Hydra raise the errors that it would print. Yield whether the user wants to see tracebacks."""
     previous, raise_exceptions, hook = os.environ.get("HYDRA_FULL_ERROR"), logging.raiseExceptions, threading.excepthook
     logging.raiseExceptions = False  # no traceback from logging on a full disk
 
-    def report_in_thread(arguments: threading.ExceptHookArgs) -> None:  # the thread of TensorBoard's writer
+    def report_in_thread(arguments: threading.ExceptHookArgs) -> None:  # called in the thread of TensorBoard's writer
         if previous == "1" or _disk_error(arguments.exc_value) is None:
             hook(arguments)
 
@@ -162,9 +165,9 @@ def _raise_errors() -> Iterator[bool]:
 
 
 def run(task: Callable[[], Any]) -> None:
-    """Run a command and end the process. A mistake of the user is reported in one message, a bug with its traceback.
+    """Run a command and end the process. User errors are reported in one message, bugs with a traceback.
 
-    Exit status: 0; 1 for an error; 130, 143 and 140 for a run that was stopped by Ctrl-C, SIGTERM and SIGUSR2. With
+    Exit status: 0; 1 for an error; 130, 143 or 140 for a run that was stopped by Ctrl-C, SIGTERM or SIGUSR2. With
     HYDRA_FULL_ERROR=1, every error is shown with its traceback.
     """
     try:
@@ -180,7 +183,7 @@ def run(task: Callable[[], Any]) -> None:
             _print_error("\nStopped by SIGTERM before training began; nothing was saved.", 143)
             sys.exit(143)
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
-            raise  # otherwise it is how Lightning passes on a Ctrl-C
+            raise  # otherwise, Lightning has converted a Ctrl-C into SystemExit
         _print_error("\nInterrupted.", 130)
         sys.exit(130)
     except Exception as error:
@@ -199,7 +202,7 @@ def _print_error(message: str, status: int) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message for an error that the user can correct, and None for any other error."""
+    """Return the message for an error that the user can correct, or None for any other error."""
     if isinstance(error, UserError) or _is_instance(
         error, "lightning.fabric.utilities.exceptions", "MisconfigurationException"
     ):
@@ -207,7 +210,8 @@ def explain(error: BaseException) -> str | None:
     if (disk_error := _disk_error(error)) is not None:
         file = disk_error.filename or "A file"
         return (
-            f"{file} cannot be written: {disk_error.strerror}. The previous version is kept. Make room and try again."
+            f"{file} cannot be written: {disk_error.strerror}. The previous version was kept. Free disk space, or "
+            "choose another disk, and try again."
         )
     if isinstance(error, MemoryError) or _is_instance(error, "torch", "OutOfMemoryError"):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
@@ -224,7 +228,7 @@ def explain(error: BaseException) -> str | None:
         if (extra := {"joblib": "sweep", "submitit_slurm": "slurm"}.get(name)) is not None:
             return f"This launcher needs {name.partition('_')[0]}: pip install 'cifarnet[{extra}]'"
         suggestion = did_you_mean(name, error.options)
-        return f"There is no {group}={name}.{suggestion} Choose one of {', '.join(error.options)}."
+        return f"{group}={name} does not exist.{suggestion} Choose one of these: {', '.join(error.options)}."
     if isinstance(error, ConfigCompositionException) and isinstance(
         error.__cause__, ConfigKeyError | ConfigAttributeError
     ):
@@ -248,7 +252,7 @@ def _unknown_setting(error: Any) -> str:
     if not str(error.full_key).startswith("hydra"):
         root.pop("hydra", None)
     suggestion = did_you_mean(error.full_key, _keys(root) | {path.name for path in CONFIGS.glob("*/")})
-    return f"{error.full_key}: unknown setting.{suggestion} (To add a new setting, put a + in front.)"
+    return f"{error.full_key}: unknown setting.{suggestion} (To add a new setting, put a + before it.)"
 
 
 def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
@@ -258,7 +262,7 @@ def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """Return the error of a full or failing disk that caused this one, if there is one."""
+    """Return the error of a full or failing disk that caused this error, or None."""
     reasons = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
     while error is not None:
         if isinstance(error, OSError) and error.errno in reasons:
@@ -268,7 +272,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 
 def _is_instance(error: BaseException, module: str, name: str) -> bool:
-    """Whether an error is of a class in a module, which is not imported for this: nothing else raises it."""
+    """Return whether an error is an instance of a class, without importing its module."""
     return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 

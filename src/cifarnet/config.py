@@ -1,4 +1,4 @@
-"""A run's config: the schema that validates it, and the table of what depends on each setting.
+"""A run's config: its schema, and a table of the effects of settings.
 
 The types and ranges of a setting are declared where it is used, as the annotation of an argument:
 `drop_rate: Annotated[float, Range(0, below=1)]`. `validate` compares a config with these annotations before anything is
@@ -25,21 +25,21 @@ CONFIGS = PACKAGE / "configs"  # in a wheel
 if not CONFIGS.is_dir():
     CONFIGS = PACKAGE.parents[1] / "configs"  # in a checkout, installed as editable or by PYTHONPATH=src
 
-# What depends on a setting, or on all settings of a section. A setting that is not listed decides the result.
+# The effect of a setting, or of all settings in a section. A setting that is not listed affects the result.
 EFFECTS = {
     "nothing": [
         *("name", "output_dir", "ckpt_path", "classes", "sweep", "logger"),
-        *("data.root", "data.url", "start.checkpoint"),  # checksums of their contents are recorded
+        *("data.root", "data.url", "start.checkpoint"),  # checksums of the images and weights are recorded instead
         "callbacks.best.dirpath",
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
         "trainer.profiler",
     ],
-    "speed": [  # and the result only by rounding
+    "speed": [  # these affect the result only by rounding
         *("threads", "keep_freed_memory", "trainer.accelerator", "trainer.deterministic"),
         *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
         *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
     ],
-    "rounding": [  # the result, but the weights only by rounding: they can be changed when a run is resumed
+    "rounding": [  # these affect the weights only by rounding: they can be changed when a run is resumed
         *("trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"),
     ],
 }
@@ -47,7 +47,7 @@ EFFECTS = {
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
-LIBRARY_RANGES = {  # of whole numbers whose types Lightning declares
+LIBRARY_RANGES = {  # the ranges of Lightning's integer settings, whose types Lightning declares
     "devices": Range(-1, 2**12),
     "num_nodes": Range(1, 2**16),
     "val_check_interval": Range(1, 2**31),
@@ -84,8 +84,7 @@ def validate(config: DictConfig) -> None:
     """Check a run's config before anything is read or built.
 
     Raises:
-        UserError: a setting is unknown, is missing, or has a value that cannot be used. The message names the setting,
-            its value and what to do.
+        UserError: a setting is unknown, is missing, or has an invalid value.
     """
     _check_keys(config)
     check_settings(config, RunSettings)
@@ -98,21 +97,22 @@ def validate(config: DictConfig) -> None:
     for section in ("callbacks", "recipe", "logger"):
         parts = config.get(section) or {}
         if not isinstance(parts, DictConfig | dict):
-            raise UserError(f"{section}={parts} is not a mapping of names, such as {section}.mine={{_target_: …}}.")
-        is_part = section == "logger" and has_target(parts)  # a single one, without a name
+            example = f"{section}.mine={{_target_: …}}"
+            raise UserError(f"{section}={parts} must map names to components, such as {example}.")
+        is_part = section == "logger" and has_target(parts)  # a single logger, without a name
         for name, part in {} if is_part else parts.items():
             if part is not None and not has_target(part):
-                raise UserError(f"{section}.{name}={part} has no _target_.")
+                raise UserError(f"{section}.{name}={part} has no _target_. Add {section}.{name}._target_=module.Class.")
     check_sections(config)
     _check_trainer(config.trainer)
     check("objective.label_smoothing", config.objective.get("label_smoothing", 0), Annotated[float, Range(0, 1)])
 
 
 def check_sections(config: DictConfig) -> None:
-    """Compare the settings of all sections with what the classes and functions that they name declare.
+    """Check the settings of all sections against the signatures of their classes and functions.
 
     Raises:
-        UserError: a setting is unknown, is missing or has another type or range, or a class does not exist.
+        UserError: a setting is unknown, missing, of the wrong type or out of range, or a class does not exist.
     """
     for name in config:
         if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
@@ -120,7 +120,7 @@ def check_sections(config: DictConfig) -> None:
 
 
 def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested config as `section.key: text`, without the values that are null; 1.0 is written as 1."""
+    """Return a nested config as `section.key: text`, without null values; 1.0 is written as 1."""
     settings: dict[str, str] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
@@ -134,8 +134,8 @@ def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
 
 
 def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[str, str]:
-    """Return the settings that decide a run's result, as `flat` writes them; with `times`, also those that decide how
-    long it takes."""
+    """Return the settings that affect a run's result, as `flat` writes them; with `times`, also those that affect its
+    duration."""
     ignored = ("nothing",) if times else ("nothing", "speed")
     callbacks = config.get("callbacks")
     observers = {
@@ -151,7 +151,7 @@ def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[st
 
 
 def effect(key: str) -> str:
-    """Return what depends on a setting: "nothing", "speed", "rounding" or "result"."""
+    """Return what a setting affects: "nothing", "speed", "rounding" or "result"."""
     for name, settings in EFFECTS.items():
         if any(f"{key}.".startswith(f"{setting}.") for setting in settings):
             return name
@@ -159,7 +159,7 @@ def effect(key: str) -> str:
 
 
 def _only_observes(callback: Mapping[str, Any]) -> bool:
-    """Whether a callback does not change the result: those that do are recipes."""
+    """Return whether a callback does not change the result; callbacks that do are recipes."""
     target = str(callback.get("_target_"))
     is_last_checkpoint = target.endswith(".ModelCheckpoint") and "monitor" not in callback
     return target.startswith("cifarnet.callbacks.") or is_last_checkpoint
@@ -169,27 +169,27 @@ def _check_trainer(trainer: DictConfig) -> None:
     for name, limits in LIBRARY_RANGES.items():
         value = trainer.get(name)
         if isinstance(value, int) and value not in limits:
-            raise UserError(f"trainer.{name}={value} is out of range: give a whole number {limits}.")
+            raise UserError(f"trainer.{name}={value} is out of range: it must be {limits}.")
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise UserError(f"trainer.strategy={strategy} is not supported. Choose trainer=ddp.")
     precision = str(trainer.get("precision"))
     if precision in ("16-true", "bf16-true"):
         mixed = precision.replace("true", "mixed")
-        raise UserError(f"trainer.precision={precision} is not supported: weights stay in float32. Choose {mixed}.")
+        raise UserError(f"trainer.precision={precision} is not supported: the weights stay in float32. Choose {mixed}.")
     max_epochs, max_steps, max_time = (trainer.get(name) for name in ("max_epochs", "max_steps", "max_time"))
     if max_epochs is None and max_steps in (None, -1) and max_time is None:
-        raise UserError("trainer.max_epochs=null: give a number of epochs, or -1 to train until you stop the run.")
+        raise UserError("trainer.max_epochs=null: use a number of epochs, or -1 to train until you stop the run.")
     if max_epochs == 0:
-        raise UserError("trainer.max_epochs=0 trains nothing. Give 1 or more.")
+        raise UserError("trainer.max_epochs=0 would train nothing. Set it to 1 or more.")
     if (folder := trainer.get("default_root_dir")) is not None:
-        raise UserError(f"trainer.default_root_dir={folder}: a run has one folder. Set it with hydra.run.dir=…")
+        raise UserError(f"trainer.default_root_dir={folder} is not supported. Set the run's folder: hydra.run.dir=…")
     if (clip := trainer.get("gradient_clip_val") or 0) < 0:
-        raise UserError(f"trainer.gradient_clip_val={clip}: give a number above 0, or null for no clipping.")
+        raise UserError(f"trainer.gradient_clip_val={clip}: use a number above 0, or null for no clipping.")
 
 
 def _check_keys(config: DictConfig) -> None:
-    """Check that every key at the root, and in `sweep`, is known, or that another setting refers to it."""
+    """Check that every key at the root and in `sweep` is known, or is referenced by another setting."""
     root = [OmegaConf.load(CONFIGS / name) for name in ("train.yaml", "trainer/auto.yaml")]
     known = {str(key) for file in root for key in file} | {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     written = str(OmegaConf.to_container(config, resolve=False))
@@ -198,11 +198,12 @@ def _check_keys(config: DictConfig) -> None:
         for key in map(str, section):
             is_used = re.search(rf"\$\{{[^}}]*(?<![\w.]){re.escape(prefix + key)}\b", written)
             if key not in options and not is_used:
-                raise UserError(f"{prefix}{key}: unknown setting; nothing uses it.{did_you_mean(key, options)}")
+                suggestion = did_you_mean(key, options) or " Remove it, or correct its name."
+                raise UserError(f"{prefix}{key}: unknown setting; nothing uses it.{suggestion}")
 
 
 def _check_node(name: str, node: DictConfig) -> None:
-    """Check a section, and the sections inside it."""
+    """Check a section and its subsections."""
     values: dict[str, Any] = {}
     for key in node:
         try:
@@ -212,7 +213,7 @@ def _check_node(name: str, node: DictConfig) -> None:
     if "_target_" in values:
         called = _locate(f"{name}._target_", str(values["_target_"]))
         arguments = {key: value for key, value in values.items() if key not in HYDRA_KEYS}
-        if name == "trainer" and arguments.get("precision") == "auto":  # not one of Lightning's values
+        if name == "trainer" and arguments.get("precision") == "auto":  # Lightning does not know this value
             del arguments["precision"]
         check_arguments(name, called, arguments)
     for key, value in values.items():
@@ -227,10 +228,10 @@ def _locate(name: str, target: str) -> Callable[..., Any]:
     try:
         called = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{name}={target} cannot be imported: {error.value}") from error
+        raise UserError(f"{name}={target} cannot be imported: {error.value}. Correct the module.") from error
     if not callable(called):
         library = target.partition(".")[0]
         is_missing = library.isidentifier() and importlib.util.find_spec(library) is None
-        reason = f": the package {library} is not installed" if is_missing else ""
-        raise UserError(f"{name}={target}: there is no such class or function{reason}. Check the name.")
+        remedy = f"The package {library} is not installed: install it." if is_missing else "Check the name."
+        raise UserError(f"{name}={target}: there is no such class or function. {remedy}")
     return called

@@ -1,33 +1,33 @@
-"""Errors that a user can correct: they are reported in one message, without a traceback."""
+"""Errors that a user can correct, which are reported in one message without a traceback."""
 
 import re
 
 
 def printable(text: str) -> str:
-    """Return text in which the characters that control a terminal, or the direction of writing, are escaped."""
+    """Escape the characters that control a terminal or the direction of text."""
     controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(controls, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
-    """An error that the user can correct. The message names the wrong value and says what to do."""
+    """An error that the user can correct. The message states the wrong value and what to do."""
 
 
 class NoImages(UserError):
-    """The images that a network was trained on are not available."""
+    """The images of the network's data set are not available."""
 
 
 class Pruned(Exception):
-    """A search has stopped this trial early; the message says after which epoch."""
+    """A search stopped this trial early; the message states the epoch."""
 
 
 class Interrupted(BaseException):
-    """A signal has stopped a run, after a checkpoint was saved.
+    """A signal stopped a run after a checkpoint was saved.
 
-    It is not an Exception, as KeyboardInterrupt is not: it ends a whole sweep, not one job.
+    Like KeyboardInterrupt, it is not an Exception, so that it ends a whole sweep and not only one job.
 
     Args:
-        what: the signal, and when it stopped the run.
+        what: a sentence with the signal and the time at which it stopped the run.
         status: the exit status of the process; by convention 128 + the number of the signal.
         command: the command that resumes the run.
     """
@@ -37,4 +37,4 @@ class Interrupted(BaseException):
         self.what, self.status, self.command = what, status, command
 
     def __reduce__(self) -> tuple:
-        return Interrupted, (self.what, self.status, self.command)  # a job's process sends it to that of the sweep
+        return Interrupted, (self.what, self.status, self.command)  # a job's process sends it to the sweep's process

@@ -1,4 +1,4 @@
-"""Training that uses another run's network: fine-tuning, which starts from its weights, and distillation."""
+"""Fine-tuning, which starts from the weights of another run, and distillation, which learns from its network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,20 +16,20 @@ from cifarnet.recipes.backbone import head_name
 
 
 def expand(config: DictConfig) -> DictConfig:
-    """Replace `model=trained model.checkpoint=RUN` by the network's class and arguments in that run's checkpoint.
+    """Replace `model=trained model.checkpoint=RUN` with the network's class and arguments in that run's checkpoint.
 
-    Arguments that are set beside `model.checkpoint` replace recorded ones. `start` records the checkpoint. Any other
-    config is returned as it is.
+    Other arguments of `model` replace the recorded ones. `start` records the checkpoint. Any other config is returned
+    unchanged.
 
     Raises:
-        UserError: there is no such checkpoint, or it names a class that is not allowed.
+        UserError: the checkpoint does not exist, or names a class that is not allowed.
     """
     model = config.get("model")
-    # `in` would not find a key whose value is missing
+    # `in` does not find a key whose value is missing
     if not isinstance(model, DictConfig) or "_target_" in model or "checkpoint" not in list(model):
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
-        raise UserError("model.checkpoint is required: give the folder of a run, model.checkpoint=RUN.")
+        raise UserError("model.checkpoint is required: set it to a run's folder, model.checkpoint=RUN.")
     checkpoint = Checkpoint.open(str(model.checkpoint))
     make, arguments = checkpoint.architecture(locate(config.classes))
     recorded = {"_target_": class_path(make)} | arguments
@@ -41,9 +41,9 @@ def expand(config: DictConfig) -> DictConfig:
 
 
 def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
-    """Copy the weights, and the statistics of the images, from the checkpoint in `config.start` into a network.
+    """Copy the weights and the statistics of the images from the checkpoint in `config.start` into a network.
 
-    If that network was trained on other classes, the head keeps its initial weights.
+    If the checkpoint was trained on other classes, the head keeps its initial weights.
 
     Raises:
         UserError: the checkpoint was trained on images of another size, or its weights do not fit.
@@ -63,8 +63,8 @@ def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) 
 
     Args:
         path: a run's folder or a checkpoint file.
-        data: the images that the student is trained on.
-        classes: names of classes from outside this project that the checkpoint may name.
+        data: the student's training images.
+        classes: full names of allowed classes from outside this project.
 
     Raises:
         UserError: the checkpoint cannot be used, or has other classes or another image size than the data.
@@ -74,4 +74,4 @@ def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) 
     checkpoint.check_task(data.class_names, data.image_size, name)
     network = checkpoint.network(locate(classes))
     try_on(network, data.train_sizes or [], len(checkpoint.class_names), name)
-    return network.to(memory_format=torch.channels_last)  # as the batches are
+    return network.to(memory_format=torch.channels_last)  # the format of the batches

@@ -1,4 +1,4 @@
-"""Resuming a run with the config that its checkpoint records. A config is code: resume only your own runs."""
+"""Resume a run with its recorded config. A config can run code: resume only your own runs."""
 
 import re
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from cifarnet.config import effect
 from cifarnet.errors import UserError
 from cifarnet.system import files
 
-FIXED = {"name", "output_dir", "ckpt_path", "sweep"}  # the run keeps its place
-GROUPS = {  # a file of configs/ can be chosen again, and these settings are taken from it
+FIXED = {"name", "output_dir", "ckpt_path", "sweep"}  # the run keeps its folder
+GROUPS = {  # another file in these groups of configs/ can be chosen; it sets these keys
     "logger": ["logger"],
     "trainer": ["trainer.accelerator", "trainer.devices", "trainer.strategy", "channels_last"],
 }
@@ -28,18 +28,18 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     """Return the config of the run that a checkpoint belongs to, and the checkpoint to resume from.
 
     Args:
-        path: a run's folder, which stands for its last.ckpt, or a checkpoint file.
+        path: a run's folder, whose last.ckpt is used, or a checkpoint file.
         overrides: settings that do not affect the weights, such as "data.root=pictures", and `trainer.max_epochs` if
             the schedule does not depend on it.
 
     Raises:
-        UserError: there is no such checkpoint, it names a class that is not allowed, or an override affects weights.
+        UserError: the checkpoint does not exist or names a forbidden class, or an override affects the weights.
     """
     path = Path(path).expanduser()
     is_run = path.is_dir() and not (path / HUB_WEIGHTS).is_file()
     checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if is_run else path)
     if not checkpoint.content:
-        raise UserError(f"{path} holds no training state: use it with model=trained model.checkpoint={path}.")
+        raise UserError(f"{path} contains no training state: use it with model=trained model.checkpoint={path}.")
     parsed = _parse(overrides)
     allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
     written = checkpoint.content["hyper_parameters"]["config"]
@@ -51,7 +51,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
 
 
 def _folder(checkpoint: Checkpoint) -> Path:
-    """Return the run's own folder, or a new one for a checkpoint file outside of a run."""
+    """Return the run's folder, or a new folder for a checkpoint file outside a run."""
     if checkpoint.run_folder is not None:
         files.refuse_links(checkpoint.run_folder)
         return checkpoint.run_folder.resolve()
@@ -78,7 +78,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _is_choice(override: Override) -> bool:
-    """Whether an override names one or more files of a group in configs/."""
+    """Return whether an override names one or more files of a group in configs/."""
     return isinstance(override.value(), str | list)
 
 
@@ -99,7 +99,7 @@ def _with_overrides(recorded: DictConfig, overrides: Sequence[Override]) -> Dict
 
 
 def _check_max_epochs(recorded: DictConfig, config: DictConfig) -> None:
-    """Check that the number of epochs is unchanged if the schedule of the learning rate was planned for it."""
+    """Check that the number of epochs is unchanged if the learning-rate schedule depends on it."""
     schedule: Any = OmegaConf.to_container(recorded, resolve=False)
     schedule = schedule.get("scheduler") or {}
     depends = re.search(r"\$\{(total_steps|trainer\.max_epochs)\}", str(schedule))

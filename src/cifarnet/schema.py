@@ -1,6 +1,6 @@
 """Types and ranges of settings, which are declared where a setting is used.
 
-An argument's annotation holds both: `drop_rate: Annotated[float, Range(0, below=1)]`.
+The annotation of an argument contains both: `drop_rate: Annotated[float, Range(0, below=1)]`.
 """
 
 import difflib
@@ -30,8 +30,8 @@ class Range:
         return self.least <= number <= self.most and self.above < number < self.below  # false for NaN
 
     def __str__(self) -> str:
-        words = {"from": self.least, "above": self.above, "to": self.most, "and below": self.below}
-        return " ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
+        words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
 
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -39,10 +39,10 @@ Pixels = Annotated[int, Range(1, 4096)]  # the height or width of an image
 
 
 def check_settings(config: Mapping[str, Any] | DictConfig, schema: type, prefix: str = "") -> None:
-    """Check settings against the annotated fields of a dataclass; settings that are missing are left alone.
+    """Check settings against the annotated fields of a dataclass; missing settings are ignored.
 
     Raises:
-        UserError: a setting has another type or range.
+        UserError: a setting has the wrong type or is out of range.
     """
     hints = typing.get_type_hints(schema, include_extras=True)
     for field in fields(schema):
@@ -54,17 +54,17 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
     """Check the arguments of a class or function against its signature.
 
     Args:
-        name: the section of the config that they come from, such as "model".
+        name: the section of the config that contains them, such as "model".
 
     Raises:
-        UserError: an argument is unknown, or has another type or range.
+        UserError: an argument is unknown, has the wrong type or is out of range.
     """
     hints, names = _signature(called)
     for key, value in arguments.items():
         if names is not None and key not in names:
             suggestion = did_you_mean(key, names) or (
-                f" Remove it. If two choices both set {name}, use only one of them; to replace the whole section, "
-                f"give '~{name}' '+{name}={{_target_: …}}'."
+                f" Remove this setting. If two of your choices set {name}, use only one of them. To replace the whole "
+                f"section, use '~{name}' '+{name}={{_target_: …}}'."
             )
             owner = f"{called.__module__}.{called.__qualname__}"
             raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
@@ -73,14 +73,14 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Check the type of one value, and the range of its numbers.
+    """Check the type of a value, and the range of its numbers.
 
     Args:
         name: the setting, for the message.
-        hint: a type, in which `Annotated[…, Range(…)]` declares a range.
+        hint: the expected type; `Annotated[…, Range(…)]` declares a range.
 
     Raises:
-        UserError: the value does not fit; the message says what does.
+        UserError: the value does not fit; the message states the expected type or range.
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
@@ -90,14 +90,14 @@ def check(name: str, value: Any, hint: Any) -> None:
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):
         if (is_list and not plain) or any(number not in limits for number in numbers):
-            expected = "one or more numbers, each" if is_list else "a number"
-            raise UserError(f"{name}={value} is out of range: give {expected} {limits}.")
+            expected = "one or more numbers, each " if is_list else ""
+            raise UserError(f"{name}={value} is out of range: it must be {expected}{limits}.")
     if not all(abs(number) < 2**63 for number in numbers):  # NaN too
-        raise UserError(f"{name}={value} is not a finite number.")
+        raise UserError(f"{name}={value} is too large or not finite: use a number below 2**63.")
 
 
 def did_you_mean(key: str, options: Iterable[str]) -> str:
-    """Return the option that is most similar to a wrong one, as a question; the empty string if there is none."""
+    """Return a question that suggests the option most similar to `key`, or "" if no option is similar."""
     known = {option.rpartition(".")[2]: option for option in sorted(options, reverse=True)}
     known |= {option: option for option in options}
     near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
@@ -110,7 +110,7 @@ def has_target(part: Any) -> bool:
 
 
 def _signature(called: Any) -> tuple[dict[str, Any], set[str] | None]:
-    """Return the declared types of the arguments, and the names of all arguments, or None if it takes any name."""
+    """Return the declared types of the arguments, and the names of all arguments (None if any name is accepted)."""
     functions = [base.__init__ for base in called.__mro__[:-1]] if isinstance(called, type) else [called]
     hints: dict[str, Any] = {}
     for function in reversed(functions):
@@ -119,7 +119,7 @@ def _signature(called: Any) -> tuple[dict[str, Any], set[str] | None]:
         except Exception:  # a name that exists only for type checkers
             continue
     names: set[str] = set()
-    for function in functions:  # a class passes arguments that it does not know to its base class, if it takes any name
+    for function in functions:  # a class with **kwargs passes unknown arguments to its base class
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -135,11 +135,11 @@ def _fits(value: Any, hint: Any) -> bool:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
         return False
-    return not isinstance(value, bool) or hint is Any or bool in (hint, *typing.get_args(hint))  # True is no number
+    return not isinstance(value, bool) or hint is Any or bool in (hint, *typing.get_args(hint))  # True is not a number
 
 
 def _ranges(hint: Any) -> Iterator[Range]:
-    """Yield the ranges anywhere in a type, such as `Sequence[Annotated[int, Range(1, 9)]] | None`."""
+    """Yield all ranges in a type, such as `Sequence[Annotated[int, Range(1, 9)]] | None`."""
     yield from (member for member in getattr(hint, "__metadata__", ()) if isinstance(member, Range))
     for part in typing.get_args(hint):
         yield from _ranges(part)

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, epoch, purpose), so that a run repeats and resumes exactly."""
+"""Randomness as a function of (seed, epoch, purpose), so that runs are reproducible and resume exactly."""
 
 import numpy as np
 import torch
@@ -10,5 +10,5 @@ def derive(seed: int, epoch: int, purpose: str) -> int:
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    """Return a generator on the CPU, whose random numbers are the same for every device."""
+    """Return a generator on the CPU, so that its random numbers do not depend on the device."""
     return torch.Generator().manual_seed(derive(seed, epoch, purpose))

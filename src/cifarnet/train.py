@@ -1,4 +1,4 @@
-"""Train a network: compose a config, build, fit, test, and record the result.
+"""Train a network, test it, and record the result.
 
 python -m cifarnet.train +experiment=baseline
 """
@@ -20,7 +20,7 @@ from cifarnet.sweeps.task import run_hydra
 from cifarnet.system import distributed, files, hardware
 from cifarnet.system.log_output import disable_tensorflow, log_to_file, quiet_libraries, report
 
-if TYPE_CHECKING:  # torch and lightning take seconds to import: `--help` does without
+if TYPE_CHECKING:  # torch and lightning take seconds to import, and `--help` does not need them
     from lightning.pytorch.callbacks import Callback
 
     from cifarnet.build import Built
@@ -37,13 +37,13 @@ def train(
     """Train a network, test its best checkpoint once, and write `metrics.json` into the run's folder.
 
     Args:
-        config: as composed from `configs/train.yaml`; outside of `python -m cifarnet.train`, set `output_dir`.
-        ckpt_path: a checkpoint of a run with this config to resume from (`resuming.resume` returns both).
+        config: a config composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
+        ckpt_path: the checkpoint from which to resume a run with this config (`resuming.resume` returns both).
         callbacks: callbacks in addition to those of the config, on a single device.
-        images: images that the previous run has read.
+        images: the images that the previous run read.
 
     Returns:
-        The best validation accuracy, from 0 to 1; NaN if nothing is validated, and on ranks other than 0.
+        The best validation accuracy, from 0 to 1; NaN without validation, and on ranks other than 0.
 
     Raises:
         UserError: a setting, the data or the checkpoint cannot be used.
@@ -77,7 +77,7 @@ def train(
             report(collect.heading(config, built, fresh=checkpoint is None))
             distributed.broadcast_run(run)
         trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
-        tested = load_best(built)  # on rank 0; the test begins by sending its weights to the others
+        tested = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
         trainer.test(classifier, datamodule=data, verbose=False)
         if not leads:
             return math.nan
@@ -89,21 +89,21 @@ def train(
 
 
 def load_best(built: "Built") -> tuple[int, int]:
-    """Load the weights with the best validation accuracy, if there are any; return their epoch, from 1, and step."""
+    """Load the weights with the best validation accuracy, if saved; return their epoch (from 1) and step."""
     from cifarnet.checkpoint import Checkpoint
 
     trainer, classifier, *_ = built
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best or not trainer.is_global_zero:
         return trainer.current_epoch, trainer.global_step
-    # trainer.test(ckpt_path=best) would restore the callbacks' states of that epoch, too
+    # trainer.test(ckpt_path=best) would also restore the callbacks' states of that epoch
     checkpoint = Checkpoint.open(best)
     classifier.network.load_state_dict(checkpoint.weights)
     return checkpoint.epoch, checkpoint.step
 
 
 def command(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m cifarnet.train` with these arguments; None: those of this process."""
+    """Run `python -m cifarnet.train` with these arguments; None uses the arguments of this process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if (path := cli.value_of("ckpt_path", arguments)) not in (None, "null"):
         from cifarnet.resuming import resume
@@ -118,7 +118,7 @@ def command(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_run(run: dict[str, Any]) -> None:
-    """Train a run that another process has described: rank 0 under torchrun or srun, or the one that starts ranks."""
+    """Train a run that another process describes: rank 0 under torchrun or srun, or the process that starts ranks."""
     config: Any = OmegaConf.create(run["config"])
     if distributed.placement().rank == 0:
         log_to_file(Path(config.output_dir, "train.log"))

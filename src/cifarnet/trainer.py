@@ -28,12 +28,12 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
     **trainer_settings: Any,
 ) -> L.Trainer:
-    """Build Lightning's Trainer with callbacks and loggers; `validates`: whether there are validation images."""
+    """Build Lightning's Trainer with callbacks and loggers; `validates` says whether there are validation images."""
     all_callbacks = [*_callbacks(config, validates), *callbacks]
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False
     for bar in bars if not shows_bar else []:
-        bar.disable()  # it still prints a line after every epoch
+        bar.disable()  # the bar still prints a line after every epoch
     defaults = {
         "default_root_dir": config.output_dir,
         "enable_model_summary": False,
@@ -64,14 +64,14 @@ def make_trainer(
         raise
     except Exception as error:  # Lightning raises many types for settings that it cannot use
         chosen = " ".join(f"trainer.{key}={config.trainer.get(key)}" for key in ("accelerator", "devices", "strategy"))
-        raise UserError(f"{chosen} cannot be used: {error} Choose trainer=auto, cpu or ddp.") from error
+        raise UserError(f"{chosen}: {error} Choose trainer=auto, trainer=cpu or trainer=ddp.") from error
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
     return trainer
 
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
-    """Build the callbacks of a config, recipes first: those that save a checkpoint then save what a recipe changed."""
+    """Build the callbacks of a config, recipes first, so that checkpoints contain the changes that recipes make."""
     sections = [*(config.get("recipe") or {}).values(), *(config.get("callbacks") or {}).values()]
     chosen = [section for section in sections if section]
     if not validates:  # there is no metric by which to choose a checkpoint
@@ -79,7 +79,8 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     callbacks = [expect(Callback, section._target_, instantiate(section)) for section in chosen]
     averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
     if len(averages) > 1:
-        raise UserError(f"{' and '.join(averages)} both replace the network's weights by an average: choose one.")
+        names = " and ".join(averages)
+        raise UserError(f"{names} both replace the network's weights with an average. Use only one of them.")
     first = [instantiate({"_target_": STATE})]
     if config.compile:
         first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))

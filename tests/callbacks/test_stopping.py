@@ -26,7 +26,7 @@ BATCHES = "data.eval_batch_size=10"
 
 def test_a_run_that_was_stopped_in_the_test_can_be_resumed(config, tmp_path):
     train(config(BATCHES, folder="whole"))
-    with pytest.raises(Interrupted, match="in the test") as interrupted:
+    with pytest.raises(Interrupted, match="during the test") as interrupted:
         train(config(BATCHES, folder="parts"), callbacks=[SignalInTest()])
     assert interrupted.value.status == 143
     assert str(tmp_path / "parts/checkpoints/last.ckpt") in str(interrupted.value)

@@ -98,10 +98,10 @@ def test_changed_or_missing_files_are_refused(tmp_path, server, name):
     assert data(tmp_path, server[0]("whole")).source
     member = tmp_path / "data" / "cifar-10-batches-py" / name
     member.write_bytes(member.read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files: delete it"):
+    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files. Delete it"):
         assert data(tmp_path).source
     member.unlink()
-    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files: delete it"):
+    with pytest.raises(UserError, match=r"cifar-10-batches-py differs from the published files. Delete it"):
         assert data(tmp_path).source
 
 

@@ -154,7 +154,7 @@ def test_try_on_does_not_change_the_network():
     try_on(network, {8, 32}, 10)
     assert torch.equal(torch.get_rng_state(), state)
     assert [layer.training for layer in network.modules()] == modes
-    with pytest.raises(UserError, match=r"the model fails on a 2×2 input .*data.train_sizes"):
+    with pytest.raises(UserError, match=r"The model fails on a 2×2 input .*data.train_sizes"):
         try_on(network, {2, 32}, 10)
     with pytest.raises(UserError, match=r"returns \[1, 10\] .*expected logits \[1, 3\]"):
         try_on(network, {32}, 3)

@@ -124,10 +124,10 @@ def test_preactivation_does_not_change_the_sum(make):
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (partial(CifarResNet, depth=18), "give 6n"),
-        (partial(WideResNet, depth=20), "give 6n"),
-        (partial(ResNeXt, depth=28), "give 9n"),
-        (partial(DenseNet, depth=101), "give 6n"),
+        (partial(CifarResNet, depth=18), "use 6n"),
+        (partial(WideResNet, depth=20), "use 6n"),
+        (partial(ResNeXt, depth=28), "use 9n"),
+        (partial(DenseNet, depth=101), "use 6n"),
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ def test_resuming_a_student_needs_its_teacher_and_loading_does_not(config, tmp_p
     copied.rename(tmp_path / "moved")
     cifarnet.load(tmp_path / "run")
     assert evaluate(tmp_path / "run", ["corruptions=false"])["network"] == "CNN"
-    with pytest.raises(UserError, match=r"There is no checkpoint .*/teacher"):
+    with pytest.raises(UserError, match=r"/teacher: no checkpoint found"):
         train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
     (tmp_path / "moved").rename(copied)
     train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
@@ -122,14 +122,14 @@ def hparams(**changed):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (None, ["module.teacher.checkpoint=nowhere"], r"There is no checkpoint nowhere"),
+        (None, ["module.teacher.checkpoint=nowhere"], r"nowhere: no checkpoint found"),
         (hparams(image_size=24), [], r"The images are 32 pixels wide; the teacher .* 24"),
         (
             lambda content: content["hyper_parameters"]["class_names"].reverse(),
             [],
             r"The data has the classes disc, .*; the teacher .*, disc\.",
         ),
-        (hparams(extra=nn.Linear(1, 1)), [], r"altered\.ckpt cannot be read as a checkpoint"),
+        (hparams(extra=nn.Linear(1, 1)), [], r"altered\.ckpt is not a readable cifarnet checkpoint"),
         (hparams(model={"_target_": "os.mkdir", "path": "x"}), [], r"altered\.ckpt names the class os\.mkdir"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_recorded_teacher_is_read_as_a_checkpoint(teacher, tmp_path, monkeypat
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Explodes(tmp_path / "exploded")))
     recorded = {"_target_": "cifarnet.recipes.distillation.Teacher", "checkpoint": str(tmp_path / "evil.ckpt")}
     path = altered(teacher, tmp_path, lambda c: c["hyper_parameters"]["config"]["module"].update(teacher=recorded))
-    with pytest.raises(UserError, match=r"evil\.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match=r"evil\.ckpt is not a readable cifarnet checkpoint"):
         train(*resume(path))
     assert not (tmp_path / "exploded").exists()
 

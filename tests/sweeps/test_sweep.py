@@ -119,7 +119,7 @@ def test_seeds_can_be_swept_without_validation(command):
         (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe is not valid"),
         (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1 is out of range"),
         (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range"),
-        (["optimizer=sgd,none"], "There is no optimizer=none"),
+        (["optimizer=sgd,none"], "optimizer=none does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -234,7 +234,7 @@ def test_a_link_out_of_the_folder_is_refused(command, tmp_path):
     (tmp_path / "sweep/0/.hydra").symlink_to(tmp_path)
     status, _, error = command("sweep.resume=sweep")
     assert status == 1
-    assert "sweep/0/.hydra is a link that leads out of sweep" in error
+    assert "sweep/0/.hydra is a link to a place outside sweep" in error
 
 
 @pytest.mark.parametrize("content", ["", "a: {", "[1]", "hydra: 3", "hydra: {overrides: {task: 3}}"])
@@ -253,7 +253,7 @@ def test_two_processes_cannot_run_the_same_sweep(command, tmp_path):
         for arguments in (["sweep.resume=sweep"], ["-m", *TINY, "seed=5,6", "hydra.sweep.dir=sweep"]):
             status, printed, error = command(*arguments)
             assert (status, printed) == (1, "")
-            assert error.startswith("Error: Another process uses sweep.")
+            assert error.startswith("Error: Another process is using sweep.")
     assert (tmp_path / "sweep/multirun.yaml").read_text() == before
     assert command("sweep.resume=sweep")[0] == 0
 

@@ -217,7 +217,7 @@ def test_srun_needs_the_number_of_processes_per_machine(monkeypatch):
     clear_launchers(monkeypatch)
     for name, value in {"PROCID": 0, "NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    with pytest.raises(UserError, match="give --ntasks-per-node=2 in place of --ntasks"):
+    with pytest.raises(UserError, match="use --ntasks-per-node=2 instead of --ntasks"):
         distributed.environment()
 
 
@@ -237,7 +237,7 @@ class SignalInTest(Callback):
 
 def test_a_signal_in_the_test_of_two_processes_is_reported(config, tmp_path):
     settings = ["+callbacks.in_test={_target_: test_distributed.SignalInTest}"]
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM after training, in the test"):
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM after training, during the test"):
         train(config(*TWO, *settings, without="trainer=cpu"))
     assert not (tmp_path / "run/metrics.json").exists()
 

@@ -45,7 +45,7 @@ def test_one_process_at_a_time_uses_a_folder(tmp_path):
     other = context.Process(target=occupy, args=(tmp_path, entered, leave))
     other.start()
     assert entered.wait(60)
-    with pytest.raises(UserError, match="Another process uses"), files.exclusive(tmp_path):
+    with pytest.raises(UserError, match="Another process is using"), files.exclusive(tmp_path):
         pass
     other.kill()  # which releases the lock
     other.join()
@@ -93,7 +93,7 @@ def test_links_that_lead_out_of_a_folder_are_refused(tmp_path):
     (tmp_path / "latest").symlink_to("run")
     files.refuse_links(tmp_path / "latest")
     (tmp_path / "run/train.log").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match=r"train\.log is a link that leads out of .*latest\. Replace it"):
+    with pytest.raises(UserError, match=r"train\.log is a link to a place outside .*latest\. Replace it"):
         files.refuse_links(tmp_path / "latest")
 
 

@@ -112,7 +112,7 @@ class StopOnSignal(Callback):
         last = self._last_checkpoint(trainer)
         if self._agree(trainer) and last is not None and last.is_file():  # otherwise the test is completed
             self._restore_handlers()
-            self._stop(trainer, "training, in the test")
+            self._stop(trainer, "training, during the test")
 
     def _save(self, trainer: L.Trainer) -> None:
         if (last := self._last_checkpoint(trainer)) is not None:

@@ -42,11 +42,12 @@ class CIFAR10(ImageDataModule):
                     if not folder.exists():
                         self._fetch(self.root / Published.filename)
         except OSError as error:
-            raise UserError(f"data.root={self.root}: CIFAR-10 cannot be stored there ({error.strerror}).") from error
+            reason = f"CIFAR-10 cannot be stored there ({error.strerror})"
+            raise UserError(f"data.root={self.root}: {reason}. Choose another data.root.") from error
         try:
             published = [Published(self.root, train=train) for train in (True, False)]
         except RuntimeError as error:  # a checksum differs
-            raise UserError(f"{folder} differs from the published files: delete it and start again.") from error
+            raise UserError(f"{folder} differs from the published files. Delete it and start again.") from error
         train, test = (Split(torch.from_numpy(x.data).permute(0, 3, 1, 2), torch.tensor(x.targets)) for x in published)
         return Source(published[0].classes, train, test)
 
@@ -59,7 +60,9 @@ class CIFAR10(ImageDataModule):
                 self._download(Path(scratch, archive.name))
                 Path(scratch, archive.name).rename(archive)
             elif not check_integrity(archive, Published.tgz_md5):
-                raise UserError(f"{archive} differs from the published archive. Delete it.\n{self._remedies()}")
+                raise UserError(
+                    f"{archive} differs from the published archive. Delete it, and then:\n{self._remedies()}"
+                )
             extract_archive(archive, scratch)
             Path(scratch, Published.base_folder).rename(self.root / Published.base_folder)
 
@@ -70,11 +73,12 @@ class CIFAR10(ImageDataModule):
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"CIFAR-10 cannot be downloaded from {self.url}: {reason}\n{self._remedies()}") from error
+            message = f"CIFAR-10 cannot be downloaded from {self.url}: {reason}. Choose one:"
+            raise UserError(f"{message}\n{self._remedies()}") from error
 
     def _remedies(self) -> str:
         return (
-            f"  - by hand: put {Published.filename} (md5 {Published.tgz_md5}) into {self.root.resolve()}\n"
+            f"  - manually: put {Published.filename} (md5 {Published.tgz_md5}) into {self.root.resolve()}\n"
             f"  - from a mirror: data.url=https://…/{Published.filename}\n"
-            "  - without a network: data=synthetic (or +experiment=quickstart) generates pictures"
+            "  - offline: data=synthetic (or +experiment=quickstart) generates pictures"
         )

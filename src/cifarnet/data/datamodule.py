@@ -148,7 +148,7 @@ class ImageDataModule(L.LightningDataModule):
         if source.val is None:
             source.train, source.val = self._set_aside(source.train)
         if self.batch_size > (count := self.images_per_epoch(source)):
-            print(f"data.batch_size={self.batch_size}: the {count} images of an epoch form one batch.", flush=True)
+            print(f"data.batch_size={self.batch_size}: the {count} images of each epoch form one batch.", flush=True)
         size = source.train.images.shape[-1]
         for name, most in {"crop_padding": size - 1, "cutout": size}.items():
             if (value := getattr(self.augment, name)) > most:
@@ -219,7 +219,9 @@ class ImageDataModule(L.LightningDataModule):
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:
-            raise UserError(f"{size} devices cannot share batches of {least} images: use at most {least}.")
+            raise UserError(
+                f"A batch of {least} images is too small for {size} devices. Use at most {least}, or larger batches."
+            )
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
         settings |= {"transforms": self.transforms}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}
@@ -233,7 +235,7 @@ class ImageDataModule(L.LightningDataModule):
             free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
             if needed > free:
                 raise UserError(
-                    f"The images need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU's are free. "
+                    f"The images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of GPU memory are free. "
                     "Keep them on the host: data.on_device=false."
                 )
         return InMemoryLoader(split.images, split.labels, batch_size, **settings)

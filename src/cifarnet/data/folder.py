@@ -96,7 +96,7 @@ class ImageFolder(ImageDataModule):
             val = self._split("val", class_names) if (self.root / "val").is_dir() else None
         except OSError as error:
             raise UserError(
-                f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}). Expected: "
+                f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}). Put the images in "
                 "train/<class>/…, test/<class>/… and optionally val/<class>/…"
             ) from error
         return Source(class_names, train, test, val)
@@ -113,7 +113,8 @@ class ImageFolder(ImageDataModule):
             labels += [class_names.index(class_name)] * len(found)
         missing = ", ".join(class_names[label] for label in sorted(set(range(len(class_names))) - set(labels)))
         if missing and (name == "train" or not paths):
-            raise UserError(f"{folder} has no images (.png, .jpg, .gif, .tif, .webp, …) of {missing}.")
+            formats = ".png, .jpg, .gif, .tif, .webp, …"
+            raise UserError(f"{folder} has no images ({formats}) of {missing}. Add some or remove the class.")
         if missing:
             print(f"{name}/ has no images of {missing}.", flush=True)
         images = ImageFiles(paths, self.size)
@@ -146,7 +147,7 @@ def _class_folders(folder: Path) -> list[str]:
         if not name.isprintable():  # it could not be written to tables and records
             raise UserError(f"{folder}: the class folder {name!a} has unprintable characters. Rename it.")
     if len(names) < 2 and folder.name == "train":
-        raise UserError(f"{folder} has {len(names)} class folders: at least two are needed.")
+        raise UserError(f"{folder} needs at least two class folders, but has {len(names)}. Add class folders.")
     return names
 
 

@@ -56,7 +56,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = 1 if image.mode == "F" else 2**16 - 1
         values = np.asarray(image, np.float64)
         if not 0 <= values.min() <= values.max() <= white:
-            raise ValueError(f"its values are from {values.min():g} to {values.max():g}, and not from 0 to {white}")
+            raise ValueError(f"its values range from {values.min():g} to {values.max():g}, not from 0 to {white}")
         image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
@@ -87,8 +87,8 @@ def as_image(picture: Any) -> Image.Image:
     if not is_uint8 or not values.size:
         details = "".join(f", {name} {getattr(picture, name)}" for name in ("shape", "dtype") if hasattr(picture, name))
         raise UserError(
-            f"A {type(picture).__name__}{details} is not an image: give a path, a Pillow image, or an array [H, W, 3] "
-            "(a tensor: [3, H, W]) of uint8, or of floats from 0 to 1."
+            f"A value of type {type(picture).__name__}{details} is not an image: use a path, a Pillow image, or an "
+            "array [H, W, 3] (a tensor: [3, H, W]) of uint8, or of floats from 0 to 1."
         )
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 

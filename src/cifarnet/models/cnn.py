@@ -36,7 +36,7 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) % 2:
-            raise ValueError(f"widths={list(widths)}: give an even number of widths, two for each block")
+            raise ValueError(f"widths={list(widths)}: use an even number of widths, two for each block")
         self.normalize = Normalize(in_chans)
         self.pooled_size = image_size // 2 ** (len(widths) // 2)
         layers: list[nn.Module] = []

@@ -41,7 +41,7 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
 
 
 @torch.no_grad()
-def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "the model") -> None:
+def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "The model") -> None:
     """Run the network on a blank image of each size in pixels on which it is to be trained or tested.
 
     Raises:
@@ -49,14 +49,16 @@ def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str
     """
     network = copy.deepcopy(network).eval()  # the network itself is not changed
     for size in sorted(sizes):
-        task = f"{size}×{size} input (the size of the images, or one of data.train_sizes)"
+        task = f"{size}×{size} input (data.image_size, or one of data.train_sizes)"
         try:
             logits = network(blank_image(size))
         except Exception as error:  # any type: layers are anyone's
-            raise UserError(f"{name} fails on a {task}: {' '.join(str(error).split())}") from error
+            problem = f"{name} fails on a {task}: {' '.join(str(error).split()).rstrip('.')}"
+            raise UserError(f"{problem}. Correct the network, or choose another size.") from error
         if getattr(logits, "shape", None) != (1, num_classes):
             output = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"{name} returns {output} for a {task}; expected logits [1, {num_classes}]")
+            expected = f"expected logits [1, {num_classes}]. Correct the network."
+            raise UserError(f"{name} returns {output} for a {task}; {expected}")
 
 
 def blank_image(size: int) -> Tensor:

@@ -49,7 +49,7 @@ class DenseNet(ConvNet):
         drop_rate: Annotated[float, Range(0, below=1)] = 0.0,  # after each convolution of the blocks
     ) -> None:
         if depth % 6 != 4:
-            raise ValueError(f"depth={depth}: give 6n + 4, such as 40, 100 or 190")
+            raise ValueError(f"depth={depth}: use 6n + 4, such as 40, 100 or 190")
         chans = 2 * growth_rate
         layers: list[nn.Module] = [nn.Conv2d(in_chans, chans, 3, padding=1, bias=False)]
         for block in range(3):

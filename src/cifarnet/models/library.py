@@ -80,7 +80,8 @@ class LibraryModel(nn.Module):
             raise UserError(f"model={self.library} needs {self.library}: pip install -e '.[{self.library}]'") from error
         except Exception as error:  # any type: constructors and state dicts raise many
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"model.name={self.name}: {self.library} cannot build this network ({reason})") from error
+            problem = f"{self.library} cannot build this network ({reason})"
+            raise UserError(f"model.name={self.name}: {problem}. Change its settings.") from error
         if self.small_stem and not fixed_size:
             _shrink_stem(network)
         return network
@@ -141,7 +142,8 @@ def read_weights(path: str) -> Weights:
             raise ValueError("it holds no state dict")
     except Exception as error:  # any type: torch and safetensors raise many
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.checkpoint={path} cannot be read as pretrained weights: {reason}") from error
+        problem = f"cannot be read as pretrained weights: {reason}"
+        raise UserError(f"model.checkpoint={path} {problem}. Use another file.") from error
     return weights
 
 

@@ -29,7 +29,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4:
-            raise ValueError(f"Images of shape {list(images.shape)}: give a batch [B, C, H, W], such as image[None].")
+            raise ValueError(f"Images of shape {list(images.shape)}: use a batch [B, C, H, W], such as image[None].")
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return (images - self.mean) / self.std

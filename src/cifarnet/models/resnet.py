@@ -143,7 +143,7 @@ class CifarResNet(ConvNet):
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
         if depth % 6 != 2:
-            raise ValueError(f"depth={depth}: give 6n + 2, such as 20, 32, 44, 56 or 110")
+            raise ValueError(f"depth={depth}: use 6n + 2, such as 20, 32, 44, 56 or 110")
         stages = [((depth - 2) // 6, width * factor, width * factor) for factor in (1, 2, 4)]
         layers = residual_layers(in_chans, width, stages, drop_path_rate, preact, shortcut=shortcut)
         initialize(layers)
@@ -196,7 +196,7 @@ class WideResNet(ConvNet):
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
         if depth % 6 != 4:
-            raise ValueError(f"depth={depth}: give 6n + 4, such as 16, 28 or 40")
+            raise ValueError(f"depth={depth}: use 6n + 4, such as 16, 28 or 40")
         stages = [((depth - 4) // 6, chans * width, chans * width) for chans in (16, 32, 64)]
         layers = residual_layers(in_chans, 16, stages, drop_path_rate, preact=True, drop_rate=drop_rate)
         super().__init__(num_classes, in_chans, layers, 64 * width)
@@ -223,7 +223,7 @@ class ResNeXt(ConvNet):
         drop_path_rate: Rate = 0.0,  # of the last block
     ) -> None:
         if depth % 9 != 2:
-            raise ValueError(f"depth={depth}: give 9n + 2, such as 20, 29 or 38")
+            raise ValueError(f"depth={depth}: use 9n + 2, such as 20, 29 or 38")
         width = cardinality * base_width
         stages = [((depth - 2) // 9, width * factor, 256 * factor) for factor in (1, 2, 4)]
         layers = residual_layers(in_chans, 64, stages, drop_path_rate, bottleneck=True, groups=cardinality)

@@ -88,7 +88,7 @@ class SpeedNet(nn.Module):
     ) -> None:
         super().__init__()
         if image_size < 16:
-            raise ValueError(f"image_size={image_size} is too small: give at least 16")
+            raise ValueError(f"image_size={image_size} is too small: use at least 16")
         self.normalize = Normalize(in_chans)
         self.whiten = Whiten(in_chans, whiten_kernel_size)
         chans = [len(self.whiten.filters), *widths]

@@ -71,7 +71,7 @@ class Muon(Optimizer):
         for kind, values in settings.items():
             for name, value in values.items():
                 if value < 0:
-                    raise ValueError(f"{kind}: {name}={value} is negative")
+                    raise ValueError(f"{kind}: {name}={value} is negative, but must be at least 0")
         groups = [{"params": kinds[kind], "kind": kind, **settings[kind]} for kind in kinds if kinds[kind]]
         super().__init__(groups, {})
 

@@ -53,7 +53,7 @@ class Backbone(Callback):
             if [group["initial_lr"] for group in optimizer.param_groups] != rates:
                 raise UserError(
                     f"scheduler={type(scheduler).__name__} sets the learning rate of every layer itself. With "
-                    "recipe.backbone choose another, such as scheduler=warmup_cosine, or set recipe.backbone=null."
+                    "recipe.backbone, use another scheduler, such as warmup_cosine, or set recipe.backbone=null."
                 )
             return scheduler
 
@@ -69,7 +69,7 @@ def head_name(network: nn.Module) -> str:
     """
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
-        raise UserError("The network has no layer that could be its head: no Linear or Conv2d.")
+        raise UserError("The network has no Linear or Conv2d layer that could be its head. Set recipe.backbone=null.")
     return names[-1]
 
 

@@ -39,7 +39,7 @@ class SAM(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: "Classifier", batch: Any, batch_idx: int) -> None:
         if (batches := trainer.accumulate_grad_batches) > 1:
-            raise UserError(f"recipe.sam does not support trainer.accumulate_grad_batches={batches}. Leave it out.")
+            raise UserError(f"recipe.sam does not support trainer.accumulate_grad_batches={batches}. Remove it.")
         if getattr(trainer.precision_plugin, "scaler", None) is not None:  # it scales the gradients
             raise UserError(f"recipe.sam does not support trainer.precision={trainer.precision}. Choose bf16-mixed.")
         self.batch = batch

@@ -71,7 +71,7 @@ def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     if (devices := section.get("devices", 1)) not in (1, -1, "auto", local_world_size):
         raise UserError(
             f"trainer.devices={devices}: {local_world_size} processes were started on this machine. "
-            "Remove the setting, or give the same number."
+            "Remove the setting, or use the same number."
         )
     strategy = section.get("strategy", "auto")
     strategy = "ddp" if strategy == "auto" else strategy
@@ -114,7 +114,7 @@ def environment() -> "ClusterEnvironment":
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(f"srun: give --ntasks-per-node={slurm_tasks()} in place of --ntasks.")
+        raise UserError(f"srun: use --ntasks-per-node={slurm_tasks()} instead of --ntasks.")
     return SLURMEnvironment(auto_requeue=False)
 
 
@@ -223,7 +223,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
             raise Interrupted(report["message"], report["status"]) from None
         if "status" in report:
             raise UserError(f"Rank {rank} failed: {report['message']}" if rank else report["message"]) from None
-        end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+        end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
         raise UserError(f"Rank {rank} {end}.{_resume_hint(folder)}") from None
     finally:
         os.environ.clear()

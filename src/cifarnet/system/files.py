@@ -89,8 +89,8 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     except Timeout as error:
         if waiting is None:
             raise UserError(
-                f"Another process uses {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… (for a "
-                "sweep: hydra.sweep.dir=…)"
+                f"Another process is using {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… "
+                "(for a sweep: hydra.sweep.dir=…)"
             ) from error
         print(waiting, flush=True)
         lock.acquire()
@@ -132,4 +132,4 @@ def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
     """
     for path in folder.rglob("*") if among is None else among:
         if path.is_symlink() and folder.resolve() not in path.resolve().parents:
-            raise UserError(f"{path} is a link that leads out of {folder}. Replace it by the file that it leads to.")
+            raise UserError(f"{path} is a link to a place outside {folder}. Replace it with the file it points to.")
