@@ -15,7 +15,7 @@ immediately, so a part that fails or exceeds its time does not affect the others
 
 All times are measured by this script. They exclude reading data, building, compiling, and a warm-up at every size of
 `data.train_sizes`. They include whitening, the transfer of the data to the device, training, and the test with
-test-time augmentation, which is also reported separately. "above 94 %" is a one-sided t-test of the mean.
+test-time augmentation, which is also reported separately. "above 94%" is a one-sided t-test of the mean.
 """
 
 import argparse
