@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def with_main(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
-    """Return a function that calls `main(run, model)` and returns its accuracy and the seconds in total and in its test."""
+    """Return a function that calls `main(run, model)` and returns its accuracy, its seconds and its test's seconds."""
     model, took, evaluate = peer.CifarNet().to(device, memory_format=torch.channels_last), [], peer.evaluate
 
     def timed_evaluate(*arguments, **settings):

@@ -1,4 +1,4 @@
-"""Prediction from image files compared with decoding alone and the network alone: images/s with equal numbers of threads.
+"""Prediction from image files compared with decoding alone and the network alone: images/s, with equally many threads.
 
     python benchmarks/predict.py RUN FOLDER [tta=none] [--turns 5]
 
