@@ -48,7 +48,7 @@ FROM_RECORD = (
     *("seconds", "images_per_second", "precision", "git_commit"),
 )
 COLUMNS = (
-    *("`python -m cifarnet.train …`", "parameters", "GFLOP an image", "epochs", "test accuracy", "seconds"),
+    *("`python -m cifarnet.train …`", "parameters", "GFLOP per image", "epochs", "test accuracy", "seconds"),
     *("images/s", "images", "hardware", "commit, date"),
 )
 
