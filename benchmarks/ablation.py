@@ -18,7 +18,7 @@ from cifarnet.models.convolution import Conv3x3
 
 
 class RandomFilters(SpeedNet):
-    """Random fixed first filters instead of whitening filters, with the same mean magnitude of the activations."""
+    """Use random fixed first filters instead of whitening filters, with the same mean magnitude of the activations."""
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
@@ -30,7 +30,7 @@ class RandomFilters(SpeedNet):
 
 
 class NoIdentity(SpeedNet):
-    """Convolutions with random initial weights, without the identity."""
+    """Initialize convolutions with random weights, without the identity."""
 
     def __init__(self, num_classes: int = 10, image_size: int = 32, **settings) -> None:
         super().__init__(num_classes, image_size, **settings)

@@ -24,7 +24,7 @@ def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--turns", type=int, default=turns, help="measurements of each variant")
     arguments.add_argument("--only", nargs="*", help="measure only these variants")
-    arguments.add_argument("--measure", help=argparse.SUPPRESS)  # measures one variant, in a process of its own
+    arguments.add_argument("--measure", help=argparse.SUPPRESS)  # measures one variant, in its own process
     arguments.add_argument(
         "overrides", nargs="*", help="settings of all variants, such as trainer=gpu or data.batch_size=128"
     )
@@ -34,7 +34,7 @@ def parser(description: str | None, turns: int) -> argparse.ArgumentParser:
 def take_turns(
     sides: dict[str, Callable[[Sequence[str]], float]], arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Measure all variants once, then all again, and so on, so that a temporary load on the machine affects them all.
+    """Measure all variants in turn, repeatedly, so that a temporary load on the machine affects all of them.
 
     Each measurement uses a new process, because allocator settings and warm caches would affect the next variant.
 

@@ -1,4 +1,4 @@
-"""A network in PyTorch, as in `predict`, and as exported: images/s, with batches of 1 and of 256, in float32.
+"""A network in PyTorch, as in `predict`, and as exported: images/s, with batches of 1 and 256, in float32.
 
 python benchmarks/formats.py RUN [--turns 5] [--only "PyTorch, batch 1" "onnx, batch 1"]
 """

@@ -8,14 +8,14 @@ immediately, so a part that fails or exceeds its time does not affect the others
 - tests: the tests that require a GPU
 - steps: `baseline` in images/s and ms per step, in a bare loop (raw twin), in the Trainer, and compiled in each mode
 - networks: the same for `speedrun` and `resnet18`, and peak memory
-- profile: how the time of a step of `baseline` and of `speedrun` is spent
-- speedrun: time and accuracy of complete runs, not compiled and in each mode of `compile`, alternating with the
-  scripts of other projects
+- profile: the kernels that take the most time in a step of `baseline` and of `speedrun`
+- speedrun: time and accuracy of complete runs, not compiled and in each mode of `compile`, alternating with
+  the scripts of other projects
 - baseline: the same for `baseline`, not compiled and compiled
 
 All times are measured by this script. They exclude reading data, building, compiling, and a warm-up at every size of
 `data.train_sizes`. They include whitening, the transfer of the data to the device, training, and the test with
-test-time augmentation, which is also reported separately. "above 94 %" is a one-sided t-test of the mean.
+test-time augmentation, which is also reported separately. "above 94%" is tested with a one-sided t-test.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def networks(arguments: argparse.Namespace) -> Iterator[Measurement]:
 def _rates(
     sides: dict[str, tuple[Callable[[Sequence[str]], float], Sequence[str]]], turns: int
 ) -> Iterator[Measurement]:
-    """Measure ms per step, images/s and the peak of the GPU's memory. `sides` are functions that return ms per step."""
+    """Measure ms per step, images/s and the peak GPU memory. `sides` are functions that return ms per step."""
     for turn in range(turns):
         for name, (measure, settings) in sides.items():
             size = compose_baseline(*settings).data.batch_size
@@ -203,7 +203,7 @@ def work(experiment: str, runs: int, overrides: Sequence[str]) -> None:
 
 
 def _memory() -> dict[str, float]:
-    """Return the peak since the last call."""
+    """Return the peak memory since the last call."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 2**20

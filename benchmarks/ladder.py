@@ -2,8 +2,8 @@
 
     python benchmarks/ladder.py [--seeds 3] [--only resnet20 baseline] [data=folder data.root=…]
 
-Trains the runs that are missing for this hardware, one after another, and continues where it was killed. The results
-of each run are kept in results/ladder.json. The table in docs/zoo.md and its figure are made from this file alone;
+This trains the runs that are missing for this hardware, one at a time, and continues after it was killed. The results
+of each run are kept in results/ladder.json. The table in docs/zoo.md and its figure are generated from this file;
 `--write` writes both without training.
 """
 
@@ -39,7 +39,7 @@ BEGIN, END = "<!-- written by benchmarks/ladder.py -->", "<!-- to here -->"
 
 SHORT = ["speedrun_fast", "speedrun", "baseline", "baseline_muon"]
 LONG = ["speedrun95", "speedrun96", "resnet20", "resnet18", "resnet18_long", "wide_resnet", "cct7"]
-LADDER = {  # experiments and their overrides; on a CPU only those that take less than an hour
+LADDER = {  # experiments and their overrides; on a CPU, only experiments that take less than an hour
     "cuda": dict.fromkeys(SHORT + LONG, ""),
     "cpu": dict.fromkeys(SHORT, "") | {"resnet20": "trainer.max_epochs=30"},
 }
@@ -48,17 +48,17 @@ FROM_RECORD = (
     *("seconds", "images_per_second", "precision", "git_commit"),
 )
 COLUMNS = (
-    *("`python -m cifarnet.train …`", "parameters", "GFLOP an image", "epochs", "test accuracy", "seconds"),
+    *("`python -m cifarnet.train …`", "parameters", "GFLOP per image", "epochs", "test accuracy", "seconds"),
     *("images/s", "images", "hardware", "commit, date"),
 )
 
-Result = dict[str, Any]  # what is kept of a run
+Result = dict[str, Any]  # entries of a run's record to keep
 
 
 def main() -> None:
     parser = common.parser(__doc__, turns=1)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
-    parser.add_argument("--write", action="store_true", help="write the table and the figure, train nothing")
+    parser.add_argument("--write", action="store_true", help="write the table and the figure without training")
     arguments = parser.parse_args()
     results: list[Result] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else []
     names = arguments.only or []  # argparse also puts settings that follow --only into this list
@@ -67,11 +67,11 @@ def main() -> None:
     failed = [] if arguments.write else train_missing(results, only, arguments.seeds, overrides)
     write(results)
     if failed:
-        sys.exit(f"These runs failed, and are not in the table: {', '.join(failed)}")
+        sys.exit(f"These runs failed and are not in the table: {', '.join(failed)}")
 
 
 def train_missing(results: list[Result], only: Sequence[str], seeds: int, overrides: list[str]) -> list[str]:
-    """Train the runs that are missing, add their results to the list, and return the names of those that failed."""
+    """Train the missing runs, add their results to the list, and return the names of the runs that failed."""
     on_cpu = not torch.cuda.is_available() or {"trainer=cpu", "trainer.accelerator=cpu"} & set(overrides)
     device = torch.device("cpu" if on_cpu else "cuda")
     ladder, machine, failed = LADDER[device.type], hardware.describe(device)["name"], []
@@ -88,7 +88,7 @@ def train_missing(results: list[Result], only: Sequence[str], seeds: int, overri
             folder = ROOT / "lightning_logs/ladder" / machine / label / str(seed)
             status = train(folder, [f"+experiment={name}", *settings, f"seed={seed}"])
             if status in (130, 143):  # stopped after saving a checkpoint
-                sys.exit(f"To continue, repeat the command: python {' '.join(sys.argv)}")
+                sys.exit(f"To continue, run the same command again: python {' '.join(sys.argv)}")
             if status:
                 failed.append(f"{name} with seed {seed}")
                 continue
@@ -99,14 +99,14 @@ def train_missing(results: list[Result], only: Sequence[str], seeds: int, overri
 
 
 def recipe(settings: Sequence[str]) -> str:
-    """A checksum of the settings that these overrides stand for now; it changes if the experiment is changed."""
+    """Return a checksum of the settings that these overrides select; it changes if the experiment is changed."""
     config: Any = OmegaConf.to_container(cli.compose("train", [*settings, "output_dir=run"]), resolve=False)
     written = json.dumps(deciding_settings(config, times=True), sort_keys=True)
     return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
 def train(folder: Path, settings: list[str]) -> int:
-    """Train a run, or resume it, unless the folder holds a finished run; return the exit status."""
+    """Train or resume a run, unless the folder contains a finished run; return the exit status."""
     if (folder / "metrics.json").is_file():
         return 0
     if (folder / "checkpoints/last.ckpt").is_file():
@@ -115,7 +115,7 @@ def train(folder: Path, settings: list[str]) -> int:
         settings = [*settings, f"hydra.run.dir={cli.literal(str(folder))}"]
     run = subprocess.Popen([sys.executable, "-m", "cifarnet.train", *settings])
     # wait until the run has saved a checkpoint; subprocess.run would kill it 0.25 s after a Ctrl-C
-    interrupt = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the run, too
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal also sends it to the run
     terminate = signal.signal(signal.SIGTERM, lambda *_: run.terminate())
     try:
         return run.wait()
@@ -125,7 +125,7 @@ def train(folder: Path, settings: list[str]) -> int:
 
 
 def result_of(folder: Path) -> Result:
-    """The part of a run's record that the table shows."""
+    """Return the part of a run's record that the table shows."""
     record = Record.read(folder / "metrics.json")
     root = Path(record.resolved["data"].get("root", "")).name
     return {key: getattr(record, key) for key in FROM_RECORD} | {
@@ -140,7 +140,7 @@ def result_of(folder: Path) -> Result:
 
 
 def gflop(folder: Path) -> float:
-    """The cost of the forward pass for one image: convolutions and matrix products, 2 FLOP a multiply-add."""
+    """Return the FLOP of a forward pass of one image: convolutions and matrix products, 2 FLOP per multiply-add."""
     checkpoint = Checkpoint.open(folder)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -149,9 +149,9 @@ def gflop(folder: Path) -> float:
 
 
 def write(results: list[Result]) -> None:
-    """Write the table, a row for each command, hardware and data set, and the figure.
+    """Write the figure and the table, which has one row per command, hardware and data set.
 
-    Results of a recipe that has been changed since are kept, but not shown.
+    Results of recipes that have changed since are kept but not shown.
     """
     rows = defaultdict(list)
     current = {command: recipe(command.split()) for command in {result["command"] for result in results}}
@@ -182,7 +182,7 @@ def mean(runs: list[Result], key: str) -> float:
 
 
 def accuracy(runs: list[Result]) -> str:
-    """Mean ± standard deviation (number of runs), in percent."""
+    """Return the mean ± standard deviation (number of runs), in percent."""
     tested, one_view = (
         common.mean_and_deviation([run[key] for run in runs]) for key in ("test_accuracy", "test_accuracy_one_view")
     )
@@ -191,7 +191,7 @@ def accuracy(runs: list[Result]) -> str:
 
 
 def figure(rows: dict[tuple[str, ...], list[Result]]) -> Figure:
-    """Draw test accuracy against seconds of training, in a color for each hardware and data set."""
+    """Draw test accuracy against seconds of training, with one color per hardware and data set."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axis = figure.subplots()
     for machine, images in dict.fromkeys(row[:2] for row in rows):

@@ -4,15 +4,15 @@
 
 `<folder>` must also contain `cifar10/train.pt` and `cifar10/test.pt`, which `benchmarks/speedrun.py` writes. The
 output is one line of JSON per run: the accuracy with test-time augmentation, the seconds as measured by the script
-(whitening, training and the final evaluation, without reading data and the warm-up run), and the seconds of this
+(whitening, training and the final evaluation, but not reading data and the warm-up run), and the seconds of this
 evaluation.
 
-Instead of `main`, a script can have `setup`, `reset_all` and `train`, like Fulcrum's
+Instead of `main`, a script can have `setup`, `reset_all` and `train`, like Fulcrum's script
 (https://github.com/fulcrumresearch/cifar-10-speedrun). In this case, the last two are timed, and this module evaluates
 the network with six views of each image.
 
-The port to the CPU makes the changes that such a script needs to run well: bfloat16 autocast instead of half
-precision, no return of freed memory to the kernel, no compilation. The recipe is unchanged.
+The port to the CPU makes the changes that such a script needs to run fast: bfloat16 autocast instead of half
+precision, keeping freed memory instead of returning it to the kernel, and no compilation. The recipe is unchanged.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; later runs count up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; each later run increments it")
     parser.add_argument("--wait", action="store_true", help="wait for a line of input before each run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def with_main(peer: types.ModuleType, device: torch.device) -> Callable[[int], dict[str, float]]:
-    """Return a function that calls `main(run, model)` and returns its accuracy, its seconds and those of its test."""
+    """Return a function that calls `main(run, model)` and returns its accuracy, its seconds and its test's seconds."""
     model, took, evaluate = peer.CifarNet().to(device, memory_format=torch.channels_last), [], peer.evaluate
 
     def timed_evaluate(*arguments, **settings):

@@ -1,4 +1,4 @@
-"""Prediction from image files compared with decoding alone and the network alone: images/s with as many threads.
+"""Prediction from image files compared with decoding alone and the network alone: images/s, with equally many threads.
 
     python benchmarks/predict.py RUN FOLDER [tta=none] [--turns 5]
 
@@ -69,7 +69,7 @@ def main() -> None:
     alone = [statistics.median(values[side]) for side in SIDES if side != "predict" and side in values]
     bound = 1 / sum(1 / value for value in alone) if alone else float("nan")
     common.report(
-        "predict", "images/s", values, base="predict", together=f"{bound:,.0f} images/s at most, on one set of cores"
+        "predict", "images/s", values, base="predict", together=f"{bound:,.0f} images/s at most, on shared cores"
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py [data=folder data.root=<the JPEG copy of CIFAR-10>]
 
-Also prints the time of exchanging the gradients: an all-reduce with as many numbers as the network has parameters.
-On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one with two.
+This also prints the time to exchange the gradients: an all-reduce with as many numbers as the network has parameters.
+On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one GPU with two.
 """
 
 import statistics

@@ -4,8 +4,8 @@
     python benchmarks/speedrun.py --write <folder> [data=…]
 
 Download the scripts yourself (https://github.com/KellerJordan/cifar10-airbench,
-https://github.com/hiverge/cifar10-speedrun). All variants train on the same images, which `data=…` selects. They are
-written next to each script, in the format that it reads.
+https://github.com/hiverge/cifar10-speedrun). All variants train on the same images, which `data=…` selects. The images
+are written next to each script, in the format that it reads.
 
 Times are measured as in airbench: whitening, training, and the final evaluation with test-time augmentation, without
 reading data and compilation. `whole process` is the time from the start to the end of the process, including a

@@ -1,4 +1,4 @@
-"""The time of a sweep's job beyond its training, and of several jobs at a time.
+"""The time of a sweep's job beyond its training, and the time of a sweep with several jobs at a time.
 
     python benchmarks/sweeps.py [data=folder data.root=…]
 

@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py [data.batch_size=128]
 
-All train the same network on the same images, cropped and flipped, with SGD and momentum and the same batch size.
+All variants train the same network on the same images, cropped and flipped, with SGD with momentum and the same batch
+size.
 
 - cifarnet: Lightning's Trainer as in `python -m cifarnet.train`
 - plain PyTorch: float32, NCHW, default SGD, a DataLoader with two workers and torchvision's per-image transforms
@@ -103,7 +104,7 @@ def keras(overrides: Sequence[str]) -> float:
     network.compile(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), loss)
     pixels, size = train.images.permute(0, 2, 3, 1).numpy(), config.data.batch_size
     data = tf.data.Dataset.from_tensor_slices((pixels, train.labels.numpy())).shuffle(10_000).batch(size).prefetch(2)
-    ends = []  # of each step
+    ends = []  # time at the end of each step
     clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     network.fit(data.take(WARMUP + BATCHES), callbacks=[clock], verbose=0)
     return BATCHES * size / (ends[-1] - ends[-1 - BATCHES])

@@ -20,7 +20,7 @@ from steps import BATCHES, WARMUP, build_steps, compose_baseline, now, seconds_a
 def raw_twin(overrides: Sequence[str]) -> float:
     """Return the milliseconds per step."""
     trainer, classifier, data, _ = build_steps(compose_baseline(*overrides))
-    data.trainer = trainer  # for the device
+    data.trainer = trainer  # so that the loader uses its device
     device = trainer.strategy.root_device
     classifier.to(device).train()
     optimizer = classifier.make_optimizer(classifier.network.parameters())
