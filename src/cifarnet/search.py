@@ -1,4 +1,4 @@
-"""Search for good settings of a run with Optuna.
+"""Search for good settings with Optuna, one trial at a time.
 
 python -m cifarnet.search +experiment=quickstart +search=rates
 """
@@ -20,7 +20,7 @@ DEFAULTS = (
 
 
 def command() -> None:
-    """Run `cifarnet.train` as a sweep whose jobs Optuna chooses (`sweeps.search`)."""
+    """Run `cifarnet.train` as a sweep whose jobs are chosen by Optuna (`sweeps.search`)."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
             "cifarnet.search needs Optuna: pip install 'cifarnet[search]' (in a checkout: pip install -e '.[search]')"
@@ -30,7 +30,7 @@ def command() -> None:
 
 
 def study_name(arguments: Sequence[str]) -> str:
-    """Return a name made from the settings, in any order, so that the same search continues in the same folder."""
+    """Return a name that depends on the settings, but not on their order, so that a search continues in its folder."""
     settings = sorted(argument for argument in arguments if not argument.startswith(("hydra.", "hydra/", "-")))
     return f"search_{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:8]}"
 
