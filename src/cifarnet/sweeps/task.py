@@ -60,9 +60,7 @@ def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
     parser.allow_abbrev = False  # --experiment must not mean --experimental-rerun
     parsed, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        raise UserError(
-            f"Unknown option {unknown[0]}. Write settings without dashes: optimizer.lr=0.1"
-        )
+        raise UserError(f"Unknown option {unknown[0]}. Write settings without dashes: optimizer.lr=0.1")
     try:
         _run_hydra(parsed, parser, task, str(CONFIGS), "train")
     except OSError as error:
