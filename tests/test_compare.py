@@ -53,7 +53,7 @@ def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
     assert lines[1] == ["a", "quickstart", "98.20", "±", "0.10", "%", "3", "0.01"]
     assert lines[2] == ["b", "quickstart", "96.20", "±", "0.10", "%", "3", "0.02"]
     # error √(0.001²/3 + 0.001²/3) = 0.000816; 4 degrees of freedom: t = 2.776; 2 ± 0.23 points
-    assert "a - b: +2.00 points, 95 % interval +1.77 to +2.23, p = 1.6e-05: a is better" in printed
+    assert "a - b: +2.00 points, 95% interval +1.77 to +2.23, p = 1.6e-05: a is better" in printed
     assert "warning" not in printed
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
@@ -73,10 +73,10 @@ def test_a_difference_that_is_not_significant(run, compared):
         run(f"a/{seed}", seed, accuracy)
         run(f"b/{seed}", seed, accuracy + 0.01, FASTER)
     _, printed, _ = compared("a", "b")
-    assert "not distinguishable" in printed
+    assert "not statistically significant" in printed
     assert "is better" not in printed
     # d = 0.01/0.0129 = 0.775: 28 each (for d = 0.8, Cohen has 26)
-    assert "about 28 seeds of each group" in printed
+    assert "about 28 seeds per group in total" in printed
 
 
 def test_against_names_the_baseline(run, compared):
@@ -126,7 +126,7 @@ def test_values_that_do_not_vary_have_no_interval(run, compared):
         run(f"a/{seed}", seed, 0.9)
         run(f"b/{seed}", seed, 0.8, FASTER)
     _, printed, _ = compared("a", "b")
-    assert "+10.00 points; no interval: at least 2 seeds of each group are needed, with different values" in printed
+    assert "+10.00 points; no interval: at least 2 seeds per group are needed, with different values" in printed
     assert "nan" not in printed
 
 
@@ -134,15 +134,15 @@ def test_one_group_has_a_mean(run, compared):
     run("a/0", 0, 0.9)
     run("a/1", 1, 0.8)
     _, printed, _ = compared("a")
-    assert "85.00 ± 7.07 %" in printed
+    assert "85.00 ± 7.07%" in printed
     assert "only one group" in printed
 
 
 def test_a_repeated_seed_counts_once(sweep, run, compared):
     run("again", 0, 0.5, {"finished": "2026-11-21"})  # older than the one in the sweep
     _, printed, _ = compared("sweep", "again", "sweep/0", "sweep")
-    assert "98.20 ± 0.10 %  3" in printed
-    assert "each seed counts once: in a, again repeats" in printed
+    assert "98.20 ± 0.10%  3" in printed
+    assert "each seed counts once: a leaves out again," in printed
     _, printed, _ = compared("sweep", "again", "metric=seconds")  # times of one seed do vary
     assert re.search(r"13.00 ± 0.00 +4 ", printed)
 
@@ -271,13 +271,13 @@ def test_circumstances_of_each_session_are_compared(run, compared):
 @pytest.mark.parametrize(
     ("arguments", "problem", "remedy"),
     [
-        (["nowhere"], "nowhere does not exist", "folder above runs"),
-        (["empty"], "empty holds no finished run", "Name the folder of a run"),
-        (["evaluated"], "evaluated holds no finished run", "Name the folder of a run"),
+        (["nowhere"], "nowhere does not exist", "Specify the folder of a run"),
+        (["empty"], "empty contains no finished run", "Specify the folder of a run"),
+        (["evaluated"], "evaluated contains no finished run", "Specify the folder of a run"),
         (["broken"], "broken/metrics.json cannot be read: Expecting value", "Choose other runs"),
         (["a=1", "metric=accuracy"], "a=1 has no accuracy", "test_accuracy"),
         (["a=1", "metric=tta"], "a=1 has no tta", "test_accuracy"),
-        (["a=1", "--against", "blind", "metric=val_accuracy"], "left out: blind has no val_accuracy", "metric"),
+        (["a=1", "--against", "blind", "metric=val_accuracy"], "Left out: blind has no val_accuracy", "metric"),
         (["a=1", "--against", "a=1"], "No run can be compared", "--against"),
         (["a=1", "metric=3"], "metric=3 is not valid", "expected"),
         (["a=1", "metrik=seconds"], "metrik", "Did you mean metric?"),
@@ -316,7 +316,7 @@ def test_runs_without_the_metric_are_left_out_with_a_warning(run, compared):
     run("a/0", 0, 0.9)
     run("a/1", 1, 0.9, {"val_accuracy": None})
     _, printed, _ = compared("a", "metric=val_accuracy")
-    assert "warning: left out: a/1 has no val_accuracy" in printed
+    assert "warning: Left out: a/1 has no val_accuracy" in printed
 
 
 def test_validation_accuracy_is_the_metric_if_all_runs_have_it(run, compared):
@@ -356,8 +356,8 @@ def test_a_partial_run_is_left_out(command, run, compared, tmp_path):
         assert status == 0, error
     status, printed, error = compared("runs")
     assert status == 0, error
-    assert "warning: left out: runs/dev is a partial run (fast_dev_run=True)" in printed
-    assert "warning: left out: runs/few is a partial run (limit_train_batches=1)" in printed
+    assert "warning: Left out: runs/dev is a partial run (fast_dev_run=True)" in printed
+    assert "warning: Left out: runs/few is a partial run (limit_train_batches=1)" in printed
     assert re.search(r"a +train +[\d.]+ % +1\b", printed)
     assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["partial"] is None
 

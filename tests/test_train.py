@@ -293,7 +293,7 @@ def test_other_choices_train(config, overrides, tmp_path):
 
 def test_a_partial_run_reports_no_result(config, capsys):
     train(config("+trainer.limit_test_batches=1", "data.eval_batch_size=10"))
-    assert "(no result: limit_test_batches=1, " in capsys.readouterr().out
+    assert "(not a full run: limit_test_batches=1, " in capsys.readouterr().out
 
 
 def test_without_a_progress_bar_a_line_per_epoch_is_printed(config, capsys):

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -20,10 +20,8 @@ from cifarnet.classifier import Classifier
 from cifarnet.data import ImageDataModule
 from cifarnet.data.shared_images import SharedImages
 from cifarnet.errors import UserError
-from cifarnet.models import Normalize, construct, try_on
+from cifarnet.models import Normalize, construct, check_output
 from cifarnet.trainer import expect, make_trainer
-
-Part = TypeVar("Part")
 
 
 class Built(NamedTuple):
@@ -97,9 +95,9 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     of another run (`config.start`) keeps the statistics of that run. With `resumes`, a checkpoint provides them.
     """
     make = instantiate(config.model, _partial_=True)
-    with _explained("model"):
+    with _as_user_error("model"):
         network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
-    try_on(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
+    check_output(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
     if resumes:
         return network, 0.0
     if config.get("start"):
@@ -117,7 +115,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
 def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the objective, and call it on two images, because torch's losses check their settings when called."""
     objective = instantiate(config.objective)
-    with _explained("objective"):
+    with _as_user_error("objective"):
         losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
@@ -129,7 +127,7 @@ def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Te
 
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
     def make(parameters: Iterable[Tensor]) -> Optimizer:
-        with _explained("optimizer"):
+        with _as_user_error("optimizer"):
             make_optimizer = instantiate(config.optimizer, _partial_=True, _convert_="all")  # plain lists can be saved
             return expect(Optimizer, "optimizer", make_optimizer(parameters))
 
@@ -142,7 +140,7 @@ def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
             raise UserError(
                 "scheduler needs the number of steps: set trainer.max_epochs, or choose scheduler=constant."
             )
-        with _explained(f"scheduler, planned for {total_steps} steps"):
+        with _as_user_error(f"scheduler, planned for {total_steps} steps"):
             section = with_total_steps(config, total_steps).scheduler
             make_schedule = instantiate(section, _partial_=True, _convert_="all")
             return expect(LRScheduler, "scheduler", make_schedule(optimizer))
@@ -156,7 +154,7 @@ def with_total_steps(config: DictConfig, total_steps: float) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(part: str) -> Iterator[None]:
+def _as_user_error(part: str) -> Iterator[None]:
     """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""
     try:
         yield

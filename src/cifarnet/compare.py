@@ -1,6 +1,6 @@
 """Compare groups of runs, and test whether their differences are statistically significant.
 
-Runs that differ only by seed form a group. The means of the groups are compared by Welch's t-test. All results come
+Runs that differ only in the seed form a group. The means of the groups are compared by Welch's t-test. All results come
 from the runs' `metrics.json`.
 
 examples:
@@ -20,7 +20,7 @@ def _compare() -> None:
     config = cli.compose("compare", arguments.settings)
     check("metric", config.metric, str | None)
     check("output", config.output, str)
-    # imported late, because scipy and matplotlib take a second
+    # imported here, because scipy and matplotlib take a second to import
     from cifarnet.records import comparison, figures
 
     groups, left_out = comparison.load(arguments.paths, arguments.against, config.metric)
@@ -37,7 +37,7 @@ def _compare() -> None:
 
 
 def main() -> None:
-    """The command `python -m cifarnet.compare`."""
+    """Run `python -m cifarnet.compare`."""
     cli.run(_compare)
 
 

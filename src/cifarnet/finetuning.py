@@ -11,7 +11,7 @@ from cifarnet.allowlist import class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
-from cifarnet.models import try_on
+from cifarnet.models import check_output
 from cifarnet.recipes.backbone import head_name
 
 
@@ -73,5 +73,5 @@ def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) 
     name = f"the teacher {checkpoint.path}"
     checkpoint.check_task(data.class_names, data.image_size, name)
     network = checkpoint.network(locate(classes))
-    try_on(network, data.train_sizes or [], len(checkpoint.class_names), name)
+    check_output(network, data.train_sizes or [], len(checkpoint.class_names), name)
     return network.to(memory_format=torch.channels_last)  # the format of the batches

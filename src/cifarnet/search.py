@@ -1,4 +1,4 @@
-"""Search for good settings with Optuna.
+"""Search for good settings with Optuna, one trial at a time.
 
 python -m cifarnet.search +experiment=quickstart +search=rates
 """
@@ -30,7 +30,7 @@ def command() -> None:
 
 
 def study_name(arguments: Sequence[str]) -> str:
-    """Return a name that depends on the settings, but not on their order: the same search continues in its folder."""
+    """Return a name that depends on the settings, but not on their order, so that a search continues in its folder."""
     settings = sorted(argument for argument in arguments if not argument.startswith(("hydra.", "hydra/", "-")))
     return f"search_{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:8]}"
 

@@ -60,7 +60,7 @@ def train(
     disable_tensorflow()
     config = expand(config)
     validate(config)
-    folder, leads = Path(config.output_dir), distributed.placement().rank == 0
+    folder, is_rank_zero = Path(config.output_dir), distributed.placement().rank == 0
     checkpoint = Checkpoint.open(ckpt_path) if isinstance(ckpt_path, str | Path) else ckpt_path
     run = {"config": cli.without_resolvers(config), "ckpt_path": checkpoint and str(checkpoint.path)}
     if (num_processes := distributed.num_processes(config.trainer)) > 1:
@@ -68,20 +68,20 @@ def train(
             raise UserError(f"Callbacks cannot be passed to {num_processes} processes: add them to the config.")
         distributed.launch(run, folder, num_processes)
         return Record.read(folder / "metrics.json").val_accuracy
-    with files.exclusive(folder) if leads else contextlib.nullcontext(), hardware.prepared_process(config):
+    with files.exclusive(folder) if is_rank_zero else contextlib.nullcontext(), hardware.prepared_process(config):
         trainer, classifier, data, _ = built = build(config, callbacks, checkpoint, images)
         if checkpoint is not None:
             checkpoint.check_images(classifier.hparams)
             checkpoint.check_weights(classifier.network)
-        if leads:
+        if is_rank_zero:
             report(collect.heading(config, built, fresh=checkpoint is None))
             distributed.broadcast_run(run)
         trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
-        tested = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
+        epoch, step = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
         trainer.test(classifier, datamodule=data, verbose=False)
-        if not leads:
+        if not is_rank_zero:
             return math.nan
-        record = collect.collect(config, built, *tested)
+        record = collect.collect(config, built, epoch, step)
         record.write(folder / "metrics.json")
         log_results(record, trainer.loggers)
         report(collect.summary(record, config.output_dir))

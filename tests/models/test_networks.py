@@ -6,7 +6,7 @@ from torch import nn
 
 from cifarnet.config import validate
 from cifarnet.errors import UserError
-from cifarnet.models import CNN, Normalize, SpeedNet, construct, try_on
+from cifarnet.models import CNN, Normalize, SpeedNet, construct, check_output
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
@@ -151,15 +151,15 @@ def test_try_on_does_not_change_the_network():
     network = CNN(drop_rate=0.5)
     network.features.eval()
     state, modes = torch.get_rng_state(), [layer.training for layer in network.modules()]
-    try_on(network, {8, 32}, 10)
+    check_output(network, {8, 32}, 10)
     assert torch.equal(torch.get_rng_state(), state)
     assert [layer.training for layer in network.modules()] == modes
     with pytest.raises(UserError, match=r"The model fails on a 2×2 input .*data.train_sizes"):
-        try_on(network, {2, 32}, 10)
+        check_output(network, {2, 32}, 10)
     with pytest.raises(UserError, match=r"returns \[1, 10\] .*expected logits \[1, 3\]"):
-        try_on(network, {32}, 3)
+        check_output(network, {32}, 3)
     with pytest.raises(UserError, match=r"returns dict .*expected logits"):
-        try_on(type("Own", (nn.Module,), {"forward": lambda self, images: {}})(), {32}, 3)
+        check_output(type("Own", (nn.Module,), {"forward": lambda self, images: {}})(), {32}, 3)
 
 
 @pytest.mark.parametrize("lazy", [nn.BatchNorm2d, nn.LazyBatchNorm2d])

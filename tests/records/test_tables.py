@@ -119,8 +119,8 @@ def test_accuracies_are_written_in_percent():
     [group] = tables.grouped(
         [make({"seed": str(seed)}, val_accuracy=0.8 + seed / 10) for seed in (0, 1)], "val_accuracy"
     )
-    assert group.result() == "85.00 ± 7.07 %"
-    assert replace(group, runs=group.runs[:1]).result() == "80.00 %"
+    assert group.result() == "85.00 ± 7.07%"
+    assert replace(group, runs=group.runs[:1]).result() == "80.00%"
     assert replace(group, metric="seconds").result() == ""
     assert (tables.number(0.02, "test_cross_entropy", "+"), tables.number(1234.5, "seconds")) == ("+0.0200", "1,234.50")
 

@@ -132,7 +132,7 @@ def test_a_preempted_job_and_a_killed_job(cluster, whole, tmp_path):
     assert "Job 2: ended by SLURM (state FAILED). See sweep/.submitit/" in printed
     assert "3 of 4 jobs done" in printed
     assert "Not finished: 2\n" in printed
-    assert "Error: Job 2 was ended before it was done." in printed
+    assert "Error: Job 2 ended before it was finished." in printed
     assert logged(cluster, rf"[Rr]equeue.*{preempted}|JobId={preempted}.*[Rr]equeue|DUE TO JOB REQUEUE")
     for job in "013":
         assert_same_run(whole / job, sweep / job)
@@ -181,7 +181,7 @@ def test_jobs_continue_when_the_sweep_is_interrupted_and_use_their_cores(cluster
     assert f"scancel {array} " in printed
     status, printed = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep"))
     assert status == 0
-    assert f"In SLURM's queue already: {array}_0, {array}_1" in printed
+    assert f"Already in SLURM's queue: {array}_0, {array}_1" in printed
     assert "2 of 2 jobs done" in printed
     for job in "01":
         assert json.loads((tmp_path / "sweep" / job / "metrics.json").read_text())["hardware"]["threads"] == 2
@@ -197,7 +197,7 @@ def test_a_process_of_a_search_continues_the_trial_of_a_killed_one(cluster, tmp_
     assert status == 0
     assert "4 of 4 jobs done" in printed
     printed = "".join(file.read_text() for file in (tmp_path / "search/.submitit").glob("*/*.out"))
-    assert "was cut off, and continues" in printed
+    assert "was interrupted and will be continued" in printed
 
 
 def test_two_tasks_train_one_network(cluster, tmp_path):

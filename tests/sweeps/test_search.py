@@ -67,7 +67,7 @@ def test_a_search_can_be_continued_with_more_trials(run, command, tmp_path):
 
     status, _, error = run(RATE, "seed=1")
     assert status == 1
-    assert "has other settings: seed=1" in error
+    assert "was created with other settings: seed=1" in error
 
 
 def test_the_seed_determines_the_trials(run, tmp_path):
@@ -85,7 +85,7 @@ def test_a_trial_that_was_cut_off_continues(run, tmp_path):
 
     status, printed, error = run(RATE, stop, "hydra.sweeper.trials=1")  # that batch is past
     assert status == 0, error
-    assert "Trial 1 was cut off, and continues" in printed
+    assert "Trial 1 was interrupted and will be continued" in printed
     assert "Job 0 continues from search/0/checkpoints/last.ckpt" in printed
     assert states(tmp_path / "search") == ["COMPLETE"]
 
@@ -124,7 +124,7 @@ def test_a_failed_trial_does_not_stop_the_others(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "Nothing to search"),
+        ([], "The search space is empty"),
         ([RATE, "hydra/launcher=parallel"], "one trial at a time"),
         ([RATE, "data.val_fraction=0", "hydra.sweeper.trials=1"], "Sweeping optimizer.lr with data.val_fraction=0"),
         ([RATE, "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0 is out of range"),
@@ -174,7 +174,7 @@ def test_a_trial_of_a_running_process_is_not_drawn_again(run, tmp_path):
     other.communicate()
     status, printed, error = run(RATE, "hydra.sweeper.trials=3")
     assert status == 0, error
-    assert "Trial 2 was cut off, and continues" in printed
+    assert "Trial 2 was interrupted and will be continued" in printed
     assert states(tmp_path / "search") == ["COMPLETE"] * 3
 
 
@@ -186,7 +186,7 @@ def test_the_printed_command_resumes_the_search(command, tmp_path):
     again = shlex.split(error.rpartition("python -m cifarnet.train ")[2])
     status, printed, error = command(*again, ALLOW_SIGNAL)
     assert status == 0, error
-    assert "Trial 1 was cut off, and continues" in printed
+    assert "Trial 1 was interrupted and will be continued" in printed
     assert "1 of 1 jobs done" in printed
 
 
@@ -202,7 +202,7 @@ def test_each_search_has_its_own_folder(command, tmp_path):
     assert (status, "Trial" in printed) == (0, False)
     status, printed, error = command(*lean, RATE, "seed=2", "hydra.sweeper.study_name=mine", main=search.main)
     assert (status, printed) == (1, "")  # no table of the other study
-    assert "has other settings: seed=2" in error
+    assert "was created with other settings: seed=2" in error
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])

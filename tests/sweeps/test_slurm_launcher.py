@@ -76,7 +76,7 @@ def test_jobs_that_slurm_ends_are_reported(command, cluster):
     assert "\nexport SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\necho ready\n" in script
     assert "In SLURM's queue: 7_0 to 7_2." in printed
     assert "Job 1: ended by SLURM (state unknown). See sweep/.submitit/7_1" in printed
-    assert error == "Error: Job 0 was ended before it was done.\n"
+    assert error == "Error: Job 0 ended before it was finished.\n"
 
 
 def test_jobs_run_and_a_resumed_sweep_waits_for_jobs_in_the_queue(command, cluster, monkeypatch):
@@ -99,7 +99,7 @@ def test_jobs_run_and_a_resumed_sweep_waits_for_jobs_in_the_queue(command, clust
     (cluster / "sweep/2").rename(cluster / "elsewhere")
     status, printed, error = command("sweep.resume=sweep")
     assert "Job 0 is done" in printed
-    assert "In SLURM's queue already: 7_1" in printed
+    assert "Already in SLURM's queue: 7_1" in printed
     assert "continues from sweep/1/checkpoints/last.ckpt" in (cluster / "out.txt").read_text()
     assert json.loads((cluster / "sweep/1/metrics.json").read_text())["history"] == whole["history"]
     assert status == 1  # nothing takes job 2
@@ -109,7 +109,7 @@ def test_an_error_of_squeue_is_reported(command, cluster):
     (cluster / "bin/squeue").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no controller')")
     status, _, error = command("-m", *LEAN, *SLURM, "seed=0,1", "hydra.sweep.dir=sweep")
     assert status == 1
-    assert "hydra/launcher=slurm: SLURM does not answer: no controller" in error
+    assert "hydra/launcher=slurm: SLURM does not respond: no controller" in error
 
 
 @pytest.mark.slow
@@ -134,8 +134,8 @@ def interrupted(number: int) -> Callable[[], None]:
     [
         (signal.SIGUSR2, "RUNNING", {}, "It is in SLURM's queue again."),
         (signal.SIGTERM, "RUNNING", {}, "It is in SLURM's queue again."),
-        (signal.SIGTERM, "COMPLETING", {}, "SLURM ends this job"),
-        (signal.SIGUSR2, "RUNNING", {"SLURM_RESTART_COUNT": "3"}, "It was restarted 3 times"),
+        (signal.SIGTERM, "COMPLETING", {}, "SLURM is ending this job"),
+        (signal.SIGUSR2, "RUNNING", {"SLURM_RESTART_COUNT": "3"}, "Restarted 3 times"),
         (signal.SIGUSR2, "RUNNING", {"SLURM_PROCID": "1"}, ""),
     ],
 )

@@ -31,17 +31,17 @@ def test_sweeps_become_distributions(override, expected):
     ("override", "named"),
     [
         ("a=interval(5,1)", "low"),
-        ("a=interval(nan,1)", "give finite numbers"),
-        ("a=interval(0,inf)", "give finite numbers"),
+        ("a=interval(nan,1)", "use finite numbers"),
+        ("a=interval(0,inf)", "use finite numbers"),
         ("a=tag(log,interval(0,1))", "low"),
         ("a=tag(log,range(1,10,2))", "step"),
-        ("a=tag(lgo,interval(1,2))", "the only tag is log"),
+        ("a=tag(lgo,interval(1,2))", "the only supported tag is log"),
         ("a=tag(log,choice(1,2))", "for intervals and ranges"),
         ("a=range(0,1,0)", "has no values"),
         ("a=range(0.0,1.0,0.0)", "has no values"),
         ("a=range(5,1)", "has no values"),
-        ("a=range(0,inf)", "give finite numbers"),
-        (f"a=range(0,1{'0' * 400}.0)", "give finite numbers"),
+        ("a=range(0,inf)", "use finite numbers"),
+        (f"a=range(0,1{'0' * 400}.0)", "use finite numbers"),
     ],
 )
 def test_a_wrong_sweep_is_reported_in_one_line(override, named):

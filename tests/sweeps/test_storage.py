@@ -85,7 +85,11 @@ def test_a_dead_trial_of_another_machine_is_run_again_and_counts_once(run, url, 
     [before] = study(url).trials
     assert before.state == TrialState.RUNNING
     status, printed, _ = run("two", 1, stop)
-    assert (status, "Trial 1 was cut off, and continues" in printed, "last.ckpt" in printed) == (143, True, False)
+    assert (status, "Trial 1 was interrupted" in printed, "last.ckpt" in printed) == (
+        143,
+        True,
+        False,
+    )
     # on its own machine, its lock shows at once that it is dead
     status, printed, error = run("two", 1, stop, "hydra.sweeper.heartbeat=1000")
     assert status == 0, error
@@ -174,11 +178,11 @@ def test_a_trial_that_another_machine_finished_keeps_its_score(run, url, monkeyp
 @pytest.mark.parametrize(
     ("storage", "named"),
     [
-        ("postgresql://me:secret@127.0.0.1/db", "hydra.sweeper.storage holds a password"),
-        ("postgresql://me@127.0.0.1/db?password=secret", "hydra.sweeper.storage holds a password"),
-        ("mysql+pymysql://127.0.0.1/db?passwd=secret", "hydra.sweeper.storage holds a password"),
-        ("postgresql://me:secret@${oc.env:HOME}/db", "hydra.sweeper.storage holds a password"),
-        ("${oc.env:NONE,'postgresql://me:secret@127.0.0.1/db'}", "hydra.sweeper.storage holds a password"),
+        ("postgresql://me:secret@127.0.0.1/db", "hydra.sweeper.storage contains a password"),
+        ("postgresql://me@127.0.0.1/db?password=secret", "hydra.sweeper.storage contains a password"),
+        ("mysql+pymysql://127.0.0.1/db?passwd=secret", "hydra.sweeper.storage contains a password"),
+        ("postgresql://me:secret@${oc.env:HOME}/db", "hydra.sweeper.storage contains a password"),
+        ("${oc.env:NONE,'postgresql://me:secret@127.0.0.1/db'}", "hydra.sweeper.storage contains a password"),
         ("postgresql://me@127.0.0.1:1/db", "postgresql+psycopg://me@127.0.0.1:1/db cannot be used: connection failed"),
         ("mysql+pymysql://127.0.0.1/db", "mysql+pymysql://127.0.0.1/db cannot be used: No module named 'pymysql'"),
         ("sqlite:////nowhere/at/all.db", "cannot be used: unable to open database file."),
@@ -232,7 +236,7 @@ def test_a_resumed_search_uses_its_database(run, command, url):
     assert run("one", 1, signal_at(0, 2, signal.SIGTERM))[0] == 143
     status, printed, error = command("sweep.resume=one", ALLOW_SIGNAL)
     assert status == 0, error
-    assert "Trial 1 was cut off, and continues" in printed
+    assert "Trial 1 was interrupted and will be continued" in printed
     assert "1 of 1 jobs done" in printed
     status, _, error = command("sweep.resume=one", "seed=1")
     assert (status, "Remove seed=1" in error) == (1, True)
@@ -308,7 +312,7 @@ def test_a_lost_database_ends_the_search_with_one_line(run, url, tmp_path, monke
     status, _, error = run("one", 1)
     assert status == 1
     assert error.splitlines()[-1].endswith(
-        "does not answer any more: it is gone. Trained jobs are kept: run the command again."
+        "no longer responds: it is gone. Finished trials are kept. Run the command again."
     )
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -410,7 +414,7 @@ def test_one_of_two_processes_is_killed(empty, server, tmp_path, shared):
 
     printed, _ = left.communicate()
     assert left.returncode == 0, printed
-    assert "Trial 1 was cut off, and continues" in printed
+    assert "Trial 1 was interrupted and will be continued" in printed
     assert ("Job 0 continues from" in printed) == shared
     assert "2 of 2 jobs done" in printed
     assert "already reported" not in printed

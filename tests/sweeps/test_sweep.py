@@ -85,7 +85,7 @@ def test_a_wrong_choice_is_reported_before_any_job_begins(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["sweep.resume=nowhere"], "holds no sweep"),
+        (["sweep.resume=nowhere"], "multirun.yaml is missing"),
         (
             ["-m", *TINY, "data.val_fraction=0", "optimizer.lr=0.1,0.2"],
             "Sweeping optimizer.lr with data.val_fraction=0",
@@ -113,7 +113,7 @@ def test_seeds_can_be_swept_without_validation(command):
         (["optimizer=glob(x*)"], "optimizer=glob(x*) has no values"),
         (["seed=range(0,3,0)"], "seed=range(0,3,0) has no values"),
         (["seed=range(1000000000)"], "has 1,000,000,000 values"),
-        (["optimizer.lr=range(0.0,nan,0.1)"], "give finite numbers"),
+        (["optimizer.lr=range(0.0,nan,0.1)"], "use finite numbers"),
         (["seed=range(999)", "split=range(999)"], "998,001 combinations"),
         (["optimizer.lr=interval(0,1)"], "Use cifarnet.search"),
         (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe is not valid"),

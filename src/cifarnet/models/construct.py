@@ -41,7 +41,7 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
 
 
 @torch.no_grad()
-def try_on(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "The model") -> None:
+def check_output(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "The model") -> None:
     """Run the network on a blank image of each size in pixels on which it is to be trained or tested.
 
     Raises:

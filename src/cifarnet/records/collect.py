@@ -1,4 +1,4 @@
-"""What a run prints before and after training, and the collection of its record."""
+"""The text that a run prints before and after training, and the creation of its record."""
 
 import math
 import os
@@ -19,23 +19,26 @@ LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 
 
 def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
-    """What is about to be trained, as text.
+    """Return a description of the data and the network, which is printed before training.
 
     Args:
-        fresh: the run starts from the beginning.
+        fresh: whether the run starts from the beginning.
     """
     data, source, trainer = built.data, built.data.source, built.trainer
-    images = " / ".join(f"{len(split):,}" for split in (source.train, source.validation, source.test))
-    lines = [f"{type(data).__name__}: {images} images to train / validate / test, {len(source.class_names)} classes"]
+    images = (
+        f"{len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test images"
+    )
+    lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
-    if 20 * dropped > count:  # not for larger data sets
+    if 20 * dropped > count:  # for small data sets only
         lines.append(f"data.batch_size={data.batch_size}: each epoch drops {dropped} of {count} images at random.")
     if fresh and config.get("start"):
         lines.append(f"Starts from the weights of {config.start.checkpoint}")
     name, parameters = config.model._target_.rpartition(".")[2], num_parameters(built.classifier.network)
     ranks = f", on {trainer.world_size} ranks" if trainer.world_size > 1 else ""
-    lines += [f"{name}: {parameters:,} parameters, in {trainer.precision}{ranks}", os.path.relpath(config.output_dir)]
+    lines.append(f"{name}: {parameters:,} parameters, precision {trainer.precision}{ranks}")
+    lines.append(f"Folder: {os.path.relpath(config.output_dir)}")
     return "\n".join(lines)
 
 
@@ -47,7 +50,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
     """Return the record of a finished run.
 
     Args:
-        epoch, step: after which the tested weights were saved; epochs count from 1.
+        epoch, step: the epoch (from 1) and the step after which the tested weights were saved.
     """
     trainer, classifier, data, fit_seconds = built
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -88,30 +91,30 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
 
 
 def plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
-    """Return a config as plain data, with or without its `${…}` replaced."""
+    """Return a config as plain data, with its `${…}` resolved or not."""
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
 def partial(trainer: DictConfig) -> str | None:
-    """The settings of Lightning's Trainer with which a run skips images; None if it uses all of them."""
+    """Return the settings of Lightning's Trainer that make a run skip images; None if it uses all images."""
     skipping = [name for name in ("fast_dev_run", "overfit_batches") if trainer.get(name)]
-    # 1.0 means all batches, 1 means one
+    # 1.0 means all batches, 1 means one batch
     skipping += [name for name in LIMITS if str(trainer.get(name)) not in ("None", "1.0")]
     return ", ".join(f"{name}={trainer[name]}" for name in skipping) or None
 
 
 def summary(record: Record, folder: str) -> str:
-    """The results of a run as a table."""
+    """Return a table of the results of a run."""
     validation = f"{record.val_accuracy:.2%}" if math.isfinite(record.val_accuracy) else "none"
-    images = f"no result: {record.partial}" if record.partial else f"{record.data['test']:,} images"
+    images = f"not a full run: {record.partial}" if record.partial else f"{record.data['test']:,} images"
     no_tta = "" if record.tta == "none" else f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
     rows = {
         "validation accuracy": f"{validation}  (epoch {record.tested_epoch} of {record.epochs})",
-        "test accuracy": f"{record.test_accuracy:.2%}  ({images}, with that epoch's weights{no_tta})",
+        "test accuracy": f"{record.test_accuracy:.2%}  ({images}, weights of epoch {record.tested_epoch}{no_tta})",
         "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
     losses: list[Any] = [row["train/cross_entropy"] for row in record.history[-1:]]
     if not all(map(math.isfinite, losses)):
-        rows["diverged"] = "the training loss is not finite: try a smaller optimizer.lr"
+        rows["diverged"] = "the training loss is not finite. Try a smaller optimizer.lr."
     return row_table(rows)

@@ -1,4 +1,4 @@
-"""Comparison of groups of runs: the differences, whether they are significant, and what makes them unreliable."""
+"""Comparison of groups of runs: their differences, the significance of these, and warnings."""
 
 import math
 import os
@@ -18,10 +18,11 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
     """Read and group the runs at or below `paths`, and then those of the baseline, `against`.
 
     Args:
-        metric: a number in `metrics.json`; None: val_accuracy, or test_accuracy if a run has no val_accuracy.
+        metric: the name of a number in `metrics.json`; None: val_accuracy, or test_accuracy if a run has no
+            val_accuracy.
 
     Returns:
-        The groups, and a sentence for each run that is left out.
+        The groups, and a message for each run that is left out.
 
     Raises:
         UserError: there is nothing to compare.
@@ -34,7 +35,7 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
         try:
             records[file] = _read(file, metric)
         except UserError as error:
-            left_out.append(f"left out: {error}")
+            left_out.append(f"Left out: {error}")
     if metric is None:
         is_validated = all(math.isfinite(record.val_accuracy) for record in records.values())
         metric = "val_accuracy" if is_validated else "test_accuracy"
@@ -46,7 +47,7 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
             runs.append(Run(file.parent, _settings(record, metric), record=record, numbers=record.numbers()))
         if not runs:
             hint = f"Choose other runs or another metric ({', '.join(NUMBERS)})."
-            note = "Runs at or below --against are only used as the baseline."
+            note = "Runs in the folders of --against serve only as the baseline."
             raise UserError(" ".join(["No run can be compared.", *left_out, hint, note]))
         for group in grouped(runs, metric):
             group.is_baseline = files is baseline
@@ -58,7 +59,7 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
 
 
 def _read(file: Path, metric: str | None) -> Record:
-    """Read a record; raise UserError if its run cannot be compared."""
+    """Read the record of a run. Raise a UserError if the run cannot be compared."""
     record = Record.read(file)
     if record.partial:
         raise UserError(f"{file.parent} is a partial run ({record.partial}).")
@@ -68,39 +69,39 @@ def _read(file: Path, metric: str | None) -> Record:
 
 
 def _files(paths: Sequence[str]) -> list[Path]:
-    """The `metrics.json` of all runs at or below the paths; those of evaluations have a report beside them."""
+    """Return the `metrics.json` of all runs at or below the paths. Those of evaluations, beside a report, are skipped."""
     files = []
     for path in paths:
         found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("metrics.json"))
         found = [Path(os.path.relpath(file.resolve())) for file in found if not file.with_name("report.html").exists()]
         if not found:
-            problem = "holds no finished run" if Path(path).exists() else "does not exist"
-            raise UserError(f"{path} {problem}. Name the folder of a run, its metrics.json, or a folder above runs.")
+            problem = "contains no finished run" if Path(path).exists() else "does not exist"
+            raise UserError(f"{path} {problem}. Specify the folder of a run or of several runs, or a metrics.json.")
         files += found
     return list(dict.fromkeys(files))
 
 
 def _settings(record: Record, metric: str) -> dict[str, str]:
-    """The settings that decide a metric, with the precision that was used instead of `auto`, and the images."""
+    """Return the settings that affect a metric, with the precision that was used instead of `auto`, and the images."""
     precisions = dict.fromkeys(session["precision"] for session in record.sessions)
     settings = deciding_settings(record.config, times=is_time(metric))
     return settings | {"trainer.precision": " / ".join(precisions)} | flat(_images(record))
 
 
 def _images(record: Record) -> dict[str, Any]:
-    """The number of images, and their checksum; for streamed images, which have none, where they are."""
+    """Return the number of images and their checksum. Streamed images have no checksum but a location."""
     data = record.data
     checksum = data["sha256"][:8] if data["sha256"] else record.resolved["data"].get("root")
     return {"images": data | {"sha256": checksum}}
 
 
 def letter(number: int) -> str:
-    """The label of a group: a to z, then aa, ab, …"""
+    """Return the label of a group: a to z, then aa, ab, …"""
     return (letter(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
 
 
 def table(groups: Sequence[Group]) -> str:
-    """The groups as a table. Up to four settings that differ are columns; more are listed below."""
+    """Return a table of the groups. Up to four settings that differ are columns; more are listed below the table."""
     columns = {"": [group.label for group in groups], " ": [group.name for group in groups]}
     columns[groups[0].metric.replace("_", " ")] = [group.result() for group in groups]
     columns["n"] = [str(len(group.values)) for group in groups]
@@ -117,12 +118,12 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def conclusions(groups: Sequence[Group]) -> list[str]:
-    """Compare each group with each baseline or, without baselines, the best group with each other group."""
+    """Compare each group with each baseline or, if there are no baselines, the best group with each other group."""
     others, baselines = ([group for group in groups if group.is_baseline == side] for side in (False, True))
     pairs = [(first, second) for second in baselines for first in others]
     pairs = pairs or [(groups[0], second) for second in groups[1:]]
     if not pairs:
-        return ["There is only one group: nothing to compare it with."]
+        return ["There is only one group, so there is nothing to compare. Add runs, or use --against."]
     corrected = holm([welch(first.values, second.values)[2] for first, second in pairs])
     num_tested = sum(map(math.isfinite, corrected))
     lines = []
@@ -133,38 +134,38 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
         lines.append(f"p: Welch's t-test, two-sided{correction if num_tested > 1 else ''}.")
     if len(others) > 1 and len(pairs) > 1:
         lines.append(
-            f"{groups[0].label} was chosen as the best of {len(others)} groups by these same results, which makes it "
-            "look better than it is: repeat it with new seeds."
+            f"{groups[0].label} was chosen as the best of {len(others)} groups from these same results, which makes it "
+            "look better than it is. Repeat the comparison with new seeds."
         )
     return lines
 
 
 def _conclusion(first: Group, second: Group, p: float, num_tested: int) -> list[str]:
-    """The difference of two groups, its interval and p-value, and how many seeds would tell the groups apart."""
+    """Return the difference of two groups, its interval and p-value, and the number of seeds needed to detect it."""
     metric, difference = first.metric, first.mean - second.mean
-    line = f"{first.label} - {second.label}: {number(difference, metric, '+')}{unit(metric).replace('%', 'points')}"
+    line = f"{first.label} - {second.label}: {number(difference, metric, '+')}{unit(metric).replace('%', ' points')}"
     if math.isnan(p):
-        return [f"{line}; no interval: at least 2 seeds of each group are needed, with different values"]
+        return [f"{line}; no interval: at least 2 seeds per group are needed, with different values"]
     low, high, _ = welch(first.values, second.values)
-    line += f", 95 % interval {number(low, metric, '+')} to {number(high, metric, '+')}, p = {p:.2g}"
+    line += f", 95% interval {number(low, metric, '+')} to {number(high, metric, '+')}, p = {p:.2g}"
     if p <= LEVEL:
         better = min(first, second, key=lambda group: sort_key(group.mean, metric))
         return [f"{line}: {better.label} is better"]
     # Bonferroni's level, which Holm's method applies to the smallest p-value
     needed = seeds_needed(difference, (first.deviation, second.deviation), LEVEL / num_tested)
     seeds = f"about {needed:,}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS:,}"
-    hint = f"  to detect a difference of this size (power {POWER:.0%}), train {seeds} seeds of each group"
-    return [f"{line}: not distinguishable", hint]
+    hint = f"  to detect a difference of this size (power {POWER:.0%}), train {seeds} seeds per group in total"
+    return [f"{line}: not statistically significant", hint]
 
 
 def warnings(groups: Sequence[Group]) -> list[str]:
-    """What makes a comparison of the groups less reliable than it looks."""
+    """Return warnings about differences between the runs that make the comparison less reliable."""
     lines = []
-    labels: Mapping[str, Any] = defaultdict(lambda: defaultdict(dict))  # of groups, by circumstance and its value
+    labels: Mapping[str, Any] = defaultdict(lambda: defaultdict(dict))  # group labels, by circumstance and value
     for group in groups:
         if group.repeats:
             folders = ", ".join(str(run.folder) for run in group.repeats)
-            lines.append(f"each seed counts once: in {group.label}, {folders} repeats the seed of a later run.")
+            lines.append(f"each seed counts once: {group.label} leaves out {folders}, whose seed a later run repeats.")
         for circumstance, value in _circumstances(group):
             labels[circumstance][value][group.label] = True
     for circumstance, values in labels.items():
@@ -177,7 +178,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def _circumstances(group: Group) -> Iterator[tuple[str, str]]:
-    """What should be the same in all runs that are compared, in each session of their training."""
+    """Yield the circumstances that should be the same in all sessions of all runs that are compared."""
     for record in group.records:
         for session in record.sessions:
             same = _images(record)

@@ -6,7 +6,7 @@ from typing import Any
 from cifarnet.records.json_file import JsonFile
 from cifarnet.records.record import Data
 
-Summary = dict[str, Any]  # metrics on a set of images; `interval` is the 95 % interval of the accuracy
+Summary = dict[str, Any]  # metrics on a set of images; `interval` is the 95% interval of the accuracy
 
 
 @dataclass(kw_only=True)
@@ -14,12 +14,13 @@ class Evaluation(JsonFile):
     """The content of an evaluation's `metrics.json`. Accuracies are from 0 to 1.
 
     Attributes:
-        epoch: after which the checkpoint was saved, from 1.
-        test_accuracy_one_view: without test-time augmentation.
-        val: None without validation images, as are `temperature` and `test_with_temperature`.
-        temperature: fitted on the validation images; it divides the logits.
-        calibration_bins, classes: a row for each; accuracies are None in rows without images.
-        confusion: number of images, [true class][predicted class].
+        epoch: the epoch (from 1) after which the checkpoint was saved.
+        test_accuracy_one_view: the test accuracy without test-time augmentation.
+        val: the metrics on the validation images. Without validation images, `val`, `temperature` and
+            `test_with_temperature` are None.
+        temperature: the number that divides the logits, fitted on the validation images.
+        calibration_bins, classes: a row for each bin and class; accuracies are None in rows without images.
+        confusion: the number of images, as [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1: None if not measured.
     """
 

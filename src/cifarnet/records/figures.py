@@ -18,11 +18,11 @@ TRAIN, VAL = "#0969da", "#d1570a"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write an image file; its suffix decides the format.
+    """Write an image file, whose suffix determines the format.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: matplotlib does not know the format.
+        ValueError: matplotlib does not support the format.
     """
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
@@ -33,16 +33,16 @@ def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
     """Draw training and validation accuracy against epoch.
 
     Args:
-        history: rows of metrics in any order, with their epoch and the keys of `Classifier`'s metrics.
+        history: rows of metrics in any order, with the epoch and the keys of `Classifier`'s metrics.
     """
     figure = Figure(figsize=(8, 4.5), dpi=150)
     axis = figure.add_axes((0.09, 0.12, 0.89, 0.8))  # faster than a layout
-    for key, name, colour in [("train/accuracy", "train", TRAIN), ("val/accuracy", "validation", VAL)]:
+    for key, name, color in [("train/accuracy", "train", TRAIN), ("val/accuracy", "validation", VAL)]:
         points = sorted((row["epoch"], row[key]) for row in history if row.get(key) is not None)
         if points:
             epochs, values = np.array(points, dtype=float).T
             label = f"{name}: last {values[-1]:.1%}, best {values.max():.1%} (epoch {epochs[values.argmax()]:.4g})"
-            axis.plot(epochs, values, "o-", markersize=3.5, color=colour, label=label)
+            axis.plot(epochs, values, "o-", markersize=3.5, color=color, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -52,7 +52,7 @@ def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Draw the runs and the mean of each group, with its 95 % confidence interval.
+    """Draw the runs and the mean of each group, with its 95% confidence interval.
 
     The labels show the first three settings that differ.
     """
@@ -64,7 +64,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
         settings = [f"{key}={values[column]}" for key, values in shown]
         labels.append("\n".join([f"{group.label}  {group.name}", f"n = {len(group.values)}", *settings]))
     longest = max(len(line) for label in labels for line in label.splitlines())
-    width = len(groups) * max(2.5, 0.09 * longest)  # inches; the labels do not overlap
+    width = len(groups) * max(2.5, 0.09 * longest)  # inches, so that the labels do not overlap
     figure = Figure(figsize=(min(max(8, width), 400), 5), dpi=150, layout="constrained")  # PNG: up to 65,535 pixels
     axis = figure.subplots()
     _draw(axis, labels, groups, [interval(group.values) for group in groups])
@@ -76,10 +76,10 @@ def comparison(groups: Sequence[Group]) -> Figure:
 
 
 def sweep(groups: Sequence[Group], keys: Sequence[str]) -> Figure:
-    """Draw the runs and the mean of each group against each setting of a sweep, in a panel for each.
+    """Draw the runs and the mean of each group against each setting of a sweep, in one panel per setting.
 
     Args:
-        groups: in any order; those without an accuracy are left out. At least one has an accuracy.
+        groups: groups in any order, of which at least one has an accuracy. Groups without an accuracy are left out.
         keys: the settings that vary.
     """
     groups = [group for group in groups if group.values]
@@ -94,7 +94,7 @@ def sweep(groups: Sequence[Group], keys: Sequence[str]) -> Figure:
 
 
 def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
-    """Return the x of each value: numbers, on a logarithmic axis if they span a decade, or else sorted categories."""
+    """Return the x position of each value: numbers (on a logarithmic axis if they span a decade) or categories."""
     numbers = [parse_number(value) for value in values]
     if all(map(math.isfinite, numbers)):
         if 0 < 10 * min(numbers) <= max(numbers):
@@ -110,7 +110,7 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
 
 
 def _draw(axis: Axes, x: Sequence[float | str], groups: Sequence[Group], intervals: Any = None) -> None:
-    """Draw the value of each run as a dot and the mean of each group as a diamond, with half of its interval."""
+    """Draw the value of each run as a dot and the mean of each group as a diamond with its interval."""
     sizes, values = [len(group.values) for group in groups], [value for group in groups for value in group.values]
     axis.plot(np.repeat(x, sizes), values, "o", color=TRAIN, alpha=0.5, label="runs")
     means, label = [group.mean for group in groups], "mean, 95% interval" if intervals else "mean"

@@ -1,4 +1,4 @@
-"""Dataclasses that are stored as JSON files, and reading of text files."""
+"""Dataclasses stored as JSON files, and a function that reads text files."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Conte
     """Return the parsed content of a text file.
 
     Args:
-        remedy: what the user can do if the file cannot be read, as the end of a sentence.
+        remedy: the end of the error message, which says what the user can do.
 
     Raises:
         UserError: the file cannot be read or parsed.
@@ -44,7 +44,7 @@ class JsonFile:
         """Return the content of a file. In fields declared as float, null becomes NaN.
 
         Raises:
-            UserError: the file cannot be read, or a field is missing or is not valid.
+            UserError: the file cannot be read, or a field is missing or not valid.
         """
         hints = get_type_hints(cls)
 

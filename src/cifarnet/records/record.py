@@ -1,4 +1,4 @@
-"""A run's record: `metrics.json`, with its figures and what they depend on."""
+"""The record of a run, `metrics.json`: the metrics and everything that they depend on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from cifarnet.records.json_file import JsonFile
 
 
 class Data(TypedDict):
-    """The images of a run or an evaluation: counts, and a checksum of all pixels and labels (None if streamed)."""
+    """The number of images of a run or an evaluation, and a checksum of all pixels and labels (None if streamed)."""
 
     source: str
     classes: int
@@ -20,7 +20,7 @@ class Data(TypedDict):
 
 
 class Session(TypedDict):
-    """An uninterrupted stretch of a run's training. A resumed run has several."""
+    """A part of a run's training without interruptions. A resumed run has several sessions."""
 
     from_step: int
     precision: str
@@ -35,16 +35,16 @@ class Record(JsonFile):
     """The content of a run's `metrics.json`. Accuracies are from 0 to 1, times in seconds.
 
     Attributes:
-        val_accuracy: of the tested weights; NaN without validation images.
-        tested_epoch, tested_step: after which the tested weights were saved. Epochs count from 1.
-        partial: the settings with which the run skipped images, such as "fast_dev_run=True"; None: it skipped none.
-        test_accuracy_one_view: without test-time augmentation.
-        seconds: of training batches; `fit_seconds` is until the first one.
-        precision, hardware, versions, git_commit: of the last session. The keys of `hardware` are device, name,
-            threads, system, and ranks if there were several.
-        config: as composed, with `${…}`; in `resolved`, these are replaced.
-        history: the metrics of each epoch; `within_epochs` are validations before an epoch's end.
-            A value that was not finite is None when the file is read.
+        val_accuracy: the validation accuracy of the tested weights; NaN without validation images.
+        tested_epoch, tested_step: the epoch (from 1) and the step after which the tested weights were saved.
+        partial: the settings that made the run skip images, such as "fast_dev_run=True"; None: it used all images.
+        test_accuracy_one_view: the test accuracy without test-time augmentation.
+        seconds: the time of the training batches; `fit_seconds` is the time before the first batch.
+        precision, hardware, versions, git_commit: the values of the last session. The keys of `hardware` are device,
+            name, threads, system, and ranks if there were several.
+        config: the config as composed, with `${…}`; in `resolved`, they are replaced with their values.
+        history: the metrics of each epoch; `within_epochs` contains the validations before the end of an epoch.
+            A value that was not finite is None after reading.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Record(JsonFile):
     within_epochs: Sequence[Mapping[str, float | None]]
 
     def numbers(self) -> dict[str, float]:
-        """The finite numbers of the record, by which runs can be compared."""
+        """Return the finite numbers of the record, by name. Runs can be compared by these numbers."""
         return {name: getattr(self, name) for name in NUMBERS if math.isfinite(getattr(self, name))}
 
 

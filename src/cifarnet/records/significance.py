@@ -1,4 +1,4 @@
-"""Whether the difference of two means is significant, and how many samples a test needs to detect it."""
+"""Tests of the difference of two means, and the number of samples that a test needs to detect it."""
 
 import math
 import warnings
@@ -9,37 +9,37 @@ from typing import Any
 from scipy import stats
 
 LEVEL = 0.05  # the probability of a significant result if there is no difference
-POWER = 0.8  # the probability of a significant result that is wanted if there is a difference
-MOST_SEEDS = 10_000  # the search for a number of seeds ends here
+POWER = 0.8  # the desired probability of a significant result if there is a difference
+MOST_SEEDS = 10_000  # the largest number of seeds that is tried
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Welch's two-sided t-test of the means of two samples, whose variances may differ.
+    """Apply Welch's two-sided t-test to the means of two samples, whose variances may differ.
 
     Source: B. L. Welch, The generalization of "Student's" problem when several different population variances are
     involved, Biometrika 34 (1947).
 
     Returns:
-        The low and high end of the 95 % confidence interval of the difference, and the p-value; NaN if a sample has
+        The low and high end of the 95% confidence interval of the difference, and the p-value; NaN if a sample has
         fewer than two values, or if neither sample varies.
     """
     if min(len(first), len(second)) < 2 or len(set(first)) == len(set(second)) == 1:
         return math.nan, math.nan, math.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # lost precision, if one sample does not vary
+        warnings.simplefilter("ignore", RuntimeWarning)  # loss of precision if one sample does not vary
         test: Any = stats.ttest_ind(first, second, equal_var=False)
     return *test.confidence_interval(1 - LEVEL), test.pvalue
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; NaN if the values do not vary."""
+    """Return half the width of the 95% confidence interval of the mean (Student's t); NaN if the values do not vary."""
     if len(set(values)) == 1:
         return math.nan
     return float(stats.t.interval(1 - LEVEL, len(values) - 1, scale=stats.sem(values))[1])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for multiple comparisons. NaN, a test that was not made, stays and does not count.
+    """Correct p-values for multiple comparisons. NaN, for a test that was not made, remains NaN and is not counted.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scand. Journal of Statistics 6 (1979).
     """
@@ -52,16 +52,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power(seeds: int, difference: float, deviations: tuple[float, float], level: float = LEVEL) -> float:
-    """The probability that Welch's test finds a true difference, and not its opposite.
+    """Return the probability that Welch's test detects a true difference with the correct sign.
 
-    Computed from the noncentral t distribution with Satterthwaite's degrees of freedom.
+    It is computed from the noncentral t distribution with Satterthwaite's degrees of freedom.
 
     Source: B. K. Moser, G. R. Stevens, C. L. Watts, The two-sample t test versus Satterthwaite's approximate F test,
     Communications in Statistics - Theory and Methods 18 (1989).
 
     Args:
-        seeds: in each of the two groups.
-        difference: of the true means.
+        seeds: the number of seeds in each of the two groups.
+        difference: the difference of the true means.
         deviations: the true standard deviations.
     """
     variances = [deviation**2 for deviation in deviations]
@@ -71,6 +71,6 @@ def power(seeds: int, difference: float, deviations: tuple[float, float], level:
 
 
 def seeds_needed(difference: float, deviations: tuple[float, float], level: float = LEVEL) -> int:
-    """The smallest number of seeds in each group with which `power` is at least `POWER`; above `MOST_SEEDS` if none."""
+    """Return the smallest number of seeds per group with a `power` of at least `POWER`; above `MOST_SEEDS` if none."""
     numbers = range(MOST_SEEDS + 1)
     return bisect_left(numbers, POWER, lo=2, key=lambda seeds: power(seeds, difference, deviations, level))

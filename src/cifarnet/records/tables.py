@@ -1,6 +1,6 @@
-"""Runs as their folders describe them, groups of runs that differ only by seed, and tables as text.
+"""Runs read from their folders, groups of runs that differ only in the seed, and tables as text.
 
-The folder of a finished run holds `metrics.json`. The folder of a job of a sweep holds Hydra's record of its overrides
+The folder of a finished run contains `metrics.json`. The folder of a job of a sweep contains Hydra's record of its overrides
 from the beginning, and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
@@ -19,13 +19,14 @@ from cifarnet.records.record import Record
 
 @dataclass(eq=False)
 class Run:
-    """A run and what is known about it.
+    """A run and its results.
 
     Attributes:
-        settings: what distinguishes the run: the overrides of a job, or the part of a config that decides its results.
-        status: done, failed, pruned, damaged, running or cut off; `note` says why.
-        record: of a run that is done, unless it ran on another machine.
-        numbers: results by their names in `metrics.json`.
+        settings: the settings that distinguish the run: the overrides of a job, or the part of a config that affects
+            its results.
+        status: done, failed, pruned, damaged, running or cut off; `note` explains why.
+        record: the record of a run that is done, unless it ran on another machine.
+        numbers: the results, by their names in `metrics.json`.
     """
 
     folder: Path
@@ -43,10 +44,10 @@ class Run:
 
 @dataclass(eq=False)
 class Group:
-    """Runs that differ only by seed, with mean and standard deviation of a metric (NaN if there are too few values).
+    """Runs that differ only in the seed, with mean and standard deviation of a metric (NaN for too few values).
 
-    Of several runs with the same seed, only the one that finished last is `counted`, because the others are not
-    independent samples; they are `repeats`. Times are an exception: they vary between runs of the same seed.
+    If several runs have the same seed, only the run that finished last is `counted`. The others are `repeats`, because
+    they are not independent samples. Times are an exception: they vary between runs with the same seed.
 
     Attributes:
         label, name, is_baseline: set in comparisons only.
@@ -71,7 +72,7 @@ class Group:
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     def result(self) -> str:
-        """The mean and standard deviation as text; empty if there is no value."""
+        """Return the mean and standard deviation as text, which is empty if there is no value."""
         spread = f" ± {number(self.deviation, self.metric)}" if len(self.values) > 1 else ""
         return f"{number(self.mean, self.metric)}{spread}{unit(self.metric)}" if self.values else ""
 
@@ -82,23 +83,23 @@ def is_time(metric: str) -> bool:
 
 
 def number(value: float, metric: str, sign: str = "") -> str:
-    """A value of a metric as text without its unit. Accuracies are in percent."""
+    """Return a value of a metric as text, without its unit. Accuracies are in percent."""
     factor, decimals = (100, 2) if "accuracy" in metric else (1, 2 if is_time(metric) else 4)
     return f"{factor * value:{sign},.{decimals}f}"
 
 
 def unit(metric: str) -> str:
-    return " %" if "accuracy" in metric else ""
+    return "%" if "accuracy" in metric else ""
 
 
 def sort_key(value: float, metric: str = "val_accuracy") -> float:
-    """The key that sorts the best value of a metric first and NaN last."""
+    """Return a key that sorts the best value of a metric first and NaN last."""
     higher_is_better = "accuracy" in metric or "per_second" in metric
     return math.inf if math.isnan(value) else -value if higher_is_better else value
 
 
 def overrides(folder: Path) -> list[str]:
-    """The overrides in the command that started a run, as Hydra recorded them; empty if Hydra did not start it.
+    """Return the overrides that Hydra recorded when a run started; empty if Hydra did not start the run.
 
     Raises:
         UserError: Hydra's record cannot be read.
@@ -108,7 +109,7 @@ def overrides(folder: Path) -> list[str]:
 
 
 def read_run(folder: Path) -> Run:
-    """Return a job of a sweep. Its settings are its overrides, except for those of the sweep itself."""
+    """Return a job of a sweep. Its settings are its overrides, without those of the sweep itself."""
     settings: dict[str, str] = {}
     try:
         pairs = (line.partition("=") for line in overrides(folder))
@@ -125,13 +126,13 @@ def read_run(folder: Path) -> Run:
 
 
 def read_sweep(folder: Path) -> list[Run]:
-    """Return all jobs of a sweep that have begun, sorted; hydra.sweep.subdir may give them other names than numbers."""
+    """Return all jobs of a sweep that have started, sorted. With hydra.sweep.subdir, their names may not be numbers."""
     names = [path.parent.name for path in folder.glob("*/.hydra")]
     return [read_run(folder / name) for name in sorted(names, key=lambda name: (name.isdigit(), len(name), name))]
 
 
 def grouped(runs: Sequence[Run], metric: str) -> list[Group]:
-    """Group runs that differ only by seed. The group with the best mean comes first."""
+    """Group runs that differ only in the seed. The group with the best mean comes first."""
     members: dict[tuple, list[Run]] = {}
     for run in runs:
         settings = sorted((name, value) for name, value in run.settings.items() if name != "seed")
@@ -141,9 +142,9 @@ def grouped(runs: Sequence[Run], metric: str) -> list[Group]:
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
-    """The settings that differ between runs or groups.
+    """Return the settings that differ between runs or groups.
 
-    If runs use different classes, a setting that only one of these classes has is left out: the class says enough.
+    If runs use different classes, a setting that only one of these classes has is left out: the class implies it.
     """
     settings, keys = [group.settings for group in groups], []
     for key in dict.fromkeys(key for one in settings for key in one):
@@ -155,31 +156,31 @@ def varied(groups: Sequence[Run | Group]) -> list[str]:
 
 
 def _builder(key: str, settings: dict[str, str]) -> str:
-    """The class or function whose argument a setting is, or that uses what a setting ending in `_target_` builds."""
+    """Return the class or function that takes a setting, or the object built from a `_target_`, as its argument."""
     section = key.removesuffix("._target_").rpartition(".")[0]
     return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The settings that differ, with the value of each group."""
+    """Return the settings that differ, with the value of each group."""
     return {key: [shorten(group.settings.get(key, "none")) for group in groups] for key in varied(groups)}
 
 
 def column_table(columns: Mapping[str, Sequence[str]]) -> str:
-    """A table as text: a heading and cells for each column."""
+    """Return a table as text, from the heading and the cells of each column."""
     cells = [[heading, *column] for heading, column in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*cells, strict=True))
 
 
 def row_table(rows: Mapping[str, str]) -> str:
-    """Names and values in two columns as text, between empty lines."""
+    """Return names and values as text in two columns, between empty lines."""
     width = max(map(len, rows))
     return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""])
 
 
 def parse_number(text: str) -> float:
-    """The number that a text stands for; infinity if it is not a finite number."""
+    """Return the number in a text; infinity if it is not a finite number."""
     try:
         return float(text) if math.isfinite(float(text)) else math.inf
     except ValueError:
@@ -187,5 +188,5 @@ def parse_number(text: str) -> float:
 
 
 def shorten(value: str) -> str:
-    """A long number with four digits; any other text unchanged."""
+    """Round a long number to four digits; return any other text unchanged."""
     return f"{parse_number(value):.4g}" if len(value) >= 8 and math.isfinite(parse_number(value)) else value

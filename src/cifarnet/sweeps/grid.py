@@ -29,8 +29,8 @@ class Sweep(Sweeper):
     """A Hydra sweeper that runs all combinations of the values of a command and prints a table of the results.
 
     Args:
-        max_batch_size: the largest number of jobs to give to the launcher at once; None: all of them.
-        params: sweeps in addition to those of the command, such as {"optimizer.lr": "0.1,0.2"}.
+        max_batch_size: the largest number of jobs to launch at once; None: launch all jobs at once.
+        params: values to sweep over in addition to those of the command, such as {"optimizer.lr": "0.1,0.2"}.
     """
 
     max_batch_size: Annotated[int, Range(1)] | None = None
@@ -47,16 +47,16 @@ class Sweep(Sweeper):
         self.num_workers = parallel.num_parallel(config.hydra.launcher)
         if self.num_workers > 1 and not jobs.uses_one_device(config):
             devices = f"trainer.devices={config.trainer.devices}"
-            raise UserError(f"{devices}: jobs on several devices run one after the other. Remove hydra/launcher.")
+            raise UserError(f"{devices}: such jobs cannot run in parallel. Remove hydra/launcher.")
         if self.num_workers > 1:
             self.launcher.joblib |= parallel.worker_settings(self.num_workers)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Run the jobs, and print the table of the results, however the sweep ends.
+        """Run the jobs, and print the table of the results, even if the sweep fails or is interrupted.
 
         Raises:
-            UserError: there is nothing to run, another process runs this sweep, or a job failed (the others are run).
-            Interrupted: stopped by a signal; the message has the command that resumes the sweep.
+            UserError: there is nothing to run, another process runs this sweep, or a job failed (the others still run).
+            Interrupted: a signal stopped the sweep; the message contains the command that resumes it.
         """
         lines = [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -80,9 +80,9 @@ class Sweep(Sweeper):
         return results
 
     def _check_choices(self, job_overrides: Sequence[Sequence[str]]) -> None:
-        """Compose a config for each combination of config files, to find a wrong name before any job runs.
+        """Compose a config for each combination of config files, to detect a wrong name before any job runs.
 
-        All jobs would take too long: a config takes a tenth of a second.
+        Composing the configs of all jobs would take too long: each config takes a tenth of a second.
         """
         loader = self.hydra_context.config_loader
         chooses = [bool(loader.get_group_options(cli.key_of(override))) for override in job_overrides[0]]
@@ -94,7 +94,7 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     """Return the overrides of each job.
 
     Raises:
-        UserError: there are none, or too many.
+        UserError: a value cannot be used, or there are too many combinations.
     """
     choices: dict[str, list[str]] = {}
     for override in overrides:
@@ -102,5 +102,5 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
         values = space.values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
         choices[key] = [f"{key}={value}" for value in values]
     if (number := math.prod(map(len, choices.values()))) > space.MOST:
-        raise UserError(f"These are {number:,} combinations. Give {space.MOST:,} or less, or use cifarnet.search.")
+        raise UserError(f"The sweep has {number:,} combinations. Use {space.MOST:,} or fewer, or cifarnet.search.")
     return [list(job) for job in itertools.product(*choices.values())]

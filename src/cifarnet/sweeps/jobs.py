@@ -1,4 +1,4 @@
-"""A job of a sweep: what is done before and after its training.
+"""A job of a sweep: the steps before and after its training.
 
 The job's folder holds Hydra's record of its overrides and, at the end, `metrics.json`, `pruned.txt` or `error.txt`
 (`records.tables` reads them).
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     """How a job ended.
 
     Attributes:
-        status: "interrupted" by a signal; "skipped" if its sweep was stopped before it began.
+        status: "interrupted" by a signal; "skipped" if the sweep was stopped before the job started.
         score: the best validation accuracy, from 0 to 1; NaN if the job is not done.
     """
 
@@ -60,9 +60,9 @@ def is_job() -> bool:
 
 
 def refuse_launcher() -> None:
-    """Refuse a launcher for a single run, which Hydra would run in this process."""
+    """Raise a UserError if a launcher is set for a single run, which Hydra would run in this process."""
     if (name := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
-        raise UserError(f"hydra/launcher={name} launches jobs of a sweep: add -m. (A sweep can have a single job.)")
+        raise UserError(f"hydra/launcher={name} launches the jobs of a sweep. Add -m. (A sweep can have a single job.)")
 
 
 def uses_one_device(config: DictConfig) -> bool:
@@ -78,11 +78,11 @@ def run_job(
 ) -> Outcome:
     """Train as a job of a sweep.
 
-    In a resumed sweep, a job that is done is not run again, and one that was cut off continues from its checkpoint.
+    In a resumed sweep, a finished job does not run again, and an interrupted job continues from its checkpoint.
 
     Raises:
-        Interrupted: the job was stopped by a signal, after saving; the message has the command that resumes the sweep.
-        UserError: the job failed. The message is in `error.txt`, too.
+        Interrupted: a signal stopped the job after it saved; the message contains the command that resumes the sweep.
+        UserError: the job failed. The message is also written to `error.txt`.
     """
     folder = Path(config.output_dir)
     if multirun.stop_file(folder.parent).exists():
@@ -99,7 +99,7 @@ def run_job(
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return Outcome("pruned")
         except Interrupted as stopped:
-            if parallel.is_worker():  # the sweep's process reports the signal when all jobs have saved
+            if parallel.is_worker():  # the sweep's process reports the signal after all jobs have saved
                 return Outcome("interrupted")
             raise Interrupted(stopped.what, stopped.status, resume_command(folder.parent)) from None
         except Exception as error:
@@ -123,9 +123,9 @@ def raise_first_failure(results: Iterable[JobReturn]) -> None:
 
 
 def _previous_session(config: DictConfig, folder: Path) -> "tuple[float | None, Checkpoint | None]":
-    """Return what a job of a resumed sweep has reached: its score if it is done, or the checkpoint to continue from.
+    """Return the score of a finished job of a resumed sweep, or the checkpoint from which the job continues.
 
-    A checkpoint that cannot be read is moved aside, and the job is trained from the beginning.
+    If a checkpoint cannot be read, it is moved aside, and the job is trained from the beginning.
     """
     best, last = (folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
     run = read_run(folder)
@@ -134,7 +134,7 @@ def _previous_session(config: DictConfig, folder: Path) -> "tuple[float | None, 
     from cifarnet.checkpoint import Checkpoint
     from cifarnet.finetuning import expand
 
-    config = expand(config)  # as it was recorded
+    config = expand(config)  # the recorded config is expanded, too
     if run.record and _are_equal(run.record.config, config):
         print(f"Job {folder.name} is done: {run.score:.2%}", flush=True)
         return run.score, None
@@ -143,7 +143,7 @@ def _previous_session(config: DictConfig, folder: Path) -> "tuple[float | None, 
     if not last.is_file():
         return None, None
     try:
-        if best.exists():  # it is tested at the end
+        if best.exists():  # it is tested after training
             Checkpoint.open(best)
         checkpoint = Checkpoint.open(last)
     except UserError as error:
@@ -151,19 +151,19 @@ def _previous_session(config: DictConfig, folder: Path) -> "tuple[float | None, 
         print(printable(f"Job {folder.name} is trained from the beginning: {error}"), flush=True)
         return None, None
     if not _are_equal(checkpoint.content["hyper_parameters"]["config"], config):
-        raise UserError(f"{last} belongs to a run with other settings. Delete it to train the job from the beginning.")
+        raise UserError(f"{last} belongs to a run with other settings. To train the job from the beginning, delete it.")
     print(f"Job {folder.name} continues from {os.path.relpath(last)}", flush=True)
     return None, checkpoint
 
 
 def _are_equal(recorded: Mapping[str, Any], config: DictConfig) -> bool:
-    """Whether two configs lead to the same result."""
+    """Whether two configs produce the same result."""
     settings: Any = OmegaConf.to_container(config)
     return deciding_settings(recorded) == deciding_settings(settings)
 
 
 def _callbacks(config: DictConfig, trial: "Trial | None") -> list[Any]:
-    """Return the callbacks of a trial. On several devices it is not pruned, because only this process has the trial."""
+    """Return the callbacks of a trial. A trial on several devices is not pruned, as only this process has the trial."""
     from cifarnet.callbacks.pruning import Prune
 
     return [Prune(trial)] if trial is not None and uses_one_device(config) else []

@@ -1,6 +1,6 @@
-"""A sweep as a whole: its checks, its record `multirun.yaml`, from which it is resumed, and its stop file.
+"""The checks of a sweep, its record `multirun.yaml`, from which it is resumed, and its stop file.
 
-Resuming repeats the recorded overrides, which can run any code that a config can name: resume only your own sweeps.
+Resuming reuses the recorded overrides, which can run code: resume only your own sweeps.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def check(config: DictConfig, keys: Iterable[str]) -> None:
     """Check the settings of a sweep before any job runs.
 
     Args:
-        keys: the settings that it varies.
+        keys: the settings that the sweep varies.
 
     Raises:
-        UserError: a setting is wrong, or there are no validation images to choose the best settings by.
+        UserError: a setting is wrong, or there are no validation images for choosing the best settings.
     """
     check_settings(config.sweep, SweepSettings, "sweep.")
     chosen = [key for key in keys if key != "seed"]
@@ -40,19 +40,19 @@ def check(config: DictConfig, keys: Iterable[str]) -> None:
 
         if not make_data(config).validates:
             raise UserError(
-                f"Sweeping {', '.join(chosen)} with data.val_fraction=0 leaves only the test set to choose by. Set "
-                "validation images aside, such as with data.val_fraction=0.1. (Only seed can be swept without.)"
+                f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy. Set "
+                "aside validation images, such as data.val_fraction=0.1. (A sweep over seed alone needs none.)"
             )
 
 
 def begin(config: DictConfig, folder: Path) -> None:
-    """Write the record of a sweep that begins or is resumed."""
+    """Write the record of a sweep that starts or resumes, and remove its stop file."""
     stop_file(folder).unlink(missing_ok=True)
     files.write(folder / RECORD, OmegaConf.to_yaml(config))
 
 
 def stop_file(folder: Path) -> Path:
-    """Return the file that keeps further jobs of a sweep from beginning while it exists."""
+    """Return the path of the stop file. While it exists, no further jobs of the sweep start."""
     return folder / "stop"
 
 
@@ -60,11 +60,11 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command that resumes the sweep in the folder of `sweep.resume=<folder>`.
 
     Args:
-        arguments: of the command line: `sweep.resume`, `--config-dir`, and overrides that do not affect results, which
-            replace the recorded ones.
+        arguments: the arguments of the command line: `sweep.resume`, `--config-dir`, and overrides that do not affect
+            results, which replace the recorded overrides.
 
     Raises:
-        UserError: there is no sweep in the folder, an override affects results, or the sweep names a class that is not
+        UserError: the folder contains no sweep, an override affects results, or the sweep names a class that is not
             allowed.
     """
     folder = Path(cli.value_of("sweep.resume", arguments) or ".")
@@ -77,19 +77,19 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     overrides = [override for override in others if cli.key_of(override) != "sweep.resume"]
     if refused := [override for override in overrides if not _can_change(cli.key_of(override))]:
         raise UserError(
-            f"sweep.resume={folder} repeats that sweep with its own settings. Remove {' '.join(refused)}: only "
-            "settings that do not affect results can be changed."
+            f"sweep.resume={folder} uses the settings of that sweep. Remove {' '.join(refused)}: only settings that "
+            "do not affect results can be changed."
         )
     keys = {"hydra.sweep.dir", "sweep.resume", *map(cli.key_of, overrides)}
     kept = [override for override in recorded if cli.key_of(override) not in keys]
-    if "hydra/launcher" in keys:  # the recorded settings are those of another launcher
+    if "hydra/launcher" in keys:  # the recorded settings belong to another launcher
         kept = [override for override in kept if not override.startswith("hydra.launcher.")]
     allowed = (cli.value_of("classes", arguments) or "").strip("[]").replace(" ", "").split(",")
     parser = OverridesParser.create()
     for override in parser.parse_overrides([*kept, *params]):
         if isinstance(override.value(), ChoiceSweep):
             texts = override.sweep_string_iterator()
-        elif override.is_sweep_override():  # of numbers, or of config files
+        elif override.is_sweep_override():  # a sweep over numbers or config files
             continue
         else:
             texts = [override.get_value_element_as_str()]
@@ -108,10 +108,12 @@ def _can_change(key: str) -> bool:
 
 
 def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the overrides of the command that began a sweep, and those in the config of its sweeper."""
+    """Return the overrides of the command that started a sweep, and those in the config of its sweeper."""
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"sweep.resume={folder}: that folder holds no sweep ({path} is missing).")
+        raise UserError(
+            f"sweep.resume={folder}: {path} is missing. Specify the folder of a sweep, such as …/multirun_<date_time>."
+        )
     record = read(path, yaml.safe_load)
     try:
         overrides, params = record["hydra"]["overrides"], record["hydra"]["sweeper"].get("params") or {}

@@ -1,7 +1,7 @@
-"""Jobs of a sweep in worker processes of joblib, each with its share of the machine, and the sweeps' signal handlers.
+"""Jobs of a sweep in joblib's worker processes, each with its share of the machine, and the signal handlers of sweeps.
 
-A terminal's Ctrl-C reaches only the process of the sweep, because each worker has a process group of its own. The sweep
-forwards it to the workers, whose jobs finish their batch and save.
+Ctrl-C in a terminal reaches only the process of the sweep, because each worker has its own process group. The sweep
+forwards the signal to the workers, whose jobs finish their batch and save.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ WORKER = "CIFARNET_WORKER"  # an environment variable of worker processes
 def num_parallel(launcher: DictConfig) -> int:
     """Return the number of jobs that a launcher runs at a time.
 
-    Its setting `n_jobs` is 0 for one per GPU, or 2 without GPUs; -1 for one per core; or the number.
+    The launcher's setting `n_jobs` is this number, or 0 for one job per GPU (two jobs without GPUs), or -1 for one job
+    per core.
     """
     n_jobs = launcher.get("n_jobs", 1)
     if n_jobs == 0:
@@ -36,13 +37,13 @@ def num_parallel(launcher: DictConfig) -> int:
 
 
 def worker_settings(num_workers: int) -> dict[str, Any]:
-    """Return the arguments of `joblib.Parallel` for so many workers."""
+    """Return the arguments of `joblib.Parallel` for this number of workers."""
     return {"n_jobs": num_workers, "initializer": _start_worker, "initargs": (os.getpid(), num_workers)}
 
 
 def _start_worker(parent: int, num_workers: int) -> None:
     hardware.end_with_parent(parent)
-    for number in SIGNALS:  # between jobs
+    for number in SIGNALS:  # ignored between jobs
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "win32":
         os.setpgid(0, 0)
@@ -53,13 +54,13 @@ def _start_worker(parent: int, num_workers: int) -> None:
 
 
 def is_worker() -> bool:
-    """Whether this process runs jobs in parallel with others."""
+    """Whether this process is a worker that runs jobs in parallel with other workers."""
     return WORKER in os.environ
 
 
 @contextlib.contextmanager
 def job_in_worker(config: DictConfig, name: str) -> Iterator[None]:
-    """In a worker process, give a job a GPU, handlers for signals, and its name before each line that it prints."""
+    """In a worker process, assign a GPU to a job, handle signals, and print the job's name before each output line."""
     if not is_worker():
         yield
         return
@@ -71,7 +72,7 @@ def job_in_worker(config: DictConfig, name: str) -> Iterator[None]:
 
 
 class NamedLines(io.TextIOBase):
-    """Writes each line to a stream after the name of its job."""
+    """A stream that writes the name of a job before each line."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.name, self.unfinished = stream, name, ""
@@ -89,11 +90,11 @@ def forwarded_signals(stop_file: Path, command: str) -> Iterator[None]:
     """Forward the first Ctrl-C or SIGTERM to the workers, and wait until their jobs have saved.
 
     Args:
-        stop_file: created on the signal, so that no further job begins.
-        command: resumes the sweep.
+        stop_file: the file to create on the signal, so that no further job starts.
+        command: the command that resumes the sweep.
 
     Raises:
-        Interrupted: at the end, if there was a signal.
+        Interrupted: at the end, if a signal was received.
     """
     received: list[int] = []
 
@@ -108,7 +109,7 @@ def forwarded_signals(stop_file: Path, command: str) -> Iterator[None]:
                     child.send_signal(signal.SIGINT)
 
     with contextlib.ExitStack() as handlers:
-        if sys.platform != "win32":  # its consoles send Ctrl-C to the workers
+        if sys.platform != "win32":  # on Windows, the console sends Ctrl-C to the workers
             handlers.enter_context(_handled(SIGNALS, forward))
         try:
             yield

@@ -1,9 +1,9 @@
 """A search: Optuna chooses the jobs of a sweep, one after the other, and may stop them early.
 
-The search space is written as Hydra's sweeps are: `model.hidden=128,512`, `optimizer.lr=tag(log,interval(0.001,0.1))`.
-The study is a file in the search's folder, or in a database. Each process that runs the command draws a trial, trains
-it, and draws the next, until there are enough. So several processes share a search, on all machines that see the folder
-or the database, and a search that was stopped continues when the command is given again.
+The search space uses Hydra's notation for sweeps: `model.hidden=128,512`, `optimizer.lr=tag(log,interval(0.001,0.1))`.
+The study is stored in a file in the search's folder, or in a database. Each process that runs the command draws a
+trial, trains it, and draws the next, until there are enough. Therefore, several processes can share a search, on all
+machines that can access the folder or the database, and an interrupted search continues when the command is run again.
 """
 
 import warnings
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # optuna takes half a second to import
     from cifarnet.sweeps.storage import Database, Journal
     from cifarnet.sweeps.trials import Trials
 
-SETTINGS = "settings"  # an attribute of the study: the settings that its trials share, and the search space
+SETTINGS = "settings"  # an attribute of the study: the settings that all trials share, and the search space
 
 
 @dataclass
@@ -43,16 +43,17 @@ class Search(Sweeper):
     """A Hydra sweeper whose jobs are the trials of an Optuna study (Akiba et al., 2019,
     https://arxiv.org/abs/1907.10902).
 
-    Trial n is job n. Its score is the best validation accuracy; the pruner gets the accuracy of every epoch.
+    Trial n is job n. Its score is the best validation accuracy. The pruner receives the accuracy after every epoch.
 
     Args:
         trials: the number of trials in the study, including those of other processes and earlier commands.
         study_name: the study's name in a database.
         params: the search space in addition to the command's: {"optimizer.lr": "tag(log, interval(0.001, 0.1))"}.
         sampler: an Optuna sampler, which chooses the settings of the next trial; None: Optuna's default.
-        pruner: an Optuna pruner, which stops trials that are not promising; None: all trials run to their end.
-        storage: the URL of a database, such as postgresql://host/database; None: a file in the folder.
-        heartbeat: seconds between the heartbeats of a trial in a database; one without for twice as long is dead.
+        pruner: an Optuna pruner, which stops unpromising trials; None: no trial is stopped early.
+        storage: the URL of a database, such as postgresql://host/database; None: a file in the search's folder.
+        heartbeat: seconds between the heartbeats of a trial in a database. A trial without a heartbeat for twice as
+            long is dead.
     """
 
     trials: Annotated[int, Range(1)]
@@ -72,19 +73,19 @@ class Search(Sweeper):
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
         if launcher not in ("BasicLauncher", "Slurm"):
             raise UserError(
-                "A search runs one trial at a time in each process. To run several, leave out hydra/launcher and start "
-                "the same command in several terminals, with threads=… for their share of the cores."
+                "A search runs one trial at a time in each process. To run several, remove hydra/launcher and start "
+                "the same command in several terminals, with threads=… to limit each process to its share of the cores."
             )
         self.uses_slurm = launcher == "Slurm"
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until there are enough, and print the table of all, however the search ends.
+        """Run trials until there are enough, and print the table of all trials, even if the search fails.
 
         Raises:
-            UserError: the study cannot be used, or a trial failed (the others are run).
-            Interrupted: stopped by a signal; the message has the command that resumes the search.
+            UserError: the study cannot be used, or a trial failed (the others still run).
+            Interrupted: a signal stopped the search; the message contains the command that resumes it.
         """
         from cifarnet.sweeps.trials import Trials
 
@@ -113,10 +114,10 @@ class Search(Sweeper):
         jobs.raise_first_failure(failures)
 
     def _run(self, trials: "Trials", fixed: Sequence[str], failures: list[JobReturn]) -> None:
-        """Run one trial after the other in this process."""
+        """Run trials one after the other in this process."""
         if self.config.trainer.accelerator != "cpu" and jobs.uses_one_device(self.config):
             hardware.claim_gpu()
-        resume = f"sweep.resume={cli.literal(str(trials.folder))}"  # a trial that was cut off continues
+        resume = f"sweep.resume={cli.literal(str(trials.folder))}"  # an interrupted trial continues
         while not multirun.stop_file(trials.folder).exists() and (trial := trials.next()) is not None:
             settings = [f"{key}={value}" for key, value in trial.params.items()]
             with trials.storage.heartbeat(trial):
@@ -129,11 +130,12 @@ class Search(Sweeper):
                 failures.append(result)
 
     def _run_in_slurm(self, trials: "Trials", arguments: list[str]) -> None:
-        """Run processes in SLURM's queue that draw and run the trials."""
+        """Submit processes to SLURM that draw and run the trials."""
         if (missing := trials.num_missing()) > 0:
             self._launcher(self.task).launch_search(arguments, missing)
         if (missing := trials.num_missing()) > 0:
-            raise UserError(f"{missing} of {self.trials} trials are missing: the processes that ran them have ended.")
+            ended = "because their processes ended. Run the command again."
+            raise UserError(f"{missing} of {self.trials} trials are missing {ended}")
         for run in read_sweep(trials.folder):
             if run.status == "failed":
                 raise UserError(f"Trial {run.folder.name} failed: {run.note}")
@@ -142,7 +144,7 @@ class Search(Sweeper):
         return Plugins.instance().instantiate_launcher(self.hydra_context, task, self.config)
 
     def _check_choices(self, fixed: Sequence[str], space: Mapping[str, Any]) -> None:
-        """Compose a config for each choice, and one for each range, to find a wrong name before any trial runs."""
+        """Compose a config for each choice, and one for each range, to detect a wrong name before any trial runs."""
         values = {key: getattr(found, "choices", None) or (found.low,) for key, found in space.items()}
         first = {key: choices[0] for key, choices in values.items()}
         for key, choices in values.items():
@@ -155,21 +157,21 @@ class Search(Sweeper):
 
         if self.storage is None:
             return storage.Journal(folder)
-        sweeper: Any = OmegaConf.to_container(self.config.hydra.sweeper)  # with ${oc.env:…} as in the command
+        sweeper: Any = OmegaConf.to_container(self.config.hydra.sweeper)  # with ${oc.env:…} unresolved
         storage.refuse_password(sweeper["storage"])
         return storage.connect(self.storage, folder, f"{self.config.name}/{self.study_name}", self.heartbeat)
 
     def _open_study(self, storage: "Journal | Database", fixed: Sequence[str], space: Mapping[str, Any]) -> "Study":
-        """Return the storage's study, or a new one.
+        """Load the study from the storage, or create it.
 
         Raises:
-            UserError: the study has other settings, so that trials would not be comparable.
+            UserError: the study was created with other settings, so its trials would not be comparable.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", ".*is already reported.*")  # by a process that was cut off
-        warnings.filterwarnings("ignore", ".*[Hh]eartbeat.*")  # that they are meant for Study.optimize
+        warnings.filterwarnings("ignore", ".*is already reported.*")  # by an interrupted process
+        warnings.filterwarnings("ignore", ".*[Hh]eartbeat.*")  # Optuna intends heartbeats for Study.optimize
         deciding = [line for line in fixed if effect(cli.key_of(line)) not in ("nothing", "speed")]
         settings = [*deciding, *(f"{key} in {distribution}" for key, distribution in space.items())]
         options = {"study_name": storage.study_name, "storage": storage, "sampler": self.sampler}
@@ -179,12 +181,12 @@ class Search(Sweeper):
                 study = optuna.create_study(**options, direction="maximize")
             except optuna.exceptions.DuplicatedStudyError:
                 study = optuna.load_study(**options)
-                study.sampler.reseed_rng()  # only the process that creates the study draws by the sampler's seed
+                study.sampler.reseed_rng()  # only the process that creates the study uses the sampler's seed
             if SETTINGS not in study.user_attrs:
                 study.set_user_attr(SETTINGS, settings)
         if differing := sorted(set(settings) ^ set(study.user_attrs[SETTINGS])):
             raise UserError(
-                f"The study {study.study_name} has other settings: {', '.join(differing)} differ. Repeat its settings, "
-                "or choose another hydra.sweeper.study_name."
+                f"The study {study.study_name} was created with other settings: {', '.join(differing)}. Use the same "
+                "settings, or choose another hydra.sweeper.study_name."
             )
         return study

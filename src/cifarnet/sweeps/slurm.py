@@ -1,9 +1,9 @@
-"""Jobs of a sweep, or the processes of a search, in SLURM's queue, by submitit.
+"""Run the jobs of a sweep, or the processes of a search, in SLURM's queue, with submitit.
 
-The queue tells when a job has ended, and the files in its folder tell how, because a job that SLURM kills reports
-nothing. SLURM asks a job to stop by a signal: USR2 before its time limit (`--signal`), or TERM when it is preempted.
-The callback `StopOnSignal` then finishes the batch and saves. The job is queued again, by itself or by SLURM, and
-continues in its folder.
+The queue shows when a job has ended. The files in the job's folder show how it ended, because a job that SLURM kills
+reports nothing. SLURM asks a job to stop with a signal: USR2 before its time limit (`--signal`), or TERM when it is
+preempted. The callback `StopOnSignal` then finishes the batch and saves a checkpoint. The job or SLURM queues the job
+again, and it continues in its folder.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ Work = Callable[[], Any]
 
 
 class Slurm(SlurmLauncher):
-    """Hydra's launcher by submitit. It waits until all jobs have ended, and its jobs continue after a restart.
+    """Hydra's submitit launcher, extended: it waits until all jobs have ended, and its jobs continue after a restart.
 
     Args:
-        params: submitit's, as in configs/hydra/launcher/slurm.yaml.
+        params: the parameters of submitit, as in configs/hydra/launcher/slurm.yaml.
     """
 
     config: DictConfig
@@ -51,7 +51,7 @@ class Slurm(SlurmLauncher):
     task_function: task.Task
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Run jobs of a sweep; those of a resumed sweep that are done need no place in the queue."""
+        """Run jobs of a sweep. Finished jobs of a resumed sweep are not queued again."""
         state, tasks = Singleton.get_state(), {}
         numbered = dict(enumerate(job_overrides, initial_job_idx))
         for number, overrides in numbered.items():
@@ -63,7 +63,7 @@ class Slurm(SlurmLauncher):
         return [_result(self._read_job(number)) for number in numbered]
 
     def launch_search(self, arguments: list[str], most: int) -> None:
-        """Run processes that share a search: at most so many."""
+        """Run at most this number of processes that share a search."""
         config = self.config.copy()
         basic = ConfigStore.instance().load("hydra/launcher/basic.yaml").node
         OmegaConf.update(config, "hydra.launcher", basic, merge=False, force_add=True)
@@ -78,18 +78,18 @@ class Slurm(SlurmLauncher):
         jobs.raise_first_failure([self(overrides, "hydra.sweep.dir", number, f"job_id_for_{number}", state)])
 
     def _train_run(self, run: dict[str, Any]) -> None:
-        """Take part in a training that rank 0 of a SLURM job has described."""
+        """Take part in the training of a run that rank 0 of a SLURM job describes."""
         self.task_function.train(OmegaConf.create(run["config"]), run["ckpt_path"])
 
     def _read_job(self, number: int) -> Run:
         return read_run(Path(self.config.hydra.sweep.dir, str(number)))
 
     def _run(self, tasks: Mapping[int, Work], is_search: bool) -> None:
-        """Submit the tasks that are not in the queue yet, and wait until none is.
+        """Submit the tasks that are not in the queue yet, and wait until no task is in the queue.
 
         Raises:
-            UserError: SLURM does not answer, or jobs of another sweep in this folder are in the queue.
-            Interrupted: by Ctrl-C or SIGTERM. The jobs stay in the queue.
+            UserError: SLURM does not respond, or jobs of another sweep in this folder are in the queue.
+            Interrupted: Ctrl-C or SIGTERM stopped the sweep. The jobs remain in the queue.
         """
         if not tasks:
             return
@@ -99,10 +99,10 @@ class Slurm(SlurmLauncher):
         names = {number: recorded[str(number)] for number in tasks if recorded.get(str(number)) in queue}
         if names and not (is_search or self.config.sweep.resume):
             raise UserError(
-                f"Jobs of the sweep in {folder} are in SLURM's queue. Wait for them: {resume_command(folder)}"
+                f"Jobs of the sweep in {folder} are still in SLURM's queue. To wait for them: {resume_command(folder)}"
             )
         if names:
-            print(f"In SLURM's queue already: {', '.join(names.values())}", flush=True)
+            print(f"Already in SLURM's queue: {', '.join(names.values())}", flush=True)
         try:
             with parallel.interrupting(parallel.SIGNALS):
                 signal.pthread_sigmask(signal.SIG_BLOCK, parallel.SIGNALS)  # until the names are recorded
@@ -112,20 +112,20 @@ class Slurm(SlurmLauncher):
                 self._wait(names, is_search)
         except Interrupted as stopped:
             arrays = " ".join(sorted({name.partition("_")[0] for name in names.values()}))
-            what = f"{stopped.what} The jobs stay in SLURM's queue (scancel {arrays} lets them save and end)."
+            what = f"{stopped.what} The jobs remain in SLURM's queue. To let them save and end: scancel {arrays}."
             raise Interrupted(what, stopped.status, resume_command(folder)) from None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, parallel.SIGNALS)
 
     def _submit(self, tasks: Mapping[int, Work]) -> dict[int, str]:
-        """Submit tasks as an array, and return SLURM's names for them."""
+        """Submit tasks as a job array, and return SLURM's names for them."""
         if not tasks:
             return {}
         import submitit
 
         params = {key: value for key, value in self.params.items() if value is not None}
         folder, restarts, python = (params.pop(key, None) for key in ("submitit_folder", "max_num_timeout", "python"))
-        if "cpus_per_task" in params:  # srun does not take it from sbatch
+        if "cpus_per_task" in params:  # srun does not inherit it from sbatch
             params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *params.get("setup", [])]
         common = set(OmegaConf.structured(BaseQueueConf))
         try:
@@ -148,12 +148,12 @@ class Slurm(SlurmLauncher):
             try:
                 queue = queued()
             except UserError as error:
-                print(f"{error} Asking again in {pause:.0f} s.", flush=True)
+                print(f"{error} Trying again in {pause:.0f} s.", flush=True)
                 continue
             for number in [number for number, name in waiting.items() if name not in queue]:
                 run = self._read_job(number)
                 if run.status == "cut off" and number not in late and not is_search:
-                    late.add(number)  # a shared disk can show files late
+                    late.add(number)  # files can appear late on a shared disk
                     continue
                 name = waiting.pop(number)
                 if not is_search:
@@ -170,9 +170,9 @@ class Task:
     """The function that submitit calls in each process of a SLURM job.
 
     Args:
-        work: called in rank 0.
-        train_run: called in the other ranks, with each run that rank 0 trains.
-        max_restarts: of the job, after which the time limit ends it.
+        work: the function to call in rank 0.
+        train_run: the function to call in the other ranks, with each run that rank 0 trains.
+        max_restarts: the number of restarts after which the job ends at its time limit.
     """
 
     def __init__(self, work: Work, train_run: Callable[[dict[str, Any]], Any], max_restarts: int) -> None:
@@ -189,54 +189,55 @@ class Task:
             raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None
 
     def _queue_again(self) -> str:
-        """Queue the job again if SLURM has only warned it, and return a message."""
+        """Queue the job again unless SLURM is already ending it, and return a message."""
         import submitit
 
         if os.environ["SLURM_PROCID"] != "0":
             return ""
         name = submitit.JobEnvironment().job_id
         if state(name) != "RUNNING":
-            return "SLURM ends this job, and queues it again if it was requeued."
+            return "SLURM is ending this job. If SLURM requeued it, it will start again."
         if num_restarts() >= self.max_restarts:
-            return f"It was restarted {num_restarts()} times, and is not again (hydra.launcher.max_num_timeout)."
+            limit = "it will not be restarted again (hydra.launcher.max_num_timeout)"
+            return f"Restarted {num_restarts()} times, {limit}."
         requeue = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
-        if requeue.returncode > 0:  # it is negative when SLURM ends this job's processes, scontrol among them
-            return f"SLURM does not queue it again: {requeue.stderr.strip()}"
+        if requeue.returncode > 0:  # negative if SLURM ends this job's processes, including scontrol
+            return f"SLURM will not queue it again: {requeue.stderr.strip()}"
         return "It is in SLURM's queue again."
 
 
 def num_restarts() -> int:
-    """The number of times that this SLURM job was queued again."""
+    """Return the number of times that this SLURM job was restarted."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def queued() -> set[str]:
-    """SLURM's names for the jobs that wait, run or end."""
+    """Return SLURM's names for the jobs that are waiting, running or ending."""
     return set(_squeue("--format=%i"))
 
 
 def state(name: str) -> str:
-    """SLURM's word for a job's state."""
-    with contextlib.suppress(UserError):  # squeue fails for a job that SLURM has forgotten
+    """Return the name of a job's state in SLURM, such as RUNNING."""
+    with contextlib.suppress(UserError):  # squeue fails for jobs that SLURM no longer lists
         return next(iter(_squeue("--states=all", f"--jobs={name}", "--format=%T")), "unknown")
     return "unknown"
 
 
 def _squeue(*options: str) -> list[str]:
-    """The lines that squeue prints.
+    """Return the lines that squeue prints.
 
     Raises:
-        UserError: SLURM does not answer.
+        UserError: SLURM does not respond.
     """
     command = ["squeue", "--me", "--array", "--noheader", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(
-            f"hydra/launcher=slurm: {error}. Start it on a machine that can submit jobs to SLURM."
+            f"hydra/launcher=slurm: {error}. Run the command on a machine that can submit jobs to SLURM."
         ) from error
     if result.returncode:
-        raise UserError(f"hydra/launcher=slurm: SLURM does not answer: {' '.join(result.stderr.split())}.")
+        raise UserError(f"hydra/launcher=slurm: SLURM does not respond: {' '.join(result.stderr.split())}.")
     return result.stdout.split("\n")[:-1]
 
 
@@ -249,12 +250,12 @@ def _search(context: HydraContext, task: TaskFunction, config: DictConfig, argum
 
 
 def _result(run: Run) -> JobReturn:
-    """What a launcher returns of a job."""
+    """Return the result of a job in the form that Hydra expects from a launcher."""
     result = JobReturn(status=JobStatus.COMPLETED)
     is_stopped = multirun.stop_file(run.folder.parent).exists()
     if run.status in ("failed", "damaged") or (run.status == "cut off" and not is_stopped):
         result.status = JobStatus.FAILED
-        result.return_value = UserError(run.note or f"Job {run.folder.name} was ended before it was done.")
+        result.return_value = UserError(run.note or f"Job {run.folder.name} ended before it was finished.")
     else:
         result.return_value = jobs.Outcome("done", run.score) if run.status == "done" else jobs.Outcome("skipped")
     return result

@@ -1,4 +1,4 @@
-"""The values of a sweep and the search space of a search, from Hydra's notation: `tag(log,interval(0.001,0.1))`."""
+"""The values of a sweep and the space of a search, parsed from Hydra's notation: `tag(log,interval(0.001,0.1))`."""
 
 import math
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from cifarnet.errors import UserError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-MOST = 10_000  # jobs of a sweep
+MOST = 10_000  # the largest number of jobs in a sweep
 
 
 def search_space(lines: Sequence[str], loader: ConfigLoader) -> "tuple[list[str], dict[str, BaseDistribution]]":
-    """Split overrides into those that all trials of a search share, and a distribution for each that is searched."""
+    """Split overrides into those that all trials share, and a distribution for each setting that is searched."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
-    overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
+    overrides = {override.get_key_element(): override for override in parsed}  # the last one takes effect
     fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     if not space:
         raise UserError(
-            "Nothing to search. Add +search=rates, or values such as model.hidden=128,512 or "
+            "The search space is empty. Add +search=rates, or values such as model.hidden=128,512 or "
             "'optimizer.lr=tag(log,interval(0.001,0.1))'."
         )
     return fixed, space
 
 
 def values(override: Override) -> list[str]:
-    """Return the values of a sweep, as overrides write them.
+    """Return the values of a sweep, as they are written in overrides.
 
     Raises:
-        UserError: there are none, too many, or infinitely many.
+        UserError: the sweep has no values, too many, or infinitely many.
     """
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
@@ -43,18 +43,18 @@ def values(override: Override) -> list[str]:
             f"{override.input_line}: an interval has infinitely many values. Use cifarnet.search, or a list."
         )
     if isinstance(sweep, RangeSweep) and (count := _bounds(override, sweep)[2]) > MOST:
-        raise UserError(f"{override.input_line} has {count:,} values. Give {MOST:,} or less.")
+        raise UserError(f"{override.input_line} has {count:,} values. Use {MOST:,} or fewer.")
     listed = list(override.sweep_string_iterator())
     if not listed:
-        raise UserError(f"{override.input_line} has no values: there is nothing to run.")
+        raise UserError(f"{override.input_line} has no values. Specify at least one.")
     return listed
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """Return Optuna's distribution for a sweep: a choice, a range, or an interval with both ends included.
+    """Return Optuna's distribution for a choice, a range, or an interval, which includes both ends.
 
     Raises:
-        UserError: it is empty, or has a tag that cannot be used.
+        UserError: it has no values, or has a tag that cannot be used.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -62,7 +62,7 @@ def distribution(override: Override) -> "BaseDistribution":
     tags = getattr(sweep, "tags", set())
     if tags - {"log"} or (tags and isinstance(sweep, ChoiceSweep)):
         raise UserError(
-            f"{override.input_line}: the only tag is log, for intervals and ranges: tag(log,interval(1,9))."
+            f"{override.input_line}: the only supported tag is log, on intervals and ranges: tag(log,interval(1,9))."
         )
     if not isinstance(sweep, IntervalSweep | RangeSweep):
         return CategoricalDistribution(values(override))
@@ -84,12 +84,12 @@ def _bounds(override: Override, sweep: IntervalSweep | RangeSweep) -> tuple[Deci
     numbers = [sweep.start, sweep.stop, sweep.step] if is_range else [sweep.start, sweep.end]
     start, end, *steps = (Decimal(str(number)) for number in numbers)
     if not all(number.is_finite() for number in (start, end, *steps)):
-        raise UserError(f"{override.input_line}: give finite numbers.")
+        raise UserError(f"{override.input_line}: use finite numbers.")
     if not is_range:
         return start, end, math.inf
     step = steps[0]
     count = math.ceil((end - start) / step) if step else 0
     if count < 1:
-        raise UserError(f"{override.input_line} has no values: there is nothing to run.")
+        raise UserError(f"{override.input_line} has no values. Specify at least one.")
     low, high = sorted((start, start + (count - 1) * step))
     return low, high, count

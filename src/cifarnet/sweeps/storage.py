@@ -1,6 +1,6 @@
-"""Where a search's study is stored: in a file, for processes that share the search's folder, or in a database.
+"""The storage of a search's study: a file, for processes that share the search's folder, or a database.
 
-Both have the same interface. It adds to Optuna's storages what continuing the trials of dead processes needs.
+Both classes have the same interface. They extend Optuna's storages, so that trials of dead processes can continue.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from cifarnet.errors import UserError, printable
 from cifarnet.system import files
 
 FOLDER = "folder"  # an attribute of trials in a database: the machine and the folder where a trial runs
-PATIENCE = 300  # seconds, for a database that restarts
+PATIENCE = 300  # seconds to wait for a database that restarts
 PASSWORD = r"^[^/]*://[^/@:]*:[^@]+@|[?&]\w*passw(or)?d="
 
 
 def trial_id(trial: Trial | FrozenTrial) -> int:
-    """Return a storage's key for a trial, which Optuna keeps private."""
+    """Return the key of a trial in its storage, which is private in Optuna."""
     return trial._trial_id
 
 
 class Journal(JournalStorage):
-    """Optuna's journal, a file.
+    """Optuna's journal storage, a file.
 
     Attributes:
         lock: held while a process draws a trial.
@@ -51,32 +51,32 @@ class Journal(JournalStorage):
         with self.lock:
             try:
                 super().__init__(JournalFileBackend(str(path), RepairingLock(self.lock, path)))
-            except Exception as error:  # of any type: the file can hold anything
-                remedy = "delete it, or choose another folder with hydra.sweep.dir=…"
-                raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}; {remedy}") from error
+            except Exception as error:  # a damaged file can raise many types
+                remedy = "Delete it, or choose another folder with hydra.sweep.dir=…"
+                raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}. {remedy}") from error
             names = [study.study_name for study in self.get_all_studies()]
         self.study_name = names[0] if names else folder.name
 
     def is_dead(self, trial: FrozenTrial) -> bool:
-        """Whether the process of a running trial, which does not lock it in the folder, has died."""
+        """Whether the process of a running trial, which has no lock in the folder, has died."""
         return True
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Record that a trial is running; a lock in the folder says the same."""
+        """Do nothing: the lock in the folder shows that a trial is running."""
 
     def heartbeat(self, trial: Trial | FrozenTrial) -> contextlib.AbstractContextManager[None]:
-        """Record heartbeats of a trial that this process runs."""
+        """Return a context that records the heartbeats of a trial that this process runs."""
         return contextlib.nullcontext()
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
-        """Raise a UserError when the connection is lost."""
+        """Return a context that raises a UserError if the connection is lost."""
         return contextlib.nullcontext()
 
 
 class RepairingLock(JournalFileOpenLock):
-    """A lock for writing to a journal. It ends with its process, and repairs what a killed process has left.
+    """A lock for writing to a journal. It ends with its process, and repairs the file after a killed process.
 
-    Optuna's own locks are files that a killed process leaves behind, for which the next process waits half a minute.
+    Optuna's own locks are files that a killed process leaves behind; the next process would wait half a minute.
     """
 
     def __init__(self, lock: FileLock, journal: Path) -> None:
@@ -85,7 +85,7 @@ class RepairingLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         self.lock.acquire()
         content = self.journal.read_bytes()
-        os.truncate(self.journal, content.rfind(b"\n") + 1)  # without an unfinished line, which no process has read
+        os.truncate(self.journal, content.rfind(b"\n") + 1)  # removes an unfinished line, which no process has read
         return True
 
     def release(self) -> None:
@@ -93,7 +93,7 @@ class RepairingLock(JournalFileOpenLock):
 
 
 class Database(RDBStorage):
-    """Optuna's storage in a database, which waits while the database restarts.
+    """Optuna's storage in a database. It waits while the database restarts.
 
     Optuna keeps a heartbeat for each trial, but only `Study.optimize` records heartbeats, and it cannot continue a
     trial whose process has died.
@@ -102,7 +102,7 @@ class Database(RDBStorage):
         url: the address of the database.
         folder: the search's folder on this machine.
         study_name: the study's name in the database.
-        interval: the seconds between the heartbeats of a trial. One without for twice as long is dead.
+        interval: the seconds between the heartbeats of a trial. A trial without a heartbeat for twice as long is dead.
     """
 
     def __init__(self, url: URL, folder: Path, study_name: str, interval: int) -> None:
@@ -138,7 +138,7 @@ class Database(RDBStorage):
         if trial.user_attrs.get(FOLDER) == self.folder:
             return True
         study_id = self.get_study_id_from_name(self.study_name)
-        return trial_id(trial) in self._get_stale_trial_ids(study_id)  # the public function ends these trials
+        return trial_id(trial) in self._get_stale_trial_ids(study_id)  # Optuna's public function ends these trials
 
     @contextlib.contextmanager
     def heartbeat(self, trial: Trial | FrozenTrial) -> Iterator[None]:
@@ -165,24 +165,24 @@ class Database(RDBStorage):
         try:
             yield
         except (SQLAlchemyError, StorageInternalError) as error:
-            remedy = "Trained jobs are kept: run the command again."
-            raise UserError(f"{self.address} does not answer any more: {_reason(error)} {remedy}") from error
+            remedy = "Finished trials are kept. Run the command again."
+            raise UserError(f"{self.address} no longer responds: {_reason(error)} {remedy}") from error
 
 
 def connect(storage: str, folder: Path, study_name: str, interval: int) -> Database:
     """Connect to a database.
 
     Args:
-        storage: its URL.
+        storage: the URL of the database.
 
     Raises:
         UserError: the URL is wrong, its driver is missing, or the database cannot be reached or used.
     """
     try:
         url = make_url(storage)
-    except ArgumentError as error:  # its message is not shown: it can hold a password
+    except ArgumentError as error:  # its message is not shown, because it can contain a password
         example = "postgresql://user@host/database"
-        raise UserError(f"hydra.sweeper.storage is not the URL of a database. Give one such as {example}.") from error
+        raise UserError(f"hydra.sweeper.storage is not the URL of a database. Use one such as {example}.") from error
     if url.get_backend_name() == "postgresql":
         url = url.update_query_dict({"connect_timeout": "10", **url.query})
         url = url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
@@ -201,20 +201,21 @@ def connect(storage: str, folder: Path, study_name: str, interval: int) -> Datab
 
 
 def refuse_password(storage: str) -> None:
-    """Refuse a URL with a password, which `ps`, the shell's history and the sweep's record would show.
+    """Refuse a URL that contains a password, which `ps`, the shell's history and the sweep's record would show.
 
     Args:
-        storage: as in the command, before `${oc.env:…}` is replaced.
+        storage: the URL as written in the command, before `${oc.env:…}` is replaced.
     """
     if re.search(PASSWORD, re.sub(r"\$\{oc\.env:\w+\}", "", storage)):
         raise UserError(
-            "hydra.sweeper.storage holds a password, which the sweep's record would keep. Put it into PGPASSWORD or "
-            "~/.pgpass, or the whole URL into a variable: 'hydra.sweeper.storage=${oc.env:OPTUNA_STORAGE}'."
+            "hydra.sweeper.storage contains a password, which the sweep's record would keep. Set the password in "
+            "PGPASSWORD or ~/.pgpass, or put the whole URL in an environment variable: "
+            "'hydra.sweeper.storage=${oc.env:OPTUNA_STORAGE}'."
         )
 
 
 def _unique_name(folder: Path) -> str:
-    """A name for a folder on this machine. The names and paths of machines can be equal, if they are copies."""
+    """Return a unique name for a folder on this machine. Copies of a machine can have the same name and paths."""
     token = folder / "place.txt"
     if not token.exists():
         files.write(token, secrets.token_hex(4))
@@ -222,7 +223,7 @@ def _unique_name(folder: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the server or its driver."""
+    """Return the message of the server or its driver."""
     while error.__cause__ is not None and not hasattr(error, "orig"):
         error = error.__cause__
     return " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".?") + "."

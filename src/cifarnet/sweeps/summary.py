@@ -1,4 +1,4 @@
-"""The results of a sweep: its table, `sweep.csv` and `sweep.png`, and which checkpoints are kept."""
+"""The results of a sweep: its table, `sweep.csv`, `sweep.png`, and the checkpoints to keep."""
 
 import csv
 import io
@@ -17,12 +17,12 @@ from cifarnet.system import files
 
 
 def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, Run] | None = None) -> None:
-    """Print a sweep's table, and write `sweep.csv` and, unless it is a search or has no result, `sweep.png`.
+    """Print a sweep's table, and write `sweep.csv` and, unless the sweep is a search or has no result, `sweep.png`.
 
     Args:
-        jobs: number of jobs that the sweep should have.
-        command: resumes the sweep.
-        trials: the finished and running trials of a search, by their numbers; their folders may be on other machines.
+        jobs: the number of jobs that the sweep should have.
+        command: the command that resumes the sweep.
+        trials: the finished and running trials of a search, by number; their folders may be on other machines.
     """
     runs = _all_runs(sweep_folder, trials or {})
     if not runs:
@@ -46,13 +46,13 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     ended = {run.folder.name for run in runs if run.status not in ("cut off", "damaged")}
     if not is_search and (missing := [number for number in range(jobs) if str(number) not in ended]):
         print(f"  Not finished: {', '.join(map(str, missing))}")
-    # a search tries other settings instead of repeating a failed trial
+    # a search does not repeat failed trials, but tries other settings
     if count["done"] + count["pruned"] + count["running"] + is_search * count["failed"] < jobs:
         print(f"  Run the missing jobs: {command}")
 
 
 def _all_runs(sweep_folder: Path, trials: Mapping[str, Run]) -> list[Run]:
-    """Return all runs of a sweep, also those that only the study of a search knows."""
+    """Return all runs of a sweep, including those that are only in the study of a search."""
     runs = dict(trials)
     for run in tables.read_sweep(sweep_folder):
         if run.status in ("cut off", "failed") and runs.get(run.folder.name, run).status != run.status:
@@ -63,12 +63,12 @@ def _all_runs(sweep_folder: Path, trials: Mapping[str, Run]) -> list[Run]:
 
 
 def resume_command(sweep_folder: Path) -> str:
-    """The command that resumes a sweep."""
+    """Return the command that resumes a sweep."""
     return f"python -m cifarnet.train {cli.quoted('sweep.resume', os.path.relpath(sweep_folder))}"
 
 
 def table(groups: Sequence[Group]) -> str:
-    """The groups as a table, in their order."""
+    """Return a table of the groups, in the given order."""
     columns = {"val accuracy": [group.result() or group.runs[0].status for group in groups]}
     for metric in ("test_accuracy", "seconds"):
         columns[metric.replace("_", " ")] = [replace(group, metric=metric).result() for group in groups]
@@ -80,7 +80,7 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
-    """Write a row for each job, the best first."""
+    """Write a row for each job, sorted by validation accuracy, best first."""
     keys, content = tables.varied(runs) or ["seed"], io.StringIO(newline="")
     columns = ["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"]
     writer = csv.DictWriter(content, columns, extrasaction="ignore")

@@ -26,14 +26,14 @@ class Task:
 
     def __init__(self, train: Callable[..., float]) -> None:
         self.train = train
-        self.images: SharedImages | None = None  # of the previous job
+        self.images: SharedImages | None = None  # images of the previous job
         self.called = False
-        self.error: Exception | None = None  # of a single run: Hydra would print the overrides before raising it
+        self.error: Exception | None = None  # error of a single run; Hydra would also print the overrides
 
     def __call__(self, config: DictConfig, trial: Any = None) -> Any:
         self.called = True
         if config.ckpt_path is not None:
-            raise UserError("ckpt_path is not a setting of a config: give it on the command line, for one run.")
+            raise UserError("ckpt_path cannot be set in a config file. Set it on the command line, for a single run.")
         if jobs.is_job():
             from cifarnet.data.shared_images import SharedImages
 
@@ -48,23 +48,23 @@ class Task:
 
 
 def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
-    """Compose a config from arguments and train, as `@hydra.main` does with those of the process.
+    """Compose a config from arguments and train, as `@hydra.main` does with the arguments of the process.
 
     Raises:
         UserError: an argument is unknown, or the run's folder cannot be created.
     """
-    from hydra._internal.utils import _run_hydra, get_args_parser  # hydra.main reads sys.argv, and has no public core
+    from hydra._internal.utils import _run_hydra, get_args_parser  # private, because hydra.main reads sys.argv
 
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the behaviour of that version
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the version
     parser, task = get_args_parser(), Task(train)
-    parser.allow_abbrev = False  # --experiment is not --experimental-rerun
+    parser.allow_abbrev = False  # --experiment must not mean --experimental-rerun
     parsed, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        raise UserError(f"Unknown option {unknown[0]}. Settings have no dashes: +experiment=baseline optimizer.lr=0.1")
+        raise UserError(f"Unknown option {unknown[0]}. Write settings without dashes: optimizer.lr=0.1")
     try:
         _run_hydra(parsed, parser, task, str(CONFIGS), "train")
     except OSError as error:
-        if task.called or isinstance(error, HydraException):  # some of Hydra's are OSErrors
+        if task.called or isinstance(error, HydraException):  # some of Hydra's errors are OSErrors
             raise
         remedy = "Choose another folder: hydra.run.dir=…, or hydra.sweep.dir=… for a sweep."
         raise UserError(f"{error.filename} cannot be created: {error.strerror}. {remedy}") from error

@@ -24,8 +24,8 @@ STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": Tr
 class Trials:
     """The trials of a study.
 
-    A process that runs a trial holds the lock `<number>.lock` in the search's folder until it ends. For trials that run
-    outside this folder, the storage has heartbeats.
+    A process that runs a trial holds the lock `<number>.lock` in the search's folder until the trial ends. The storage
+    records heartbeats of trials that run outside this folder.
 
     Args:
         space: the distribution of each setting that is searched.
@@ -38,41 +38,43 @@ class Trials:
     space: dict[str, BaseDistribution]
     folder: Path
     count: int
-    lock: FileLock | None = None  # of the trial that this process runs
+    lock: FileLock | None = None  # lock of the trial that this process runs
 
     def next(self) -> Trial | None:
-        """Return a trial whose process has died, or a new one; None if there are enough. It is locked until the next
-        call."""
+        """Return a trial whose process has died, or a new trial, or None if there are enough trials.
+
+        The trial is locked until the next call.
+        """
         self.release()
         trial = self._draw()
         if trial is None and (elsewhere := self._unlocked()):
             numbers = ", ".join(str(running.number + 1) for running in elsewhere)
             print(f"Waiting for heartbeats from other machines: trial {numbers}", flush=True)
-            time.sleep(self.storage.timeout + 1)  # a database's clock may have whole seconds
+            time.sleep(self.storage.timeout + 1)  # a database may store times in whole seconds
             trial = self._draw()
         return trial
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        """Record the outcome of a trial. A trial that was interrupted remains open, and is continued later."""
+        """Record the outcome of a trial. An interrupted trial remains open, and continues later."""
         if (state := STATES.get(outcome.status)) is not None:
             score = outcome.score if outcome.status == "done" else None
-            self.study.tell(trial, score, state, skip_if_finished=True)  # another machine may have run it, too
+            self.study.tell(trial, score, state, skip_if_finished=True)  # another machine may also have run it
 
     def release(self) -> None:
-        """Unlock the trial of this process."""
+        """Release the lock of the trial that this process runs."""
         if self.lock is not None:
             self.lock.release()
         self.lock = None
 
     def num_missing(self) -> int:
-        """The number of trials that are not finished yet."""
+        """Return the number of trials that are not finished yet."""
         return self.count - sum(trial.state.is_finished() for trial in self._all())
 
     def runs(self, fixed: Sequence[str]) -> dict[str, Run]:
-        """The trials that are finished or running, by number.
+        """Return the trials that are finished or running, by number.
 
         Args:
-            fixed: the overrides that they share.
+            fixed: the overrides that all trials share.
         """
         statuses: dict[TrialState, str] = {state: status for status, state in STATES.items()}
         with self.storage.lock:
@@ -90,12 +92,12 @@ class Trials:
         return runs
 
     def check_folder(self) -> None:
-        """Refuse a folder that holds trials of another study.
+        """Check that the folder contains no trials of another study.
 
         Raises:
-            UserError: it does.
+            UserError: the folder contains such a trial.
         """
-        runs = read_sweep(self.folder)  # before the study, to which other processes add trials
+        runs = read_sweep(self.folder)  # read before the study, to which other processes add trials
         params = {str(trial.number): trial.params for trial in self._all()}
         for run in runs:
             expected = params.get(run.folder.name)
@@ -109,11 +111,11 @@ class Trials:
         with self.storage.lock:
             for trial in self._unlocked():
                 if self.storage.is_dead(trial):
-                    print(f"Trial {trial.number + 1} was cut off, and continues", flush=True)
+                    print(f"Trial {trial.number + 1} was interrupted and will be continued", flush=True)
                     self._enqueue(trial)
             if self._num_begun() >= self.count:
                 return None
-            drawn = self.study.ask(self.space)  # an enqueued trial, or a new one
+            drawn = self.study.ask(self.space)  # an enqueued trial, or a new trial
             if self._num_begun(drawn.number) >= self.count:  # another machine has drawn the last one
                 self._enqueue(drawn)
                 return None
@@ -123,19 +125,19 @@ class Trials:
             return drawn
 
     def _enqueue(self, trial: Trial | FrozenTrial) -> None:
-        """Let a process draw a trial again."""
-        self.storage.record_heartbeat(trial_id(trial))  # so that no other machine takes it for dead
+        """Put a trial back into the queue, so that a process can draw it again."""
+        self.storage.record_heartbeat(trial_id(trial))  # so that no other machine considers it dead
         self.storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
 
     def _num_begun(self, before: float = math.inf) -> int:
-        """The number of trials that are not enqueued, with a number below `before`."""
+        """Return how many trials with a number below `before` are not enqueued."""
         return sum(trial.state != TrialState.WAITING and trial.number < before for trial in self._all())
 
     def _all(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
     def _unlocked(self) -> list[FrozenTrial]:
-        """The running trials that no process in this folder runs."""
+        """Return the running trials that no process in this folder runs."""
         running = [trial for trial in self._all() if trial.state == TrialState.RUNNING]
         return [trial for trial in running if not files.is_locked(self._lock_file(trial.number))]
 
