@@ -14,8 +14,8 @@ from conftest import SMALL
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/cifarnet"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# from top to bottom; modules on one floor may import each other, but not in circles
-FLOORS = [
+# from top to bottom; modules of one level may import each other, but not in cycles
+LEVELS = [
     {"train", "search", "evaluate", "compare", "predict", "export", "demo"},
     {"sweeps", "evaluation", "formats"},
     {"inference", "records", "callbacks"},
@@ -35,12 +35,12 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
-def room(name: str) -> str:
+def top_level(name: str) -> str:
     return name.partition(".")[0]
 
 
-def floor(name: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room(name) in rooms)
+def level(name: str) -> int:
+    return next(number for number, packages in enumerate(LEVELS) if top_level(name) in packages)
 
 
 def imported(path: Path, modules: dict[str, Path]) -> set[str]:
@@ -73,11 +73,11 @@ MODULES = {module(path): path for path in FILES}
 @pytest.mark.parametrize("name", filter(None, MODULES))
 def test_imports_run_downwards(name):
     for other in imported(MODULES[name], MODULES):
-        assert floor(other) >= floor(name), f"{name} imports {other}, from a floor above"
+        assert level(other) >= level(name), f"{name} imports {other}, from a level above"
 
 
-def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """Return the modules of a circle of imports, or nothing."""
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a cycle of imports, or nothing."""
     seen: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -91,12 +91,12 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     return next(filter(None, (visit(name, []) for name in arrows)), [])
 
 
-def test_there_are_no_circles():
-    assert circle({name: imported(path, MODULES) - {""} for name, path in MODULES.items() if name}) == []
+def test_there_are_no_cycles():
+    assert cycle({name: imported(path, MODULES) - {""} for name, path in MODULES.items() if name}) == []
 
 
-def test_a_circle_is_found():
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+def test_a_cycle_is_found():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 def code_lines(path: Path) -> int:
@@ -122,14 +122,22 @@ def test_code_lines_are_counted(tmp_path):
     assert code_lines(tmp_path / "a.py") == 4
 
 
+def test_contributing_lists_the_levels():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    listed = [
+        {*re.findall(r"`(\w+)(?:\.py|/)`", line)} for line in re.findall(r"^\d+\. .*(?:\.py|/)`$", text, re.MULTILINE)
+    ]
+    assert listed == [names - {""} for names in LEVELS]
+
+
 def test_the_source_does_not_grow_unnoticed():
-    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 6_600
+    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 7_400
 
 
-def test_the_training_path_is_short_and_needs_few_rooms():
+def test_the_training_path_is_short_and_needs_few_packages():
     for name in TRAINING_PATH[1:]:
-        rooms = {room(other) for other in imported(PACKAGE / name, MODULES)}
-        assert not rooms & {"sweeps", "records", "callbacks", "inference", "evaluation"}, name
+        packages = {top_level(other) for other in imported(PACKAGE / name, MODULES)}
+        assert not packages & {"sweeps", "records", "callbacks", "inference", "evaluation"}, name
     lines = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TRAINING_PATH}
     assert sum(lines.values()) <= 850, lines
 

@@ -20,7 +20,7 @@ from cifarnet.classifier import Classifier
 from cifarnet.data import ImageDataModule
 from cifarnet.data.shared_images import SharedImages
 from cifarnet.errors import UserError
-from cifarnet.models import Normalize, construct, check_output
+from cifarnet.models import Normalize, check_output, construct
 from cifarnet.trainer import expect, make_trainer
 
 

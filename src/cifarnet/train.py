@@ -43,7 +43,7 @@ def train(
         images: the images that the previous run read.
 
     Returns:
-        The best validation accuracy, from 0 to 1; NaN without validation, and on ranks other than 0.
+        The validation accuracy of the tested weights, from 0 to 1; NaN without validation, and on ranks other than 0.
 
     Raises:
         UserError: a setting, the data or the checkpoint cannot be used.

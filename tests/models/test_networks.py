@@ -6,7 +6,7 @@ from torch import nn
 
 from cifarnet.config import validate
 from cifarnet.errors import UserError
-from cifarnet.models import CNN, Normalize, SpeedNet, construct, check_output
+from cifarnet.models import CNN, Normalize, SpeedNet, check_output, construct
 from cifarnet.models.convolution import Conv3x3
 from cifarnet.models.speednet import Whiten
 
