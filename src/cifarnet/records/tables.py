@@ -1,7 +1,7 @@
 """Runs read from their folders, groups of runs that differ only in the seed, and tables as text.
 
-The folder of a finished run contains `metrics.json`. The folder of a sweep's job contains Hydra's record of its overrides.
-It also contains `error.txt` or `pruned.txt` if the job failed or was pruned.
+A finished run's folder contains `metrics.json`. The folder of a sweep's job contains Hydra's record of its overrides,
+and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
 import math
