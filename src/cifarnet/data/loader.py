@@ -37,7 +37,7 @@ class BatchLoader:
         image_size: the height and width of the images in pixels.
         train: shuffle and augment the images, and drop the last batch if it is incomplete and not the only one;
             otherwise yield all images in order.
-        augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); only for training.
+        augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); training only.
         device: the device on which images and labels are stored and augmented.
         pin: yield batches in pinned memory, which can be copied to a GPU while it computes.
         rank, world_size: each process gets a part of every training batch, or of all images in order. The random
