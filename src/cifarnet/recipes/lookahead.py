@@ -31,9 +31,7 @@ class Lookahead(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         weights = list(module.parameters())
-        start = self.slow or [
-            weight.clone() for weight in weights
-        ]  # `self.slow` is not empty if it was read from a checkpoint
+        start = self.slow or [weight.clone() for weight in weights]  # `self.slow` was read from a checkpoint
         self.slow = [slow.to(weight.device) for slow, weight in zip(start, weights, strict=True)]
 
     @torch.no_grad()
