@@ -31,9 +31,7 @@ def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
     settings = cast("dict[str, Any]", OmegaConf.to_container(known, resolve=True))
     settings.pop("logger", None)
     for logger in trainer.loggers:
-        if isinstance(
-            logger, TensorBoardLogger
-        ):  # TensorBoardLogger does not replace the file that it wrote without settings
+        if isinstance(logger, TensorBoardLogger):  # it does not replace a file that was written without settings
             Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(settings)
         logger.save()

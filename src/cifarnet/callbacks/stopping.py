@@ -39,9 +39,8 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = self._agreed = None
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows signal handlers only in the main thread
+        # Python allows signal handlers only in the main thread
+        if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
 

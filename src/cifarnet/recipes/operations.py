@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-MOVES = [
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-]  # operations that do not change colors
+MOVES = ["identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"]  # colors do not change
 SIGNED = range(1, 10)  # the operations whose strength may be negative
 
 

@@ -196,9 +196,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the error below contains the same information
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below contains the same
     logs = tempfile.TemporaryDirectory()  # the folder of the errors that ranks report
     config = LaunchConfig(
         min_nodes=1,
@@ -268,7 +266,8 @@ def forwarded_signals() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     previous = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only in the main thread
+    # Python allows signal handlers only in the main thread
+    if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
