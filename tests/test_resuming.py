@@ -132,7 +132,7 @@ def test_another_precision_is_reported_and_recorded(config, tmp_path, capsys, re
     with pytest.raises(Interrupted):
         train(config(signal_at(0, 2, signal.SIGTERM)))
     train(*resume(tmp_path / "run", [ALLOW_SIGNAL, "trainer.precision=bf16-mixed"]))
-    assert "precision was 32-true, now bf16-mixed" in capsys.readouterr().out
+    assert "precision was 32-true and is now bf16-mixed" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert "not resumable" not in "".join(str(warning.message) for warning in recwarn)
     assert [session["precision"] for session in metrics["sessions"]] == ["32-true", "bf16-mixed"]

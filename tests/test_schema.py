@@ -98,7 +98,7 @@ def test_arguments_are_checked_against_the_signature_of_a_class_and_its_bases():
         ({"flip": "left"}, r"data\.flip=left .* expected none or random"),
         ({"rate": "fast"}, r"data\.rate=fast .* expected a number"),
         ({"sizes": 3}, r"data\.sizes=3: .*Derived has no argument sizes\. Did you mean size\?"),
-        ({"nonsense": 3}, r"Derived has no argument nonsense\. Remove it"),
+        ({"nonsense": 3}, r"Derived has no argument nonsense\. Remove this setting"),
     ]:
         with pytest.raises(UserError, match=message):
             check_arguments("data", Derived, arguments)

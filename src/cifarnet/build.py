@@ -137,9 +137,7 @@ def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
 def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
-            raise UserError(
-                "scheduler needs the number of steps: set trainer.max_epochs, or choose scheduler=constant."
-            )
+            raise UserError("scheduler needs the number of steps: set trainer.max_epochs or scheduler=constant.")
         with _as_user_error(f"scheduler, planned for {total_steps} steps"):
             section = with_total_steps(config, total_steps).scheduler
             make_schedule = instantiate(section, _partial_=True, _convert_="all")

@@ -178,9 +178,7 @@ class Checkpoint:
         """
         make = allowed_class(self.model.get("_target_"), "cifarnet.models", self.path, classes)
         arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
-        arguments |= (
-            {"checkpoint": None} if "checkpoint" in arguments else {}
-        )  # the pretrained weights with which training started
+        arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # it was needed only to start training
         for key, value in arguments.items():
             if not _is_plain(value):
                 raise UserError(f"{self.path}: model.{key}={value} is not plain data. Use another checkpoint.")

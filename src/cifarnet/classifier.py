@@ -198,9 +198,7 @@ class Classifier(L.LightningModule):
         trainer = self.trainer
         ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
         if world_size() > 1 and ends:
-            self._totals["train"] = self.total(
-                "train"
-            )  # callbacks read the metrics before `on_train_epoch_end` of this module
+            self._totals["train"] = self.total("train")  # callbacks read it before `on_train_epoch_end` of this module
 
     def on_validation_epoch_start(self) -> None:
         self._reset("val")

@@ -216,7 +216,7 @@ def test_grey_of_more_than_8_bits_is_scaled(tree, name, values):
 
 def test_values_above_white_are_refused(tree):
     Image.fromarray(np.full((32, 32), 300, np.float32)).save(tree / "test" / "cat" / "float.tif")
-    with pytest.raises(UserError, match=r"float.tif cannot be read.*from 300 to 300, and not from 0 to 1\)"):
+    with pytest.raises(UserError, match=r"float.tif cannot be read.*from 300 to 300, not from 0 to 1\)"):
         read(tree)
 
 

@@ -1,4 +1,4 @@
-"""torch.compile, whose time is measured apart from training."""
+"""torch.compile, whose duration is measured separately from training."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-# raised, inside of other errors, if there is no working C++ compiler; torch has no public name for it
+# causes of other errors if there is no working C++ compiler; torch has no public names for them
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from cifarnet.classifier import Classifier
@@ -20,7 +20,7 @@ class Compile(Callback):
     """Compiles the network in place, and warms it up before training.
 
     Args:
-        mode: a mode of torch.compile; True: "default".
+        mode: the mode of torch.compile; True means "default".
 
     Raises:
         UserError: PyTorch finds no C++ compiler.
@@ -28,7 +28,7 @@ class Compile(Callback):
 
     def __init__(self, mode: bool | str = True) -> None:
         self.mode = "default" if mode is True else str(mode)
-        self.seconds = 0.0  # the compilation and the steps of the warm-up
+        self.seconds = 0.0  # the duration of the compilation and the warm-up
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -48,7 +48,7 @@ class Compile(Callback):
 
 def warm_up(trainer: L.Trainer, module: Classifier) -> None:
     """Run forward and backward passes on blank images of each size that training uses. Weights, statistics and random
-    generators are left as they were."""
+    generators are not changed."""
     loader = trainer.train_dataloader
     assert isinstance(loader, BatchLoader)
     data: Any = trainer
@@ -68,7 +68,7 @@ def warm_up(trainer: L.Trainer, module: Classifier) -> None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, and those that caused it."""
+    """Yield an error and its causes."""
     while error is not None:
         yield error
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__

@@ -22,16 +22,16 @@ STATE = ("epochs", "images", "seconds", "sessions", "validations")  # saved in c
 
 
 class History(Callback):
-    """Logs the metrics of each epoch, draws `accuracy.png`, and keeps both for the run's record.
+    """Logs the metrics of each epoch, draws `accuracy.png`, and stores the metrics for the run's record.
 
-    Metrics are logged against the epoch. (Lightning logs them against the training step, and adds a series "epoch".)
+    Metrics are logged by epoch. (Lightning logs them by training step, and adds a series "epoch".)
 
     Attributes:
-        epochs: a row of metrics for each epoch; "epoch" counts from 1.
-        images: number of images trained on.
-        seconds: time spent in training batches; `test_seconds` in the test.
-        sessions: one, and one more each time the run was resumed.
-        validations: metrics of all validations, also of those within an epoch (trainer.val_check_interval).
+        epochs: the metrics of each epoch; "epoch" counts from 1.
+        images: the number of images trained on.
+        seconds: the time spent on training batches; `test_seconds` is the time spent on the test.
+        sessions: a description of each session; resuming a run adds one.
+        validations: the metrics of all validations, including those within an epoch (trainer.val_check_interval).
     """
 
     def __init__(self) -> None:
@@ -55,10 +55,10 @@ class History(Callback):
             before, now = flat(last), flat(session)
             for key in sorted((before.keys() | now.keys()) - {"from_step", "started"}):
                 if before.get(key) != now.get(key):
-                    report(f"{key} was {before.get(key)}, now {now.get(key)}")
+                    report(f"{key} was {before.get(key)} and is now {now.get(key)}")
         self.sessions.append(session)
         log_settings(trainer, module.hparams["config"])
-        # TensorBoard's logger appends to the curves of a resumed run; the others begin anew
+        # TensorBoard's logger continues the curves of a resumed run; the others start new curves
         new = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         for row in self.epochs:
             self._log(new, row)
@@ -93,7 +93,7 @@ class History(Callback):
         self._start = time.perf_counter()
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.test_seconds = time.perf_counter() - self._start  # the GPU is idle, since the metrics have been read
+        self.test_seconds = time.perf_counter() - self._start  # the GPU is idle because the metrics have been read
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         row = {"epoch": trainer.current_epoch + 1, **cast("Classifier", module).training_metrics()}
@@ -122,7 +122,7 @@ class History(Callback):
 
 
 def new_session(trainer: L.Trainer) -> Session:
-    """Describe the training that begins."""
+    """Describe the session that begins."""
     return {
         "from_step": trainer.global_step,
         "precision": str(trainer.precision),

@@ -1,6 +1,6 @@
-"""What a run logs besides its curves: settings, pictures and final results.
+"""Log the settings, pictures and final results of a run.
 
-The names begin with `train/`, `val/` and `whole_run/`. TensorBoard sorts by name and therefore shows the curves first.
+The names begin with `train/`, `val/` and `whole_run/`. TensorBoard sorts by name, so it shows the curves first.
 """
 
 import io
@@ -26,12 +26,12 @@ RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # 
 
 
 def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
-    """Log the config with `${…}` replaced, without the section `logger`, which may contain addresses."""
+    """Log the config with `${…}` resolved, without the section `logger`, which may contain URLs."""
     known = with_total_steps(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
     settings = cast("dict[str, Any]", OmegaConf.to_container(known, resolve=True))
     settings.pop("logger", None)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # it does not replace the file that it wrote without settings
+        if isinstance(logger, TensorBoardLogger):  # it does not replace a file that was written without settings
             Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(settings)
         logger.save()
@@ -41,8 +41,8 @@ def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
     """Log a picture, and save it in the run's folder as a PNG file.
 
     Args:
-        name: such as "train/augmented_batch"; the file is augmented_batch.png.
-        pixels: uint8 [H, W, 3].
+        name: a name such as "train/augmented_batch", whose file is augmented_batch.png.
+        pixels: the picture, uint8 [H, W, 3].
     """
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "png")
@@ -72,9 +72,9 @@ def log_results(record: Record, loggers: Iterable[Logger]) -> None:
 def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str, float]) -> None:
     """Log a row for TensorBoard's HParams tab.
 
-    The row does not declare its columns, as torch's `add_hparams` does, so that TensorBoard finds the settings that
-    differ between runs; otherwise it would show the columns of an arbitrary run. It has a folder of its own because
-    TensorBoard lists all curves in the same folder as results.
+    Unlike torch's `add_hparams`, it does not declare the columns of the row, so that TensorBoard finds the settings
+    that differ between runs; otherwise it would show the columns of an arbitrary run. The row has a separate folder
+    because TensorBoard lists all curves in the same folder as results.
     """
     from torch.utils.tensorboard import FileWriter
     from torch.utils.tensorboard.summary import hparams, scalar

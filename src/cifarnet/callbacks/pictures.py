@@ -18,7 +18,7 @@ class Pictures(Callback):
     """Draws the first augmented batch, predictions on test images, and the confusion matrix.
 
     Args:
-        count: number of test images that are shown.
+        count: the number of test images to show.
     """
 
     def __init__(self, count: int = 40) -> None:

@@ -1,4 +1,4 @@
-"""A progress bar that leaves one line for each epoch."""
+"""A progress bar that leaves one line per epoch."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from cifarnet.system.log_output import report
 
 
 class ProgressBar(TQDMProgressBar):
-    """Shows loss, accuracy, images per second, and the validation accuracy, in a line for each epoch.
+    """Shows the loss, accuracy, validation accuracy and images per second, in one line per epoch.
 
     If the output is not a terminal but a file or a notebook, only the final line of each epoch is printed.
     """
@@ -24,14 +24,14 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=10, leave=True)
         if not sys.stdout.isatty():
             self.disable()
-        self._images = 0  # since the epoch began or was resumed, at `_start`
+        self._images = 0  # the number of images since `_start`, when the epoch began or was resumed
         self._start = self._images_per_second = 0.0
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.train_progress_bar = Tqdm(disable=True)  # each epoch makes its own
+        self.train_progress_bar = Tqdm(disable=True)  # each epoch creates a new bar
         if trainer.fit_loop.restarted_mid_epoch:
             self.on_train_epoch_start(trainer)
 

@@ -1,4 +1,4 @@
-"""A search stops a trial that is not worth continuing."""
+"""Stop a trial of a search that is not worth continuing."""
 
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class Prune(Callback):
-    """Reports the validation accuracy of each epoch to an Optuna trial, and stops when the study's pruner says so.
+    """Reports the validation accuracy of each epoch to an Optuna trial, and stops if the study's pruner
+    decides so.
 
     Args:
-        trial: the trial; it is trained on a single device.
+        trial: the trial, which trains on a single device.
 
     Raises:
         Pruned: the trial is not worth continuing.
@@ -28,7 +29,7 @@ class Prune(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         if trainer.sanity_checking or not trainer.is_last_batch:
-            return  # within an epoch: a study keeps the first value that is reported for it
+            return  # within an epoch; a study would keep the first value that is reported for the epoch
         epoch, accuracy = trainer.current_epoch + 1, pl_module.means("val")["val/accuracy"]
         self.trial.report(accuracy, epoch)
         if epoch < (trainer.max_epochs or 0) and self.trial.should_prune():

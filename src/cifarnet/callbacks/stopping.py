@@ -1,4 +1,4 @@
-"""A signal ends a run after the current batch, and the run can be resumed."""
+"""Stop a run after the current batch when a signal is received, so that it can be resumed."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if
 
 
 class StopOnSignal(Callback):
-    """Stops after the current batch on Ctrl-C, SIGTERM and SIGUSR2, and saves `last.ckpt`. A run that is resumed from
-    it equals one that was never stopped.
+    """Stops after the current batch on Ctrl-C, SIGTERM and SIGUSR2, and saves `last.ckpt`. The
+    resumed run matches an uninterrupted run.
 
     A second signal stops at once, without saving (in a SLURM job, only a second Ctrl-C). A signal to one rank stops all
     ranks after the same batch.
@@ -32,14 +32,15 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None  # by this process
-        self._agreed: int | None = None  # by any rank, and known to all
+        self._received: int | None = None  # the signal that this process received
+        self._agreed: int | None = None  # the signal that any rank received, known to all ranks
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = self._agreed = None
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        # Python allows signal handlers only in the main thread
+        if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
 
@@ -47,7 +48,7 @@ class StopOnSignal(Callback):
         self.on_train_start(trainer, pl_module)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # SLURM signals twice, and kills the job some time later: its second signal does not stop at once
+        # SLURM sends a signal twice before it kills the job; the second one does not stop the run at once
         is_slurms = number != signal.SIGINT and "SLURM_JOB_ID" in os.environ
         if self._received is None:
             self._received, self._received_at = number, time.monotonic()
@@ -55,20 +56,20 @@ class StopOnSignal(Callback):
             print(f"\nFinishing the batch.{hint}", file=sys.stderr, flush=True)
             if distributed.placement().world_size == 1 and not is_slurms:
                 self._restore_handlers()
-        elif not is_slurms and time.monotonic() - self._received_at > 1:  # torchrun repeats a Ctrl-C of the terminal
+        elif not is_slurms and time.monotonic() - self._received_at > 1:  # torchrun repeats a Ctrl-C
             self._restore_handlers()
             os.kill(os.getpid(), number)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
-            # Lightning's own handler of SIGTERM waits for the end of the epoch
+            # Lightning's handler of SIGTERM waits for the end of the epoch
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else handler)
         self._previous = {}
 
     def _agree(self, trainer: L.Trainer) -> int | None:
-        """Return the signal that any rank has received. All ranks must call it."""
+        """Return the signal that any rank has received, or None. All ranks must call it."""
         self._agreed = self._received
-        if trainer.world_size > 1:  # a CPU tensor: it does not wait for a GPU
+        if trainer.world_size > 1:  # a CPU tensor does not wait for the GPU
             number = torch.tensor(self._received or 0)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self._agreed = int(number) or None
@@ -77,7 +78,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # the last batch of an epoch is followed by validation and its checkpoint: stop when the next epoch starts
+        # after the last batch of an epoch, validate and save the checkpoint first, and stop when the next epoch starts
         if self._agree(trainer) and not trainer.is_last_batch:
             self._save(trainer)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"

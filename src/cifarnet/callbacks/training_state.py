@@ -1,4 +1,4 @@
-"""The state of training that Lightning does not save, so that a resumed run equals one that was never stopped."""
+"""The state of training that Lightning does not save, so that a resumed run matches an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from cifarnet.system.distributed import all_gather, rank
 
 
 class TrainingState(Callback):
-    """Passes the losses of each batch to the loader, and saves what is needed to resume in the middle of an epoch: the
+    """Passes the losses of each batch to the loader, and saves the state that is needed to resume within an epoch: the
     position of the loader, the sums of the metrics, and the state of torch's random generators on every rank.
 
-    `build` adds it to every run, as the first callback: others may save a checkpoint at the end of a batch.
+    `build` adds it to every run as the first callback, because others may save a checkpoint at the end of a batch.
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class TrainingState(Callback):
         if self.restored is None:
             return
         self.loader.restore(self.restored["loader"])
-        sums: Tensor = self.restored["train_sums"]  # of all ranks
+        sums: Tensor = self.restored["train_sums"]  # summed over all ranks
         self.module.sums["train"] = sums.to(self.module.device) * (rank() == 0)
         generators = self.restored["generators"]
         if rank() < len(generators):
             torch.set_rng_state(generators[rank()]["cpu"].cpu())
             if self.module.device.type == "cuda" and "cuda" in generators[rank()]:
                 torch.cuda.set_rng_state(generators[rank()]["cuda"].cpu(), self.module.device)
-        else:  # fewer ranks trained it before
+        else:  # the previous session had fewer ranks
             self.module.seed_epoch()
         self.restored = None
 
@@ -62,7 +62,7 @@ class TrainingState(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Replace the recorded paths of the run's checkpoints: the run's folder may have been moved."""
+        """Update the recorded paths of the run's checkpoints, because the run's folder may have been moved."""
         folder = Path(trainer.default_root_dir) / "checkpoints"
 
         def moved(path: str) -> str:

@@ -16,11 +16,11 @@ class Augment:
 
     Args:
         crop_padding: pixels of padding on each side; 0 for no crop.
-        flip: "random" flips an image with probability 1/2; "alternating" does so in the first epoch, and then shows
-            the other side in every second epoch (Jordan, 2024, https://arxiv.org/abs/2404.00498).
-        cutout: side of a square hole with its center at a random pixel (DeVries and Taylor, 2017,
+        flip: "random" flips an image with probability 1/2; "alternating" does so in the first epoch, and then flips
+            each image in alternate epochs (Jordan, 2024, https://arxiv.org/abs/2404.00498).
+        cutout: the side of a square hole centered at a random pixel (DeVries and Taylor, 2017,
             https://arxiv.org/abs/1708.04552); 0 for no hole.
-        fill: color of the hole, one value from 0 to 255 for each channel.
+        fill: the color of the hole, one value from 0 to 255 per channel.
     """
 
     def __init__(self, crop_padding: int = 0, flip: Flip = "none", cutout: int = 0, fill: Tensor | None = None) -> None:
@@ -28,7 +28,7 @@ class Augment:
         self.cutout, self.fill = cutout, fill
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return for each image of a data set the first row and column of the crop, int64 [count]; whether it is
+        """Return, for each image of a data set, the first row and column of the crop, int64 [count]; whether it is
         flipped, bool [count]; and the row and column of the hole's center, int64 [count, 2]."""
         random = generator(seed, epoch, "augment")
         top, left = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=random)
@@ -40,7 +40,7 @@ class Augment:
         return top, left, flip, hole
 
     def __call__(self, pixels: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, hole: Tensor) -> Tensor:
-        """Augment the images `index` [B] of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C], in one copy of each pixel."""
+        """Augment the images `index` [B] of `pixels`, uint8 [N, H, W, C] -> [B, H, W, C]; each pixel is copied once."""
         _, height, width, channels = pixels.shape
         rows, columns = self._reflected(top, height), self._reflected(left, width)
         columns = torch.where(flip[:, None], columns.flip(1), columns)

@@ -21,9 +21,9 @@ class CIFAR10(ImageDataModule):
     """60,000 photographs of ten classes, 32×32 pixels (Krizhevsky, 2009); downloaded once into `root`.
 
     Args:
-        root: folder of the archive `cifar-10-python.tar.gz` and its unpacked files.
-        url: an address of the archive other than the official one.
-        settings: those of `ImageDataModule`.
+        root: the folder of the archive `cifar-10-python.tar.gz` and its extracted files.
+        url: the URL of the archive; None uses the official one.
+        settings: the settings of `ImageDataModule`.
 
     Raises:
         UserError: the archive cannot be downloaded, or a file in `root` differs from the published one.
@@ -52,8 +52,8 @@ class CIFAR10(ImageDataModule):
         return Source(published[0].classes, train, test)
 
     def _fetch(self, archive: Path) -> None:
-        """Download and unpack in a scratch folder, then rename: there is the whole folder or none."""
-        for scratch in self.root.glob(f"{SCRATCH}*"):  # of processes that were killed
+        """Download and extract the archive in a scratch folder, then rename it: the folder is always complete."""
+        for scratch in self.root.glob(f"{SCRATCH}*"):  # left by processes that were killed
             shutil.rmtree(scratch, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=self.root, prefix=SCRATCH) as scratch:
             if not archive.exists():
@@ -69,7 +69,7 @@ class CIFAR10(ImageDataModule):
     def _download(self, archive: Path) -> None:
         try:
             download_url(self.url, archive.parent, archive.name, Published.tgz_md5)
-        except Exception as error:  # any type: urllib, http and torchvision raise many
+        except Exception as error:  # urllib, http and torchvision raise many types
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__

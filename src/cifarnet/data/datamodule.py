@@ -1,4 +1,4 @@
-"""The LightningDataModule: subclasses read the images; splitting and batching are shared."""
+"""The LightningDataModule, which splits and batches images; subclasses read them."""
 
 import functools
 import hashlib
@@ -51,17 +51,17 @@ class Source:
 
     @property
     def validation(self) -> Split:
-        """The validation images, once they have been set aside."""
+        """The validation images; available after they have been set aside."""
         assert self.val is not None
         return self.val
 
     @functools.cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training images, for values from 0 to 1."""
+        """The mean and standard deviation of each channel of the training images, for values from 0 to 1."""
         counts = torch.zeros(self.train.images.shape[1], 256, dtype=torch.int64)
         for images in self.train.chunks():
             counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        # exact, without a float copy of the images
+        # exact, and without a float copy of the images
         frequencies = counts.double() / counts.double().sum(1, keepdim=True)
         levels = torch.arange(256).double() / 255
         mean = frequencies @ levels
@@ -69,7 +69,7 @@ class Source:
 
     @functools.cached_property
     def checksum(self) -> str | None:
-        """A checksum of all pixels and labels; None for streamed images, which would have to be decoded again."""
+        """A checksum of all pixels and labels; None for streamed images, which would be decoded again."""
         if not isinstance(self.train.images, Tensor):
             return None
         checksum = hashlib.sha256()
@@ -81,25 +81,25 @@ class Source:
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Splits and batches images. Subclasses implement `read()`, which is called on first use.
+    """A data module that splits and batches images. Subclasses implement `read()`.
 
     Args:
-        batch_size, eval_batch_size: images per step in training, and in validation and test, over all devices.
+        batch_size, eval_batch_size: the images per step, over all devices, in training, and in validation and test.
         val_fraction: the fraction of each class's training images that is set aside for validation, if the source has
-            no validation images; 0: train on all images, without validation.
-        split_seed: selects these images. It is independent of `seed`, so that all seeds share one split.
+            no validation images; 0 trains on all images, without validation.
+        split_seed: determines these images. It is independent of `seed`, so that all seeds use the same split.
         crop_padding, flip, cutout: see `Augment`.
-        train_sizes: height and width to which training images are resized, one value per epoch; the last value is used
-            for all further epochs. Small images make the first epochs faster. None: no resizing.
-        hardest_share: the fraction of training images in an epoch: those with the highest loss when they were last
-            trained on, and before them those that never were (StaleSB, Jiang et al., 2019,
-            https://arxiv.org/abs/1910.00762). Images with wrong labels have high losses, too.
-        transforms: changes of single training images, such as `recipes.erasing.RandomErasing`, by any names; they are
-            applied in order, after crop, flip and cutout.
-        mix: mixes pairs of training images, such as `recipes.mixup.Mixup`; None: no mixing.
-        shuffle_seed: determines order and augmentation.
-        on_device: keep the images in the memory of the GPU; otherwise they stay on the host, and batches are copied
-            while the GPU computes.
+        train_sizes: the height and width to which training images are resized, one value per epoch; the last value is
+            used for all later epochs. Small images make the first epochs faster. None: no resizing.
+        hardest_share: the fraction of the training images that an epoch uses: first the images that were never used,
+            then those with the highest loss when they were last used (StaleSB, Jiang et al., 2019,
+            https://arxiv.org/abs/1910.00762). Images with wrong labels also have high losses.
+        transforms: transforms of single training images, such as `recipes.erasing.RandomErasing`, under any names; they
+            are applied in order, after crop, flip and cutout.
+        mix: a transform that mixes pairs of training images, such as `recipes.mixup.Mixup`; None: no mixing.
+        shuffle_seed: determines the order and the augmentation.
+        on_device: store the images in GPU memory; otherwise they are stored on the host, and batches are copied while
+            the GPU computes.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ImageDataModule(L.LightningDataModule):
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.workers: int | None = 0
-        self.preloaded: Source | None = None  # the images, with their validation split, if they were read before
+        self.preloaded: Source | None = None  # the images and their validation split, if they were already read
 
     def read(self) -> Source:
         """Read all images of the data set. It is called once."""
@@ -139,10 +139,10 @@ class ImageDataModule(L.LightningDataModule):
 
     @functools.cached_property
     def source(self) -> Source:
-        """The images, with the validation split; they are read on first use.
+        """The images and the validation split, which are read on first use.
 
         Raises:
-            UserError: they cannot be read, or there are too few or too small ones for the settings.
+            UserError: the images cannot be read, or are too few or too small for the settings.
         """
         source = self.preloaded or self.read()
         if source.val is None:
@@ -159,11 +159,11 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def validates(self) -> bool:
-        """Whether there are validation images; the images are read if nothing else tells."""
+        """Whether there are validation images. The images are read if the settings do not determine it."""
         return self.val_fraction > 0 or len(self.source.validation) > 0
 
     def _set_aside(self, train: Split) -> tuple[Split, Split]:
-        """Split the training images by class: return those to train on, and `val_fraction` of each class."""
+        """Return the images for training, and `val_fraction` of each class for validation."""
         shuffled = torch.randperm(len(train), generator=generator(self.split_seed, 0, "split"))
         is_val = torch.zeros(len(train), dtype=torch.bool)
         for label in train.labels.unique():
@@ -171,9 +171,9 @@ class ImageDataModule(L.LightningDataModule):
             is_val[members[: round(len(members) * self.val_fraction)]] = True
         if self.val_fraction and (is_val.all() or not is_val.any()):
             raise UserError(
-                f"data.val_fraction={self.val_fraction} leaves none of {len(train)} images to "
-                f"{'train' if is_val.all() else 'validate'} on. Choose another fraction, add images, or train without "
-                "validation: data.val_fraction=0."
+                f"data.val_fraction={self.val_fraction} leaves none of {len(train)} images for "
+                f"{'training' if is_val.all() else 'validation'}. Choose another fraction, add images, or train "
+                "without validation: data.val_fraction=0."
             )
         return train[~is_val], train[is_val]
 
@@ -183,16 +183,16 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels."""
+        """The height and width in pixels."""
         return self.source.train.images.shape[-1]
 
     @property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training images, for values from 0 to 1."""
+        """The mean and standard deviation of each channel of the training images, for values from 0 to 1."""
         return self.source.channel_statistics
 
     def sample(self, count: int = 5000) -> Tensor:
-        """Return `count` training images (or all, if there are fewer), the same for every seed: uint8 [N, 3, H, W]."""
+        """Return `count` training images (or all, if fewer), uint8 [N, 3, H, W]; they do not depend on the seed."""
         train = self.source.train
         chosen = torch.randperm(len(train), generator=generator(0, 0, "sample"))[:count]
         return next(train[chosen].chunks(count))
@@ -215,7 +215,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
         if self.augment.cutout:
-            self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero to the network
+            self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero after normalization
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:

@@ -43,7 +43,7 @@ class ImageFiles(LazyImages):
 
     def read(self, progress_bar: bool = False) -> Tensor:
         images = np.empty((len(self.paths), self.size, self.size, 3), np.uint8)
-        with ThreadPool(cores()) as pool:  # Pillow releases the interpreter's lock
+        with ThreadPool(cores()) as pool:  # Pillow releases the GIL
             decoded = pool.imap(lambda path: decode(path, self.size), self.paths, chunksize=16)
             settings = {"unit": " images", "mininterval": 0.5, "disable": not progress_bar}
             for i, image in enumerate(tqdm(decoded, "Decoding images", len(self.paths), **settings)):
@@ -54,22 +54,22 @@ class ImageFiles(LazyImages):
 class ImageFolder(ImageDataModule):
     """Images in folders named after their class, decoded once and cached.
 
-    Images of another size are scaled and cropped at the center to a square; all are converted to RGB with 8 bits a
-    channel, transparent pixels become white, and of an animation the first frame is used (see `pixels.fitted`). Hidden
-    files, whose names begin with a dot, are ignored. The cache lies outside the tree (in `~/.cache/cifarnet`, or
-    `$CIFARNET_CACHE`) and is renewed when a file of the tree was added, removed or changed (by name, size or time of
-    modification).
+    Images of another size are scaled, and cropped at the center to a square. All images are converted to RGB with 8
+    bits per channel, transparent pixels become white, and only the first frame of an animation is used (see
+    `pixels.fitted`). Hidden files, whose names begin with a dot, are ignored. The cache is in `~/.cache/cifarnet` or
+    `$CIFARNET_CACHE`. It is rebuilt when a file in `root` was added, removed or changed (according to its name, size
+    and modification time).
 
     Args:
-        root: the folder that holds `train/` and `test/`.
-        image_size: height and width in pixels.
-        in_memory: decode all images at the start. If false, `workers` processes (None: one a core) decode them in
+        root: the folder that contains `train/` and `test/`.
+        image_size: the height and width in pixels.
+        in_memory: decode all images at the start. If false, `workers` processes (None: one per core) decode them in
             every epoch, without a cache, for data that does not fit in memory.
-        settings: those of `ImageDataModule`.
+        settings: the settings of `ImageDataModule`.
 
     Raises:
-        UserError: a folder is missing or has no images, `test/` or `val/` has a class that `train/` lacks, or an image
-            cannot be read. The message names the file or folder.
+        UserError: a folder is missing or has no images, `test/` or `val/` has a class that is not in `train/`, or an
+            image cannot be read.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ImageFolder(ImageDataModule):
         return Source(class_names, train, test, val)
 
     def _split(self, name: str, class_names: list[str]) -> Split:
-        """Return the images of train, val or test and their labels, sorted by class and path."""
+        """Return the images and labels of train, val or test, sorted by class and path."""
         folder = self.root / name
         paths, labels = [], []
         for class_name in _class_folders(folder):
@@ -123,7 +123,7 @@ class ImageFolder(ImageDataModule):
 
 def _decoded(files: ImageFiles, folder: Path) -> Tensor:
     """Return a split's images, uint8 [N, 3, size, size], from the cache if it is up to date."""
-    needed = 2 * math.prod(files.shape)  # bytes; setting validation images aside makes a copy
+    needed = 2 * math.prod(files.shape)  # bytes; the validation split makes a copy
     if needed > (free := psutil.virtual_memory().available):
         raise UserError(
             f"{len(files.paths):,} images of {files.size}×{files.size} pixels need {needed / 2**30:.1f} GiB of memory, "
@@ -144,7 +144,7 @@ def _decoded(files: ImageFiles, folder: Path) -> Tensor:
 def _class_folders(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        if not name.isprintable():  # it could not be written to tables and records
+        if not name.isprintable():  # tables and records could not contain it
             raise UserError(f"{folder}: the class folder {name!a} has unprintable characters. Rename it.")
     if len(names) < 2 and folder.name == "train":
         raise UserError(f"{folder} needs at least two class folders, but has {len(names)}. Add class folders.")
@@ -161,23 +161,23 @@ def _cache_folder() -> Path:
 
 
 def _load(cache: Path, fingerprint: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the cached images, or None if there are none, or others, or the file is damaged."""
+    """Return the cached images, or None if the cache is missing, outdated or damaged."""
     try:
         with zipfile.ZipFile(cache) as archive:
-            if archive.testzip() is not None:  # compares checksums
+            if archive.testzip() is not None:  # verifies the checksums
                 return None
         content = torch.load(cache, weights_only=True)
         images = content["images"]
         matches = content["fingerprint"] == fingerprint and images.dtype == torch.uint8 and images.shape == shape
         return images if matches else None
-    except Exception:  # any type: the file may hold anything
+    except Exception:  # the file may contain anything
         return None
 
 
 def _save(cache: Path, content: dict[str, Any]) -> None:
-    """Write the cache, or say why that fails: the next start is only slower."""
+    """Write the cache, or print why it cannot be written, which only makes the next start slower."""
     try:
-        for path in cache.parent.glob(f".{cache.name}.*.tmp"):  # of processes that were killed
+        for path in cache.parent.glob(f".{cache.name}.*.tmp"):  # left by processes that were killed
             path.unlink(missing_ok=True)
         with atomic_file(cache) as file:
             torch.save(content, file)

@@ -17,8 +17,8 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W]
     labels: Tensor  # int64 [B]
     index: Tensor  # the positions of the images in the data set, int64 [B]
-    partners: Tensor | None = None  # the labels of the images that were mixed in, int64 [B]
-    lam: Tensor | None = None  # the weights of `labels`, float [B]; `partners` have the weights 1 - lam
+    partners: Tensor | None = None  # the labels of the mixed-in images, int64 [B]
+    lam: Tensor | None = None  # the weights of `labels`, float [B]; the weights of `partners` are 1 - lam
 
     def pin_memory(self) -> "Batch":
         partners = None if self.partners is None else self.partners.pin_memory()
@@ -27,20 +27,21 @@ class Batch(NamedTuple):
 
 
 class BatchLoader:
-    """Shuffles, crops, flips and batches images; subclasses provide the pixels.
+    """A loader that shuffles, augments and batches images; subclasses provide the pixels.
 
-    Order, augmentation and mixing are a function of (seed, epoch, index). If `share` is below 1, the order also depends
-    on the losses that were passed to `observe`. The position within an epoch can be saved and restored.
+    The order, augmentation and mixing are a function of (seed, epoch, index). If `share` is below 1, the order also
+    depends on the losses that were passed to `observe`. The position within an epoch can be saved and restored.
 
     Args:
-        labels: int64 [N], of images that are `image_size` pixels high and wide.
-        train: shuffle, augment, and drop the last batch if it is incomplete (unless it is the only one); otherwise
-            yield all images in order.
-        augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); for training.
-        device: where images and labels are stored and augmented.
-        pin: yield batches in pinned memory, which are copied to a GPU while it computes.
-        rank, world_size: each process gets its part of every training batch, or of all images in order. The random
-            draws are those of a single process.
+        labels: the labels, int64 [N].
+        image_size: the height and width of the images in pixels.
+        train: shuffle and augment the images, and drop the last batch if it is incomplete and not the only one;
+            otherwise yield all images in order.
+        augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); training only.
+        device: the device on which images and labels are stored and augmented.
+        pin: yield batches in pinned memory, which can be copied to a GPU while it computes.
+        rank, world_size: each process gets a part of every training batch, or of all images in order. The random
+            draws are the same as in a single process.
     """
 
     def __init__(
@@ -69,16 +70,14 @@ class BatchLoader:
         self.transforms = transforms if train else ()
         self.length = max(1, round(share * len(labels))) if train else len(labels)  # images per epoch
         self.batch_size = min(batch_size, self.length) if train else batch_size  # over all ranks
-        self.selects = self.length < len(labels)  # whether an epoch leaves out images, according to their losses
+        self.selects = self.length < len(labels)  # whether an epoch leaves out images with low losses
         self.epoch = 0
-        self.batch_sampler = None  # Lightning expects it on anything that has `sampler`
-        self._served = 0  # batches of this epoch that were yielded
+        self.batch_sampler = None  # Lightning expects it beside `sampler`
+        self._served = 0  # the number of batches yielded in this epoch
         self._resume_epoch, self._resume_served = -1, 0
         self._losses = torch.full((len(labels),), torch.inf, device=device)  # before this epoch; infinite if unknown
-        self._observed = self._losses.clone()  # up to now
-        self._observed_here = torch.zeros(
-            len(labels), dtype=torch.bool, device=device
-        )  # by this rank, since all_gather
+        self._observed = self._losses.clone()  # the latest losses
+        self._observed_here = torch.zeros(len(labels), dtype=torch.bool, device=device)  # since the last all_gather
 
     @property
     def sampler(self) -> "BatchLoader":
@@ -89,7 +88,7 @@ class BatchLoader:
         self.epoch = epoch
 
     def order(self) -> Tensor:
-        """Return the indices of this epoch's images, int64 [length]: for training, permuted or the hardest part."""
+        """Return the indices of this epoch's images, int64 [length]; in training, the hardest images, shuffled."""
         count, device = len(self.labels), self.labels.device
         if not self.train:
             return self._part(torch.arange(count, device=device))
@@ -138,7 +137,7 @@ class BatchLoader:
             yield batch.pin_memory() if self.pin else batch
 
     def _draw(self, change: Augment | Transform | Mix | None) -> list[Tensor]:
-        """Return the random draws of this epoch, one row for each image of the data set."""
+        """Return the random draws of this epoch, one element per image of the data set."""
         if change is None:
             return []
         draws = change.draw(len(self.labels), self.image_size, self.seed, self.epoch)
@@ -155,7 +154,7 @@ class BatchLoader:
         return scaled.round().to(torch.uint8)
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each batch of indices: pixels uint8 [M, H, W, C], and the positions of the batch in them."""
+        """Yield, for each batch of indices, pixels, uint8 [M, H, W, C], and the positions of the batch in them."""
         raise NotImplementedError
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
@@ -167,7 +166,7 @@ class BatchLoader:
             self._observed_here[index] = True
 
     def _gather_losses(self) -> Tensor:
-        """Return the last loss of each image, whichever rank observed it. All ranks must call it."""
+        """Return the latest loss of each image over all ranks. All ranks must call it."""
         if self.world_size == 1 or not self.selects:
             return self._observed
         observers = all_gather(self._observed_here.to(self._observed.device))
@@ -182,7 +181,7 @@ class BatchLoader:
         return {"epoch": self.epoch, "served": self._served, **losses}
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Continue at a saved position; it is used if the next epoch is the interrupted one."""
+        """Continue at a saved position, if the next epoch is the interrupted one."""
         self._resume_epoch, self._resume_served = position["epoch"], position["served"]
         if self.selects:
             self._losses.copy_(position["losses"])

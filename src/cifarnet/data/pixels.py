@@ -1,4 +1,4 @@
-"""Decode image files and images in memory, in one way for training, evaluation and prediction."""
+"""Decode image files and arrays, in the same way for training, evaluation and prediction."""
 
 import contextlib
 import os
@@ -12,24 +12,24 @@ from PIL import Image, ImageOps
 
 from cifarnet.errors import UserError
 
-# formats of Pillow by file extension; not PostScript, for which Pillow starts another program
+# Pillow's formats by file extension, without PostScript, for which Pillow starts another program
 FORMATS = {
     extension: name
     for extension, name in Image.registered_extensions().items()
     if name in Image.OPEN and Image.MIME.get(name, "").startswith("image/")
 }
-LARGE = 2**24  # pixels; decoding takes a few times 4 bytes for each
+LARGE = 2**24  # pixels; decoding needs several times 4 bytes per pixel
 
 
 def decode(path: str, size: int, large: contextlib.AbstractContextManager | None = None) -> Image.Image:
-    """Return an image file as `fitted` makes it; of an animation, its first frame.
+    """Read an image file, or the first frame of an animation, and apply `fitted`.
 
     Args:
-        large: a lock that is held while an image of more than 2**24 pixels is decoded, so that threads decode such
-            images one at a time.
+        large: a lock that is held while an image with more than 2**24 pixels is decoded, so that only one thread
+            decodes such an image at a time.
 
     Raises:
-        UserError: the file does not exist, or is not a regular file or an image that can be read.
+        UserError: the file does not exist, is not a regular file, or cannot be read as an image.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait forever
@@ -38,21 +38,21 @@ def decode(path: str, size: int, large: contextlib.AbstractContextManager | None
             is_large = image.width * image.height > LARGE
             with large if large and is_large else contextlib.nullcontext():
                 return fitted(image, size)
-    except Exception as error:  # any type: decoders raise many for broken files
+    except Exception as error:  # decoders raise many types for broken files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}). Replace or remove it.") from None
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
-    """Return an image in RGB, 8 bits a channel, turned as its EXIF data says, scaled and cropped at the center to a
-    square of `size` pixels. Transparent pixels become white."""
+    """Convert an image to RGB with 8 bits per channel, rotate it according to its EXIF data, and scale and crop it at
+    the center to a square of `size` pixels. Transparent pixels become white."""
     image = _to_rgb(ImageOps.exif_transpose(image))
     return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB. Grey values of more than 8 bits are scaled; Pillow would clip them at 255."""
-    if image.mode.startswith(("I", "F")):  # integers of 16 bits, also if stored in 32; floats from 0 to 1
+    """Convert an image to RGB. Gray values of more than 8 bits are scaled; Pillow would clip them at 255."""
+    if image.mode.startswith(("I", "F")):  # 16-bit integers (possibly stored in 32 bits), or floats from 0 to 1
         white = 1 if image.mode == "F" else 2**16 - 1
         values = np.asarray(image, np.float64)
         if not 0 <= values.min() <= values.max() <= white:
@@ -65,14 +65,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_image(picture: Any) -> Image.Image:
-    """Return a Pillow image, or an array as one.
+    """Convert an array to a Pillow image; return a Pillow image unchanged.
 
     Args:
         picture: a Pillow image; a numpy array [H, W] or [H, W, 1, 3 or 4]; or a tensor [H, W] or [1, 3 or 4, H, W].
-            Values are uint8 or float in [0, 1], which are rounded to 8 bits; grey values may be uint16.
+            Values are uint8, or float in [0, 1], which are rounded to 8 bits; gray values may be uint16.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is not an image.
     """
     if isinstance(picture, Image.Image):
         return picture
@@ -94,9 +94,9 @@ def as_image(picture: Any) -> Image.Image:
 
 
 def image_files(folder: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
-    """Yield the paths in and below a folder that have an image's extension, except hidden ones.
+    """Yield the paths of all image files in and below a folder, by their extensions, except hidden files.
 
-    Links to folders are followed, but not to a folder that was visited before.
+    Links to folders are followed, except to folders that were already visited.
 
     Args:
         on_error: called with the error if a folder cannot be read; None raises it.

@@ -1,4 +1,4 @@
-"""Images that the consecutive runs of one process read once."""
+"""Images that consecutive runs in one process read only once."""
 
 import inspect
 from typing import Any
@@ -9,17 +9,17 @@ from cifarnet.data.datamodule import ImageDataModule, Source
 
 
 class SharedImages:
-    """Keeps the images of a run for the next one, such as the next job of a sweep, if it reads the same ones."""
+    """Keeps the images of a run for the next run, such as the next job of a sweep, if it reads the same images."""
 
     def __init__(self) -> None:
         self.settings: dict[Any, Any] | None = None
         self.source: Source | None = None
 
     def share(self, section: DictConfig, data: ImageDataModule) -> None:
-        """Give a data module the images of the previous run, if its settings are the same; otherwise read its own.
+        """Pass the images of the previous run to a data module with the same settings; otherwise read its images.
 
         Args:
-            section: the section `data` of the config from which the data module was built.
+            section: the section `data` of the config that describes the data module.
         """
         batching = set(inspect.signature(ImageDataModule).parameters) - {"val_fraction", "split_seed"}
         written: Any = OmegaConf.to_object(section)

@@ -11,10 +11,10 @@ from cifarnet.data.loader import BatchLoader
 
 
 class LazyImages(Dataset):
-    """Images that are decoded on access: an int returns one image, uint8 [C, H, W]; a slice, a tensor of indices or a
-    mask returns the selected images, not yet decoded."""
+    """Images that are decoded on access. An int returns one image, uint8 [C, H, W]; a slice, a tensor of indices or a
+    mask returns the selected images without decoding them."""
 
-    shape: tuple[int, int, int, int]  # N, C, H, W, as of a tensor
+    shape: tuple[int, int, int, int]  # N, C, H, W
 
     def read(self) -> Tensor:
         """Decode all images: uint8 [N, C, H, W]."""
@@ -22,7 +22,7 @@ class LazyImages(Dataset):
 
 
 class StreamingLoader(BatchLoader):
-    """A loader of images that do not fit in memory: `workers` processes decode them while training; 0: this process."""
+    """A loader of images that do not fit in memory; `workers` processes decode them (0: this process)."""
 
     def __init__(self, images: LazyImages, labels: Tensor, batch_size: int, *, workers: int, **settings: Any) -> None:
         super().__init__(labels, images.shape[-1], batch_size, **settings)
@@ -35,7 +35,7 @@ class StreamingLoader(BatchLoader):
             batch_sampler=[index.tolist() for index in batches],
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # otherwise it draws from torch's global generator, and changes dropout
+            generator=torch.Generator(),  # the default, torch's global generator, would change dropout
         )
         for images in loader:
             pixels = images.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Procedural pictures of ten shapes and textures, which need no files and no network."""
+"""Procedural pictures of ten shapes and textures, which need no files and no download."""
 
 from typing import Annotated
 
@@ -9,21 +9,21 @@ from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.schema import Range, Seed
 
 SIZE = 32
-TEST_OFFSET = 1_000_000  # of the indices of test images, above those of all training images
+TEST_OFFSET = 1_000_000  # the first index of the test images, above the indices of all training images
 CLASS_NAMES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "stripes", "checkers", "dots"]
 Count = Annotated[int, Range(len(CLASS_NAMES), TEST_OFFSET)]
 
 
 class Synthetic(ImageDataModule):
-    """Shapes of random position, size, angle and color on backgrounds of random color, with noise.
+    """Shapes with random position, size, angle and color on backgrounds with random color, and noise.
 
-    Color and brightness are independent of the class, so that a network must recognize shapes. A picture is a function
-    of (`seed`, index).
+    The color and brightness are independent of the class, so that a network must recognize shapes. A picture is a
+    function of (`seed`, index).
 
     Args:
-        seed: of the pictures; it is independent of the seed of the run.
-        train_size, test_size: number of pictures; the validation split is part of `train_size`.
-        settings: those of `ImageDataModule`.
+        seed: the seed of the pictures; it is independent of the seed of the run.
+        train_size, test_size: the number of pictures; `train_size` includes the validation split.
+        settings: the settings of `ImageDataModule`.
     """
 
     def __init__(self, seed: Seed = 0, train_size: Count = 10_000, test_size: Count = 2_000, **settings) -> None:

@@ -7,28 +7,28 @@ from torch import Tensor
 
 
 class Mix(Protocol):
-    """Mixes pairs of images, such as `recipes.mixup.Mixup`; all random numbers are drawn for every image."""
+    """A transform that mixes pairs of images, such as `recipes.mixup.Mixup`."""
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Draw the random numbers of one epoch, one row for each image of the data set: the partner, int64 [count],
-        lam, float [count], and the further arguments of `__call__`."""
+        """Draw the random numbers of one epoch, one row per image of the data set: the partner, int64 [count], lam,
+        float [count], and the other arguments of `__call__`."""
         ...
 
     def __call__(self, images: Tensor, partners: Tensor, lam: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix images and their partners, uint8 [B, C, H, W], and return the mixed images, uint8, and the weight of each
-        image's own label, [B]."""
+        """Mix images with their partners, uint8 [B, C, H, W]; return the mixed images, uint8, and the weight of the
+        label of each image, [B]."""
         ...
 
 
 class Transform(Protocol):
-    """Changes single images, such as `recipes.trivialaugment.TrivialAugment`."""
+    """A transform of single images, such as `recipes.trivialaugment.TrivialAugment`."""
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Draw the random numbers of one epoch, one row for each image of the data set."""
+        """Draw the random numbers of one epoch, one row per image of the data set."""
         ...
 
     def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
-        """Change images, uint8 [B, C, H, W], according to their draws, and return them as uint8."""
+        """Transform images, uint8 [B, C, H, W], according to their draws; return uint8."""
         ...
 
 
@@ -36,8 +36,8 @@ def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
     """Return which pixels of square images lie in a box, bool [B, size, size].
 
     Args:
-        first: row and column of the box's first pixel, int64 [B, 2]; the box may reach beyond the image.
-        extent: height and width of the box, int64 [B, 2] or [B, 1].
+        first: the row and column of the box's first pixel, int64 [B, 2]; the box may extend beyond the image.
+        extent: the height and width of the box, int64 [B, 2] or [B, 1].
     """
     distance = torch.arange(size, device=first.device) - first[..., None]
     inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]

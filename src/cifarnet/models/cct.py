@@ -34,11 +34,11 @@ class Block(nn.Module):
 
 
 class CCT(nn.Module):
-    """CCT-depth/kernel×1 (Hassani et al., 2021, https://arxiv.org/abs/2104.05704): CCT-7/3×1 at its defaults.
+    """CCT-depth/kernel×1 (Hassani et al., 2021, https://arxiv.org/abs/2104.05704): by default, CCT-7/3×1.
 
-    A convolution and a max pool turn the image into tokens; positions are learned; there is no class token, but a
-    learned attention over the last tokens pools them. As https://github.com/SHI-Labs/Compact-Transformers. 3,760,139
-    parameters on 32×32 images. At other image sizes the learned positions are interpolated.
+    A convolution and a max pool turn the image into tokens; positions are learned. Instead of a class token, learned
+    attention pools the last tokens, as in https://github.com/SHI-Labs/Compact-Transformers. 3,760,139 parameters on
+    32×32 images. At other image sizes the learned positions are interpolated.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
 
@@ -56,9 +56,9 @@ class CCT(nn.Module):
         depth: Count = 7,
         num_heads: Count = 4,
         mlp_ratio: Annotated[float, Range(above=0, most=64)] = 2.0,
-        drop_rate: Rate = 0.0,  # of the dropout after the positions, after attention and in the MLP
-        attn_drop_rate: Rate = 0.1,  # of the attention weights
-        drop_path_rate: Rate = 0.1,  # of the last block; it rises from 0 in the first
+        drop_rate: Rate = 0.0,  # dropout after the positions, after attention and in the MLP
+        attn_drop_rate: Rate = 0.1,  # dropout of the attention weights
+        drop_path_rate: Rate = 0.1,  # rate of the last block; it rises from 0 in the first block
     ) -> None:
         super().__init__()
         self.normalize = Normalize(in_chans)

@@ -15,11 +15,11 @@ Width = Annotated[int, Range(1, 65536)]
 class CNN(nn.Module):
     """Blocks of two 3×3 convolutions and a 2×2 max pool, one hidden layer, one output layer; no batch norm.
 
-    2,168,362 parameters at its defaults. Weights are initialized as in He et al. (2015, uniform,
+    2,168,362 parameters with the default arguments. Weights are initialized as in He et al. (2015, uniform,
     https://arxiv.org/abs/1502.01852); biases and the output layer start at zero, which keeps the first logits small.
 
-    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]. If H and W are not
-    image_size, features are pooled to the size that the hidden layer expects.
+    Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]. If H and W differ
+    from image_size, features are pooled to the size that the hidden layer expects.
 
     Raises:
         ValueError: the number of widths is odd.
@@ -44,7 +44,7 @@ class CNN(nn.Module):
         for first, second in zip(widths[::2], widths[1::2], strict=True):
             layers += [nn.Conv2d(channels, first, 3, padding="same"), nn.ReLU(inplace=True)]
             layers += [nn.Conv2d(first, second, 3, padding="same"), nn.MaxPool2d(2)]
-            layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # after the pool, on fewer values
+            layers += [nn.ReLU(inplace=True), nn.Dropout(drop_rate)]  # after the pool, for fewer values
             channels = second
         self.features = nn.Sequential(*layers)
         flat = channels * self.pooled_size**2

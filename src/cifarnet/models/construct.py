@@ -16,11 +16,11 @@ from cifarnet.models.normalize import Normalize
 
 
 def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int, **settings: Any) -> nn.Module:
-    """Return the network that a class, or a function such as `torchvision.models.resnet18`, makes.
+    """Build a network by calling a class, or a function such as `torchvision.models.resnet18`.
 
-    `num_classes` and `image_size` (in pixels) are passed on if `make` takes arguments of these names. A network without
-    a `Normalize` layer gets one in front, so that every network takes uint8 images [B, C, H, W]. Lazy layers of torch
-    are initialized by a forward pass.
+    `num_classes` and `image_size` (in pixels) are passed if `make` takes arguments with these names. A network without
+    a `Normalize` layer gets one as its first layer, so that every network takes uint8 images [B, C, H, W]. Lazy layers
+    of torch are initialized by a forward pass.
     """
     parameters = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -35,24 +35,24 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
         training = [layer for layer in network.modules() if layer.training]
         with torch.no_grad():
             network.eval()(blank_image(image_size))
-        for layer in training:  # a layer that the network keeps in eval mode stays in it
+        for layer in training:  # not `train()`, which would change layers that the network keeps in eval mode
             layer.training = True
     return network
 
 
 @torch.no_grad()
 def check_output(network: nn.Module, sizes: Iterable[int], num_classes: int, name: str = "The model") -> None:
-    """Run the network on a blank image of each size in pixels on which it is to be trained or tested.
+    """Run the network on a blank image of each size (in pixels) on which it will be trained or tested.
 
     Raises:
-        UserError: it fails, or returns something other than logits [1, num_classes].
+        UserError: the network fails, or does not return logits [1, num_classes].
     """
     network = copy.deepcopy(network).eval()  # the network itself is not changed
     for size in sorted(sizes):
         task = f"{size}×{size} input (data.image_size, or one of data.train_sizes)"
         try:
             logits = network(blank_image(size))
-        except Exception as error:  # any type: layers are anyone's
+        except Exception as error:  # layers may raise any type
             problem = f"{name} fails on a {task}: {' '.join(str(error).split()).rstrip('.')}"
             raise UserError(f"{problem}. Correct the network, or choose another size.") from error
         if getattr(logits, "shape", None) != (1, num_classes):

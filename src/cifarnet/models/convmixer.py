@@ -24,8 +24,8 @@ class Block(nn.Module):
 class ConvMixer(nn.Module):
     """ConvMixer-width/depth (Trockman and Kolter, 2022, https://arxiv.org/abs/2201.09792).
 
-    Patch size and kernel size are those of its CIFAR-10 experiments (https://github.com/locuslab/convmixer-cifar10).
-    594,186 parameters at its defaults.
+    The patch size and the kernel size are from its CIFAR-10 experiments (https://github.com/locuslab/convmixer-cifar10).
+    594,186 parameters with the default arguments.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are at least
     patch_size.

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 8  # pixels; longer rows gain nothing
-ROW = 64  # pixels; the maximum width of images side by side
+SHORT = 8  # pixels; longer rows do not become faster
+ROW = 64  # pixels; the maximum width of packed images
 
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d(…, 3, padding=1, bias=False)` with another way of computing the weight's gradient on a CPU.
+    """`nn.Conv2d(…, 3, padding=1, bias=False)` with a faster gradient of the weight on CPUs.
 
-    oneDNN adds the gradient of each image row to the whole gradient of the weight. If rows are short and channels are
-    many, as in the last layers, these additions dominate. Placing several images side by side, with a column of zeros
-    after each, makes rows longer.
+    oneDNN adds the gradient of each image row to the whole gradient of the weight. These additions dominate if rows are
+    short and there are many channels, as in the last layers. Packing several images side by side, with a column of
+    zeros after each, makes rows longer.
 
     Shapes: [B, in_channels, H, W] -> [B, out_channels, H, W].
     """

@@ -1,4 +1,4 @@
-"""DenseNet-BC: the input of each layer is the outputs of all previous layers of its block."""
+"""DenseNet-BC: each layer takes the outputs of all previous layers of its block."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from cifarnet.schema import Range
 
 
 def step(chans: int, out: int, kernel_size: int, drop_rate: float) -> list[nn.Module]:
-    """Return norm, ReLU, convolution and dropout."""
+    """Return the layers norm, ReLU, convolution and dropout."""
     conv = nn.Conv2d(chans, out, kernel_size, padding=kernel_size // 2, bias=False)
     return [nn.BatchNorm2d(chans), nn.ReLU(inplace=True), conv, nn.Dropout(drop_rate)]
 
@@ -31,8 +31,8 @@ class DenseNet(ConvNet):
     """A 3×3 convolution, three blocks of (depth - 4) / 6 layers, norm, ReLU, average pool, linear head.
 
     Huang et al. (2016, https://arxiv.org/abs/1608.06993): DenseNet-BC-depth-growth_rate; between blocks, channels,
-    height and width are halved. 769,162 parameters at its defaults. The paper uses a dropout rate of 0.2 if images are
-    not augmented.
+    height and width are halved. 769,162 parameters with the default arguments. The paper uses a dropout rate of 0.2 if
+    images are not augmented.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are at least 4.
 

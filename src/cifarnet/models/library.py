@@ -18,27 +18,26 @@ Rate = Annotated[float, Range(0, below=1)] | None
 
 
 class LibraryModel(nn.Module):
-    """A network of timm or torchvision, chosen by its name. Nothing is downloaded.
+    """A network of timm or torchvision, selected by name. Nothing is downloaded.
 
-    The stem is adapted to small images: the first convolution, if it overlaps and has a stride, gets stride 1 and a
-    kernel of at most 3×3, and a max pool after it is removed. Patch embeddings stay as they are (most of timm's take a
-    `patch_size`), and so does the stem of a network that is built for one image size. The initial weights are those of
-    the library.
+    The stem is adapted to small images: if the first convolution has a stride and a larger kernel, it gets stride 1 and
+    a kernel of at most 3×3, and the max pool after it is removed. Patch embeddings are not changed (most of timm's take
+    a `patch_size`), nor is the stem of a network that is built for one image size. The library initializes the weights.
 
     Shapes: images [B, 3, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
 
     Args:
         library: "timm" or "torchvision".
         name: one of `timm.list_models()` or `torchvision.models.list_models()`.
-        image_size: passed on to networks that take an image size.
+        image_size: the height and width in pixels, for networks that take an image size.
         small_stem: false keeps the library's stem.
-        checkpoint: a file of pretrained weights (.pth, .safetensors) with which training begins; the head is new. It is
-            read by `fit`, so it is not needed to load a trained network.
-        drop_rate, drop_path_rate: timm's; None for the library's default.
+        checkpoint: a file of pretrained weights (.pth, .safetensors) with which training begins; the head is new. `fit`
+            reads it, so it is not needed to load a trained network.
+        drop_rate, drop_path_rate: the rates of timm's networks; None uses the library's default.
         settings: other arguments of the network's constructor.
 
     Raises:
-        UserError: the library is not installed, or has no such network, or does not accept a setting.
+        UserError: the library is not installed, has no such network, or does not accept a setting.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class LibraryModel(nn.Module):
         self.network = self.build()
 
     def fit(self, images: Tensor) -> None:
-        """Load the pretrained weights, if there are any; the images are not used."""
+        """Load the pretrained weights, if `checkpoint` is set; the images are not used."""
         if self.checkpoint is not None:
             self.network.load_state_dict(self.build(read_weights(self.checkpoint)).state_dict())
 
@@ -78,7 +77,7 @@ class LibraryModel(nn.Module):
             network, fixed_size = self._timm(weights) if self.library == "timm" else self._torchvision(weights)
         except ImportError as error:
             raise UserError(f"model={self.library} needs {self.library}: pip install -e '.[{self.library}]'") from error
-        except Exception as error:  # any type: constructors and state dicts raise many
+        except Exception as error:  # constructors and state dicts raise many types
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             problem = f"{self.library} cannot build this network ({reason})"
             raise UserError(f"model.name={self.name}: {problem}. Change its settings.") from error
@@ -90,12 +89,12 @@ class LibraryModel(nn.Module):
         """Return the network, and whether it is built for one image size."""
         import timm
 
-        if not timm.is_model(self.name.partition(".")[0]):  # such as a repository on Hugging Face, to be downloaded
+        if not timm.is_model(self.name.partition(".")[0]):  # such as a repository, which timm would download
             raise ValueError(f"it has no such network.{did_you_mean(self.name, timm.list_models())}")
         create, size, settings = partial(timm.create_model, self.name), {"img_size": self.image_size}, self.settings
         if weights is None:
             network = _with_size(create, size, settings)
-        else:  # with as many classes as the weights have, so that all of them must fit
+        else:  # with the classes of the weights, so that all weights must fit
             others = {key: value for key, value in settings.items() if key != "num_classes"}
             others |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
             network = _with_size(create, size, others)
@@ -115,21 +114,21 @@ class LibraryModel(nn.Module):
         if weights is not None:
             for key, value in network.state_dict().items():
                 is_counter = key.endswith("num_batches_tracked")  # absent from old files
-                if not is_counter and weights[key].shape == value.shape:  # a head of other classes is left out
+                if not is_counter and weights[key].shape == value.shape:  # the head for other classes is skipped
                     value.copy_(weights[key])
         return network, hasattr(network, "image_size")
 
 
 def _with_size(create: Callable[..., nn.Module], size: dict[str, int], settings: dict[str, Any]) -> Any:
-    """Create a network, with the image size if it takes one."""
+    """Create a network; pass the image size if the network takes one."""
     try:
         return create(**(size | settings))
-    except TypeError:  # it takes none; if another setting is wrong, the same error follows
+    except TypeError:  # it takes no size; if another setting is wrong, the same error is raised again
         return create(**settings)
 
 
 def read_weights(path: str) -> Weights:
-    """Read a state dict, or a checkpoint that holds one, without running code in it."""
+    """Read a state dict, or a checkpoint that contains one, without running code in the file."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -139,8 +138,8 @@ def read_weights(path: str) -> Weights:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             weights = weights.get("state_dict", weights.get("model", weights))
         if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise ValueError("it holds no state dict")
-    except Exception as error:  # any type: torch and safetensors raise many
+            raise ValueError("it contains no state dict")
+    except Exception as error:  # torch and safetensors raise many types
         reason = " ".join(str(error).split())[:300]
         problem = f"cannot be read as pretrained weights: {reason}"
         raise UserError(f"model.checkpoint={path} {problem}. Use another file.") from error
@@ -148,19 +147,19 @@ def read_weights(path: str) -> Weights:
 
 
 def _shrink_stem(network: nn.Module) -> None:
-    """Give the convolutions of the image stride 1 and at most 3×3 pixels, and remove a max pool near them."""
+    """Set the first convolutions to stride 1 and kernels of at most 3×3, and remove the max pool after them."""
     layers = [(key, layer) for key, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
-    stem = [layer for _, layer in layers if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]  # side by side
-    if not any(conv.kernel_size[0] > conv.stride[0] > 1 for conv in stem):  # small already, or patches
+    stem = [layer for _, layer in layers if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]  # all of them
+    if not any(conv.kernel_size[0] > conv.stride[0] > 1 for conv in stem):  # already small, or a patch embedding
         return
     for conv in stem:
         conv.stride = (1, 1)
         if (size := conv.kernel_size[0]) > 3:
             edge = (size - 3) // 2
             middle = conv.weight.detach()[:, :, edge : edge + 3, edge : edge + 3].clone()
-            conv.weight = nn.Parameter(middle * (size / 3))  # the scale with which a 3×3 kernel is initialized
+            conv.weight = nn.Parameter(middle * (size / 3))  # the scale of an initial 3×3 kernel
             conv.kernel_size, conv.padding = (3, 3), (1, 1)
-    for key, layer in layers[:4]:  # after one convolution, or the three of a deep stem
+    for key, layer in layers[:4]:  # the pool follows one convolution, or the three of a deep stem
         if isinstance(layer, nn.MaxPool2d) and layer.stride != 1:
             network.set_submodule(key, nn.Identity())
             return

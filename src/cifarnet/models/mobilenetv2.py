@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from cifarnet.models.normalize import Normalize
 from cifarnet.schema import Range
 
-# for each stage: expansion inside a block, output channels, number of blocks, stride of the first block
+# of each stage: expansion inside a block, output channels, number of blocks, stride of the first block
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 def multiple_of_8(width: float) -> int:
-    """Return the nearest multiple of 8 that is at least 90 % of the width."""
+    """Return the nearest multiple of 8 that is at least 90% of the width."""
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * width else rounded + 8
 
@@ -45,8 +45,8 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381) with strides for small images.
 
     The stem and the second stage have stride 1, as in https://github.com/kuangliu/pytorch-cifar, so that 32×32 pixels
-    become 4×4. The blocks are those of the paper; kuangliu's have additional 1×1 convolutions in some shortcuts and in
-    the first block. 2,236,682 parameters at its defaults.
+    become 4×4. The blocks are as in the paper; kuangliu's code has additional 1×1 convolutions in some shortcuts and
+    in the first block. 2,236,682 parameters with the default arguments.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
     """
@@ -55,8 +55,8 @@ class MobileNetV2(nn.Module):
         self,
         num_classes: int = 10,
         in_chans: int = 3,
-        width: Annotated[float, Range(above=0, most=64)] = 1.0,  # multiplies the paper's channels
-        drop_rate: Annotated[float, Range(0, below=1)] = 0.2,  # of the dropout before the head
+        width: Annotated[float, Range(above=0, most=64)] = 1.0,  # the factor of the paper's channels
+        drop_rate: Annotated[float, Range(0, below=1)] = 0.2,  # dropout before the head
     ) -> None:
         super().__init__()
         self.normalize = Normalize(in_chans)

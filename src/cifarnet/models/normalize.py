@@ -1,4 +1,4 @@
-"""The first layer of every network, which scales and standardizes pixels."""
+"""The first layer of every network, which scales and standardizes pixel values."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """Scale uint8 images to [0, 1] and standardize each channel.
 
-    Mean and standard deviation are buffers, which are saved in checkpoints: to predict with a trained network, pass it
-    plain pixels. Before `fit` is called, they are 0 and 1.
+    The mean and standard deviation are buffers, which checkpoints contain, so a trained network takes plain pixels.
+    They are 0 and 1 until `fit` is called.
 
     Shapes: images [B, C, H, W], uint8 or floating point in [0, 1] -> float [B, C, H, W].
     """

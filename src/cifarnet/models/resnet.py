@@ -11,8 +11,8 @@ from cifarnet.schema import Range
 
 Width = Annotated[int, Range(1, 4096)]
 Rate = Annotated[float, Range(0, below=1)]
-Stage = tuple[int, int, int]  # number of blocks, of channels inside a block, and of its output channels
-# number of blocks of each stage, by depth
+Stage = tuple[int, int, int]  # the numbers of blocks, of channels inside a block, and of output channels
+# the number of blocks in each stage, by depth
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -23,12 +23,12 @@ class Block(nn.Module):
     convolution instead, and a shortcut that changes the shape starts after the first norm and ReLU.
 
     Args:
-        chans, width, out: number of channels of the input, between the convolutions, and of the output.
-        groups: of the bottleneck's 3×3 convolution.
-        shortcut: "conv" or "pad", where the shape changes; otherwise the shortcut is the identity. "pad" takes every
-            stride-th pixel and appends channels of zeros.
-        drop_rate: of a dropout before the last convolution; None adds no such layer.
-        drop_path_rate: the probability with which the residual of an image is dropped in training.
+        chans, width, out: the number of channels of the input, between the convolutions, and of the output.
+        groups: the number of groups of the bottleneck's 3×3 convolution.
+        shortcut: "conv" or "pad", if the shape changes; otherwise the shortcut is the identity. "pad" subsamples the
+            pixels and appends channels of zeros.
+        drop_rate: the rate of the dropout before the last convolution; None adds no dropout layer.
+        drop_path_rate: the probability that the residual of an image is dropped in training.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Block(nn.Module):
 def residual_layers(
     in_chans: int, stem: int, stages: Sequence[Stage], drop_path_rate: float, preact: bool = False, **settings: Any
 ) -> nn.Sequential:
-    """Return a 3×3 convolution and stages of residual blocks, each of which but the first halves height and width.
+    """Return a 3×3 convolution and stages of residual blocks; each stage but the first halves height and width.
 
     Args:
-        stem: number of channels of the first convolution.
-        drop_path_rate: of the last block; the rate rises linearly from 0 in the first one.
-        settings: of `Block`.
+        stem: the number of channels of the first convolution.
+        drop_path_rate: the rate of the last block; it rises linearly from 0 in the first block.
+        settings: the other arguments of `Block`.
     """
     layers: list[nn.Module] = [nn.Conv2d(in_chans, stem, 3, padding=1, bias=False)]
     if not preact:
@@ -100,7 +100,7 @@ def residual_layers(
 
 
 def initialize(layers: nn.Module) -> None:
-    """Draw convolutions' weights as He et al. (2015, https://arxiv.org/abs/1502.01852) propose: normal, fan-out."""
+    """Initialize convolutions as in He et al. (2015, https://arxiv.org/abs/1502.01852): normal, fan-out."""
     for layer in layers.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -126,7 +126,7 @@ class CifarResNet(ConvNet):
     """A 3×3 convolution, three stages of (depth - 2) / 6 blocks, global average pool, linear head.
 
     He et al. (2015, https://arxiv.org/abs/1512.03385, section 4.2); with `preact` as in He et al. (2016,
-    https://arxiv.org/abs/1603.05027). 269,722 parameters at its defaults; with `shortcut="conv"` 272,474.
+    https://arxiv.org/abs/1603.05027). 269,722 parameters with the default arguments; with `shortcut="conv"` 272,474.
 
     Raises:
         ValueError: `depth` is not 6n + 2.
@@ -138,9 +138,9 @@ class CifarResNet(ConvNet):
         in_chans: int = 3,
         depth: Annotated[int, Range(8, 2000)] = 20,
         width: Width = 16,  # channels of the first stage; each further stage doubles them
-        shortcut: Literal["pad", "conv"] = "pad",  # where the shape changes: the paper's options A and B
+        shortcut: Literal["pad", "conv"] = "pad",  # if the shape changes: the paper's options A and B
         preact: bool = False,
-        drop_path_rate: Rate = 0.0,  # of the last block
+        drop_path_rate: Rate = 0.0,  # rate of the last block
     ) -> None:
         if depth % 6 != 2:
             raise ValueError(f"depth={depth}: use 6n + 2, such as 20, 32, 44, 56 or 110")
@@ -153,9 +153,10 @@ class CifarResNet(ConvNet):
 class ResNet(ConvNet):
     """An ImageNet ResNet for small images: the stem is one 3×3 convolution of stride 1 without a max pool.
 
-    He et al. (2015, https://arxiv.org/abs/1512.03385, table 1) with the stem, and the stride in the 3×3 convolution, of
-    https://github.com/kuangliu/pytorch-cifar; with `preact` as in He et al. (2016, https://arxiv.org/abs/1603.05027),
-    including the norm and ReLU before the pool. 11,173,962 parameters at its defaults; with `preact` 11,172,170.
+    He et al. (2015, https://arxiv.org/abs/1512.03385, table 1) with the stem, and the stride in the 3×3 convolution, as
+    in https://github.com/kuangliu/pytorch-cifar; with `preact` as in He et al. (2016,
+    https://arxiv.org/abs/1603.05027), including the norm and ReLU before the pool. 11,173,962 parameters with the
+    default arguments; with `preact` 11,172,170.
     """
 
     def __init__(
@@ -163,9 +164,9 @@ class ResNet(ConvNet):
         num_classes: int = 10,
         in_chans: int = 3,
         depth: Literal[18, 34, 50, 101, 152] = 18,
-        width: Width = 64,  # of the first stage (inside its bottlenecks); each further stage doubles it
+        width: Width = 64,  # channels of the first stage (inside its bottlenecks); each further stage doubles them
         preact: bool = False,
-        drop_path_rate: Rate = 0.0,  # of the last block
+        drop_path_rate: Rate = 0.0,  # rate of the last block
     ) -> None:
         bottleneck = depth >= 50
         expansion = 4 if bottleneck else 1
@@ -179,8 +180,8 @@ class ResNet(ConvNet):
 class WideResNet(ConvNet):
     """A 3×3 convolution to 16 channels, three stages of (depth - 4) / 6 blocks, norm, ReLU, average pool, linear head.
 
-    Zagoruyko & Komodakis (2016, https://arxiv.org/abs/1605.07146): WRN-depth-width. 36,479,194 parameters at its
-    defaults. Where the paper uses dropout, its rate is 0.3.
+    Zagoruyko & Komodakis (2016, https://arxiv.org/abs/1605.07146): WRN-depth-width. 36,479,194 parameters with the
+    default arguments. If the paper uses dropout, its rate is 0.3.
 
     Raises:
         ValueError: `depth` is not 6n + 4.
@@ -192,8 +193,8 @@ class WideResNet(ConvNet):
         in_chans: int = 3,
         depth: Annotated[int, Range(10, 2000)] = 28,
         width: Annotated[int, Range(1, 256)] = 10,  # the factor by which stages are wider than 16, 32, 64 channels
-        drop_rate: Rate = 0.0,  # of the dropout between a block's convolutions
-        drop_path_rate: Rate = 0.0,  # of the last block
+        drop_rate: Rate = 0.0,  # dropout between a block's convolutions
+        drop_path_rate: Rate = 0.0,  # rate of the last block
     ) -> None:
         if depth % 6 != 4:
             raise ValueError(f"depth={depth}: use 6n + 4, such as 16, 28 or 40")
@@ -207,7 +208,7 @@ class ResNeXt(ConvNet):
     """A 3×3 convolution to 64 channels, three stages of (depth - 2) / 9 bottlenecks, average pool, linear head.
 
     Xie et al. (2016, https://arxiv.org/abs/1611.05431, section 5.3): ResNeXt-depth, cardinality × base_width d, stages
-    of 256, 512 and 1,024 channels. 34,426,698 parameters at its defaults, 29, 8×64d.
+    of 256, 512 and 1,024 channels. 34,426,698 parameters with the default arguments (29, 8×64d).
 
     Raises:
         ValueError: `depth` is not 9n + 2.
@@ -219,8 +220,8 @@ class ResNeXt(ConvNet):
         in_chans: int = 3,
         depth: Annotated[int, Range(11, 2000)] = 29,
         cardinality: Annotated[int, Range(1, 1024)] = 8,  # groups of the 3×3 convolutions
-        base_width: Annotated[int, Range(1, 1024)] = 64,  # channels of a group in the first stage; later ones double it
-        drop_path_rate: Rate = 0.0,  # of the last block
+        base_width: Annotated[int, Range(1, 1024)] = 64,  # channels per group in the first stage, then doubled
+        drop_path_rate: Rate = 0.0,  # rate of the last block
     ) -> None:
         if depth % 9 != 2:
             raise ValueError(f"depth={depth}: use 9n + 2, such as 20, 29 or 38")

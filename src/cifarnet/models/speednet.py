@@ -1,4 +1,4 @@
-"""SpeedNet: a fixed whitening layer and six convolutions, as in the fastest known recipes."""
+"""SpeedNet: a fixed whitening layer and six convolutions, as in the fastest known training recipes."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ from cifarnet.schema import Range
 
 
 class Whiten(nn.Module):
-    """A fixed convolution that whitens small patches of the training images: their second moment is near the identity.
+    """A fixed convolution that whitens small patches of the training images, so that their second moment is near
+    the identity.
 
     The filters are the eigenvectors of the patches' uncentered second moment, divided by √(eigenvalue + eps), followed
-    by the same filters with the opposite sign, so that no information is lost in an activation that passes one sign
-    (Page, 2018; Jordan, 2024, https://arxiv.org/abs/2404.00498). It learns nothing and needs no gradient.
+    by the negated filters, so that an activation that passes one sign loses no information
+    (Page, 2018; Jordan, 2024, https://arxiv.org/abs/2404.00498). It has no parameters and needs no gradient.
 
     Shapes: [B, C, H, W] -> [B, 2 × C × kernel_size², H - kernel_size + 1, W - kernel_size + 1].
     """
@@ -53,9 +54,9 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_chans, eps=1e-12)
         self.conv2 = Conv3x3(out_chans, out_chans, side_by_side)
         self.norm2 = nn.BatchNorm2d(out_chans, eps=1e-12)
-        for conv in (self.conv1, self.conv2):  # partial identity: at the start, the input is passed on
+        for conv in (self.conv1, self.conv2):  # partial identity: at the start, the input passes through
             nn.init.dirac_(conv.weight.data[: conv.in_channels])
-        for norm in (self.norm1, self.norm2):  # they learn a shift but no scale
+        for norm in (self.norm1, self.norm2):  # norms learn a shift but no scale
             norm.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,10 +67,10 @@ class Block(nn.Module):
 class SpeedNet(nn.Module):
     """Whitened patches, three blocks of two convolutions, global max pool, linear head.
 
-    After airbench94_muon (Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench), with two differences: the
-    whitening layer has no bias, so that no gradient passes the first activation, and small initial weights of the head
-    replace a factor on the logits. 1,971,328 learned parameters at its defaults. Training can start with small images
-    (`data.train_sizes`).
+    The network is based on airbench94_muon (Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench), with two
+    differences: the whitening layer has no bias, so that no gradient passes the first activation, and small initial
+    weights of the head replace a factor on the logits. 1,971,328 parameters with the default arguments. Training can
+    start with small images (`data.train_sizes`).
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are at least 16.
 
@@ -84,7 +85,7 @@ class SpeedNet(nn.Module):
         in_chans: int = 3,
         widths: Sequence[Annotated[int, Range(1, 65536)]] = (64, 256, 256),  # channels of each block
         whiten_kernel_size: Annotated[int, Range(1, 15)] = 2,
-        side_by_side: bool = True,  # how gradients are computed on a CPU (see Conv3x3)
+        side_by_side: bool = True,  # faster gradients on CPUs (see Conv3x3)
     ) -> None:
         super().__init__()
         if image_size < 16:
@@ -98,10 +99,10 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Compute the whitening filters from training images, uint8 [N, in_chans, H, W], once `normalize` is fitted."""
+        """Compute the whitening filters from images, uint8 [N, in_chans, H, W], after `normalize` is fitted."""
         self.whiten.fit(self.normalize(images))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(F.gelu(self.whiten(self.normalize(images))))
-        # not amax, the gradient of which is NaN if it is compiled in bfloat16
+        # not amax, whose gradient is NaN if it is compiled in bfloat16
         return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))

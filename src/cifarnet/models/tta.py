@@ -13,22 +13,22 @@ TTA = Literal["none", "mirror", "mirror_translate"]
 
 
 class AveragedLogits:
-    """A network's logits of a test set, batch by batch; those of the least confident images are averaged over views.
+    """The logits of a test set, which are averaged over views for the least confident images.
 
     The views of `tta` are:
 
-    - "none": the image alone
+    - "none": the image
     - "mirror": the image and its mirror image
-    - "mirror_translate": these two with half of the weight, and with the other half both shifted by one pixel, up and
-      left, and down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
+    - "mirror_translate": these two views with half of the weight; the other half is for both views shifted by one
+      pixel, up and left, and down and right, with a reflected border (Jordan, 2024, https://arxiv.org/abs/2404.00498)
 
-    Only after the last batch is it known which images are the least confident; until then no more images are kept than
-    may be chosen. Each of several ranks has a part of the test set, and the least confident images are those of all.
+    The least confident images are known only after the last batch; until then, only images that may be among them are
+    stored. Each rank has a part of the test set, and the least confident images are chosen over all ranks.
 
     Args:
         network: images [B, C, H, W] -> logits [B, num_classes].
-        batches: the largest number of batches, of all ranks together, of the size of the first one.
-        share: the part of the images, from 0 to 1, that is averaged over views.
+        batches: the maximum number of batches over all ranks; the first batch has the maximum size.
+        share: the fraction of the images, from 0 to 1, whose logits are averaged over views.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class AveragedLogits:
     ) -> None:
         self.network, self.batches = network, batches
         self.tta, self.share = tta, 0.0 if tta == "none" else share
-        self.single: list[Tensor] = []  # logits of the image itself [B, num_classes], batch by batch
-        self._averaged: list[Tensor] = []  # final logits, if all images are averaged
+        self.single: list[Tensor] = []  # logits of the images themselves [B, num_classes], per batch
+        self._averaged: list[Tensor] = []  # the final logits, if share is 1
         self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []  # confidence, index in the test set, image
 
     def add(self, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class AveragedLogits:
         elif self.share > 0:
             index = torch.arange(start, start + len(images), device=images.device)
             self._candidates.append((logits.softmax(1).amax(1), index, images))
-            # another rank may have one image more
+            # another rank may have one more image
             most = math.ceil(self.share * (self.batches * len(self.single[0]) + world_size()))
             if sum(len(index) for _, index, _ in self._candidates) > 2 * most:
                 self._candidates = [self._least_confident(most)]
@@ -86,7 +86,7 @@ class AveragedLogits:
         return confidence[chosen], index[chosen], images[chosen]
 
     def _average(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Return the mean over the views of images, whose logits without augmentation are known."""
+        """Return the mean logits over the views of images, given the logits of the images themselves."""
         averaged = logits + self.network(images.flip(3))
         if self.tta == "mirror_translate":
             shifted = sum(self.network(view) + self.network(view.flip(3)) for view in _shifted(images))

@@ -9,7 +9,7 @@ from cifarnet.models.normalize import Normalize
 from cifarnet.schema import Range
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of each stage
-# number of convolutions of each stage, by depth
+# the number of convolutions in each stage, by depth
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
@@ -17,8 +17,8 @@ class VGG(nn.Module):
     """Five stages of 3×3 convolutions with batch norm and a 2×2 max pool, two hidden layers, and a linear head.
 
     Simonyan and Zisserman (2014, https://arxiv.org/abs/1409.1556), with hidden layers of 512 units instead of 4,096, as
-    in https://github.com/chenyaofo/pytorch-cifar-models. 15,253,578 parameters at its defaults. The last stage reduces
-    32×32 images to one pixel; the pixels of larger images are averaged.
+    in https://github.com/chenyaofo/pytorch-cifar-models. 15,253,578 parameters with the default arguments. The last
+    stage reduces 32×32 images to one pixel; the pixels of larger images are averaged.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; any H and W.
     """
@@ -29,7 +29,7 @@ class VGG(nn.Module):
         in_chans: int = 3,
         depth: Literal[11, 13, 16, 19] = 16,  # layers with weights
         hidden: Annotated[int, Range(1, 65536)] = 512,
-        drop_rate: Annotated[float, Range(0, below=1)] = 0.5,  # of the dropout after each hidden layer
+        drop_rate: Annotated[float, Range(0, below=1)] = 0.5,  # dropout after each hidden layer
     ) -> None:
         super().__init__()
         self.normalize = Normalize(in_chans)

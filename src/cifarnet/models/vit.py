@@ -17,7 +17,7 @@ Rate = Annotated[float, Range(0, below=1)]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, C] -> [B, N, C]; `drop_rate` is that of the attention weights.
+    """Multi-head self-attention, [B, N, C] -> [B, N, C]; `drop_rate` is the dropout rate of the attention weights.
 
     Raises:
         ValueError: `width` is not a multiple of `num_heads`.
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Return the rate of each block, from 0 in the first to `last` in the last."""
+    """Return the rate of each block, from 0 in the first block to `last` in the last block."""
     return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
@@ -54,7 +54,7 @@ def initialize(network: nn.Module) -> None:
 
 def add_positions(x: Tensor, positions: Tensor) -> Tensor:
     """Add learned positions [1, C, H, W] to features [B, C, H', W'], interpolated if the sizes differ."""
-    if x.shape[2:] != positions.shape[2:]:  # images of another size than `image_size` (data.train_sizes)
+    if x.shape[2:] != positions.shape[2:]:  # images whose size is not `image_size` (data.train_sizes)
         positions = F.interpolate(positions, x.shape[2:], mode="bicubic", antialias=True)
     return x + positions
 
@@ -76,17 +76,17 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A ViT (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929) of the size of DeiT's tiny one.
+    """A ViT (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929) with the size of DeiT-Ti.
 
-    Width, depth, heads and drop path are those of DeiT-Ti (Touvron et al., 2020, https://arxiv.org/abs/2012.12877),
-    without its distillation token, on patches of 4×4 pixels. 5,362,762 parameters at its defaults, on 32×32 images. At
+    The width, depth, heads and drop path are as in DeiT-Ti (Touvron et al., 2020, https://arxiv.org/abs/2012.12877),
+    without its distillation token, on patches of 4×4 pixels. 5,362,762 parameters with the default arguments. At
     other image sizes the learned positions are interpolated.
 
     Shapes: images [B, in_chans, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; H and W are multiples of
     patch_size.
 
     Raises:
-        ValueError: `image_size` is not a multiple of `patch_size`, or `width` not one of `num_heads`.
+        ValueError: `image_size` is not a multiple of `patch_size`, or `width` is not a multiple of `num_heads`.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class ViT(nn.Module):
         depth: Count = 12,
         num_heads: Count = 3,
         mlp_ratio: Annotated[float, Range(above=0, most=64)] = 4.0,
-        drop_rate: Rate = 0.0,  # of the dropout after attention and in the MLP
-        drop_path_rate: Rate = 0.1,  # of the last block; it rises from 0 in the first
+        drop_rate: Rate = 0.0,  # dropout after attention and in the MLP
+        drop_path_rate: Rate = 0.1,  # rate of the last block; it rises from 0 in the first block
     ) -> None:
         super().__init__()
         if image_size % patch_size:

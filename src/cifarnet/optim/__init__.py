@@ -1,4 +1,4 @@
-"""Optimizers and schedules that torch lacks."""
+"""Optimizers and schedules that torch does not provide."""
 
 from cifarnet.optim.muon import Muon
 

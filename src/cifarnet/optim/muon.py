@@ -31,18 +31,18 @@ class Muon(Optimizer):
     """Orthogonalized momentum for convolutions; SGD with Nesterov momentum for biases and matrices.
 
     Before every step, a convolution's weight, as a matrix [out_chans, in_chans × height × width], is scaled to the norm
-    √out_chans. The step is the learning rate times, approximately, the orthogonal matrix nearest to its momentum
-    (`orthogonalize`). Convolutions of the same shape are orthogonalized together. The other parameters are updated by
-    SGD with separate rates. Source: Jordan et al. (2024, https://kellerjordan.github.io/posts/muon/), as in
-    airbench94_muon.
+    √out_chans. The update is the learning rate times the orthogonal matrix that is approximately nearest to the
+    momentum (`orthogonalize`). Convolutions of the same shape are orthogonalized together. The other parameters are
+    updated by SGD with separate settings. Source: Jordan et al. (2024, https://kellerjordan.github.io/posts/muon/), as
+    in airbench94_muon.
 
     Args:
-        params: parameters with 4 dimensions are convolutions, those with 0 or 1 biases, all others matrices.
-        lr, momentum, steps: of convolutions; `steps` is the number of Newton-Schulz iterations.
-        bias, matrix: `lr`, `momentum` and `weight_decay` of SGD for biases and for matrices.
+        params: the parameters. Those with 4 dimensions are convolutions, with 0 or 1 biases, and all others matrices.
+        lr, momentum, steps: the settings for convolutions; `steps` is the number of Newton-Schulz iterations.
+        bias, matrix: the `lr`, `momentum` and `weight_decay` of SGD for biases and for matrices.
 
     Raises:
-        ValueError: a rate or momentum is negative, or the parameters are in groups, as with recipe=no_decay.
+        ValueError: a rate or momentum is negative, or the parameters are in groups, as with module.no_decay.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Muon(Optimizer):
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
-            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])  # Nesterov's
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])  # Nesterov momentum
             if group["kind"] == "convolution":
                 updates = self._orthogonalized(updates, group["steps"])
                 norms = torch._foreach_norm(parameters)
@@ -103,8 +103,8 @@ class Muon(Optimizer):
 
     @staticmethod
     def _orthogonalized(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
-        """Orthogonalize updates of the same shape together. The order of a matrix's columns has no effect; the order in
-        memory is the fastest."""
+        """Orthogonalize updates of the same shape together. The order of columns has no effect, so the order in memory
+        is used, which is fastest."""
         result = list(updates)
         for shape in {update.shape for update in updates}:
             places = [place for place, update in enumerate(updates) if update.shape == shape]

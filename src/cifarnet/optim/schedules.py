@@ -1,4 +1,4 @@
-"""Learning-rate schedules that are planned as fractions of a run."""
+"""Learning-rate schedules whose phases are fractions of a run."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ Fraction = Annotated[float, Range(0, 1)]
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter, 2016, https://arxiv.org/abs/1608.03983;
+    """Linear warm-up, then half a cosine to zero (Loshchilov and Hutter, 2016, https://arxiv.org/abs/1608.03983;
     warm-up: Goyal et al., 2017, https://arxiv.org/abs/1706.02677).
 
     Args:
-        total_steps: number of steps of the whole run.
-        warmup: the fraction of the steps in which the rate rises.
+        total_steps: the number of steps of the whole run.
+        warmup: the fraction of the steps during which the rate rises.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Fraction = 0.05) -> None:
@@ -33,11 +33,11 @@ class WarmupCosine(LambdaLR):
 
 
 class Steps(LambdaLR):
-    """The learning rate is multiplied by `gamma` at each milestone (He et al., 2015, https://arxiv.org/abs/1512.03385).
+    """Multiply the learning rate by `gamma` at each milestone (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
     Args:
-        total_steps: number of steps of the whole run.
-        milestones: as fractions of the run.
+        total_steps: the number of steps of the whole run.
+        milestones: the milestones as fractions of the run.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Recipes: changes to training beyond the network and the optimizer, one file each."""
+"""Recipes, which change something in training other than the network and the optimizer."""

@@ -1,4 +1,4 @@
-"""Fine-tuning with a smaller learning rate for the layers that were trained before."""
+"""Fine-tuning with a smaller learning rate for pretrained layers."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Backbone(Callback):
-    """Scale the learning rate of all layers but the head; with a scale of 0, only the head learns.
+    """Scale the learning rate of all layers except the head; with a scale of 0, only the head is trained.
 
     The head is the network's last linear or convolutional layer. Batch norms in the backbone keep updating their
     statistics.
@@ -24,10 +24,10 @@ class Backbone(Callback):
     Config: `recipe.backbone`, as in `+experiment=finetune`.
 
     Args:
-        lr_scale: the factor by which the backbone's learning rate is smaller than the optimizer's, from 0 to 1.
+        lr_scale: the backbone's learning rate as a fraction of the optimizer's, from 0 to 1.
 
     Raises:
-        UserError: the optimizer takes no parameter groups, or the schedule sets the rates of all groups itself.
+        UserError: the optimizer does not support parameter groups, or the schedule sets the rates of all groups itself.
     """
 
     def __init__(self, lr_scale: Annotated[float, Range(0, 1)] = 0.1) -> None:
@@ -62,7 +62,7 @@ class Backbone(Callback):
 
 
 def head_name(network: nn.Module) -> str:
-    """Return the name of the layer that gives the logits: the last linear or convolutional layer.
+    """Return the name of the layer that outputs the logits: the last linear or convolutional layer.
 
     Raises:
         UserError: there is no such layer.
@@ -74,7 +74,7 @@ def head_name(network: nn.Module) -> str:
 
 
 def _split(parameters: list[Tensor] | list[dict[str, Any]], head: set[nn.Parameter]) -> list[dict[str, Any]]:
-    """Split each parameter group into the backbone's and the head's."""
+    """Split each parameter group into a group for the backbone and a group for the head."""
     groups: list[Any] = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
     parts = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""CutMix: a box of each image is replaced by that of another one, and labels are mixed by its area."""
+"""CutMix: replace a box of an image with the pixels of another image, and mix the labels by area."""
 
 from typing import Annotated
 
@@ -12,19 +12,19 @@ from cifarnet.seeding import generator
 
 
 class CutMix:
-    """Replace a box that covers 1 - λ of an image by its partner's pixels, where λ is drawn from a Beta distribution
+    """Replace a box that covers 1 - λ of an image with its partner's pixels, where λ is drawn from a Beta distribution
     (Yun et al., 2019, https://arxiv.org/abs/1905.04899).
 
-    Partner, λ and the box's center are drawn for each image. The center may be anywhere in the image: the box is
-    clipped at the border, and the label's weight is the part of the image that remains visible.
+    The partner, λ and the box's center are drawn for each image. The center may be anywhere in the image: the box is
+    clipped at the border, and the weight of the label is the fraction of the image that remains visible.
 
     Config: `data.mix`, as in `+recipe=cutmix`.
 
     Args:
-        cutmix_alpha: λ is drawn from Beta(cutmix_alpha, cutmix_alpha); with 1, all areas are equally likely.
-        prob: the part of the images with a box (0.5 in the paper's code for CIFAR).
-        mixup_alpha: blend the other images with their partners, as `Mixup(mixup_alpha)` does; None leaves them as they
-            are.
+        cutmix_alpha: the parameter of Beta(cutmix_alpha, cutmix_alpha); with 1, all areas are equally likely.
+        prob: the fraction of the images with a box (0.5 in the paper's code for CIFAR).
+        mixup_alpha: blend the other images with their partners, as `Mixup(mixup_alpha)` does; None does not change
+            them.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class CutMix:
         self.mixup = None if mixup_alpha is None else Mixup(mixup_alpha)
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return for each image in this epoch its partner, int64 [count]; λ, float32 [count]; whether it gets a box,
-        bool [count]; and the box's center, as parts of height and width, float32 [count, 2]."""
+        """Return, for each image in this epoch, its partner, int64 [count]; λ, float32 [count]; whether it gets a box,
+        bool [count]; and the box's center, as fractions of height and width, float32 [count, 2]."""
         random = generator(seed, epoch, "cutmix")
         cut = torch.rand(count, generator=random) < self.prob
         center = torch.rand(count, 2, generator=random)
@@ -46,11 +46,11 @@ class CutMix:
     def __call__(
         self, images: Tensor, partners: Tensor, lam: Tensor, cut: Tensor, center: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the mixed images, uint8 [B, C, H, W], and the weight of the first image in each, float32 [B].
+        """Return the mixed images, uint8 [B, C, H, W], and the weights of the images' labels, float32 [B].
 
         Args:
-            images, partners: uint8 [B, C, H, W].
-            lam, cut, center: their draws.
+            images, partners: the images to mix, uint8 [B, C, H, W].
+            lam, cut, center: the draws for these images.
         """
         if self.mixup is not None:
             images, _ = self.mixup(images, partners, torch.where(cut, 1, lam))

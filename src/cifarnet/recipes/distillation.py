@@ -1,4 +1,4 @@
-"""Distillation: the network also learns from the probabilities that a trained network, the teacher, predicts."""
+"""Distillation: the network also learns from the probabilities that a trained network (the teacher) predicts."""
 
 from typing import Annotated, Any
 
@@ -19,9 +19,9 @@ class Teacher:
     Config: `module.teacher`, as in `+recipe=distillation`.
 
     Args:
-        checkpoint: a run's folder or a checkpoint file, of the data's classes and image size.
-        temperature: T; the higher it is, the more the less likely classes count.
-        weight: of the teacher's term; with 0 it has no effect, with 1 the labels have none.
+        checkpoint: a run's folder or a checkpoint file; its classes and image size must match the data.
+        temperature: T; higher values give less likely classes more weight.
+        weight: the weight of the teacher's term; with 1, the labels have no effect.
 
     Attributes:
         network: the trained network in eval mode, which `build` loads.
@@ -45,9 +45,9 @@ class Teacher:
         """Return the losses [B] with the teacher's term.
 
         Args:
-            losses: of the student, [B].
-            logits: of the student, [B, num_classes].
-            images: uint8 [B, C, H, W].
+            losses: the student's losses, [B].
+            logits: the student's logits, [B, num_classes].
+            images: the images, uint8 [B, C, H, W].
         """
         if self.device != images.device:  # at the first call
             self.network, self.device = self.network.to(images.device), images.device

@@ -14,13 +14,13 @@ from cifarnet.schema import Range
 class EMA(WeightAveraging):
     """w̄ ← decay w̄ + (1 - decay) w after every step (Polyak and Juditsky, 1992, https://doi.org/10.1137/0330046).
 
-    Buffers are averaged too. Training continues with w. Unlike Lightning's EMAWeightAveraging, it averages all tensors
+    Buffers are also averaged. Training continues with w. Unlike Lightning's EMAWeightAveraging, it averages all tensors
     at once, keeps constant values bit for bit, and never waits for a GPU to count the steps.
 
     Config: `+recipe=ema`.
 
     Args:
-        decay: the average covers about 1 / (1 - decay) steps: use 0.99 for a run of a thousand steps.
+        decay: the decay; the average covers about 1 / (1 - decay) steps. Use 0.99 for a run of a thousand steps.
     """
 
     def __init__(self, decay: Annotated[float, Range(0, below=1)] = 0.999) -> None:

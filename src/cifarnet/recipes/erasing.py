@@ -1,4 +1,4 @@
-"""Random erasing: a box of an image is replaced by noise."""
+"""Random erasing: replace a box of an image with noise."""
 
 from typing import Annotated
 
@@ -9,15 +9,15 @@ from cifarnet.data.transforms import box_mask
 from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
-ROW = 2**16  # bytes of noise, the same in all runs; the noise of each image starts at a random place in them
+ROW = 2**16  # bytes of noise, the same in all runs; the noise of an image starts at a random byte
 
 
 class RandomErasing:
-    """Replace the pixels of a random box by noise in a fraction of the images (Zhong et al., 2017,
+    """Replace the pixels of a random box with noise in a fraction of the images (Zhong et al., 2017,
     https://arxiv.org/abs/1708.04896).
 
-    The box lies inside the image. Its height is side × √ratio and its width side / √ratio, at most the image's, with a
-    ratio from 0.3 to 1 / 0.3.
+    The box lies inside the image. Its height is side × √ratio and its width is side / √ratio, clipped to the size of
+    the image, with a ratio from 0.3 to 1 / 0.3.
 
     Config: `data.transforms`, as in `+recipe=erasing`.
 
@@ -28,11 +28,11 @@ class RandomErasing:
 
     def __init__(self, prob: Annotated[float, Range(0, 1)] = 0.5, area: Annotated[float, Range(0.02, 1)] = 0.4) -> None:
         self.prob, self.area = prob, area
-        self.noise = torch.empty(0, dtype=torch.uint8)  # drawn at the first call, and kept on the images' device
+        self.noise = torch.empty(0, dtype=torch.uint8)  # drawn at the first call, and stored on the images' device
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each image in this epoch the box's first row and column, int64 [count, 2]; its height and width,
-        int64 [count, 2], 0 for no box; and where its noise starts, int64 [count]."""
+        """Return, for each image in this epoch, the box's first row and column, int64 [count, 2]; its height and width,
+        int64 [count, 2], 0 for no box; and the first byte of its noise, int64 [count]."""
         random = generator(seed, epoch, "erasing")
         erased, area, ratio = torch.rand(3, count, generator=random)
         side = (0.02 + (self.area - 0.02) * area).sqrt() * size

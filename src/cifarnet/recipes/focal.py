@@ -1,4 +1,4 @@
-"""Focal loss: images that the network already classifies well have a smaller weight."""
+"""Focal loss, which gives less weight to images that the network already classifies well."""
 
 from typing import Annotated
 
@@ -9,14 +9,14 @@ from cifarnet.schema import Range
 
 
 class FocalLoss(nn.Module):
-    """(1 - p)^γ × cross-entropy, where p is the predicted probability of the label (Lin et al., 2017,
+    """The loss (1 - p)^γ × cross-entropy, where p is the predicted probability of the label (Lin et al., 2017,
     https://arxiv.org/abs/1708.02002).
 
     Config: `objective=focal`.
 
     Args:
-        gamma: γ; 0 gives the cross-entropy.
-        label_smoothing: as in torch's cross-entropy.
+        gamma: γ; with 0, the loss is the cross-entropy.
+        label_smoothing: the label smoothing of torch's cross-entropy.
     """
 
     def __init__(self, gamma: Annotated[float, Range(0, 100)] = 2.0, label_smoothing: float = 0.0) -> None:
@@ -27,5 +27,5 @@ class FocalLoss(nn.Module):
         """Return the loss of each image, [B], for logits [B, num_classes] and labels int64 [B]."""
         prob = logits.softmax(1).gather(1, labels[:, None])[:, 0]
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        weight = (1 - prob).clamp_min(1e-6) ** self.gamma  # at 0 the gradient is infinite for γ below 1
+        weight = (1 - prob).clamp_min(1e-6) ** self.gamma  # at 0, the gradient is infinite if γ is below 1
         return weight * losses

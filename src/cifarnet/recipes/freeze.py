@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Freeze(Callback):
-    """Stop training a part of the network at an epoch, which also saves its backward pass (Brock et al., 2017,
+    """Stop training a part of the network at an epoch, which also avoids its backward pass (Brock et al., 2017,
     https://arxiv.org/abs/1706.04983).
 
     Config: `+recipe.freeze={_target_: cifarnet.recipes.freeze.Freeze, part: blocks.0, epoch: 3}`.
 
     Args:
-        part: name of a submodule of the network, such as "blocks.0".
-        epoch: the first epoch, counted from 1, in which it is frozen.
+        part: the name of a submodule of the network, such as "blocks.0".
+        epoch: the first epoch, counted from 1, in which the part is frozen.
 
     Raises:
         UserError: the network has no such submodule.
@@ -30,7 +30,7 @@ class Freeze(Callback):
         self.epoch = epoch
 
     def on_train_start(self, trainer: L.Trainer, module: "Classifier") -> None:
-        self.on_train_epoch_start(trainer, module)  # is not called when a run resumes in the middle of an epoch
+        self.on_train_epoch_start(trainer, module)  # not called if a run resumes within an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: "Classifier") -> None:
         try:

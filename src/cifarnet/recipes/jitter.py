@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cifarnet.recipes.operations import blend, grey
+from cifarnet.recipes.operations import blend, gray
 from cifarnet.schema import Range
 from cifarnet.seeding import generator
 
@@ -17,7 +17,7 @@ class Jitter:
     Config: `data.transforms`, as in `+recipe=jitter`.
 
     Args:
-        brightness, contrast: x.
+        brightness, contrast: the values of x.
     """
 
     def __init__(
@@ -33,4 +33,4 @@ class Jitter:
     def __call__(self, images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
         """Return the changed images, uint8 [B, 3, H, W]."""
         images = blend(images, 0.0, brightness[:, None, None, None])
-        return blend(images, grey(images).mean((1, 2, 3), keepdim=True), contrast[:, None, None, None])
+        return blend(images, gray(images).mean((1, 2, 3), keepdim=True), contrast[:, None, None, None])

@@ -1,4 +1,4 @@
-"""Lookahead: slow weights follow the optimizer's fast ones."""
+"""Lookahead: slow weights follow the fast weights of the optimizer."""
 
 from typing import Annotated, Any
 
@@ -19,19 +19,19 @@ class Lookahead(Callback):
     Config: `+recipe=lookahead`.
 
     Args:
-        k: number of steps between two updates of the slow weights.
-        alpha: step size of the slow weights.
+        k: the number of steps between two updates of the slow weights.
+        alpha: the step size of the slow weights.
     """
 
     def __init__(self, k: Annotated[int, Range(1, 10**6)] = 5, alpha: Annotated[float, Range(0, 1)] = 0.5) -> None:
         self.k, self.alpha = k, alpha
         self.slow: list[Tensor] = []
-        self.step = 0  # of the optimizer, at the last update of the slow weights
+        self.step = 0  # the optimizer's step at the last update of the slow weights
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         weights = list(module.parameters())
-        start = self.slow or [weight.clone() for weight in weights]  # `self.slow` is that of a checkpoint
+        start = self.slow or [weight.clone() for weight in weights]  # `self.slow` was read from a checkpoint
         self.slow = [slow.to(weight.device) for slow, weight in zip(start, weights, strict=True)]
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class Lookahead(Callback):
         if trainer.global_step % self.k == 0 and trainer.global_step > self.step:
             self.step = trainer.global_step
             for slow, weight in zip(self.slow, module.parameters(), strict=True):
-                if weight.requires_grad:  # frozen weights stay as they are
+                if weight.requires_grad:  # frozen weights do not change
                     weight.copy_(slow.lerp_(weight, self.alpha))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Mixup: each image is blended with another one, and so are their labels."""
+"""Mixup: blend each image with another image, and their labels."""
 
 from typing import Annotated
 
@@ -13,15 +13,15 @@ Alpha = Annotated[float, Range(above=0, most=1000)]
 
 
 class Mixup:
-    """x ← λx + (1 - λ)x', loss ← λ loss(y) + (1 - λ) loss(y'), where λ is drawn from Beta(alpha, alpha)
-    (Zhang et al., 2018, https://arxiv.org/abs/1710.09412).
+    """Blend pairs of images: x ← λx + (1 - λ)x', loss ← λ loss(y) + (1 - λ) loss(y'), where λ is drawn from Beta(alpha,
+    alpha) (Zhang et al., 2018, https://arxiv.org/abs/1710.09412).
 
-    Partner and λ are drawn for each image.
+    The partner and λ are drawn for each image.
 
     Config: `data.mix`, as in `+recipe=mixup`.
 
     Args:
-        alpha: the larger, the more evenly two images are mixed.
+        alpha: the parameter of the Beta distribution; larger values mix images more evenly.
     """
 
     def __init__(self, alpha: Alpha = 0.2) -> None:
@@ -38,9 +38,9 @@ class Mixup:
 
 
 def draw_pairs(alpha: float, count: int, seed: int, epoch: int, stream: str) -> tuple[Tensor, Tensor]:
-    """Return for each image its partner, int64 [count], and λ from Beta(alpha, alpha), float32 [count].
+    """Return, for each image, its partner, int64 [count], and λ from Beta(alpha, alpha), float32 [count].
 
-    Partners depend on (seed, epoch) alone; `stream` selects the random numbers of λ.
+    Partners depend only on (seed, epoch); `stream` selects the random numbers of λ.
     """
     partner = torch.randint(0, count, (count,), generator=generator(seed, epoch, "partner"))
     lam = np.random.default_rng(derive(seed, epoch, stream)).beta(alpha, alpha, count)

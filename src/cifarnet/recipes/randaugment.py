@@ -1,4 +1,4 @@
-"""RandAugment: random operations of the same strength on each image."""
+"""RandAugment: apply random operations with the same strength to each image."""
 
 from typing import Annotated
 
@@ -11,13 +11,13 @@ from cifarnet.seeding import generator
 
 
 class RandAugment:
-    """Apply `num_ops` random operations out of fourteen to each image, one after another (Cubuk et al., 2019,
+    """Apply `num_ops` random operations out of fourteen to each image in sequence (Cubuk et al., 2019,
     https://arxiv.org/abs/1909.13719).
 
     Config: `data.transforms`, as in `+recipe=randaugment`.
 
     Args:
-        num_ops: number of operations; the same one may occur twice.
+        num_ops: the number of operations; an operation may occur twice.
         magnitude: the strength of all operations, from 0 to 30. At 30: a shear of 0.3, a translation by 150/331 of the
             image, a rotation by 30 degrees, factors of 0.1 and 1.9, 4 bits, all levels.
     """

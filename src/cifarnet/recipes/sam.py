@@ -1,4 +1,4 @@
-"""SAM: the optimizer steps by the gradient at a point uphill from the weights."""
+"""SAM: update the weights with the gradient at a nearby point where the loss is higher."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class SAM(Callback):
     """Sharpness-aware minimization (Foret et al., 2021, https://arxiv.org/abs/2010.01412).
 
-    The optimizer steps from w by the gradient of the same batch at w + ρ g / ‖g‖, where g is the gradient at w and the
-    norm is taken over all weights. A step takes twice the time. Metrics and the statistics of batch norms are those of
-    the first forward pass, at w; the second one draws new dropout masks.
+    The optimizer updates w with the gradient of the same batch at w + ρ g / ‖g‖, where g is the gradient at w and the
+    norm is over all weights. A step takes twice as long. Metrics and the statistics of batch norms are from the first
+    forward pass, at w; the second pass draws new dropout masks.
 
     Config: `+recipe=sam`.
 
     Args:
-        rho: ρ, the distance.
+        rho: the distance ρ.
 
     Raises:
         UserError: gradients are accumulated or scaled.
@@ -40,7 +40,7 @@ class SAM(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: "Classifier", batch: Any, batch_idx: int) -> None:
         if (batches := trainer.accumulate_grad_batches) > 1:
             raise UserError(f"recipe.sam does not support trainer.accumulate_grad_batches={batches}. Remove it.")
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # it scales the gradients
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # the scaler scales the gradients
             raise UserError(f"recipe.sam does not support trainer.precision={trainer.precision}. Choose bf16-mixed.")
         self.batch = batch
 
@@ -55,7 +55,7 @@ class SAM(Callback):
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             _, losses = module.forward_and_loss(self.batch)
             loss = module.scale_loss(losses.mean(), len(losses))
-        # not by backward(), which DistributedDataParallel would wait for
+        # not backward(), for which DistributedDataParallel would wait
         uphill = torch.autograd.grad(loss, weights, materialize_grads=True)
         with torch.no_grad():
             torch._foreach_copy_(changed, before)
@@ -63,7 +63,7 @@ class SAM(Callback):
 
 
 def mean_over_ranks(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Average the gradients of all ranks, in one all-reduce."""
+    """Average the gradients over all ranks with one all-reduce."""
     if world_size() == 1:
         return gradients
     joined = torch.cat([gradient.flatten() for gradient in gradients])

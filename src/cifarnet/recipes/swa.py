@@ -16,8 +16,8 @@ class SWA(WeightAveraging):
     """The mean of the weights at the ends of all epochs from `epoch` on (Izmailov et al., 2018,
     https://arxiv.org/abs/1803.05407).
 
-    Before `epoch`, the weights of the last epoch are used. Statistics of batch norms are averaged too, where the paper
-    computes them anew. Use it with a learning rate that stays high, such as scheduler=constant.
+    Before `epoch`, the latest weights are used. The statistics of batch norms are also averaged; the paper recomputes
+    them. Use SWA with a learning rate that stays high, such as scheduler=constant.
 
     Config: `+recipe=swa`.
 
@@ -40,7 +40,7 @@ class SWA(WeightAveraging):
 
 @torch.no_grad()
 def update_mean(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
-    """Add values to averages of `count` values; integers, which torch cannot divide on a GPU, are copied."""
+    """Update averages of `count` values with new values; integers, which torch cannot divide on a GPU, are copied."""
     if averages[0].is_floating_point():
         torch._foreach_lerp_(averages, values, 1 / (int(count) + 1))
     else:

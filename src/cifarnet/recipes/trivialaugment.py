@@ -1,4 +1,4 @@
-"""TrivialAugment: one random operation of random strength on each image."""
+"""TrivialAugment: apply one random operation with a random strength to each image."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from cifarnet.recipes.operations import NAMES, apply, draw_strengths
 from cifarnet.seeding import generator
 
-LEVELS = 30  # of strength above 0
+LEVELS = 30  # the number of strengths above 0
 
 
 class TrivialAugment:

@@ -1,4 +1,4 @@
-"""Reading and writing of a run's checkpoints, as a plugin for Lightning."""
+"""A Lightning plugin that reads and writes checkpoints."""
 
 import io
 from pathlib import Path
@@ -11,13 +11,13 @@ from cifarnet.system import files
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and lets Lightning resume from a checkpoint that has been read already.
+    """Writes checkpoints atomically, and lets Lightning resume from a checkpoint that was already read.
 
-    A checkpoint is written to a temporary file, flushed to the disk and renamed; until then the previous one stays.
-    (Lightning would write to the temporary folder and copy from there, if it is on another disk.)
+    A checkpoint is written to a temporary file, flushed to the disk and renamed; the previous checkpoint is kept until
+    then. (Lightning would write to the temporary folder, and copy the file if that folder is on another disk.)
 
     Args:
-        content: the content of a checkpoint that was read, which is handed out once; None: read files.
+        content: the content of a checkpoint, which the first load returns; None reads files.
     """
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:

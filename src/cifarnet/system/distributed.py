@@ -1,8 +1,8 @@
-"""Several processes (ranks) that train one network together, one device each, on one machine or several.
+"""Several processes (ranks) that train one network together, with one device per rank, on one or more machines.
 
-`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). With torchrun or srun on
-the command line, they have been started already: rank 0 reads the command and broadcasts each run to the other ranks.
-In both cases every rank builds and trains; rank 0 alone prints and writes.
+`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). If the
+command is run with torchrun or srun, they are already running: rank 0 reads the command and broadcasts each run to the
+other ranks. In both cases, every rank builds and trains, and only rank 0 prints and writes.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import
     from torch import Tensor
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` has started
+LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` started
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
 class Placement(NamedTuple):
-    """The position of this process among those that torchrun, srun or `launch` started."""
+    """The position of this process among the processes that torchrun, srun or `launch` started."""
 
     rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1  # on this machine
+    local_world_size: int = 1  # the number of processes on this machine
 
 
 def placement() -> Placement:
@@ -55,13 +55,13 @@ def placement() -> Placement:
 
 
 def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of Lightning's Trainer that describe the processes that were started.
+    """Return the settings of Lightning's Trainer that describe the started processes.
 
     Args:
         section: the section `trainer` of a run's config.
 
     Raises:
-        UserError: the section asks for other processes.
+        UserError: the section describes other processes.
     """
     _, world_size, local_world_size = placement()
     if world_size == 1:
@@ -79,7 +79,7 @@ def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def num_processes(section: Mapping[str, Any]) -> int:
-    """Return the number of processes to launch for a run: one for each device, unless they have been started already.
+    """Return the number of processes to launch for a run: one per device, or 1 if they are already running.
 
     Args:
         section: the section `trainer` of a run's config.
@@ -96,8 +96,8 @@ def num_processes(section: Mapping[str, Any]) -> int:
 
 
 def environment() -> "ClusterEnvironment":
-    """Return Lightning's description of who started the processes. Lightning itself starts none: it would run the whole
-    command again in each of them.
+    """Return Lightning's description of the launcher. Lightning itself starts no processes, because it would run the
+    whole command again in each of them.
 
     Raises:
         UserError: srun has no --ntasks-per-node, which Lightning requires.
@@ -120,7 +120,7 @@ def environment() -> "ClusterEnvironment":
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the processes that torchrun or srun started until this one is done; Lightning uses the connection."""
+    """Connect the processes that torchrun or srun started. Lightning uses the connection."""
     rank, world_size, _ = placement()
     if world_size == 1:
         yield
@@ -132,16 +132,16 @@ def process_group() -> Iterator[None]:
     uses_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
     address = "env://" if uses_agent else f"tcp://{cluster.main_address}:{cluster.main_port}"
     torch.distributed.init_process_group(backend, address, rank=rank, world_size=world_size)
-    yield  # if it raises, the process ends, and its launcher ends the others
+    yield  # after an error, the process ends, and its launcher ends the others
     torch.distributed.destroy_process_group()
 
 
 def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], Any]) -> None:
-    """Run a command in one of several processes that have been started.
+    """Run a command in one of several running processes.
 
     Args:
         command: the whole command, for rank 0 under torchrun or srun; its runs are broadcast to the other ranks.
-        train_run: trains a run, described by plain data; for the other ranks, and for all ranks that `launch` started.
+        train_run: trains a run, described by plain data, on the other ranks and on all ranks that `launch` started.
     """
     with process_group():
         if LAUNCHED in os.environ:
@@ -161,7 +161,7 @@ def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], 
 
 
 def broadcast_run(run: Mapping[str, Any] | None) -> None:
-    """Let the other ranks under torchrun or srun train a run, described by plain data; None ends them."""
+    """Send a run, described by plain data, to the other ranks under torchrun or srun; None ends them."""
     import torch
 
     if placement().world_size > 1 and LAUNCHED not in os.environ:
@@ -169,13 +169,13 @@ def broadcast_run(run: Mapping[str, Any] | None) -> None:
 
 
 def receive_run() -> Any:
-    """Wait for the next run that rank 0 broadcasts; None: there is none."""
+    """Wait for the next run that rank 0 broadcasts, and return it; None means that there are no more runs."""
     import torch
 
     received: list[Any] = [None]
     try:
         torch.distributed.broadcast_object_list(received)
-    except RuntimeError:  # the connection is lost: rank 0 has failed, and reports why
+    except RuntimeError:  # the connection is lost because rank 0 failed, and it reports why
         sys.exit(1)
     return received[0]
 
@@ -183,21 +183,21 @@ def receive_run() -> Any:
 def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     """Train a run in several processes that torchrun's launcher starts on this machine, and wait for them.
 
-    Signals that this process receives are passed on to them.
+    Signals that this process receives are forwarded to them.
 
     Args:
         run: the run, described by plain data; it is written to a file in `folder` for the processes.
 
     Raises:
-        Interrupted: they were stopped by a signal, after saving a checkpoint.
-        UserError: one of them failed.
+        Interrupted: a signal stopped the processes after a checkpoint was saved.
+        UserError: a process failed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below says the same
-    logs = tempfile.TemporaryDirectory()  # of the errors that ranks report
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below contains the same
+    logs = tempfile.TemporaryDirectory()  # the folder of the errors that ranks report
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -207,7 +207,7 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs.name, local_ranks_filter={0}),
-        signals_to_handle="SIGABRT",  # others are passed on below: the launcher would kill the processes after 30 s
+        signals_to_handle="SIGABRT",  # others are forwarded below: the launcher would kill the processes after 30 s
     )
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
     file, variables = folder / "run.json", dict(os.environ)
@@ -232,8 +232,8 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
 
 
 def report_to_launcher(message: str, status: int = 1, is_bug: bool = False) -> bool:
-    """Write an error where torchrun's launcher expects it; return whether `launch` started this process, and so prints
-    the error."""
+    """Write an error to the file that torchrun's launcher reads. Return whether `launch` started this process, and
+    therefore prints the error."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         now = time.time()
         report = {"message": message, "status": status, "is_bug": is_bug, "time": now, "timestamp": int(now)}
@@ -242,10 +242,10 @@ def report_to_launcher(message: str, status: int = 1, is_bug: bool = False) -> b
 
 
 def _precedence(item: "tuple[int, ProcessFailure]") -> tuple[bool, bool, float]:
-    """Order the failures of ranks: the first failure, after which other ranks lose the connection, comes first."""
+    """Order the failures of ranks: the original failure, after which other ranks lose the connection, is first."""
     _, failure = item
     report: dict[str, Any] = failure.error_file_data
-    is_killed = failure.exitcode < 0 and failure.signal_name() != "SIGTERM"  # with which the launcher ends the others
+    is_killed = failure.exitcode < 0 and failure.signal_name() != "SIGTERM"  # the launcher's signal to the others
     return not is_killed, report.get("is_bug", True), report.get("time", math.inf)
 
 
@@ -257,7 +257,7 @@ def _resume_hint(folder: Path) -> str:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[None]:
-    """Pass signals that this process receives on to its child processes, and go on waiting for them."""
+    """Forward the signals that this process receives to its child processes, and continue to wait for them."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children():
@@ -266,7 +266,8 @@ def forwarded_signals() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     previous = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+    # Python allows signal handlers only in the main thread
+    if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Atomic writes, and locks of folders."""
+"""Atomic writes and folder locks."""
 
 import contextlib
 import os
@@ -22,11 +22,11 @@ def write(path: str | Path, content: str | bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file, which is flushed to the disk and renamed at the end: readers see the previous file or the
-    complete new one.
+    """Open a temporary file, which is flushed to the disk and renamed at the end, so that readers see the previous file
+    or the complete new one.
 
     Raises:
-        OSError: the file could not be written; the error names it.
+        OSError: the file could not be written; its `filename` is the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,20 +47,20 @@ def make_folder(folder: Path, message: str) -> None:
     """Create a folder that the user chose, and its parents.
 
     Raises:
-        UserError: `message`, and the reason.
+        UserError: the folder cannot be created; the error contains `message` and the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{message} ({error.strerror}). Choose another one.") from error
+        raise UserError(f"{message} ({error.strerror}). Choose another path.") from error
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Use a folder as the only process.
+    """Lock a folder, so that no other process uses it.
 
     Raises:
-        UserError: another process uses it.
+        UserError: another process is using the folder.
     """
     with locked(folder):
         for path in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
@@ -75,7 +75,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     """Create a folder if necessary, and hold its lock, which the system releases when the process ends.
 
     Args:
-        waiting: the message to print before waiting for another process that holds the lock; None: do not wait.
+        waiting: the message to print before waiting for the process that holds the lock; None does not wait.
 
     Raises:
         UserError: another process holds the lock.
@@ -101,20 +101,20 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
 
 
 def is_locked(lock: Path) -> bool:
-    """Whether another process holds this lock."""
+    """Return whether another process holds this lock."""
     try:
         with FileLock(lock).acquire(blocking=False) if lock.exists() else contextlib.nullcontext():
             return False
-    except (OSError, NotImplementedError) as error:  # otherwise: another user's lock, or a file system without locks
+    except (OSError, NotImplementedError) as error:  # other errors: another user's lock, or no support for locks
         return isinstance(error, Timeout)
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before it started, if it holds nothing but the record of the command."""
+    """Remove the folder of a run that failed before it started, if it contains only the record of the command."""
     hydra = {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
     records = hydra | {".lock", "train.log", "hparams.yaml"}
     for path in folder.rglob("*"):
-        is_log = path.name.startswith("events.out.") and path.stat().st_size < 100  # a header without any event
+        is_log = path.name.startswith("events.out.") and path.stat().st_size < 100  # a header without events
         is_folder = path.is_dir() and not path.is_symlink()
         if not is_log and not is_folder and path.relative_to(folder).as_posix() not in records:
             return
@@ -122,13 +122,13 @@ def remove_if_unused(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
-    """Check that no link in a folder would make a command write outside of it.
+    """Check that no link in a folder would make a command write outside it.
 
     Args:
-        among: the paths to check; None: all in the folder.
+        among: the paths to check; None checks all paths in the folder.
 
     Raises:
-        UserError: a link leads out of the folder.
+        UserError: a link points outside the folder.
     """
     for path in folder.rglob("*") if among is None else among:
         if path.is_symlink() and folder.resolve() not in path.resolve().parents:

@@ -1,4 +1,4 @@
-"""The machine: precision, threads, memory and GPUs, and their description for records."""
+"""The precision, threads, memory and GPUs of this machine, and their description for records."""
 
 import atexit
 import contextlib
@@ -33,12 +33,12 @@ CLAIMED = "CIFARNET_GPU"  # the environment variable that names the GPU of this 
 def keep_freed_memory() -> bool:
     """Let glibc's allocator keep freed memory instead of returning it to the kernel.
 
-    Every training step frees and allocates the same large tensors. By default, glibc maps each of them again, and the
-    kernel clears its pages at the first access, which can take a third of the time. With this setting, the memory of
-    the process stays at its peak, which training reaches in its first step.
+    Every training step frees and allocates the same large tensors. By default, glibc maps each tensor again, and the
+    kernel clears its pages at the first access, which can take a third of the time. With this setting, the memory usage
+    of the process stays at its peak, which training reaches in its first step.
 
     Returns:
-        Whether the setting was made; it needs glibc.
+        Whether the setting was applied; it requires glibc.
     """
     if sys.platform != "linux":
         return False
@@ -49,7 +49,7 @@ def keep_freed_memory() -> bool:
 
 
 def best_precision(accelerator: str) -> str:
-    """Return bf16-mixed if the hardware computes in bfloat16, and 32-true otherwise."""
+    """Return bf16-mixed if the hardware supports bfloat16, and 32-true otherwise."""
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -62,7 +62,7 @@ def best_precision(accelerator: str) -> str:
 
 @contextlib.contextmanager
 def prepared_process(config: "DictConfig") -> Iterator[None]:
-    """Set memory allocation and the number of threads for a run; the number of threads is restored afterwards."""
+    """Set the memory allocation and the number of threads for a run; restore the number of threads afterwards."""
     import torch
 
     if config.keep_freed_memory:
@@ -76,9 +76,9 @@ def prepared_process(config: "DictConfig") -> Iterator[None]:
 
 
 def default_threads() -> int | None:
-    """Return the number of threads for a process under SLURM, or for one of several under torchrun; None: PyTorch's
-    default."""
-    # set by torchrun; SLURM gives each of its tasks separate cores
+    """Return the number of threads for a process under SLURM, or for one of several processes under torchrun; otherwise
+    return None, for PyTorch's default."""
+    # LOCAL_WORLD_SIZE is set by torchrun; SLURM assigns separate cores to each task
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if slurm_cores() is None and local_world_size == 1:
         return None
@@ -86,7 +86,7 @@ def default_threads() -> int | None:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, which a cluster or a container may limit."""
+    """Return the number of cores that this process may use; a cluster or a container may limit it."""
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(may_use, slurm_cores() or may_use)
 
@@ -117,8 +117,8 @@ def gpus() -> list[str]:
 
 
 def claim_gpu() -> None:
-    """Make one GPU visible to this process, which no other job uses; if there are more processes than GPUs, they share
-    them evenly. The claim ends with the process, however it ends."""
+    """Make only one GPU visible to this process, which no other job uses. If there are more processes than GPUs, the
+    GPUs are shared evenly. The claim ends with the process."""
     if CLAIMED in os.environ:
         return
     folder = Path(tempfile.gettempdir(), f"cifarnet-{getpass.getuser()}")
@@ -129,13 +129,13 @@ def claim_gpu() -> None:
             lock = FileLock(folder / f"gpu-{name}-{turn}.lock")
             with contextlib.suppress(Timeout):
                 lock.acquire(blocking=False)
-                atexit.register(lock.release)  # keeps the lock as long as the process lives
+                atexit.register(lock.release)  # holds the lock until the process ends
                 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[CLAIMED] = name
                 return
 
 
 def describe(device: "torch.device", ranks: int = 1) -> dict[str, Any]:
-    """Describe the device of a measurement, and the number of ranks that use one each."""
+    """Describe the device of a measurement, and the number of ranks, each of which uses one device."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
@@ -170,8 +170,8 @@ def git_commit() -> str | None:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when its parent ends: another sweep may resume in the folder of a job."""
-    if sys.platform == "linux":  # at once; the thread is for other systems, and for a parent that has ended already
+    """End this process when its parent ends, because another sweep may resume in the folder of a job."""
+    if sys.platform == "linux":  # immediate; the thread is for other systems, and for a parent that has already ended
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Log output: messages of libraries that a user cannot act on are suppressed; a run's own lines go to its log."""
+"""Log output: suppress library messages that a user cannot act on, and write the lines of a run to its log."""
 
 import contextlib
 import logging
@@ -15,12 +15,12 @@ from cifarnet.errors import printable
 
 
 def quiet_libraries() -> None:
-    """Suppress notes about the hardware and advice that does not apply; other warnings are shown."""
-    import lightning.fabric  # noqa: F401  importing it sets its loggers to talk: not after this
+    """Suppress notes about the hardware and advice that does not apply. Other warnings are shown."""
+    import lightning.fabric  # noqa: F401  it sets the level of its loggers when it is first imported
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
-        logger.handlers.clear()  # under Hydra every line would appear twice
+        logger.handlers.clear()  # otherwise every line would appear twice under Hydra
         logger.setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # it announces what it creates
     profilers = logging.getLogger("lightning.pytorch.profilers")  # the user enabled them
@@ -28,12 +28,12 @@ def quiet_libraries() -> None:
     profilers.setLevel(logging.INFO)
     for message in (
         ".*exists and is not empty.*",  # the run's folder is also the logger's
-        ".*smaller than the logging interval.*",  # metrics are logged once an epoch
+        ".*smaller than the logging interval.*",  # metrics are logged once per epoch
         ".*does not have many workers.*",
         ".*your dataloader is not resumable.*",  # callbacks.training_state.TrainingState restores its position
         ".*treespec.*",
         ".*`srun` command is available.*",  # a single process does not need it
-        ".*sync_dist=True.*",  # the metrics cover all ranks
+        ".*sync_dist=True.*",  # the metrics are computed over all ranks
         ".*Total length of `list`.*",  # training without validation
         ".*Glyph .* missing from font.*",  # in the name of an image or a class
         ".*decompression bomb DOS attack.*",  # raised only for larger images
@@ -44,7 +44,7 @@ def quiet_libraries() -> None:
 @contextlib.contextmanager
 def quiet_fabric() -> Iterator[None]:
     """Suppress the message of Lightning's Fabric about the precision that was chosen."""
-    before = rank_zero.log.level  # it depends on which part of Lightning was imported last
+    before = rank_zero.log.level  # the level depends on the part of Lightning that was imported last
     rank_zero.log.setLevel(logging.WARNING)
     try:
         yield
@@ -53,10 +53,10 @@ def quiet_fabric() -> Iterator[None]:
 
 
 def disable_tensorflow() -> None:
-    """Let TensorBoard do without TensorFlow, which takes seconds to import if it is installed."""
+    """Prevent TensorBoard from importing TensorFlow, which takes seconds."""
     stub = "tensorboard.compat.notf"  # TensorBoard looks for this module
     sys.modules[stub] = ModuleType(stub)
-    tf.io  # noqa: B018  it is decided on first use
+    tf.io  # noqa: B018  TensorBoard decides on first use
     del sys.modules[stub]
 
 
@@ -68,6 +68,6 @@ def report(lines: str, on_terminal: bool = True) -> None:
 
 
 def log_to_file(path: Path) -> None:
-    """Write what `report` prints to a file as well, as Hydra's logging does (configs/train.yaml)."""
+    """Also write the output of `report` to a file, as Hydra's logging does (configs/train.yaml)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=path, level="INFO", format="[%(asctime)s] %(message)s")
