@@ -42,10 +42,10 @@ def build(
 
     Args:
         config: a valid config, as composed from `configs/train.yaml`.
-        callbacks: callbacks in addition to those of the config.
+        callbacks: callbacks in addition to the callbacks of the config.
         checkpoint: the checkpoint of this run from which training will be resumed.
         images: the images that the previous run read.
-        trainer_settings: settings of Lightning's Trainer that replace those of the config.
+        trainer_settings: settings of Lightning's Trainer that override the section `trainer` of the config.
 
     Raises:
         UserError: a setting or the data cannot be used.

@@ -39,7 +39,7 @@ def train(
     Args:
         config: a config composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
         ckpt_path: the checkpoint from which to resume a run with this config (`resuming.resume` returns both).
-        callbacks: callbacks in addition to those of the config, on a single device.
+        callbacks: callbacks in addition to the callbacks of the config; they require a single device.
         images: the images that the previous run read.
 
     Returns:

@@ -18,8 +18,8 @@ class Whiten(nn.Module):
     the identity.
 
     The filters are the eigenvectors of the patches' uncentered second moment, divided by √(eigenvalue + eps), followed
-    by the negated filters, so that an activation that passes one sign loses no information
-    (Page, 2018; Jordan, 2024, https://arxiv.org/abs/2404.00498). It has no parameters and needs no gradient.
+    by the negated filters, so that an activation that passes one sign loses no information (Page, 2018; Jordan, 2024,
+    https://arxiv.org/abs/2404.00498). The layer has no parameters and needs no gradient.
 
     Shapes: [B, C, H, W] -> [B, 2 × C × kernel_size², H - kernel_size + 1, W - kernel_size + 1].
     """
