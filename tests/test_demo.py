@@ -104,7 +104,7 @@ def test_bad_settings(run, changed, command, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         status, _, err = command(str(run), f"port={port}", "pictures=0", main=main)
-    assert (status, f"port={port} cannot be served" in err) == (1, True), err
+    assert (status, f"port={port}: the port is in use" in err) == (1, True), err
     for setting, message in {
         "port=0": "port=0 is out of range",
         "upload_limit=0": "upload_limit=0",

@@ -174,7 +174,7 @@ def test_other_data_is_split_like_the_runs_data(config, tmp_path):
         (["data.test_size=many"], "data.test_size=many is not valid"),
         (["data=folder"], "data.root is required"),
         (["~data"], "data"),
-        (["cifar10_c=nowhere"], "cifar10_c=nowhere has CIFAR-10's classes"),
+        (["cifar10_c=nowhere"], "cifar10_c=nowhere requires CIFAR-10's classes"),
         (["cifar10h=nowhere"], "the data is Synthetic"),
         (["classes=[no.such]"], "there is no class no.such"),
         (["classes=3"], "classes=3 is not valid"),

@@ -161,7 +161,7 @@ def test_random_pixels_without_the_runs_images(changed, command, tmp_path):
     run = changed(alter)
     status, out, err = command(str(run), f"output={tmp_path}/network.onnx", "images=20", main=main)
     assert status == 0, err
-    assert "No test images to compare on: " in out
+    assert "No test images for the comparison: " in out
     assert "Add data.root=…" in out
     assert "network.onnx: the same predictions on 20 random images" in out
     status, _, err = command(str(run), "data=folder", "data.root=/neither", main=main)

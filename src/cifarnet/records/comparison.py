@@ -69,7 +69,7 @@ def _read(file: Path, metric: str | None) -> Record:
 
 
 def _files(paths: Sequence[str]) -> list[Path]:
-    """Return the `metrics.json` of all runs at or below the paths. Those of evaluations, beside a report, are skipped."""
+    """Return the `metrics.json` of all runs at or below the paths. Those of evaluations (with a report) are skipped."""
     files = []
     for path in paths:
         found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("metrics.json"))

@@ -1,7 +1,7 @@
 """Runs read from their folders, groups of runs that differ only in the seed, and tables as text.
 
-The folder of a finished run contains `metrics.json`. The folder of a job of a sweep contains Hydra's record of its overrides
-from the beginning, and `error.txt` or `pruned.txt` if the job failed or was pruned.
+The folder of a finished run contains `metrics.json`. The folder of a job of a sweep contains Hydra's record of its
+overrides from the beginning, and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
 import math
