@@ -99,11 +99,11 @@ def build_page(
     """
     import gradio as gr
 
-    def analyse_upload(path: str | None) -> list[Any]:
+    def analyze_upload(path: str | None) -> list[Any]:
         if path is None:
             return [None, None, None] * len(models)
         try:
-            return [output for model in models.values() for output in analyse(model, path, settings)]
+            return [output for model in models.values() for output in analyze(model, path, settings)]
         except UserError as error:
             message = str(error).replace(path, "This picture")
             raise gr.Error(html.escape(printable(message)), print_exception=False) from error
@@ -126,11 +126,11 @@ def build_page(
                 with gr.Row():
                     style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
                     outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
-        picture.change(analyse_upload, picture, outputs, api_name="answer", show_progress="hidden")
+        picture.change(analyze_upload, picture, outputs, api_name="answer", show_progress="hidden")
     return page
 
 
-def analyse(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
+def analyze(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
     """Return the probability of each class, the network's input and its Grad-CAM map.
 
     Raises:
