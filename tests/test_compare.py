@@ -308,7 +308,7 @@ def test_an_evaluation_in_the_folder_of_a_run_is_ignored(run, compared):
     for name in ("metrics.json", "report.html"):
         (evaluation / name).touch()
     _, printed, _ = compared("a")
-    assert re.search(r"a +quickstart +90.00 % +1\b", printed)
+    assert re.search(r"a +quickstart +90.00% +1\b", printed)
     assert "left out" not in printed
 
 
@@ -323,10 +323,10 @@ def test_validation_accuracy_is_the_metric_if_all_runs_have_it(run, compared):
     run("a", 0, 0.9, {"test_accuracy": 0.5})
     run("b", 0, 0.8, {"test_accuracy": 0.6} | FASTER)
     _, printed, _ = compared("a", "b")
-    assert re.search(r"val accuracy .*\n +a +quickstart +90.00 % +1 +0.01\b", printed)
+    assert re.search(r"val accuracy .*\n +a +quickstart +90.00% +1 +0.01\b", printed)
     run("c", 0, 0.7, {"val_accuracy": None, "config.optimizer.lr": 0.03})
     _, printed, _ = compared("a", "b", "--against", "c")
-    assert re.search(r"test accuracy .*\n +a +quickstart +60.00 % +1 +0.02\b", printed)
+    assert re.search(r"test accuracy .*\n +a +quickstart +60.00% +1 +0.02\b", printed)
     assert "left out" not in printed
 
 
@@ -336,7 +336,7 @@ def test_an_unreadable_record_is_reported_and_the_others_are_compared(run, compa
     run("a/bad", 2, 0.9, {"data": None})
     status, printed, error = compared("a")
     assert status == 0, error
-    assert re.search(r"a +quickstart +90.00 ± 0.00 % +2\b", printed)
+    assert re.search(r"a +quickstart +90.00 ± 0.00% +2\b", printed)
     [line] = [line for line in printed.splitlines() if "left out" in line]
     assert "a/bad/metrics.json cannot be read" in line
     status, _, error = compared("a/bad")

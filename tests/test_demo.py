@@ -7,7 +7,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet.demo import analyse, choose, main, serving
+from cifarnet.demo import analyze, choose, main, serving
 from cifarnet.errors import UserError
 from cifarnet.inference import test_images
 from conftest import picture
@@ -66,7 +66,7 @@ def test_files_that_are_not_pictures(client, tmp_path):
 def test_folder_of_uploads_is_refused(run, tmp_path):
     picture(tmp_path / "somebodys.png")
     with pytest.raises(UserError, match="is not a file"):
-        analyse(cifarnet.load(run), str(tmp_path), {"accelerator": "cpu"})
+        analyze(cifarnet.load(run), str(tmp_path), {"accelerator": "cpu"})
 
 
 def test_example_pictures(run, tmp_path):
@@ -104,7 +104,7 @@ def test_bad_settings(run, changed, command, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         status, _, err = command(str(run), f"port={port}", "pictures=0", main=main)
-    assert (status, f"port={port} cannot be served" in err) == (1, True), err
+    assert (status, f"port={port}: the port is in use" in err) == (1, True), err
     for setting, message in {
         "port=0": "port=0 is out of range",
         "upload_limit=0": "upload_limit=0",

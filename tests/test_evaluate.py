@@ -174,7 +174,7 @@ def test_other_data_is_split_like_the_runs_data(config, tmp_path):
         (["data.test_size=many"], "data.test_size=many is not valid"),
         (["data=folder"], "data.root is required"),
         (["~data"], "data"),
-        (["cifar10_c=nowhere"], "cifar10_c=nowhere has CIFAR-10's classes"),
+        (["cifar10_c=nowhere"], "cifar10_c=nowhere requires CIFAR-10's classes"),
         (["cifar10h=nowhere"], "the data is Synthetic"),
         (["classes=[no.such]"], "there is no class no.such"),
         (["classes=3"], "classes=3 is not valid"),
@@ -366,7 +366,7 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     """The folder of the pictures is never read from a checkpoint; the other settings are."""
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    with pytest.raises(UserError, match=r"does not name the folder of its images .*Add data\.root="):
+    with pytest.raises(UserError, match=r"does not specify the folder of its images .*Add data\.root="):
         evaluate(tmp_path / "run", QUICK)
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]

@@ -161,14 +161,14 @@ def test_random_pixels_without_the_runs_images(changed, command, tmp_path):
     run = changed(alter)
     status, out, err = command(str(run), f"output={tmp_path}/network.onnx", "images=20", main=main)
     assert status == 0, err
-    assert "No test images to compare on: " in out
+    assert "No test images for the comparison: " in out
     assert "Add data.root=…" in out
     assert "network.onnx: the same predictions on 20 random images" in out
     status, _, err = command(str(run), "data=folder", "data.root=/neither", main=main)
     assert (status, "/neither" in err) == (1, True), err
     shared = export(run, ["format=hub", f"output={tmp_path}/shared", "images=20"])
     status, out, err = command(str(shared), f"output={tmp_path}/again.onnx", main=main)
-    assert (status, "shared does not name its data." in out) == (0, True), err
+    assert (status, "shared does not specify its data." in out) == (0, True), err
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
@@ -192,7 +192,7 @@ def test_shared_folder_can_be_loaded(run, images, command, tmp_path):
     assert shared.predict(images) == original.predict(images)
     evaluated = evaluate(folder, ["data=synthetic", "data.test_size=60", "corruptions=false", "data.train_size=300"])
     assert evaluated["test"]["images"] == 60
-    with pytest.raises(UserError, match=r"does not name its data\. Choose data="):
+    with pytest.raises(UserError, match=r"does not specify its data\. Choose data="):
         evaluate(folder)
     assert Path(folder / "model.safetensors").stat().st_mode == Path(folder / "README.md").stat().st_mode
     with pytest.raises(UserError, match=r"no temperature was fitted .*python -m cifarnet\.evaluate .* data=…"):

@@ -287,7 +287,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 1, "Name pictures as well"),
+        ([], 1, "No pictures given"),
         (["a.png", "ttta=mirror"], 1, "Did you mean tta?"),
         (["a.png", "tta=rotate"], 1, "tta=rotate"),
         (["a.png", "top=0"], 1, "top=0 is out of range: it must be at least 1"),
@@ -297,7 +297,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
         (["a.png", "temperature=0"], 1, "temperature=0"),
         (["a.png", "temperature=hot"], 1, "temperature=hot"),
         (["a.png", "precision=bf8"], 1, "precision=bf8"),
-        (["a.png", "output=a.png"], 1, "output=a.png: give a file name that ends with .csv or .json"),
+        (["a.png", "output=a.png"], 1, "output=a.png: use a file name that ends with .csv or .json"),
         (["a.png", "output=a.png/b.csv"], 1, "output=a.png/b.csv cannot be written"),
         (["a.png", "--batch-size=3"], 2, "Write settings without dashes: batch_size=3"),
         (["a.png", "--top", "3"], 2, "Write settings without dashes: top=…"),

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from cifarnet.inference.trained import Trained
 
-NUM_SEARCHED = 1000  # test pictures that are searched for mistakes
-SIDE = 256  # pixels to which pictures are enlarged
+NUM_SEARCHED = 1000  # the number of test pictures that are searched for mistakes
+SIDE = 256  # the size to which pictures are enlarged, in pixels
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     """Serve the page for the duration of the context, and yield its address.
 
     Args:
-        runs: folders of runs, or checkpoint files.
+        runs: paths of runs' folders or checkpoint files.
         overrides: overrides of `configs/demo.yaml`, such as "port=8000".
 
     Raises:
@@ -78,8 +78,9 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
                 prevent_thread_lock=True,
             )
         except OSError as error:
-            reason = "the port is in use, or the host is not an address of this machine. port=null takes a free port."
-            raise UserError(f"host={config.host} port={config.port} cannot be served: {reason}") from error
+            reason = "the port is in use, or the host is not an address of this machine. Use port=null for a free port."
+            address = f"host={config.host} port={config.port}"
+            raise UserError(f"The page cannot be served at {address}: {reason}") from error
         try:
             yield address
         finally:
@@ -89,20 +90,20 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
 def build_page(
     models: "Mapping[str, Trained]", examples: Sequence[tuple[str, str]], settings: Mapping[str, Any]
 ) -> Any:
-    """Return the page: a picture on the left, then a column for each network.
+    """Return the page, which has a picture on the left and a column for each network.
 
     Args:
         models: networks by the path of their run.
         examples: paths of pictures to choose from, and their captions.
-        settings: those of `Trained.answers`.
+        settings: the settings of `Trained.answers`.
     """
     import gradio as gr
 
-    def analyse_upload(path: str | None) -> list[Any]:
+    def analyze_upload(path: str | None) -> list[Any]:
         if path is None:
             return [None, None, None] * len(models)
         try:
-            return [output for model in models.values() for output in analyse(model, path, settings)]
+            return [output for model in models.values() for output in analyze(model, path, settings)]
         except UserError as error:
             message = str(error).replace(path, "This picture")
             raise gr.Error(html.escape(printable(message)), print_exception=False) from error
@@ -114,7 +115,7 @@ def build_page(
         with gr.Column(min_width=280):
             upload: Any = {"type": "filepath", "image_mode": None, "sources": ["upload", "webcam", "clipboard"]}
             picture = gr.Image(label="A picture", height=240, **upload)
-            picture.preprocess = lambda payload: payload and payload.path  # this project decodes the file itself
+            picture.preprocess = lambda payload: payload and payload.path  # cifarnet decodes the file, not gradio
             if examples:
                 layout: Any = {"columns": 3, "height": 420, "object_fit": "contain", "allow_preview": False}
                 gr.Gallery(examples, label="Test pictures", **layout).select(choose_example, None, picture)
@@ -125,19 +126,19 @@ def build_page(
                 with gr.Row():
                     style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
                     outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
-        picture.change(analyse_upload, picture, outputs, api_name="answer", show_progress="hidden")
+        picture.change(analyze_upload, picture, outputs, api_name="answer", show_progress="hidden")
     return page
 
 
-def analyse(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
-    """Return the probabilities by class, the network's input and its Grad-CAM map.
+def analyze(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
+    """Return the probability of each class, the network's input and its Grad-CAM map.
 
     Raises:
         UserError: the picture cannot be read.
     """
     from cifarnet.inference.figures import overlay
 
-    if not os.path.isfile(path):  # a request may name a folder of uploads
+    if not os.path.isfile(path):  # a request can contain the path of a folder of uploads
         raise UserError(f"{path} is not a file.")
     (answer,) = model.answers([path], **settings)
     if answer.error:
@@ -150,13 +151,13 @@ def analyse(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[An
 def choose(
     model: "Trained", images: "Tensor", labels: Sequence[int], count: int, folder: Path, settings: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """Choose test pictures: two thirds or more at regular intervals, then the most confident mistakes.
+    """Choose test pictures: at least two thirds at regular intervals, then the most confident mistakes.
 
     Args:
         images: uint8 [N, 3, size, size].
-        count: number of pictures to choose.
-        folder: where the chosen pictures are written.
-        settings: those of `Trained.answers`.
+        count: the number of pictures to choose.
+        folder: the folder to write the chosen pictures to.
+        settings: the settings of `Trained.answers`.
 
     Returns:
         The paths of the pictures, and their captions.

@@ -1,4 +1,4 @@
-"""Evaluate a trained network: accuracy, calibration, mistakes and robustness, as an HTML page.
+"""Evaluate a trained network: write an HTML report on its accuracy, calibration, mistakes and robustness.
 
 examples:
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
@@ -23,7 +23,7 @@ from cifarnet.system import files
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` into its folder `evaluation`.
+    """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` to the folder `evaluation`.
 
     Args:
         path: a run's folder or a checkpoint file.

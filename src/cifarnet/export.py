@@ -1,4 +1,4 @@
-"""Export a trained network to a file that runs without this project, or to a folder for Hugging Face's hub.
+"""Export a trained network to a file that runs without this project, or to a folder for the Hugging Face Hub.
 
 The exported network is compared with the original on test images, or on random pixels if the run's images are not
 available. It is kept only if their logits agree.
@@ -6,7 +6,7 @@ available. It is kept only if their logits agree.
 examples:
   python -m cifarnet.export lightning_logs/baseline/<date_time>
   python -m cifarnet.export <run> format=torch_export output=cnn.pt2
-  python -m cifarnet.export <run> format=hub            for Hugging Face's hub, with a model card
+  python -m cifarnet.export <run> format=hub            for the Hugging Face Hub, with a model card
 """
 
 import importlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cifarnet.inference.trained import Trained
 
 BATCH_SIZES = (1, 7, 64)
-TOLERANCE = 1e-4  # of logits, in float32
+TOLERANCE = 1e-4  # the largest allowed difference of the logits, in float32
 
 
 def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -59,7 +59,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     try:
         images, _ = test_images.read("export", overrides, classifier.checkpoint, config.classes, config.images)
     except NoImages as error:
-        print(printable(f"No test images to compare on: {error}"))
+        print(printable(f"No test images for the comparison: {error}"))
         kind, generator = "random", torch.Generator().manual_seed(config.seed)
         count = min(config.images, max(2, 2**28 // size**2))  # at most 800 MB
         images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -75,13 +75,14 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another.") from error
-    except Exception as error:  # tracing raises many types for networks that it does not support
+        raise UserError(f"output={target} cannot be written ({error.strerror}). Choose another path.") from error
+    except Exception as error:  # tracing an unsupported network can raise many types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"format={config.format} does not support this network: {reason[:300]}") from error
+        message = f"format={config.format} does not support this network: {reason[:300]}"
+        raise UserError(f"{message.removesuffix('.')}. Choose another format.") from error
     path, sizes = os.path.relpath(target), ", ".join(map(str, BATCH_SIZES))
     print(printable(f"{path}: the same predictions on {len(images):,} {kind} images, in batches of {sizes}."))
-    print(f"The largest difference of logits is {difference:.1e}.")
+    print(f"The largest difference between the logits is {difference:.1e}.")
     return target
 
 
@@ -95,7 +96,7 @@ def find_format(name: str) -> Any:
     try:
         return importlib.import_module(f"cifarnet.formats.{name}")
     except ImportError as error:
-        remedy = f"Choose one of {', '.join(names)}, and install what they need: pip install 'cifarnet[export]'"
+        remedy = f"Choose one of {', '.join(names)}, and install what it needs: pip install 'cifarnet[export]'"
         raise UserError(f"format={name} cannot be used ({error}). {remedy}") from error
 
 
@@ -107,16 +108,16 @@ def _target(output: str | None, classifier: "Trained", file: str) -> Path:
     if output is None:
         files.refuse_links(target.parent, [target])
     if target.is_dir() and any(target.iterdir()) and not (target / HUB_WEIGHTS).is_file():
-        raise UserError(f"output={target} is a folder with other files. Choose a new file or folder, such as {file}.")
+        raise UserError(f"output={target} is a folder with other files. Choose another path, such as {file}.")
     files.make_folder(target.parent, f"output={target} cannot be written")
     return target
 
 
 def facts(classifier: "Trained", channels: int) -> dict[str, Any]:
-    """Return what a user of the exported file needs to know, as plain data; accuracies are from 0 to 1."""
+    """Return the information that a user of the exported file needs, as plain data. Accuracies are from 0 to 1."""
     size, names = classifier.checkpoint.image_size, classifier.class_names
     known = {
-        "input": f"uint8 [batch, {channels}, {size}, {size}], RGB, not normalised: the network normalises them",
+        "input": f"uint8 [batch, {channels}, {size}, {size}], RGB, not normalized: the network normalizes them",
         "output": f"logits, float32 [batch, {len(names)}]; softmax gives the probabilities of class_names",
         "class_names": names,
         "image_size": size,
@@ -131,10 +132,10 @@ def facts(classifier: "Trained", channels: int) -> dict[str, Any]:
 
 
 def _compare(network: Callable, exported: Callable, images: "Tensor") -> float:
-    """Return the largest difference of logits over images [N, C, H, W], in batches of each of `BATCH_SIZES`.
+    """Return the largest difference between the logits of images [N, C, H, W], in batches of each of `BATCH_SIZES`.
 
     Raises:
-        UserError: the difference is not below `TOLERANCE`, or an image gets another class.
+        UserError: the difference is not below `TOLERANCE`, or a predicted class differs.
     """
     import torch
 
@@ -146,8 +147,8 @@ def _compare(network: Callable, exported: Callable, images: "Tensor") -> float:
     difference = (found - expected).abs().max().item()
     if not difference < TOLERANCE or not torch.equal(found.argmax(1), expected.argmax(1)):
         raise UserError(
-            f"The exported network differs from the original: its logits by {difference:.1e} (allowed: {TOLERANCE}, "
-            "and the same classes). Nothing was kept. Choose another format."
+            f"The exported network differs from the original: by up to {difference:.1e} in the logits (allowed: "
+            f"{TOLERANCE}), or in a predicted class. The export was deleted. Choose another format."
         )
     return difference
 

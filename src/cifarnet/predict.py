@@ -1,7 +1,7 @@
-"""Predict the class of each picture: image files of any size and format that Pillow reads, and folders of them.
+"""Predict the class of each picture: an image file of any size, in any format that Pillow reads, or a folder of them.
 
-The first path is a run's folder or a checkpoint file, the others are pictures. Exit status: 0; 1 if a picture cannot be
-read.
+The first path is a run's folder or a checkpoint file; the others are pictures. The exit status is 0, or 1 after an
+error, for example if a picture cannot be read.
 
 examples:
   python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
@@ -31,9 +31,9 @@ from cifarnet.system import files
 if TYPE_CHECKING:
     from cifarnet.inference.trained import Answer, Trained
 
-NUM_DRAWN = 10  # classes beside a Grad-CAM map, at most
-WIDTH = 60  # of the column of names, at most
-TITLE = 70  # characters of a path above a figure, at most
+NUM_DRAWN = 10  # the largest number of classes beside a Grad-CAM map
+WIDTH = 60  # the largest width of the column of names, in characters
+TITLE = 70  # the largest number of characters of a path above a figure
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
@@ -41,7 +41,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
     Args:
         run: a run's folder or a checkpoint file.
-        images: files, and folders of them.
+        images: paths of image files, and of folders of image files.
         overrides: overrides of `configs/predict.yaml`, such as "top=1".
 
     Raises:
@@ -52,7 +52,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     output = None if config.output is None else Path(config.output)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
-            raise UserError(f"output={output}: give a file name that ends with .csv or .json.")
+            raise UserError(f"output={output}: use a file name that ends with .csv or .json.")
         files.make_folder(output.parent, f"output={output} cannot be written")
     # imported here, because it takes seconds and `--help` does not need it
     from cifarnet.inference.trained import load
@@ -92,7 +92,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
 
 def _list_pictures(images: Sequence[str]) -> list[str]:
-    """Return the files, and those in and below the folders."""
+    """Return the paths of the image files, including those in and below the folders."""
     from cifarnet.inference.decoding import expand_folders
 
     pictures = []
@@ -102,12 +102,12 @@ def _list_pictures(images: Sequence[str]) -> list[str]:
             print(_on_one_line(f"There are no images (.png, .jpg, .gif, .tif, .webp, …) in {path}."), file=sys.stderr)
         pictures += found
     if not pictures:
-        raise UserError("There are no images to predict. Give image files, or folders of them.")
+        raise UserError("There are no images to predict. Specify image files, or folders of them.")
     return pictures
 
 
 def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
-    """Save a figure of the Grad-CAM map under the picture's name; a number makes it unique."""
+    """Save a figure of the Grad-CAM map under the picture's name, with a number if the name already exists."""
     from cifarnet.inference.figures import explanation
     from cifarnet.records.figures import save
 
@@ -128,7 +128,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _write(content: Mapping[str, Any], output: Path) -> None:
-    """Write a JSON file with the predictions and what they depend on, or a CSV file with a row for each picture."""
+    """Write a JSON file with the predictions and their settings, or a CSV file with a row for each picture."""
     if output.suffix.lower() == ".json":
         text = json.dumps(content, indent=1)
     else:
@@ -143,15 +143,15 @@ def _write(content: Mapping[str, Any], output: Path) -> None:
         writer.writerows(rows)
         text = table.getvalue()
     try:
-        files.write(output, text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
+        files.write(output, text.encode("utf-8", "surrogateescape"))  # file names can contain any bytes
     except OSError as error:
-        raise UserError(f"output={output} cannot be written ({error.strerror}).") from error
+        raise UserError(f"output={output} cannot be written ({error.strerror}). Choose another path.") from error
 
 
 def _command() -> None:
     paths, overrides, _ = cli.parse("predict", __doc__)
     if len(paths) == 1:
-        raise UserError("Name pictures as well: python -m cifarnet.predict <run> <files and folders>")
+        raise UserError("No pictures given. Use: python -m cifarnet.predict <run> <files and folders>")
     predict(paths[0], paths[1:], overrides)
 
 

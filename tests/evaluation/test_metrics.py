@@ -134,9 +134,9 @@ def test_classes_without_images_have_no_accuracy():
     assert math.isnan(rows[1]["accuracy"])
 
 
-def test_against_people_by_hand():
-    people = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    figures = metrics.against_people(PROBABILITIES[:2].log(), people, temperature=0.5)
+def test_against_humans_by_hand():
+    humans = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    figures = metrics.against_humans(PROBABILITIES[:2].log(), humans, temperature=0.5)
     expected = -(0.5 * math.log(0.8) + 0.5 * math.log(0.1) + math.log(0.1)) / 2
     assert figures["cross_entropy"] == pytest.approx(expected, abs=1e-6)
     squares = 0.8**2 + 0.1**2 + 0.1**2  # the temperature squares the probabilities, which are then normalised

@@ -55,8 +55,8 @@ def test_public_sets_in_their_formats(run, evaluated, tmp_path):
         tmp_path / "C", fog=np.tile(pixels, (5, 1, 1, 1)), spatter=third_inverted, snow=third_inverted, labels=truth
     )
     v6 = {"cifar10.1_v6_data": pixels[:7], "cifar10.1_v6_labels": labels[:7].astype(np.int32)}
-    people = save(tmp_path / "H", **{"cifar10h-probs": np.eye(10)[labels]}) / "cifar10h-probs.npy"
-    public = [f"cifar10_c={c}", f"cifar10_1={save(tmp_path / '1', **v6)}", f"cifar10h={people}"]
+    humans = save(tmp_path / "H", **{"cifar10h-probs": np.eye(10)[labels]}) / "cifar10h-probs.npy"
+    public = [f"cifar10_c={c}", f"cifar10_1={save(tmp_path / '1', **v6)}", f"cifar10h={humans}"]
 
     measured = evaluated(*public)
     table = measured["cifar10_c"]["accuracy"]
@@ -173,8 +173,8 @@ def test_other_unreadable_sets(tmp_path):
             public_sets.read(Pictured(), None, None, str(place))
     swapped = save(tmp_path / "H", probs=np.full((20, 10), 0.1, ">f8")) / "probs.npy"
     assert public_sets.read(Pictured(), None, None, str(swapped)).cifar10h.sum() == pytest.approx(20)
-    people = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
+    humans = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
     with pytest.raises(UserError, match="sum to 1"):
-        public_sets.read(Pictured(), None, None, str(people))
+        public_sets.read(Pictured(), None, None, str(humans))
     with pytest.raises(UserError, match=r"expected floating \[10000, 10\]"):
-        public_sets.read(Pictured(count=10_000), None, None, str(people))
+        public_sets.read(Pictured(count=10_000), None, None, str(humans))

@@ -78,7 +78,7 @@ def test_page_has_all_results(figures):
         "15 equally wide bins",
         "1,000 validation images",
         "disc 1,500 90.0% 88.0% to 92.0%",
-        "Synthetic: 9,000 / 1,000 / 2,000 images to train / validate / test; sha256 abc",
+        "Synthetic: 9,000 training, 1,000 validation and 2,000 test images; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
         "Training settings optimizer.lr 0.05 model.widths [4, 4]",
         "cpu: Some CPU, 2 threads, Linux",
@@ -114,7 +114,7 @@ def test_optional_sections(figures):
         "CIFAR-10-C 60.00% (mean of 2 corruptions)",
         "excludes gaussian_blur, saturate, spatter, speckle_noise.",
         "CIFAR-10.1 v6 91.00%",
-        "people's labels 0.4000 (lower bound 0.2000)",
+        "human labels 0.4000 (lower bound 0.2000)",
     ):
         assert part in page
 

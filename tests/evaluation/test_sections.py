@@ -51,7 +51,7 @@ def measure(cls=Coloured, public=None, noise_seed=None, network=None):
 
 
 @pytest.fixture
-def people():
+def humans():
     return torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
 
 
@@ -76,13 +76,13 @@ def test_temperature_is_fitted_on_validation_images():
     assert record["test_with_temperature"]["cross_entropy"] != record["test"]["cross_entropy"]
 
 
-def test_order_of_the_images_does_not_matter(people):
-    public = public_sets.PublicSets(cifar10h=people)
+def test_order_of_the_images_does_not_matter(humans):
+    public = public_sets.PublicSets(cifar10h=humans)
     (record, _), (shuffled, _) = (measure(cls, public) for cls in (Coloured, Shuffled))
     assert record["mistakes"] == shuffled["mistakes"]
     assert record["confusion"] == shuffled["confusion"]
     assert record["cifar10h"] == pytest.approx(shuffled["cifar10h"], rel=1e-9)
-    turned = measure(public=public_sets.PublicSets(cifar10h=people.flip(0)))[0]
+    turned = measure(public=public_sets.PublicSets(cifar10h=humans.flip(0)))[0]
     assert record["cifar10h"]["cross_entropy"] != pytest.approx(turned["cifar10h"]["cross_entropy"], rel=1e-3)
 
 

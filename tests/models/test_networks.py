@@ -146,7 +146,7 @@ def test_settings_out_of_range_are_refused(config, model, setting):
     assert str(error.value).startswith(f"model.{setting}")
 
 
-def test_try_on_does_not_change_the_network():
+def test_check_output_does_not_change_the_network():
     torch.manual_seed(0)
     network = CNN(drop_rate=0.5)
     network.features.eval()

@@ -49,7 +49,7 @@ def test_holm_equals_a_textbook_example():
 
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26)])
 def test_seeds_needed_equals_cohens_tables(effect, seeds):
-    """J. Cohen, Statistical Power Analysis: small, medium and large effects, 80 % power, 5 %, two-sided."""
+    """J. Cohen, Statistical Power Analysis: small, medium and large effects, 80% power, 5%, two-sided."""
     assert seeds_needed(effect, (1, 1)) == seeds
     assert seeds_needed(-effect / 100, (0.01, 0.01)) == seeds
 
@@ -73,7 +73,7 @@ def test_power_of_few_seeds_equals_a_simulation():
 
 
 def test_seeds_needed_at_another_level():
-    """Cohen's tables: a medium effect, 80 % power, 1 %, two-sided."""
+    """Cohen's tables: a medium effect, 80% power, 1%, two-sided."""
     assert seeds_needed(0.5, (1, 1), level=0.01) == 96
 
 
@@ -90,7 +90,7 @@ def test_seeds_needed_for_tiny_and_huge_differences():
 
 
 def test_interval_of_the_mean():
-    # deviation √2, t of one degree of freedom at 97.5 %: tan(0.475 π) = 12.7062; × √2/√2
+    # deviation √2, t of one degree of freedom at 97.5%: tan(0.475 π) = 12.7062; × √2/√2
     assert interval([1, 3]) == pytest.approx(math.tan(0.475 * math.pi))
     assert interval([1, 5]) == pytest.approx(2 * math.tan(0.475 * math.pi))
     assert math.isnan(interval([1]))

@@ -42,7 +42,7 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert (failed.values, failed.runs[0].status) == ([], "failed")
     lines = summary.table([first, second, failed]).splitlines()
     assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "seconds", "n", "optimizer.lr", "job"]
-    assert " ".join(lines[1].split()) == "85.00 ± 7.07 % 84.00 ± 7.07 % 2.00 ± 0.00 2 0.1 0,1"
+    assert " ".join(lines[1].split()) == "85.00 ± 7.07% 84.00 ± 7.07% 2.00 ± 0.00 2 0.1 0,1"
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
 
 

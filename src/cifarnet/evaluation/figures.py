@@ -16,10 +16,10 @@ BARS, GAP = "#0969da", "#d1570a"
 
 
 def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draw accuracy against confidence, which are equal in a calibrated network, and the number of images in each bin.
+    """Draw accuracy against confidence (equal for a calibrated network), and the fraction of images in each bin.
 
     Args:
-        panels: bins by title, as `metrics.bins` returns them.
+        panels: bins, as returned by `metrics.bins`, by title.
     """
     figure = Figure(figsize=(1 + 4 * len(panels), 5.2), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
@@ -28,17 +28,17 @@ def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         left, right, images, confidence, accuracy = np.array([[row[key] for key in keys] for row in bins]).T
         width, filled = right - left, images > 0
         upper.bar(left, accuracy, width, align="edge", color=BARS, alpha=0.75, label="accuracy")
-        upper.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+        upper.plot([0, 1], [0, 1], "--", color="gray", label="calibrated")
         upper.vlines(confidence[filled], confidence[filled], accuracy[filled], color=GAP, linewidth=2.5, label="gap")
         upper.set(title=title, xlim=(0, 1), ylim=(0, 1))
-        lower.bar(left, images / images.sum(), width, align="edge", color="grey")
+        lower.bar(left, images / images.sum(), width, align="edge", color="gray")
         lower.set(xlabel="confidence")
         for axis in (upper, lower):
             axis.spines[["top", "right"]].set_visible(False)
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, 0].set(ylabel="accuracy in the bin")
-    axes[1, 0].set(ylabel="share of images")
+    axes[1, 0].set(ylabel="fraction of images")
     axes[0, 0].legend(frameon=False, loc="upper left")
     return figure
 

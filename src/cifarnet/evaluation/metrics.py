@@ -1,4 +1,4 @@
-"""Metrics of logits: accuracy with its interval, calibration, and the distance from people's labels."""
+"""Metrics of logits: accuracy with its interval, calibration, and the distance from human labels."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-BINS = 15  # of the calibration error: intervals of the confidence, which is the probability of the predicted class
+BINS = 15  # the number of intervals of the confidence, the probability of the predicted class, for calibration errors
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction of logits [N, num_classes] whose maximum is at the label, int64 [N]."""
+    """Return the fraction of images whose largest logit, [N, num_classes], is that of the label, int64 [N]."""
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
@@ -27,7 +27,7 @@ def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def proportion(correct: int, count: int) -> dict[str, Any]:
-    """Return a proportion and its 95 % interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953).
+    """Return a proportion and its 95% interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953).
 
     Both are NaN if `count` is 0.
     """
@@ -38,7 +38,7 @@ def proportion(correct: int, count: int) -> dict[str, Any]:
 
 
 def by_class(confusion: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the accuracy on the images of each class, from a confusion matrix, int64 [true, predicted]."""
+    """Return the accuracy on the images of each class, given a confusion matrix, int64 [true, predicted]."""
     rows = zip(class_names, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
     return [{"name": name, **proportion(correct, count)} for name, correct, count in rows]
 
@@ -52,7 +52,7 @@ def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dic
     scaled = logits.double() / temperature
     probabilities = scaled.softmax(1)
     distance = probabilities - F.one_hot(labels, logits.shape[1])
-    # torchmetrics puts a confidence of exactly 1 into a bin of its own; the next smaller float32 is in the last bin
+    # torchmetrics puts a confidence of exactly 1 in a separate bin; the next smaller float32 is in the last bin
     below_one = probabilities.clamp_max(1 - 2**-24)
     error = multiclass_calibration_error(below_one, labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
     return {
@@ -76,9 +76,9 @@ def bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T, from 0.05 to 20, that minimises the cross-entropy of softmax(logits / T).
+    """Return the temperature T, from 0.05 to 20, that minimizes the cross-entropy of softmax(logits / T).
 
-    Fit it on images that are used neither for training nor for testing (Guo et al., 2017,
+    Fit T on images that are used neither for training nor for testing (Guo et al., 2017,
     https://arxiv.org/abs/1706.04599).
     """
     logits = logits.double()
@@ -91,13 +91,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(found.x)
 
 
-def against_people(logits: Tensor, people: Tensor, temperature: float | None) -> dict[str, float]:
-    """Return the cross-entropy against the distribution of people's labels, [N, num_classes], and its lower bound.
+def against_humans(logits: Tensor, humans: Tensor, temperature: float | None) -> dict[str, float]:
+    """Return the cross-entropy against the distribution of human labels, [N, num_classes], and its lower bound.
 
     The lower bound is the entropy of that distribution (Peterson et al., 2019, https://arxiv.org/abs/1908.07086).
     """
-    entropy = torch.special.entr(people).sum(1).mean().item()
-    distance = {"cross_entropy": F.cross_entropy(logits.double(), people).item(), "entropy": entropy}
+    entropy = torch.special.entr(humans).sum(1).mean().item()
+    distance = {"cross_entropy": F.cross_entropy(logits.double(), humans).item(), "entropy": entropy}
     if temperature is not None:
-        distance["cross_entropy_with_temperature"] = F.cross_entropy(logits.double() / temperature, people).item()
+        distance["cross_entropy_with_temperature"] = F.cross_entropy(logits.double() / temperature, humans).item()
     return distance

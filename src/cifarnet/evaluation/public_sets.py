@@ -17,12 +17,12 @@ CIFAR10_C_EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # n
 
 
 class PublicSets(NamedTuple):
-    """Public test sets; None if not requested. The pixels are read from their files on use.
+    """Public test sets; None for sets that were not requested. The pixels are read from the files when they are used.
 
     Attributes:
-        cifar10_c: the test images under each corruption, a loader for each severity.
+        cifar10_c: the test images under each corruption, one loader per severity.
         cifar10_1: the images of version v4, v6 or both.
-        cifar10h: the distribution of people's labels for each test image, float64 [N, 10].
+        cifar10h: the distribution of human labels for each test image, float64 [N, 10].
     """
 
     cifar10_c: dict[str, list[InMemoryLoader]] | None = None
@@ -31,10 +31,10 @@ class PublicSets(NamedTuple):
 
 
 def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, cifar10h: str | None) -> PublicSets:
-    """Read the sets from these folders or files; `data` has the test images of the network.
+    """Read the public test sets from these folders or files; `data` contains the test images of the network.
 
     Raises:
-        UserError: a file is missing or has another format, or a set has other classes than the network.
+        UserError: a file is missing or has another format, or the network has other classes than a set.
     """
     if cifar10h is not None and not isinstance(data, CIFAR10):
         raise UserError(
@@ -44,7 +44,7 @@ def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, ci
     for setting, folder in {"cifar10_c": cifar10_c, "cifar10_1": cifar10_1}.items():
         if folder is not None and list(data.class_names) != CIFAR10_CLASSES:
             raise UserError(
-                f"{setting}={folder} has CIFAR-10's classes; the network has {', '.join(data.class_names)}. "
+                f"{setting}={folder} requires CIFAR-10's classes; the network has {', '.join(data.class_names)}. "
                 f"Remove {setting}."
             )
     return PublicSets(
@@ -55,7 +55,7 @@ def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, ci
 
 
 def _cifar10_c(folder: Path, data: ImageDataModule) -> dict[str, list[InMemoryLoader]]:
-    """Read CIFAR-10-C (Hendrycks and Dietterich, 2019, https://arxiv.org/abs/1903.12261): five severities a file."""
+    """Read CIFAR-10-C (Hendrycks and Dietterich, 2019, https://arxiv.org/abs/1903.12261): five severities per file."""
     labels = _labels(folder / "labels.npy")
     paths = sorted(set(folder.glob("*.npy")) - {folder / "labels.npy"})
     if not paths or len(labels) % SEVERITIES:
@@ -80,16 +80,18 @@ def _cifar10_1(folder: Path, data: ImageDataModule) -> dict[str, InMemoryLoader]
         images = _images(path, len(labels), data.image_size)
         loaders[version] = InMemoryLoader(images, labels, data.eval_batch_size)
     if not loaders:
-        raise UserError(f"cifar10_1={folder} has no cifar10.1_v6_data.npy or cifar10.1_v4_data.npy.")
+        names = "cifar10.1_v6_data.npy or cifar10.1_v4_data.npy"
+        raise UserError(f"cifar10_1={folder} has no {names}. Download the set again.")
     return loaders
 
 
 def _cifar10h(path: Path, count: int) -> Tensor:
     """Read CIFAR-10H's `cifar10h-probs.npy` (Peterson et al., 2019, https://arxiv.org/abs/1908.07086)."""
-    people = _array(path, np.floating, (count, len(CIFAR10_CLASSES)))
-    if not (np.allclose(people.sum(1), 1, atol=1e-3) and people.min() >= 0):
-        raise UserError(f"{path} has rows that are not probabilities, which are from 0 to 1 and sum to 1.")
-    return torch.from_numpy(people.astype(np.float64))
+    humans = _array(path, np.floating, (count, len(CIFAR10_CLASSES)))
+    if not (np.allclose(humans.sum(1), 1, atol=1e-3) and humans.min() >= 0):
+        problem = "has rows that are not probabilities from 0 to 1 with a sum of 1"
+        raise UserError(f"{path} {problem}. Download it again.")
+    return torch.from_numpy(humans.astype(np.float64))
 
 
 def _images(path: Path, count: int, size: int) -> Tensor:
@@ -101,19 +103,19 @@ def _labels(path: Path) -> Tensor:
     """Read labels, int64 [N]."""
     labels = _array(path, np.integer)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
-        raise UserError(f"{path} has labels other than 0 to 9.")
+        raise UserError(f"{path} has labels other than 0 to 9. Download it again.")
     return torch.from_numpy(labels.astype(np.int64))
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Map an array into memory; pickled objects are refused.
+    """Map an array into memory. Arrays of pickled objects are refused.
 
     Args:
         dtype: the expected type of the numbers, such as np.uint8 or np.integer.
         shape: the expected shape; None: one dimension of any length.
 
     Raises:
-        UserError: there is no such file, or it has other content.
+        UserError: the file does not exist, or has other content.
     """
     try:
         if not path.is_file():  # reading a pipe would wait forever
@@ -122,6 +124,6 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...] | None = 
         if not np.issubdtype(array.dtype, dtype) or array.shape != (shape or array.shape[:1]):
             expected = f"{dtype.__name__} {list(shape or ['N'])}"
             raise ValueError(f"it has {array.dtype} {list(array.shape)}, expected {expected}")
-    except Exception as error:  # NumPy raises many types for damaged files
+    except Exception as error:  # a damaged file can raise many types
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}. Download it again.") from error
     return array

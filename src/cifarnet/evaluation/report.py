@@ -1,4 +1,4 @@
-"""An evaluation for people: a summary for the terminal, and the report, one HTML page that opens offline."""
+"""The summary of an evaluation for the terminal, and its report, a single HTML page that works offline."""
 
 import base64
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     test, val, scaled = evaluation.test, evaluation.val, evaluation.test_with_temperature
     rows = {"test accuracy": _accuracy(test)}
     if evaluation.tta != "none":
-        rows["without augmentation"] = f"{evaluation.test_accuracy_one_view:.2%}  (at test time, tta={evaluation.tta})"
+        rows["without augmentation"] = f"{evaluation.test_accuracy_one_view:.2%}  (the test uses tta={evaluation.tta})"
     rows["validation accuracy"] = _accuracy(val) if val else "none  (trained on all images)"
     rows["top-2 accuracy"] = f"{test['top2_accuracy']:.2%}"
     for name, key, form in [
@@ -33,9 +33,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if cifar10_c := evaluation.cifar10_c:
         rows["CIFAR-10-C"] = f"{cifar10_c['mean']:.2%}  (mean of {len(cifar10_c['averaged'])} corruptions)"
     rows |= {f"CIFAR-10.1 {version}": _accuracy(part) for version, part in (evaluation.cifar10_1 or {}).items()}
-    if people := evaluation.cifar10h:
-        cross_entropy, bound = people["cross_entropy"], people["entropy"]
-        rows["CIFAR-10H"] = f"cross-entropy against people's labels {cross_entropy:.4f}  (lower bound {bound:.4f})"
+    if humans := evaluation.cifar10h:
+        cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
+        rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"
     return rows
 
 
@@ -45,10 +45,10 @@ def _accuracy(part: Summary) -> str:
 
 
 def render(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
-    """Return the report as HTML that includes all figures.
+    """Return the report as an HTML page that includes all figures.
 
     Args:
-        figures: paths of PNG files by name.
+        figures: the paths of PNG files, by name.
     """
     text = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
     # names in a checkpoint may come from a stranger, so all values are escaped

@@ -13,7 +13,7 @@ from cifarnet.seeding import derive
 
 def _pixelate(images: Tensor, fraction: float) -> Tensor:
     height, width = images.shape[-2:]
-    # at least two pixels: torch fails at a single one
+    # at least two pixels, because torch fails for a single pixel
     small = F.resize(images, [max(2, round(fraction * height)), max(2, round(fraction * width))])
     return F.resize(small, [height, width], InterpolationMode.NEAREST)
 
@@ -24,12 +24,12 @@ def _blur(images: Tensor, sigma: float) -> Tensor:
 
 
 SEVERITIES = 5
-# functions of images, uint8 [B, 3, H, W], and a level, with the level of each severity for 32×32 pixels
+# functions of images, uint8 [B, 3, H, W], and a level; and the level for each severity, chosen for 32×32 pixels
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, float, float, float, float]]] = {
-    "noise": (lambda images, sigma: F.gaussian_noise(images, sigma=sigma), (0.02, 0.04, 0.07, 0.1, 0.15)),  # of 1
+    "noise": (lambda images, sigma: F.gaussian_noise(images, sigma=sigma), (0.02, 0.04, 0.07, 0.1, 0.15)),
     "blur": (_blur, (0.5, 0.7, 0.9, 1.2, 1.6)),  # in pixels
     "JPEG": (lambda images, quality: F.jpeg(images, int(quality)), (70, 50, 30, 20, 10)),
-    "pixelate": (_pixelate, (0.75, 0.5, 0.4, 0.25, 0.2)),  # fraction of the resolution
+    "pixelate": (_pixelate, (0.75, 0.5, 0.4, 0.25, 0.2)),  # fractions of the resolution
     "posterize": (lambda images, bits: F.posterize(images, int(bits)), (5, 4, 3, 2, 1)),  # bits per channel
     "bright": (F.adjust_brightness, (1.25, 1.5, 2.0, 2.5, 3.5)),  # factors
     "dark": (F.adjust_brightness, (0.7, 0.5, 0.35, 0.25, 0.15)),
@@ -40,7 +40,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, flo
 
 
 class Corrupted:
-    """Batches of images under a corruption of severity 1 to 5, the same in every pass."""
+    """Batches of images under a corruption of severity 1 to 5. The images are the same in every pass."""
 
     def __init__(self, batches: Sequence[Batch] | BatchLoader, name: str, severity: int, seed: int) -> None:
         self.batches = batches
@@ -52,10 +52,10 @@ class Corrupted:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        with torch.random.fork_rng(devices=[]):  # torchvision draws noise from torch's global generator
+        with torch.random.fork_rng(devices=[]):  # torchvision uses torch's global generator for noise
             torch.manual_seed(self.seed)
             for batch in self.batches:
-                images = batch.images.cpu().contiguous()  # the same pixels for every device
+                images = batch.images.cpu().contiguous()  # so that the pixels are the same for every device
                 yield batch._replace(images=self.apply(images, self.level))
 
 

@@ -1,4 +1,4 @@
-"""The sections of an evaluation. Each returns its part of the record, and the figures that belong to it."""
+"""The sections of an evaluation. Each function returns a part of the record, and the figures that belong to it."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -15,7 +15,7 @@ from cifarnet.evaluation import figures, metrics, public_sets, robustness
 from cifarnet.inference import figures as inference_figures
 from cifarnet.inference.predictor import Batches, Predictions, Predictor
 
-NUM_MISTAKES = 20  # in the report
+NUM_MISTAKES = 20  # the number of mistakes in the report
 
 Section = tuple[dict[str, Any], dict[str, Figure]]  # plain data for the record, and figures by name
 
@@ -23,11 +23,11 @@ Section = tuple[dict[str, Any], dict[str, Figure]]  # plain data for the record,
 def measure(
     predictor: Predictor, data: ImageDataModule, public: public_sets.PublicSets, noise_seed: int | None
 ) -> Section:
-    """Return all sections.
+    """Return the contents of all sections.
 
     Args:
-        public: the public test sets to measure.
-        noise_seed: the seed of the corruptions; None: do not corrupt the test images.
+        public: the public test sets to evaluate on.
+        noise_seed: the seed of the corruptions; None: do not evaluate on corrupted test images.
 
     Raises:
         UserError: the network's outputs are not finite.
@@ -55,8 +55,8 @@ def measure(
     return record, drawn
 
 
-def _on_test_images(predictor: Predictor, data: ImageDataModule, people: Tensor | None) -> Section:
-    """Return accuracy, calibration and mistakes on the test images; the temperature is fitted on validation images."""
+def _on_test_images(predictor: Predictor, data: ImageDataModule, humans: Tensor | None) -> Section:
+    """Return accuracy, calibration and mistakes on the test images. The temperature is fitted on validation images."""
     names = data.class_names
     test = predictor.predict_all(data.test_dataloader(), "test")
     if not test.logits.isfinite().all():
@@ -82,7 +82,7 @@ def _on_test_images(predictor: Predictor, data: ImageDataModule, people: Tensor 
         "classes": metrics.by_class(confusion, names),
         "confusion": confusion.tolist(),
         "mistakes": mistakes,
-        "cifar10h": None if people is None else metrics.against_people(test.logits, people[test.index], temperature),
+        "cifar10h": None if humans is None else metrics.against_humans(test.logits, humans[test.index], temperature),
     }
     drawn = {
         "confusion": inference_figures.confusion(confusion, names),
@@ -107,7 +107,7 @@ def _mistakes(test: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[str, list[float]]:
-    """Return the accuracy on each set of batches, and print each row when it is complete."""
+    """Return the accuracy at each severity by row, and print each row when it is complete."""
     table = {}
     for name, row in rows.items():
         table[name] = []

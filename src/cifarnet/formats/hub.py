@@ -1,6 +1,6 @@
-"""A folder in the format of Hugging Face's hub: weights, settings, and a model card written from the run's records.
+"""A folder for the Hugging Face Hub: weights, settings, and a model card that is generated from the run's records.
 
-`hf upload <user>/<name> <folder>`, Hugging Face's own client, uploads it.
+The Hugging Face client uploads it: `hf upload <user>/<name> <folder>`.
 """
 
 import json
@@ -26,7 +26,7 @@ FILE = "hub"
 
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
-    """Create the folder: `model.safetensors`, `config.json`, and the card as `README.md`."""
+    """Create the folder with `model.safetensors`, `config.json`, and the model card, `README.md`."""
     calibrations = classifier.calibrations()
     settings = {**facts, **classifier.tested, "model": _model(classifier)}
     settings["evaluation"] = calibrations[-1] if calibrations else None
@@ -38,15 +38,14 @@ def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, A
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
-    """Return the network."""
+    """Return the network, which takes images and returns logits."""
     return cifarnet.load(path, classes).network
 
 
 def card(classifier: Trained) -> str:
     """Return the model card: how the network was trained and measured, and how to use it.
 
-    In the template, whatever comes from a record is JSON or in a code block, where neither HTML nor Markdown has a
-    meaning.
+    In the template, all values from a record are JSON or in code blocks, where HTML and Markdown have no effect.
 
     Raises:
         UserError: a record cannot be read.
@@ -57,7 +56,7 @@ def card(classifier: Trained) -> str:
         evaluation = evaluation if is_current and evaluation.data["sha256"] == record.data["sha256"] else None
     template = Template(
         Path(__file__).with_name("card.md.jinja").read_text("utf-8"),
-        finalize=lambda value: printable(str(value)).replace("`", "'"),  # so that no value ends a code block
+        finalize=lambda value: printable(str(value)).replace("`", "'"),  # so that no value can end a code block
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
@@ -77,10 +76,10 @@ def card(classifier: Trained) -> str:
 
 
 def _model(classifier: Trained) -> dict[str, Any]:
-    """Return the network's arguments, without the file that its initial weights came from."""
+    """Return the network's arguments without `checkpoint`, the path of its initial weights."""
     return {key: value for key, value in classifier.checkpoint.model.items() if key != "checkpoint"}
 
 
 def without_path(override: str) -> str:
-    """Return an override without its value if that is a path on the machine that trained."""
+    """Return an override, without its value if this is a path on the machine that trained the network."""
     return f"{cli.key_of(override)}=…" if re.search(r"=.*[/\\]", override) else override

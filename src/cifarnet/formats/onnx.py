@@ -1,4 +1,4 @@
-"""ONNX, which runs with onnxruntime and other libraries, without PyTorch."""
+"""The ONNX format, which onnxruntime and other libraries run without PyTorch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-import onnxscript  # noqa: F401  torch.onnx needs it
+import onnxscript  # noqa: F401  required by torch.onnx
 import torch
 from torch import Tensor
 
@@ -16,7 +16,7 @@ FILE = "network.onnx"
 
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a single file for batches of any size, with input `images`, output `logits` and the facts as metadata."""
+    """Write a file for batches of any size, with the input `images`, the output `logits` and the facts as metadata."""
     program = torch.onnx.export(
         classifier.network,
         (images,),

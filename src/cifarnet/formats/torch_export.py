@@ -1,4 +1,4 @@
-"""A graph of `torch.export`, which runs with PyTorch, without this project."""
+"""The graph format of `torch.export`, which PyTorch runs without this project."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ FILE = "network.pt2"
 
 
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a single file for batches of any size, with the facts in its extra file `cifarnet.json`."""
+    """Write a file for batches of any size, with the facts in its extra file `cifarnet.json`."""
     program = torch.export.export(classifier.network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path, extra_files={"cifarnet.json": json.dumps(facts)})
 

@@ -1,4 +1,4 @@
-"""Decode pictures into the pixels that a network takes, in several threads."""
+"""Decode pictures to the input size of a network, in several threads."""
 
 import os
 import threading
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from cifarnet.errors import UserError
 
-CHUNK = 16  # images that a thread decodes at a time; for small images, handing over each one would take longer
+CHUNK = 16  # the number of images in a task of a thread; one task per image would be slow for small images
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
 def expand_folders(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
-    """Yield the pictures, and in place of each folder the image files in and below it.
+    """Yield the pictures, with each folder replaced with the image files in and below it.
 
-    A folder that cannot be read is yielded itself.
+    If a folder cannot be read, its own path is yielded.
     """
     from cifarnet.data.pixels import image_files  # imports Lightning, which takes seconds
 
@@ -38,11 +38,11 @@ def expand_folders(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
 def decode_all(
     sources: Sequence[Picture], size: int, ahead: int, workers: int
 ) -> Iterator[tuple[Picture, np.ndarray | str]]:
-    """Yield each picture with its pixels, uint8 [size, size, 3], or with the reason why it cannot be read.
+    """Yield each picture with its pixels, uint8 [size, size, 3], or with an error message if it cannot be read.
 
     Args:
-        ahead: about twice this number of images are decoded before they are consumed.
-        workers: number of threads; Pillow decodes outside the interpreter's lock.
+        ahead: the number of images to decode ahead; up to about twice this number are kept.
+        workers: the number of threads; Pillow releases the GIL while decoding.
     """
     from cifarnet.data.pixels import as_image, decode, fitted
 
@@ -57,7 +57,7 @@ def decode_all(
             return source, np.asarray(fitted(as_image(source), size))
         except UserError as error:
             return source, str(error)
-        except Exception as error:  # Pillow raises many types for broken images that were opened before
+        except Exception as error:  # a broken image that Pillow has opened can raise many types
             return source, f"An image cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
 
     count = max(1, min(CHUNK, ahead, len(sources) // (4 * workers)))

@@ -18,7 +18,7 @@ BARS = "#0969da"
 def predictions(
     images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str], columns: int = 8
 ) -> Figure:
-    """Draw a grid of images with their predicted classes; mistakes are red and show the true class as well.
+    """Draw a grid of images with their predicted classes; mistakes are red and also show the true class.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -33,22 +33,22 @@ def predictions(
 
 
 def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are the `mistakes` of the evaluation's record."""
+    """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are the `mistakes` in the evaluation's record."""
     captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
     return grid(images, captions, "The most confident mistakes", columns=5)
 
 
 def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:
-    """Draw images, uint8 [3, H, W], each below its caption (text and colour)."""
+    """Draw images, uint8 [3, H, W], each below its caption (text and color)."""
     rows = -(-len(images) // columns)
     width, height = 1.35 * columns, 1.75 * rows + 0.5  # inches
     figure = Figure(figsize=(width, height), dpi=120)
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all images: laying out forty axes takes a second
-    for number, (image, (caption, colour)) in enumerate(zip(images, captions, strict=True)):
+    axis = figure.add_axes((0, 0, 1, 1))  # one axis for all images, because the layout of forty axes takes a second
+    for number, (image, (caption, color)) in enumerate(zip(images, captions, strict=True)):
         left, bottom = 1.35 * (number % columns) + 0.075, 1.75 * (number // columns) + 2.2
         extent = (left, left + 1.2, bottom, bottom - 1.2)
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
-        style: Any = {"fontsize": 9, "color": colour, "ha": "center", "va": "bottom", "parse_math": False}
+        style: Any = {"fontsize": 9, "color": color, "ha": "center", "va": "bottom", "parse_math": False}
         axis.text(left + 0.6, bottom - 1.24, caption, **style)
     axis.text(width / 2, 0.3, title, fontsize=13, ha="center", va="center")
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -57,10 +57,10 @@ def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Return a grey image, uint8 [H, W, 3], coloured where a map, float [H, W] from 0 to 1, is high."""
-    grey = np.repeat(image.mean(2, keepdims=True) / 255, 3, axis=2)
+    """Return a gray image, uint8 [H, W, 3], colored where a map, float [H, W] from 0 to 1, is high."""
+    gray = np.repeat(image.mean(2, keepdims=True) / 255, 3, axis=2)
     shade = 0.7 * heat[..., None]
-    return ((grey * (1 - shade) + colormaps["inferno"](heat)[..., :3] * shade) * 255).round().astype(np.uint8)
+    return ((gray * (1 - shade) + colormaps["inferno"](heat)[..., :3] * shade) * 255).round().astype(np.uint8)
 
 
 def explanation(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str, float]], source: str = "") -> Figure:
@@ -81,7 +81,7 @@ def explanation(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str,
         axis.axis("off")
     figure.suptitle(source, fontsize=9, parse_math=False)
     names, probabilities = zip(*ranked, strict=True)
-    bars.barh(range(len(names)), probabilities, color=[BARS] + ["grey"] * (len(names) - 1))
+    bars.barh(range(len(names)), probabilities, color=[BARS] + ["gray"] * (len(names) - 1))
     bars.set_yticks(range(len(names)), names, parse_math=False)
     bars.invert_yaxis()
     for row, probability in enumerate(probabilities):
@@ -103,7 +103,7 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
 def heat_map(
     fractions: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, decimals: int = 0
 ) -> Figure:
-    """Draw fractions, float [rows, columns], as coloured cells with their values in percent.
+    """Draw fractions, float [rows, columns], as colored cells with their values in percent.
 
     Without decimals, zeros are left out.
     """
@@ -116,11 +116,11 @@ def heat_map(
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(rows)), rows)
     figure.suptitle(title, y=1 - 0.15 / whole[1])
-    if len(columns) <= 20:  # the numbers of more columns would be unreadable
+    if len(columns) <= 20:  # numbers in more columns would be unreadable
         for (row, column), percent in np.ndenumerate((100 * fractions).round(decimals)):
             if percent > 0 or decimals:
-                colour = "white" if percent > 50 else "black"
-                axis.text(column, row, f"{percent:.{decimals}f}", ha="center", va="center", color=colour)
+                color = "white" if percent > 50 else "black"
+                axis.text(column, row, f"{percent:.{decimals}f}", ha="center", va="center", color=color)
     return figure
 
 

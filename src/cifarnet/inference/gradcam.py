@@ -1,4 +1,4 @@
-"""Grad-CAM: the parts of an image on which a network's answer depends."""
+"""Grad-CAM: the parts of an image that support a network's prediction."""
 
 import math
 
@@ -12,17 +12,17 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391) weights the last feature maps by the mean
     gradient of the class's logit and keeps the positive part. The feature maps are the last output with a square grid
-    on which the logit depends: that of any layer as [B, C, side, side], or that of a layer norm as tokens
+    on which the logit depends: the output [B, C, side, side] of any layer, or the output of a layer norm with tokens
     [B, side², C], with or without a class token in front.
 
     Args:
-        network: images, float [B, C, H, W] in [0, 1] -> logits [B, num_classes]; in eval mode.
+        network: a network in eval mode: images, float [B, C, H, W] in [0, 1] -> logits [B, num_classes].
         images: uint8 [B, C, H, W].
         classes: int64 [B].
 
     Returns:
-        Maps whose maximum is 1; zeros for an image in which nothing supports the class, and for all images if the
-        network has no such layer.
+        Maps with a maximum of 1. A map is zero if no part of the image supports the class, or if the network has no
+        such layer.
     """
     outputs: list[Tensor] = []
 
@@ -33,7 +33,7 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     handles = [module.register_forward_hook(keep) for module in network.modules()]
     try:
         with torch.enable_grad():
-            logits = network((images.float() / 255).requires_grad_())  # the network's own weights may be frozen
+            logits = network((images.float() / 255).requires_grad_())  # the network's weights may be frozen
             scores = logits.gather(1, classes[:, None]).sum()
             for output in reversed(outputs):
                 maps = _as_grid(output.detach())
@@ -54,7 +54,7 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 def _as_grid(features: Tensor) -> Tensor | None:
     """Return features [B, C, side, side], or tokens [B, side² or side² + 1, C], as a grid [B, C, side, side].
 
-    Return None for any other shape, and for a grid of a single place.
+    Return None for any other shape, and for a grid with a single cell.
     """
     if features.ndim == 3:
         side = math.isqrt(features.shape[1])

@@ -1,4 +1,4 @@
-"""Run a trained network in the precision, and with the test-time augmentation, of the test in training."""
+"""Run a trained network with the precision and the test-time augmentation of the run's test."""
 
 from collections.abc import Iterable, Sized
 from typing import Annotated, NamedTuple, Protocol
@@ -17,7 +17,7 @@ from cifarnet.system.log_output import quiet_fabric
 
 
 class Batches(Sized, Iterable[Batch], Protocol):
-    """A loader, or a list of batches."""
+    """A loader or a list of batches."""
 
 
 class Predictions(NamedTuple):
@@ -26,7 +26,7 @@ class Predictions(NamedTuple):
     Attributes:
         one_view: logits without test-time augmentation, float32 [N, num_classes].
         logits: logits with test-time augmentation, float32 [N, num_classes].
-        labels: int64 [N].
+        labels: the true classes, int64 [N].
         index: the positions of the images in their data set, int64 [N].
     """
 
@@ -40,7 +40,7 @@ class Predictor:
     """Computes the logits of batches of images.
 
     Args:
-        network: images [B, C, H, W] -> logits [B, num_classes], in eval mode.
+        network: a network in eval mode: images [B, C, H, W] -> logits [B, num_classes].
         tta, tta_share, channels_last: as for `Classifier`.
         precision, accelerator: as for Lightning's Trainer.
 
@@ -64,7 +64,7 @@ class Predictor:
             with quiet_fabric():
                 plugins = [distributed.environment()]  # or else Fabric warns wherever srun is installed
                 fabric = Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=plugins)  # pyright: ignore[reportArgumentType]
-        except Exception as error:  # Lightning raises many types for settings that it cannot use
+        except Exception as error:  # Lightning raises many types for unsupported settings
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."
             ) from error
@@ -78,13 +78,13 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of images [B, C, H, W], without and with test-time augmentation: twice [B, num_classes]."""
+        """Return the logits of images [B, C, H, W], without and with test-time augmentation, each [B, num_classes]."""
         answers = AveragedLogits(self._forward, 1, self.tta, self.tta_share)
         return answers.add(images.to(self.device)), answers.final()[0]
 
     @torch.inference_mode()
     def predict_all(self, batches: Batches, title: str) -> Predictions:
-        """Return the predictions for all batches, on the CPU. On a terminal, a progress bar shows the title."""
+        """Return the predictions for all batches, on the CPU. In a terminal, a progress bar shows the title."""
         answers = AveragedLogits(self._forward, len(batches), self.tta, self.tta_share)
         labels, index = [], []
         for batch in tqdm(batches, title, leave=False, disable=None):

@@ -46,11 +46,12 @@ class Settings:
 
 
 def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Prepare this process for a command: compose `configs/<command>.yaml`, check its settings, except for the section
-    `data` (see `test_images`), and suppress messages of libraries.
+    """Compose and check the settings of a command, and suppress messages of libraries.
+
+    The settings are those of `configs/<command>.yaml`, without the section `data` (see `test_images`).
 
     Raises:
-        UserError: a setting has another type or range.
+        UserError: a setting has a wrong type or is out of range.
     """
     config = cli.compose(command, overrides)
     check_settings(config, Settings)
@@ -62,5 +63,5 @@ def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def without_data(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that neither choose nor change the data, as `data=folder` and `data.root=pictures` do."""
+    """Return the overrides without those of the data, such as `data=folder` and `data.root=pictures`."""
     return [override for override in overrides if cli.key_of(override).partition(".")[0] != "data"]

@@ -1,6 +1,6 @@
-"""The images on which a trained network is tested: those of its run, or others that the user chooses.
+"""The images on which a trained network is tested: the test images of its run, or others that the user chooses.
 
-A checkpoint provides only the class of its data set and numbers, such as `val_fraction`, but no path or address.
+A checkpoint provides only the class of its data set and numbers, such as `val_fraction`. Paths and URLs are not used.
 """
 
 import inspect
@@ -27,22 +27,22 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         classes: names of data classes from outside this project that the checkpoint may name.
 
     Raises:
-        NoImages: the checkpoint does not name its data, or the folder of the images is unknown.
+        NoImages: the checkpoint does not specify its data, or the folder of the images is unknown.
         UserError: a setting of the data cannot be used.
     """
     keys = [cli.key_of(override) for override in overrides]
     data = {key: json.dumps(value) for key, value in checkpoint.data.items() if key.isidentifier() and key[0] != "_"}
-    data["batch_size"] = "1"  # nothing is trained, so a small data set suffices
+    data["batch_size"] = "1"  # without training, the training set may be smaller than a batch
     if "data" in keys:
         data = {key: value for key, value in data.items() if key in SPLIT}
     elif not checkpoint.data:
-        raise NoImages(f"{checkpoint.path} does not name its data. Choose data=cifar10, or data=folder data.root=…")
+        raise NoImages(f"{checkpoint.path} does not specify its data. Choose data=cifar10, or data=folder data.root=…")
     else:
         data_class = allowed_class(checkpoint.data.get("_target_"), "cifarnet.data", checkpoint.path, locate(classes))
         root = inspect.signature(data_class).parameters.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
             raise NoImages(
-                f"{checkpoint.path} does not name the folder of its images ({data_class.__name__}). Add data.root=…"
+                f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add data.root=…"
             )
         data["_target_"] = class_path(data_class)
         overrides = [f"++{override}" if override.startswith("data.") else override for override in overrides]
@@ -54,10 +54,10 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
 def read(
     command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str], most: int
 ) -> tuple[Tensor, list[int]]:
-    """Return at most this number of test images, uint8 [N, C, H, W], and their labels.
+    """Return at most `most` test images, uint8 [N, C, H, W], and their labels.
 
-    The images are taken at regular intervals, because a folder is ordered by class. The other arguments and errors are
-    those of `compose`.
+    The images are taken at regular intervals, because a folder is sorted by class. See `compose` for the other
+    arguments and errors.
 
     Raises:
         UserError: the data cannot be read, or has other classes or another image size than the network.

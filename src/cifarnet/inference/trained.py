@@ -1,4 +1,4 @@
-"""A trained network: from image files, or images in memory, to the probabilities of its classes."""
+"""A trained network that predicts the probabilities of its classes for image files or images in memory."""
 
 import copy
 import itertools
@@ -48,8 +48,8 @@ class Answer(NamedTuple):
     """The network's output for one picture.
 
     Attributes:
-        source: the path or the picture itself.
-        error: why the picture cannot be read; the other attributes are then empty.
+        source: the path of the picture, or the picture itself.
+        error: an error message if the picture cannot be read; the other attributes are then empty.
         pixels: the network's input, uint8 [size, size, 3].
         logits: float32 [num_classes], on the CPU.
         ranked: the classes and their probabilities, in descending order.
@@ -71,7 +71,7 @@ class Calibration(TypedDict):
 
 @dataclass(kw_only=True)
 class HubSettings(JsonFile):
-    """What a folder in Hugging Face's format states about the evaluation of its network."""
+    """The calibration that is stored in a folder in the Hugging Face format."""
 
     evaluation: Calibration | None = None
 
@@ -87,7 +87,7 @@ class Trained(NetworkAndNames):
     Attributes:
         network: images [B, 3, H, W], uint8 or float in [0, 1] -> logits [B, num_classes]; in eval mode, on the CPU.
         class_names: the names of the classes in the order of the logits.
-        checkpoint: the checkpoint, without its weights: the image size, the epoch and so on.
+        checkpoint: the checkpoint without its weights: the image size, the epoch, and so on.
         tested: the test-time augmentation "tta" and the "precision" of the run's test.
     """
 
@@ -101,11 +101,11 @@ class Trained(NetworkAndNames):
             images: one picture or several. A picture is a path; a folder, which stands for the image files in and below
                 it; a Pillow image; a NumPy array [H, W] or [H, W, 1, 3 or 4]; or a tensor [1, 3 or 4, H, W]. Arrays are
                 uint8, or float in [0, 1], which is rounded to 8 bits; an array with one more dimension is a batch.
-                Pictures of any size are scaled and cropped to the image size of training, as those of a folder.
-            settings: those of `answers`.
+                Pictures of any size are scaled and cropped to the image size of training, as with data=folder.
+            settings: the settings of `answers`.
 
         Returns:
-            A prediction for each picture, in their order; the files of a folder are sorted.
+            A prediction for each picture, in order. The files of a folder are sorted.
 
         Raises:
             UserError: a picture cannot be read, or a setting cannot be used.
@@ -127,18 +127,19 @@ class Trained(NetworkAndNames):
         temperature: Temperature = None,
         **settings: Any,
     ) -> Iterator[Answer]:
-        """Yield the network's output for each picture, in order. While it computes a batch, the next ones are decoded.
+        """Yield the network's output for each picture, in order. While it computes, more pictures are decoded.
 
         Each output depends only on its own picture: test-time augmentation is applied to all pictures, even if the run
-        applied it to a part of its test images (`tta_share`).
+        applied it to only a part of its test images (`tta_share`).
 
         Args:
             sources: pictures, as for `predict`.
-            batch_size: number of pictures in a batch.
-            workers: number of threads that decode; None: one for each core.
-            temperature: divides the logits; "evaluation" uses the temperature that `cifarnet.evaluate` fitted.
-            settings: `tta`, "none", "mirror" or "mirror_translate" (None: that of the run's test); `precision` (None:
-                that of training) and `accelerator`, as for Lightning's Trainer.
+            batch_size: the number of pictures in a batch.
+            workers: the number of threads that decode pictures; None: one per core.
+            temperature: the number that divides the logits; "evaluation" uses the temperature that
+                `cifarnet.evaluate` fitted.
+            settings: `tta`: "none", "mirror" or "mirror_translate" (None: as in the run's test); `precision` (None: as
+                in training) and `accelerator`, as for Lightning's Trainer.
 
         Raises:
             UserError: a setting cannot be used, or the network's outputs are not finite.
@@ -153,8 +154,8 @@ class Trained(NetworkAndNames):
             if images:
                 logits = predictor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].cpu()
             if not logits.isfinite().all():
-                path = self.checkpoint.path
-                raise UserError(f"{path}: the network's outputs are not finite. Its training has diverged.")
+                path, remedy = self.checkpoint.path, "its training diverged. Use another checkpoint."
+                raise UserError(f"{path}: the network's outputs are not finite: {remedy}")
             rows = iter(logits)
             for source, pixels in batch:
                 if isinstance(pixels, str):
@@ -167,8 +168,8 @@ class Trained(NetworkAndNames):
         """Return a `Predictor` of a copy of the network, which it may move to another device.
 
         Args:
-            settings: those of `Predictor`; for None, the default is the precision of training and the test-time
-                augmentation of the run's test, applied to all images.
+            settings: the settings of `Predictor`. The default, also for None, is the precision of training and the
+                test-time augmentation of the run's test, applied to all images.
         """
         from cifarnet.inference.predictor import Predictor  # imports Lightning, which takes seconds
 
@@ -190,7 +191,7 @@ class Trained(NetworkAndNames):
         return [(self.class_names[i], value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
 
     def temperature(self, value: Temperature, tta: str | None = None) -> float:
-        """Return the number that a setting `temperature` stands for.
+        """Return the value of a setting `temperature` as a number.
 
         Args:
             value: a number; None for 1; or "evaluation" for the temperature that `cifarnet.evaluate` fitted to this
@@ -198,7 +199,7 @@ class Trained(NetworkAndNames):
             tta: as for `answers`.
 
         Raises:
-            UserError: the value cannot be used, or no temperature was fitted.
+            UserError: the value cannot be used, or no temperature has been fitted.
         """
         check("temperature", value, Temperature)
         if value != "evaluation":
@@ -214,7 +215,7 @@ class Trained(NetworkAndNames):
         )
 
     def calibrations(self) -> list[Calibration]:
-        """Return the temperatures that were fitted: that of a shared folder, and that of the last evaluation."""
+        """Return the fitted temperatures: the one in a Hugging Face folder, and the one of the last evaluation."""
         path, evaluation = self.checkpoint.path, self.evaluation()
         fitted = [HubSettings.read(path / HUB_SETTINGS).evaluation] if path.is_dir() else []
         if evaluation and evaluation.temperature is not None:
@@ -222,19 +223,19 @@ class Trained(NetworkAndNames):
         return [calibration for calibration in fitted if calibration is not None]
 
     def run_record(self) -> Record | None:
-        """Return the record of the run; None for a checkpoint outside of a run, or of an unfinished run."""
+        """Return the record of the run; None if the run is unfinished, or the checkpoint is not in a run's folder."""
         folder = self.checkpoint.run_folder
         file = None if folder is None else folder / "metrics.json"
         return Record.read(file) if file is not None and file.exists() else None
 
     def record(self) -> Record | None:
-        """Return the record of the run if it is about these weights and they were tested on all test images."""
+        """Return the record of the run if it describes these weights, tested on all test images."""
         record, saved_after = self.run_record(), (self.checkpoint.epoch, self.checkpoint.step)
         is_same = record and not record.partial and (record.tested_epoch, record.tested_step) == saved_after
         return record if is_same else None
 
     def evaluation(self) -> Evaluation | None:
-        """Return the record of the last evaluation if it is about these weights."""
+        """Return the record of the last evaluation if it describes these weights."""
         file = self.checkpoint.folder_for("evaluation") / "metrics.json"
         evaluation = Evaluation.read(file) if file.exists() else None
         weights = self.checkpoint.path.name, self.checkpoint.epoch
@@ -253,12 +254,12 @@ def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
 
     Args:
         path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, or a
-            folder in Hugging Face's format.
-        classes: network classes (or functions that return a network) from outside this project that the checkpoint may
-            name. Others are refused, so that a checkpoint from a stranger cannot run code.
+            folder in the Hugging Face format.
+        classes: network classes (or functions that return a network) from outside this project to allow in the
+            checkpoint. Others are refused, so that a checkpoint from a stranger cannot run code.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or it names a class that is not allowed.
+        UserError: there is no checkpoint, it cannot be read, or it uses a class that is not allowed.
     """
     checkpoint = Checkpoint.open(path)
     trained = Trained(checkpoint.network(classes), checkpoint.class_names)

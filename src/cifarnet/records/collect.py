@@ -25,9 +25,8 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
         fresh: whether the run starts from the beginning.
     """
     data, source, trainer = built.data, built.data.source, built.trainer
-    images = (
-        f"{len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test images"
-    )
+    train, val, test = (len(split) for split in (source.train, source.validation, source.test))
+    images = f"{train:,} training, {val:,} validation and {test:,} test images"
     lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
