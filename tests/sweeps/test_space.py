@@ -36,7 +36,7 @@ def test_sweeps_become_distributions(override, expected):
         ("a=tag(log,interval(0,1))", "low"),
         ("a=tag(log,range(1,10,2))", "step"),
         ("a=tag(lgo,interval(1,2))", "the only supported tag is log"),
-        ("a=tag(log,choice(1,2))", "for intervals and ranges"),
+        ("a=tag(log,choice(1,2))", "on intervals and ranges"),
         ("a=range(0,1,0)", "has no values"),
         ("a=range(0.0,1.0,0.0)", "has no values"),
         ("a=range(5,1)", "has no values"),
