@@ -334,6 +334,13 @@ def test_the_config_is_printed_without_torch(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_options_can_stand_between_settings(command):
+    status, printed, error = command("seed=3", "--cfg", "job", "threads=1")
+    assert status == 0, error
+    assert "seed: 3" in printed
+    assert "threads: 1" in printed
+
+
 def test_a_wheel_contains_the_configs_and_trains(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

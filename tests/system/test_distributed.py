@@ -102,20 +102,42 @@ def test_two_processes_record_what_one_does(runs):
     assert files[0] == files[1] - {"train.log"}  # from Python, only launched processes write a log
 
 
-def test_torchrun_gives_the_same_weights(runs, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Run `python -m cifarnet.train` on two processes that torchrun starts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = [setting for setting in SMALL if not setting.startswith("trainer.max_epochs")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "cifarnet.train", *settings, *RECIPE, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env=env,
+    return subprocess.run(
+        [*launcher, "-m", "cifarnet.train", *settings, *RECIPE, *overrides],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1  # printed by one rank
+
+
+def test_torchrun_gives_the_same_weights(runs, tmp_path):
+    result = torchrun(tmp_path, "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("test accuracy") == 1  # printed by one rank
     assert_same_weights(runs / "two/checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_jobs_of_a_sweep(runs, tmp_path):
+    result = torchrun(tmp_path, "-m", "seed=1,0", "hydra.sweep.dir=sweep")
+    assert result.returncode == 0, result.stderr
+    assert "2 of 2 jobs done" in result.stdout
+    assert_same_weights(runs / "two/checkpoints/last.ckpt", tmp_path / "sweep/1/checkpoints/last.ckpt")
+    assert record(tmp_path / "sweep/0")["hardware"]["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_mistake_under_torchrun_is_reported_once(tmp_path):
+    result = torchrun(tmp_path, "optimizer.lrr=1")
+    assert result.returncode == 1
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error: optimizer.lrr")]) == 1
+    assert "cifarnet/train.py" not in result.stderr  # no traceback of ours
 
 
 @pytest.mark.parametrize(("rank", "to_parent"), [(0, True), (1, False)], ids=["to the parent", "to rank 1"])
@@ -184,6 +206,14 @@ def test_a_run_of_one_process_can_be_resumed_by_two(runs, config, tmp_path):
 def test_callbacks_cannot_be_passed_to_several_processes(config):
     with pytest.raises(UserError, match=r"cannot be passed to 2 processes: add them to the config"):
         train(config(*TWO, without="trainer=cpu"), callbacks=[Gather()])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_several_devices_need_as_many_processes(monkeypatch, strategy):
+    clear_launchers(monkeypatch)
+    section = {"accelerator": "cpu", "strategy": strategy}
+    assert distributed.num_processes(section | {"devices": 2}) == 2
+    assert distributed.num_processes(section | {"devices": 1}) == 1
 
 
 def test_several_machines_need_torchrun_or_srun(monkeypatch):

@@ -58,7 +58,7 @@ def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")  # sets the version
     parser, task = get_args_parser(), Task(train)
     parser.allow_abbrev = False  # --experiment must not mean --experimental-rerun
-    parsed, unknown = parser.parse_known_args(list(arguments))
+    parsed, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
         raise UserError(f"Unknown option {unknown[0]}. Write settings without dashes: optimizer.lr=0.1")
     try:
