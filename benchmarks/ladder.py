@@ -187,7 +187,7 @@ def accuracy(runs: list[Result]) -> str:
         common.mean_and_deviation([run[key] for run in runs]) for key in ("test_accuracy", "test_accuracy_one_view")
     )
     without = f"; {one_view} without {runs[0]['tta']}" if runs[0]["tta"] != "none" else ""
-    return f"{tested} % ({len(runs)}{without})"
+    return f"{tested}% ({len(runs)}{without})"
 
 
 def figure(rows: dict[tuple[str, ...], list[Result]]) -> Figure:

@@ -54,10 +54,10 @@ def test_the_table_shows_the_results(ladder):
     assert (lines[0], lines[-1]) == ("above", "below")
     assert "old" not in lines
     assert rows[0] == (
-        "| `+experiment=b` | 1,234,567 | 0.0531 | 20 | 90.00 % (1; 89.00 without mirror) | 50 | 3,000 | CIFAR10 | "
+        "| `+experiment=b` | 1,234,567 | 0.0531 | 20 | 90.00% (1; 89.00 without mirror) | 50 | 3,000 | CIFAR10 | "
         "A chip, 2 threads, bf16-mixed, torch 2.14.1 | 0123456-dirty, 2026-01-02 |"
     )
-    assert "| 85.00 ± 1.41 % (2) | 150 |" in rows[1]
+    assert "| 85.00 ± 1.41% (2) | 150 |" in rows[1]
     assert "Another" in rows[2]
     assert ladder.FIGURE.stat().st_size > 1000
 
