@@ -50,8 +50,8 @@ def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
     assert status == 0, error
     lines = [line.split() for line in printed.splitlines() if line]
     assert lines[0] == ["val", "accuracy", "n", "optimizer.lr"]  # max_lr follows
-    assert lines[1] == ["a", "quickstart", "98.20", "±", "0.10", "%", "3", "0.01"]
-    assert lines[2] == ["b", "quickstart", "96.20", "±", "0.10", "%", "3", "0.02"]
+    assert lines[1] == ["a", "quickstart", "98.20", "±", "0.10%", "3", "0.01"]
+    assert lines[2] == ["b", "quickstart", "96.20", "±", "0.10%", "3", "0.02"]
     # error √(0.001²/3 + 0.001²/3) = 0.000816; 4 degrees of freedom: t = 2.776; 2 ± 0.23 points
     assert "a - b: +2.00 points, 95% interval +1.77 to +2.23, p = 1.6e-05: a is better" in printed
     assert "warning" not in printed
@@ -309,7 +309,7 @@ def test_an_evaluation_in_the_folder_of_a_run_is_ignored(run, compared):
         (evaluation / name).touch()
     _, printed, _ = compared("a")
     assert re.search(r"a +quickstart +90.00% +1\b", printed)
-    assert "left out" not in printed
+    assert "Left out" not in printed
 
 
 def test_runs_without_the_metric_are_left_out_with_a_warning(run, compared):
@@ -327,7 +327,7 @@ def test_validation_accuracy_is_the_metric_if_all_runs_have_it(run, compared):
     run("c", 0, 0.7, {"val_accuracy": None, "config.optimizer.lr": 0.03})
     _, printed, _ = compared("a", "b", "--against", "c")
     assert re.search(r"test accuracy .*\n +a +quickstart +60.00% +1 +0.02\b", printed)
-    assert "left out" not in printed
+    assert "Left out" not in printed
 
 
 def test_an_unreadable_record_is_reported_and_the_others_are_compared(run, compared):
@@ -337,7 +337,7 @@ def test_an_unreadable_record_is_reported_and_the_others_are_compared(run, compa
     status, printed, error = compared("a")
     assert status == 0, error
     assert re.search(r"a +quickstart +90.00 ± 0.00% +2\b", printed)
-    [line] = [line for line in printed.splitlines() if "left out" in line]
+    [line] = [line for line in printed.splitlines() if "Left out" in line]
     assert "a/bad/metrics.json cannot be read" in line
     status, _, error = compared("a/bad")
     assert status == 1
@@ -358,7 +358,7 @@ def test_a_partial_run_is_left_out(command, run, compared, tmp_path):
     assert status == 0, error
     assert "warning: Left out: runs/dev is a partial run (fast_dev_run=True)" in printed
     assert "warning: Left out: runs/few is a partial run (limit_train_batches=1)" in printed
-    assert re.search(r"a +train +[\d.]+ % +1\b", printed)
+    assert re.search(r"a +train +[\d.]+% +1\b", printed)
     assert json.loads((tmp_path / "runs/all/metrics.json").read_text())["partial"] is None
 
 

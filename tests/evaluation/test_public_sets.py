@@ -174,7 +174,7 @@ def test_other_unreadable_sets(tmp_path):
     swapped = save(tmp_path / "H", probs=np.full((20, 10), 0.1, ">f8")) / "probs.npy"
     assert public_sets.read(Pictured(), None, None, str(swapped)).cifar10h.sum() == pytest.approx(20)
     humans = save(tmp_path / "H", probs=np.full((20, 10), 0.2)) / "probs.npy"
-    with pytest.raises(UserError, match="sum to 1"):
+    with pytest.raises(UserError, match="sum of 1"):
         public_sets.read(Pictured(), None, None, str(humans))
     with pytest.raises(UserError, match=r"expected floating \[10000, 10\]"):
         public_sets.read(Pictured(count=10_000), None, None, str(humans))

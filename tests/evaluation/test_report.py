@@ -110,7 +110,7 @@ def test_optional_sections(figures):
     page = words(report.render(evaluation, figures("corruptions", "cifar10_c")))
     for part in (
         "under corruption 70.00%",
-        "not comparable with those on CIFAR-10-C.",
+        "not comparable with results on CIFAR-10-C.",
         "CIFAR-10-C 60.00% (mean of 2 corruptions)",
         "excludes gaussian_blur, saturate, spatter, speckle_noise.",
         "CIFAR-10.1 v6 91.00%",

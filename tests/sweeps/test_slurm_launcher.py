@@ -188,7 +188,7 @@ def test_a_sweep_can_be_resumed_with_another_launcher(tmp_path):
 
 def test_a_launcher_for_a_single_run_is_refused(command):
     status, _, error = command(*LEAN, "hydra/launcher=slurm")
-    assert (status, "hydra/launcher=slurm" in error, "add -m" in error) == (1, True, True)
+    assert (status, "hydra/launcher=slurm" in error, "Add -m" in error) == (1, True, True)
 
 
 def test_the_package_of_a_missing_launcher_is_named():
