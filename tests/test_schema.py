@@ -64,7 +64,7 @@ def test_values_of_the_declared_type_are_accepted(value, hint):
         ("x", float | None, "a number or null"),
         (3, Sequence[int], "a list like […, …] of whole numbers"),
         ([1, "x"], Sequence[int] | None, "a list like […, …] of whole numbers or null"),
-        ("maybe", bool | Literal["warn"], "true or false or warn"),
+        ("maybe", bool | Literal["warn"], "true, false or warn"),
     ],
 )
 def test_values_of_another_type_are_refused(value, hint, words):

@@ -85,7 +85,7 @@ class Checkpoint:
             raise
         except Exception as error:  # a damaged file raises exceptions of any type
             reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
-            reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
+            reason = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
             raise UserError(
                 f"{path} is not a readable cifarnet checkpoint: {reason[:200]}. Use another checkpoint, or train again."
             ) from error

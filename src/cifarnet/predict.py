@@ -1,4 +1,4 @@
-"""Predict the class of each picture: an image file of any size, in any format that Pillow reads, or a folder of them.
+"""Predict the class of each picture. Pictures can have any size and any format that Pillow reads.
 
 The first path is a run's folder or a checkpoint file; the others are pictures. The exit status is 0, or 1 after an
 error, for example if a picture cannot be read.

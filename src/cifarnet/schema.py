@@ -63,8 +63,8 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
     for key, value in arguments.items():
         if names is not None and key not in names:
             suggestion = did_you_mean(key, names) or (
-                f" Remove this setting. If two of your choices set {name}, use only one of them. To replace the whole "
-                f"section, use '~{name}' '+{name}={{_target_: …}}'."
+                f" Remove this setting. If two of your options set {name}, keep only one of them. To replace the "
+                f"whole section, use '~{name}' '+{name}={{_target_: …}}'."
             )
             owner = f"{called.__module__}.{called.__qualname__}"
             raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
@@ -153,9 +153,8 @@ def _describe(hint: Any) -> str:
         return words.get(hint) or inspect.formatannotation(hint)
     if origin is Annotated:
         return _describe(arguments[0])
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
     if origin in (list, Sequence) and arguments:
         return f"a list like […, …] of {_describe(arguments[0]).removeprefix('a ')}s"
-    alternatives = " or ".join(map(_describe, arguments)).split(" or ")
-    return " or ".join(dict.fromkeys(alternatives))
+    described = arguments if origin is Literal else " or ".join(map(_describe, arguments)).split(" or ")
+    *others, last = dict.fromkeys(map(str, described))
+    return f"{', '.join(others)} or {last}" if others else last

@@ -41,7 +41,7 @@ def check(config: DictConfig, keys: Iterable[str]) -> None:
         if not make_data(config).validates:
             raise UserError(
                 f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy. Set "
-                "aside validation images, such as data.val_fraction=0.1. (A sweep over seed alone needs none.)"
+                "aside validation images with data.val_fraction=0.1. (A sweep over only the seed does not need them.)"
             )
 
 
