@@ -97,7 +97,7 @@ def test_only_allowed_classes_are_used_whatever_module_a_file_names():
 
 
 def test_an_unknown_class_in_the_command_is_an_error(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"there is no class no\.such\. Give it as classes=\[module\.Class\]"):
+    with pytest.raises(UserError, match=r"no\.such\. Write it as classes=\[module\.Class\]"):
         locate(["no.such"])
     with pytest.raises(UserError, match=r"there is no class torch\.pi"):  # not a class
         locate(["torch.pi"])

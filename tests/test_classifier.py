@@ -237,7 +237,7 @@ def test_a_schedule_gets_the_number_of_steps_and_is_stepped_after_each(batch):
 
 def test_a_schedule_that_fails_is_reported_with_its_step(batch):
     module = linear_classifier(scheduler=lambda optimizer, _: LambdaLR(optimizer, lambda step: 1 / (3 - step)))
-    with pytest.raises(UserError, match=r"^scheduler: step 3 .*division by zero\. Choose"):
+    with pytest.raises(UserError, match=r"^scheduler: step 3 .*division by zero\. Change its settings"):
         quiet_trainer(max_epochs=2).fit(module, unequal_batches(batch))
 
 

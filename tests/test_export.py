@@ -28,7 +28,7 @@ def images():
     return torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-EVALUATED = "Measured by `python -m cifarnet.evaluate`"
+EVALUATED = "`python -m cifarnet.evaluate` measured"
 
 
 def logits(network, images):
@@ -325,9 +325,9 @@ def test_altered_shared_folder_runs_no_code(run, tmp_path, target):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ({"model": 3}, "cannot be read"),
+        ("{", "is not a readable cifarnet checkpoint"),
+        ("[]", "is not a readable cifarnet checkpoint"),
+        ({"model": 3}, "is not a readable cifarnet checkpoint"),
         ({"image_size": "x"}, "image_size=x"),
         ({"cifarnet": "99.0"}, "was written by cifarnet 99.0"),
         ({"class_names": ["a", "b"]}, "do not fit the network"),
@@ -340,5 +340,5 @@ def test_damaged_shared_folder(run, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         cifarnet.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
         cifarnet.load(folder)

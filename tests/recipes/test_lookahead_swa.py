@@ -58,5 +58,5 @@ def test_swa_copies_integers():
 
 def test_two_averages_are_refused(config):
     """Each swaps its average with the network for validation; training would continue with an average."""
-    with pytest.raises(UserError, match=r"EMA and SWA .* choose one"):
+    with pytest.raises(UserError, match=r"EMA and SWA .* only one"):
         train(config(*SHORT, "+recipe=[ema,swa]"))

@@ -86,7 +86,7 @@ def test_jobs_run_and_a_resumed_sweep_waits_for_jobs_in_the_queue(command, clust
     assert status == 1
     assert "Job 2: failed: optimizer: Invalid learning rate: -1" in printed
     assert "2 of 3 jobs done, 1 failed" in printed
-    assert error == "Error: optimizer: Invalid learning rate: -1\n"
+    assert error == "Error: optimizer: Invalid learning rate: -1. Change its settings.\n"
     whole = json.loads((cluster / "sweep/1/metrics.json").read_text())
 
     (cluster / "sweep/1/metrics.json").unlink()  # as if it had been stopped
