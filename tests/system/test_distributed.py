@@ -346,8 +346,8 @@ def test_runs_on_several_devices_side_by_side_are_refused(command):
     settings = [setting for setting in SMALL if setting != "trainer=cpu"]
     status, _, error = command("-m", *settings, *TWO, "seed=0,1", "hydra/launcher=parallel", "hydra.sweep.dir=sweep")
     assert status == 1
-    assert "trainer.devices=2" in error and "Remove hydra/launcher" in error
-    assert "hydra/launcher" in error
+    assert "trainer.devices=2" in error
+    assert "Remove hydra/launcher" in error
 
 
 CHOICES = {
