@@ -254,7 +254,7 @@ def test_card_has_no_evaluation_of_other_images_or_weights(run, tmp_path):
     evaluate(run, ["corruptions=false"])
     copy = shutil.copytree(run, tmp_path / "copy")
     assert EVALUATED in card_of(copy)
-    assert "Synthetic, with tta=mirror, in 32-true" in card_of(copy)
+    assert "Synthetic, tta=mirror, precision 32-true" in card_of(copy)
     data = json.loads((copy / "evaluation/metrics.json").read_text())["data"]
     assert EVALUATED not in card_of(copy, data=data | {"sha256": "other"})
     assert EVALUATED not in card_of(copy, data=data, finished="2000-01-01T00:00:00+00:00")
