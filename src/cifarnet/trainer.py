@@ -12,13 +12,13 @@ from omegaconf import DictConfig
 
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.errors import UserError
+from cifarnet.recipes.freeze import Freeze
 from cifarnet.system import distributed, hardware
 from cifarnet.system.checkpoint_io import CheckpointIO
 
 Part = TypeVar("Part")
 STATE = "cifarnet.callbacks.training_state.TrainingState"
 COMPILE = "cifarnet.callbacks.compilation.Compile"
-FREEZE = "cifarnet.recipes.freeze.Freeze"
 
 
 def make_trainer(
@@ -45,7 +45,7 @@ def make_trainer(
     if config.trainer.precision == "auto":
         settings["precision"] = hardware.best_precision(config.trainer.accelerator)
     settings |= distributed.trainer_settings(config.trainer)
-    freezes = any(recipe and recipe._target_ == FREEZE for recipe in (config.get("recipe") or {}).values())
+    freezes = any(isinstance(callback, Freeze) for callback in all_callbacks)
     if freezes and settings.get("strategy", config.trainer.strategy) == "ddp":
         settings["strategy"] = "ddp_find_unused_parameters_true"  # frozen weights get no gradient
     settings |= {
