@@ -9,7 +9,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from cifarnet.errors import Interrupted
 from cifarnet.system import hardware
+from cifarnet.system.signals import handled
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WORKER = "CIFARNET_WORKER"  # an environment variable of worker processes
@@ -110,7 +111,7 @@ def forwarded_signals(stop_file: Path, command: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as handlers:
         if sys.platform != "win32":  # on Windows, the console sends Ctrl-C to the workers
-            handlers.enter_context(_handled(SIGNALS, forward))
+            handlers.enter_context(handled(SIGNALS, forward))
         try:
             yield
         except BaseException:
@@ -126,14 +127,4 @@ def interrupting(numbers: Sequence[int]) -> contextlib.AbstractContextManager[No
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
 
-    return _handled(numbers, interrupt)
-
-
-@contextlib.contextmanager
-def _handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+    return handled(numbers, interrupt)

@@ -27,6 +27,7 @@ import psutil
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.system import files
 from cifarnet.system.hardware import end_with_parent, slurm_tasks
+from cifarnet.system.signals import handled
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -265,15 +266,10 @@ def forwarded_signals() -> Iterator[None]:
                 child.send_signal(number)
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    previous = {}
     # Python allows signal handlers only in the main thread
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    is_main = threading.current_thread() is threading.main_thread()
+    with handled(numbers, forward) if is_main else contextlib.nullcontext():
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def world_size() -> int:
