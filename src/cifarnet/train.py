@@ -75,7 +75,7 @@ def train(
             checkpoint.check_weights(classifier.network)
         if is_rank_zero:
             report(collect.heading(config, built, fresh=checkpoint is None))
-            distributed.broadcast_run(run)
+            distributed.send_run(run, folder)
         trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
         epoch, step = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
         trainer.test(classifier, datamodule=data, verbose=False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -32,6 +33,7 @@ RECIPE = [
     *("trainer.max_epochs=3", "optimizer.lr=0.05"),
 ]
 ALLOW = "classes=[test_distributed.InRank]"
+LISTENING = "+callbacks.listening={_target_: test_distributed.Listening}"
 
 
 BUG, MISTAKE = -1, 0
@@ -59,6 +61,19 @@ class Gather(Callback):
         assert len(distributed.all_gather(outputs["loss"])) == trainer.world_size
 
 
+class Listening(Callback):
+    """Records the addresses at which a rank and the process that started it listen, before training and after it."""
+
+    def on_fit_start(self, trainer, module):
+        processes = [psutil.Process(), psutil.Process(os.getppid())]
+        connections = [connection for process in processes for connection in process.net_connections("tcp")]
+        addresses = [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
+        name = f"listening_{trainer.global_rank}_{trainer.current_epoch}.json"
+        Path(trainer.default_root_dir, name).write_text(json.dumps(addresses))
+
+    on_fit_end = on_fit_start
+
+
 def in_rank(rank: int, epoch: int, batch: int, number: int, to_parent: bool = False) -> str:
     fields = f"rank: {rank}, epoch: {epoch}, batch: {batch}, number: {int(number)}, to_parent: {to_parent}"
     return f"+callbacks.in_rank={{_target_: test_distributed.InRank, {fields}}}"
@@ -69,7 +84,7 @@ def runs(tmp_path_factory):
     """The folders of a run by one process and of the same run by two."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, settings in {"one": ["trainer=cpu", "threads=1"], "two": TWO}.items():
-        train(small(f"output_dir={folder / name}", *settings, *RECIPE, without="trainer=cpu"))
+        train(small(f"output_dir={folder / name}", *settings, *RECIPE, LISTENING, without="trainer=cpu"))
     return folder
 
 
@@ -100,6 +115,34 @@ def test_two_processes_record_what_one_does(runs):
         assert (runs / "one" / picture).read_bytes() == (runs / "two" / picture).read_bytes()
     files = [{path.name for path in (runs / name).iterdir() if "events" not in path.name} for name in ("one", "two")]
     assert files[0] == files[1] - {"train.log"}  # from Python, only launched processes write a log
+
+
+def test_launched_processes_listen_only_on_the_loopback_interface(runs):
+    """Whoever could connect to them could send them pickled objects."""
+    addresses = [json.loads(file.read_text()) for file in (runs / "two").glob("listening_*")]
+    assert len(addresses) == 4  # two ranks, before and after training
+    assert {address for member in addresses for address in member} == {"127.0.0.1"}
+
+
+def exchange(rank: int, folder: Path) -> None:
+    """Send two runs from rank 0 to rank 1 without pickling anything."""
+    variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= variables
+    os.environ.pop(distributed.LAUNCHED, None)
+    torch.distributed.init_process_group("gloo", (folder / "store").as_uri(), rank=rank, world_size=2)
+    torch.distributed.broadcast_object_list = None
+    runs = [{"config": {"name": "naïve"}, "ckpt_path": None}, {"config": {}, "ckpt_path": "x" * 9999}]
+    if rank == 0:
+        for run in runs:
+            distributed.send_run(run, folder)
+            assert not (folder / "run.json").exists()
+        distributed.send_end()
+    else:
+        assert [distributed.receive_run() for _ in range(3)] == [*runs, None]
+
+
+def test_under_torchrun_the_other_ranks_read_a_run_from_a_file(tmp_path):
+    torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
 
 
 def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:

@@ -1,8 +1,11 @@
 """Several processes (ranks) that train one network together, with one device per rank, on one or more machines.
 
-`trainer=ddp` starts them with torchrun's launcher on the composed config of a run (`launch`). If the
-command is run with torchrun or srun, they are already running: rank 0 reads the command and broadcasts each run to the
-other ranks. In both cases, every rank builds and trains, and only rank 0 prints and writes.
+`trainer=ddp` starts them on the composed config of a run (`launch`). If the command is run with torchrun or srun, they
+are already running: rank 0 reads the command, and writes each run to a file, which the other ranks read. In both cases,
+every rank builds and trains, and only rank 0 prints and writes.
+
+The processes that `launch` starts find each other by a private file and communicate over the loopback interface. Those
+that torchrun or srun started use PyTorch's network protocols, which have no authentication.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import psutil
 
@@ -34,7 +37,8 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import
     from torch import Tensor
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-LAUNCHED = "CIFARNET_LAUNCHED"  # set in processes that `launch` started
+# set in processes that `launch` started: the process that launched them, and the file by which they find each other
+LAUNCHED, STORE = "CIFARNET_LAUNCHED", "CIFARNET_STORE"
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
@@ -121,7 +125,7 @@ def environment() -> "ClusterEnvironment":
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the processes that torchrun or srun started. Lightning uses the connection."""
+    """Connect the running processes. Lightning uses the connection."""
     rank, world_size, _ = placement()
     if world_size == 1:
         yield
@@ -130,8 +134,12 @@ def process_group() -> Iterator[None]:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo: CPU tensors do not wait for a GPU
     cluster = environment()
-    uses_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
-    address = "env://" if uses_agent else f"tcp://{cluster.main_address}:{cluster.main_port}"
+    if LAUNCHED in os.environ:
+        address = Path(os.environ[STORE]).as_uri()
+    elif "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        address = "env://"
+    else:
+        address = f"tcp://{cluster.main_address}:{cluster.main_port}"
     torch.distributed.init_process_group(backend, address, rank=rank, world_size=world_size)
     yield  # after an error, the process ends, and its launcher ends the others
     torch.distributed.destroy_process_group()
@@ -141,7 +149,7 @@ def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], 
     """Run a command in one of several running processes.
 
     Args:
-        command: the whole command, for rank 0 under torchrun or srun; its runs are broadcast to the other ranks.
+        command: the whole command, for rank 0 under torchrun or srun; its runs are sent to the other ranks.
         train_run: trains a run, described by plain data, on the other ranks and on all ranks that `launch` started.
     """
     with process_group():
@@ -154,35 +162,63 @@ def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], 
             except SystemExit as end:  # such as --help; after an error, torchrun ends the others
                 if end.code:
                     raise
-            broadcast_run(None)
+            send_end()
         else:
             with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
                 while (run := receive_run()) is not None:
                     train_run(run)
 
 
-def broadcast_run(run: Mapping[str, Any] | None) -> None:
-    """Send a run, described by plain data, to the other ranks under torchrun or srun; None ends them."""
-    import torch
-
+def send_run(run: Mapping[str, Any], folder: Path) -> None:
+    """Under torchrun or srun, send a run, described by plain data, to the other ranks in a file in its folder."""
     if placement().world_size > 1 and LAUNCHED not in os.environ:
-        torch.distributed.broadcast_object_list([run])
+        with _run_file(run, folder) as file:
+            _broadcast(str(file.resolve()))
+            _broadcast("")  # the other ranks have read the file
+
+
+def send_end() -> None:
+    """Under torchrun or srun, tell the other ranks that there are no more runs."""
+    _broadcast("")
 
 
 def receive_run() -> Any:
-    """Wait for the next run that rank 0 broadcasts, and return it; None means that there are no more runs."""
-    import torch
-
-    received: list[Any] = [None]
+    """Wait for the next run that rank 0 sends, and return it; None means that there are no more runs."""
     try:
-        torch.distributed.broadcast_object_list(received)
+        path = _broadcast("")
+        run = json.loads(Path(path).read_text("utf-8")) if path else None
+        if path:
+            _broadcast("")
     except RuntimeError:  # the connection is lost because rank 0 failed, and it reports why
         sys.exit(1)
-    return received[0]
+    return run
+
+
+def _broadcast(text: str) -> str:
+    """Return the text of rank 0. All ranks must call it."""
+    import torch
+
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    length = torch.tensor(len(data))
+    torch.distributed.broadcast(length, 0)
+    data = data if rank() == 0 else torch.zeros(int(length), dtype=torch.uint8)
+    torch.distributed.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
+
+
+@contextlib.contextmanager
+def _run_file(run: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """Write a run, described by plain data, to a file in its folder for the other processes."""
+    file = folder / "run.json"
+    files.write(file, json.dumps(run))
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
-    """Train a run in several processes that torchrun's launcher starts on this machine, and wait for them.
+    """Train a run in several processes on this machine, and wait for them.
 
     Signals that this process receives are forwarded to them.
 
@@ -193,43 +229,57 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
         Interrupted: a signal stopped the processes after a checkpoint was saved.
         UserError: a process failed.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below contains the same
-    logs = tempfile.TemporaryDirectory()  # the folder of the errors that ranks report
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=logs.name, local_ranks_filter={0}),
-        signals_to_handle="SIGABRT",  # others are forwarded below: the launcher would kill the processes after 30 s
-    )
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the processes find the same classes
-    file, variables = folder / "run.json", dict(os.environ)
-    files.write(file, json.dumps(run))
-    os.environ |= {"PYTHONPATH": paths, LAUNCHED: str(os.getpid()), "HYDRA_FULL_ERROR": "0"}
-    try:
-        with logs, forwarded_signals():
-            elastic_launch(config, sys.executable)("-m", "cifarnet.train", str(file))
-    except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=_precedence)
-        report: dict[str, Any] = failure.error_file_data
-        if report.get("status", 0) > 128:
-            raise Interrupted(report["message"], report["status"]) from None
-        if "status" in report:
-            raise UserError(f"Rank {rank} failed: {report['message']}" if rank else report["message"]) from None
-        end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
-        raise UserError(f"Rank {rank} {end}.{_resume_hint(folder)}") from None
-    finally:
-        os.environ.clear()
-        os.environ |= variables
-        file.unlink(missing_ok=True)
+    loopback = _loopback()
+    variables = {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # they find the same classes
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", loopback),
+        "HYDRA_FULL_ERROR": "0",
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        LAUNCHED: str(os.getpid()),
+    }
+    with tempfile.TemporaryDirectory() as private, _run_file(run, folder) as file:
+        variables[STORE] = str(Path(private, "store"))
+        ranks = range(num_processes)
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGABRT"  # others are forwarded; torch would kill the processes
+        with forwarded_signals():
+            processes = start_processes(
+                "train",
+                sys.executable,
+                {rank: ("-m", "cifarnet.train", str(file)) for rank in ranks},
+                {rank: variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+                DefaultLogsSpecs(private, local_ranks_filter={0}),
+            )
+            try:
+                result = processes.wait(period=0.1)
+            finally:
+                processes.close()
+        if result is not None and result.failures:
+            _raise_failure(result.failures, folder)
+
+
+def _raise_failure(failures: "Mapping[int, ProcessFailure]", folder: Path) -> NoReturn:
+    """Raise the error that a failed rank reported."""
+    rank, failure = min(failures.items(), key=_precedence)
+    report: dict[str, Any] = failure.error_file_data
+    if report.get("status", 0) > 128:
+        raise Interrupted(report["message"], report["status"])
+    if "status" in report:
+        raise UserError(f"Rank {rank} failed: {report['message']}" if rank else report["message"])
+    end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    raise UserError(f"Rank {rank} {end}.{_resume_hint(folder)}")
+
+
+def _loopback() -> str:
+    """Return the name of the loopback interface, or an empty text."""
+    interfaces = psutil.net_if_addrs()
+    addresses = {address.address: name for name, members in interfaces.items() for address in members}
+    return addresses.get("127.0.0.1", "")
 
 
 def report_to_launcher(message: str, status: int = 1, is_bug: bool = False) -> bool:
