@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[1]
         (["+trainer.default_root_dir=there"], "trainer.default_root_dir=there", "hydra.run.dir=…"),
         (["threads=100000"], "threads=100000", "at least 1 and at most 1,024"),
         (["--experiment=baseline"], "--experiment=baseline", "without dashes"),
+        (["--experimental-rerun", "missing.pickle"], "--experimental-rerun", "ckpt_path=<run>"),
+        (["--package", "trainer"], "--package trainer", "--cfg job"),
         (["seed=4294967296"], "seed=4294967296", "at least 0 and at most 4,294,967,295"),
         (["optimizer._target_=torch.optim.RMSprop"], "optimizer.nesterov=True", "'~optimizer' '+opt"),
         (["model._target_=math"], "model._target_=math", "no such class or function"),

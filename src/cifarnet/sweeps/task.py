@@ -61,6 +61,10 @@ def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
     parsed, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
         raise UserError(f"Unknown option {unknown[0]}. Write settings without dashes: optimizer.lr=0.1")
+    if parsed.experimental_rerun is not None:
+        raise UserError("--experimental-rerun is not supported. Use ckpt_path=<run> to resume a run.")
+    if parsed.package is not None and not parsed.cfg:
+        raise UserError(f"--package {parsed.package} requires --cfg. Add --cfg job, or remove it.")
     try:
         _run_hydra(parsed, parser, task, str(CONFIGS), "train")
     except OSError as error:
