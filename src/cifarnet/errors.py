@@ -17,6 +17,10 @@ class NoImages(UserError):
     """The images of the network's data set are not available."""
 
 
+class Diverged(UserError):
+    """The loss or the weights of a run are no longer finite. The message states the epoch and what to try."""
+
+
 class Pruned(Exception):
     """A search stopped this trial early; the message states the epoch."""
 

@@ -18,6 +18,7 @@ from cifarnet.system.checkpoint_io import CheckpointIO
 
 Part = TypeVar("Part")
 STATE = "cifarnet.callbacks.training_state.TrainingState"
+DIVERGENCE = "cifarnet.callbacks.divergence.StopOnDivergence"
 COMPILE = "cifarnet.callbacks.compilation.Compile"
 
 
@@ -81,7 +82,7 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     if len(averages) > 1:
         names = " and ".join(averages)
         raise UserError(f"{names} both replace the network's weights with an average. Use only one of them.")
-    first = [instantiate({"_target_": STATE})]
+    first = [instantiate({"_target_": target}) for target in (STATE, DIVERGENCE)]
     if config.compile:
         first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))
     return first + callbacks

@@ -113,7 +113,4 @@ def summary(record: Record, folder: str) -> str:
         "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
-    losses: list[Any] = [row["train/cross_entropy"] for row in record.history[-1:]]
-    if not all(map(math.isfinite, losses)):
-        rows["diverged"] = "the training loss is not finite. Try a smaller optimizer.lr."
     return row_table(rows)
