@@ -120,6 +120,11 @@ def test_seeds_can_be_swept_without_validation(command):
         (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1 is out of range"),
         (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range"),
         (["optimizer=sgd,none"], "optimizer=none does not exist"),
+        (["seed=0,1", "hydra.sweep.subdir=${hydra:job.override_dirname}"], "Remove hydra.sweep.subdir"),
+        (["seed=0,1", "hydra.sweep.subdir=same"], "Remove hydra.sweep.subdir"),
+        (["seed=0,1", "hydra.output_subdir=null"], "Remove hydra.output_subdir"),
+        (["seed=0,1", "output_dir=same"], "Remove output_dir"),
+        (["output_dir=same,other"], "Remove output_dir"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -129,6 +134,22 @@ def test_wrong_sweeps_are_refused_before_a_folder_is_created(command, tmp_path, 
     assert named in error
     assert error.count("\n") == 1
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_jobs_with_different_names_are_in_the_folder_of_their_sweep(command, tmp_path):
+    status, printed, error = command("-m", *LEAN, "name=a,b", "hydra.sweep.dir='logs of ${name}'")
+    assert status == 0, error
+    assert "2 of 2 jobs done" in printed
+    [folder] = tmp_path.glob("logs*")
+    assert sorted(path.name for path in folder.glob("[0-9]")) == ["0", "1"]
+    before = (folder / "0/metrics.json").read_bytes()
+    status, printed, error = command(f"sweep.resume='{folder.name}'")
+    assert status == 0, error
+    assert [f"Job {number} is done" in printed for number in (0, 1)] == [True, True]
+
+    status, _, error = command("-m", *LEAN, "seed=0,1", f"hydra.sweep.dir='{folder.name}'")
+    assert (status, "contains another sweep" in error) == (1, True)
+    assert (folder / "0/metrics.json").read_bytes() == before
 
 
 FAILING = ["-m", *LEAN, "optimizer.lr=-1,0.01", "seed=range(2)", "data.val_fraction=0.1,0.2"]

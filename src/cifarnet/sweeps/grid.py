@@ -62,13 +62,16 @@ class Sweep(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(lines)
         multirun.check(self.config, [override.key_or_group for override in overrides if override.is_sweep_override()])
-        job_overrides = combinations(overrides)
-        self._check_choices(job_overrides)
         folder = Path(self.config.hydra.sweep.dir)
+        job_overrides = [[*job, *multirun.fix_folder(folder)] for job in combinations(overrides)]
+        self._check_choices(job_overrides)
         batch_size = self.max_batch_size or len(job_overrides)
         forwarded = parallel.forwarded_signals(multirun.stop_file(folder), resume_command(folder))
         results: list[JobReturn] = []
         with files.exclusive(folder):
+            if self.config.sweep.resume is None and any(folder.glob("*/.hydra")):
+                other = "choose another folder with hydra.sweep.dir=…"
+                raise UserError(f"{folder} contains another sweep. Resume it ({resume_command(folder)}), or {other}")
             multirun.begin(self.config, folder)
             try:
                 with forwarded if self.num_workers > 1 else contextlib.nullcontext():

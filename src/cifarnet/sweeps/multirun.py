@@ -4,8 +4,9 @@ Resuming reuses the recorded overrides, which can run code: resume only your own
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ RECORD = "multirun.yaml"
 FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
 
 
-def check(config: DictConfig, keys: Iterable[str]) -> None:
+def check(config: DictConfig, keys: Collection[str]) -> None:
     """Check the settings of a sweep before any job runs.
 
     Args:
@@ -34,6 +35,18 @@ def check(config: DictConfig, keys: Iterable[str]) -> None:
         UserError: a setting is wrong, or there are no validation images for choosing the best settings.
     """
     check_settings(config.sweep, SweepSettings, "sweep.")
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    layout = {  # a sweep is reported and resumed by the numbers of its jobs, which are the names of their folders
+        "hydra.sweep.subdir": (written["hydra"]["sweep"]["subdir"], "${hydra.job.num}"),
+        "hydra.output_subdir": (written["hydra"]["output_subdir"], ".hydra"),
+        "output_dir": ("…" if "output_dir" in keys else written["output_dir"], "${hydra:runtime.output_dir}"),
+    }
+    for key, (value, expected) in layout.items():
+        if value != expected:
+            raise UserError(
+                f"{key}={value}: a sweep is resumed by its jobs' folders, which are named 0, 1, 2, … Remove {key}. "
+                "(sweep.csv lists the settings of each folder.)"
+            )
     chosen = [key for key in keys if key != "seed"]
     if chosen and config.data.get("val_fraction") == 0:
         from cifarnet.build import make_data
@@ -49,6 +62,12 @@ def begin(config: DictConfig, folder: Path) -> None:
     """Write the record of a sweep that starts or resumes, and remove its stop file."""
     stop_file(folder).unlink(missing_ok=True)
     files.write(folder / RECORD, OmegaConf.to_yaml(config))
+
+
+def fix_folder(folder: Path) -> list[str]:
+    """Return the overrides that put a job into the folder of its sweep, even if the job's settings change it, such as a
+    job's `name` or experiment."""
+    return [f"hydra.sweep.dir={cli.literal(str(folder))}", "hydra.sweep.subdir=${hydra.job.num}"]
 
 
 def stop_file(folder: Path) -> Path:

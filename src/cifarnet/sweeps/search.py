@@ -118,11 +118,12 @@ class Search(Sweeper):
         if self.config.trainer.accelerator != "cpu" and jobs.uses_one_device(self.config):
             hardware.claim_gpu()
         resume = f"sweep.resume={cli.literal(str(trials.folder))}"  # an interrupted trial continues
+        place = [resume, *multirun.fix_folder(trials.folder)]
         while not multirun.stop_file(trials.folder).exists() and (trial := trials.next()) is not None:
             settings = [f"{key}={value}" for key, value in trial.params.items()]
             with trials.storage.heartbeat(trial):
                 launcher = self._launcher(partial(self.task, trial=trial))
-                [result] = launcher.launch([[*fixed, *settings, resume]], initial_job_idx=trial.number)
+                [result] = launcher.launch([[*fixed, *settings, *place]], initial_job_idx=trial.number)
             outcome = jobs.outcome(result)
             trials.tell(trial, outcome)
             print(f"Trial {trial.number + 1} of {self.trials}: {outcome}  {' '.join(settings)}", flush=True)
