@@ -328,3 +328,15 @@ def test_data_for_another_task_are_refused(run):
         UserError, match=r"images are 24 pixels wide; the network was trained on images of 32 .*image_size=32"
     ):
         checkpoint.check_task(names, 24)
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "train.log", ".hydra/config.yaml", ".lock", None])
+def test_a_folder_is_a_run_if_it_has_a_file_of_a_run(run, tmp_path, file):
+    (tmp_path / "home/checkpoints").mkdir(parents=True)
+    path = tmp_path / "home/checkpoints/x.ckpt"
+    path.write_bytes((run / "checkpoints/best.ckpt").read_bytes())
+    if file is not None:
+        (tmp_path / "home" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "home" / file).touch()
+    expected = path.parent / "x_explained" if file is None else tmp_path / "home/explained"
+    assert Checkpoint.open(path).folder_for("explained") == expected

@@ -28,6 +28,7 @@ from cifarnet.models.tta import TTA
 from cifarnet.schema import Pixels, Range, check, check_arguments
 from cifarnet.system import files
 
+RUN_FILES = (".hydra/config.yaml", ".lock", "metrics.json", "train.log")  # a run writes at least one of them
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for the Hugging Face Hub
 
 
@@ -241,8 +242,13 @@ class Checkpoint:
 
     @property
     def run_folder(self) -> Path | None:
-        """The folder of the run that the checkpoint belongs to; None for a file outside a run."""
-        return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
+        """The folder of the run that the checkpoint belongs to; None for a file outside a run.
+
+        A folder is a run if it contains `checkpoints/` and another file that only runs write.
+        """
+        folder = self.path.parent.parent
+        is_run = self.path.parent.name == "checkpoints" and any((folder / name).exists() for name in RUN_FILES)
+        return folder if is_run else None
 
     def folder_for(self, name: str) -> Path:
         """Return the folder for a command's output about this checkpoint: in the run's folder, or next to the file.

@@ -52,7 +52,7 @@ def make_trainer(
     settings |= {
         "callbacks": all_callbacks,
         "plugins": [
-            CheckpointIO(checkpoint.content if checkpoint else None),
+            _checkpoint_io(config, all_callbacks, checkpoint),
             distributed.environment(),
             *instantiate(config.trainer.get("plugins") or []),
         ],
@@ -69,6 +69,13 @@ def make_trainer(
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
     return trainer
+
+
+def _checkpoint_io(config: DictConfig, callbacks: Sequence[Callback], checkpoint: Checkpoint | None) -> CheckpointIO:
+    if checkpoint is None:
+        return CheckpointIO()
+    chosen = [getattr(callback, "dirpath", None) for callback in callbacks]  # `resuming` has checked them
+    return CheckpointIO(checkpoint.content, [config.output_dir, *filter(None, chosen)])
 
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:

@@ -126,6 +126,8 @@ def test_each_rank_gets_its_generator_and_rank_0_the_sums(monkeypatch):
 def test_the_folder_of_a_run_can_be_moved(tmp_path):
     best = "/old/run/checkpoints/best.ckpt"
     paths = {"best_model_path": best, "kth_best_model_path": best, "last_model_path": "", "dirpath": "/old"}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best.ckpt").touch()
     other = {"epoch": 3}
     checkpoint = {"callbacks": {"best": paths | {"best_k_models": {best: 0.5}}, "other": dict(other)}}
     Run().callback.on_load_checkpoint(SimpleNamespace(default_root_dir=str(tmp_path)), None, checkpoint)
@@ -138,3 +140,28 @@ def test_the_folder_of_a_run_can_be_moved(tmp_path):
         "best_k_models": {moved: 0.5},
     }
     assert checkpoint["callbacks"]["other"] == other
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        ("/old/run/checkpoints/best.ckpt", "best.ckpt"),
+        ("/old/run/checkpoints/epoch=1-val/accuracy=0.5.ckpt", "epoch=1-val/accuracy=0.5.ckpt"),
+        ("/old/run/checkpoints/a/best.ckpt", "a/best.ckpt"),  # not the file of the same name in another folder
+        *[(path, "") for path in ("", "..", ".", "/etc/x", "../x.ckpt", "a/../../x.ckpt", "/old/run/checkpoints")],
+        *[(path, "") for path in ("link.ckpt", "folder.ckpt", "notes.txt", "nosuch.ckpt", "est.ckpt")],
+    ],
+)
+def test_a_recorded_path_becomes_a_checkpoint_of_the_run_or_nothing(tmp_path, recorded, expected):
+    folder = tmp_path / "run/checkpoints"
+    for name in ("best.ckpt", "a/best.ckpt", "epoch=1-val/accuracy=0.5.ckpt", "notes.txt", "../../x.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "folder.ckpt").mkdir()
+    (folder / "link.ckpt").symlink_to("best.ckpt")
+    state = {"best_model_path": recorded, "best_k_models": {recorded: 0.5}}
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path / "run"))
+    Run().callback.on_load_checkpoint(trainer, None, {"callbacks": {"best": state}})
+    path = str(folder / expected) if expected else ""
+    assert state["best_model_path"] == path
+    assert state["best_k_models"] == ({path: 0.5} if path else {})

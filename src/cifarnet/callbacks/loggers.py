@@ -5,7 +5,6 @@ The names begin with `train/`, `val/` and `whole_run/`. TensorBoard sorts by nam
 
 import io
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +87,8 @@ def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str
     from torch.utils.tensorboard import FileWriter
     from torch.utils.tensorboard.summary import hparams, scalar
 
-    shutil.rmtree(folder, ignore_errors=True)  # written before the run was resumed
+    for file in folder.glob("events.out.*"):  # written before the run was resumed
+        file.unlink()
     values = {key: parse_number(text) if math.isfinite(parse_number(text)) else text for key, text in settings.items()}
     _, start, end = hparams(values, dict(results))
     writer = FileWriter(folder)

@@ -62,18 +62,25 @@ class TrainingState(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Update the recorded paths of the run's checkpoints, because the run's folder may have been moved."""
+        """Replace the recorded paths of the run's checkpoints with the files in the run's folder.
+
+        The run's folder may have been moved. No path is used from the checkpoint, because Lightning removes the files
+        that these paths name.
+        """
         folder = Path(trainer.default_root_dir) / "checkpoints"
+        files = [path for path in folder.rglob("*.ckpt") if path.is_file() and not path.is_symlink()]
 
         def moved(path: str) -> str:
-            return str(folder / Path(path).name) if path else ""
+            found = [file for file in files if f"/{path}".endswith(f"/{file.relative_to(folder).as_posix()}")]
+            return str(max(found, key=lambda file: len(file.parts), default=""))
 
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:
                 for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
                     state[name] = moved(state.get(name, ""))
                 state["dirpath"] = str(folder)
-                state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+                scores = {moved(path): score for path, score in state["best_k_models"].items()}
+                state["best_k_models"] = {path: score for path, score in scores.items() if path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict or None

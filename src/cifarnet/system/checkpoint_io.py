@@ -1,12 +1,14 @@
 """A Lightning plugin that reads and writes checkpoints."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from cifarnet.errors import UserError
 from cifarnet.system import files
 
 
@@ -18,12 +20,16 @@ class CheckpointIO(TorchCheckpointIO):
 
     Args:
         content: the content of a checkpoint, which the first load returns; None reads files.
+        folders: the folders in which a resumed run may write and remove `.ckpt` files; None does not limit a new run.
     """
 
-    def __init__(self, content: dict[str, Any] | None = None) -> None:
+    def __init__(self, content: dict[str, Any] | None = None, folders: Sequence[str] | None = None) -> None:
         self.content = content
+        self.folders = None if folders is None else [Path(folder).resolve() for folder in folders]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not self._is_allowed(Path(path)):
+            raise UserError(f"{path} is outside the run's folder. Correct the setting filename of the checkpoints.")
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         files.write(Path(path), buffer.getbuffer())
@@ -33,3 +39,14 @@ class CheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, *args, **kwargs)
         content, self.content = self.content, None  # free the memory afterwards
         return content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a regular file. (Lightning removes a folder with its content, and callbacks take names from files.)"""
+        path = Path(path)
+        if path.is_file() and not path.is_symlink() and self._is_allowed(path):
+            path.unlink()
+
+    def _is_allowed(self, path: Path) -> bool:
+        if self.folders is None:
+            return True
+        return path.suffix == ".ckpt" and any(folder in path.resolve().parents for folder in self.folders)
