@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -283,6 +284,7 @@ def test_circumstances_of_each_session_are_compared(run, compared):
         (["a=1", "metrik=seconds"], "metrik", "Did you mean metric?"),
         (["a=1", "output=picture.jpx"], "output=picture.jpx cannot be written", "png"),
         (["a=1", "output=broken/metrics.json/x.png"], "metrics.json/x.png cannot be written", "metrics.json"),
+        (["a=1", "output=pipe"], "pipe cannot be written: it is not a regular file", "Choose another path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -292,6 +294,7 @@ def test_what_cannot_be_compared_is_an_error(run, compared, tmp_path, arguments,
     for folder in ("empty", "broken", "evaluated/evaluation"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "broken/metrics.json").touch()
+    os.mkfifo(tmp_path / "pipe")
     for name in ("metrics.json", "report.html"):
         (tmp_path / "evaluated/evaluation" / name).touch()
     status, _, error = compared(*arguments)

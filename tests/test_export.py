@@ -1,6 +1,7 @@
 """Export: the exported network agrees with the original, and a shared folder can be loaded and runs no code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,10 +137,17 @@ def test_bad_settings(run, command, monkeypatch, tmp_path):
     tmp_path.joinpath("folder.onnx").mkdir()
     tmp_path.joinpath("mine").mkdir()
     tmp_path.joinpath("mine/README.md").write_text("mine")
+    tmp_path.joinpath("hub").mkdir()
+    tmp_path.joinpath("hub/model.safetensors").touch()
+    for pipe in ("pipe", "hub/config.json"):
+        os.mkfifo(tmp_path / pipe)
     for settings, message in {
         "format=onx": "format=onx cannot be used",
         "images=0": "images=0 is out of range: it must be at least 1.",
-        "output=folder.onnx": "folder.onnx cannot be written (Is a directory)",
+        "output=folder.onnx": "folder.onnx cannot be written: it is not a regular file",
+        "output=pipe": "pipe cannot be written: it is not a regular file",
+        "format=hub output=pipe": "pipe cannot be written: it is not a regular file",
+        "format=hub output=hub": "config.json cannot be written: it is not a regular file",
         "format=hub output=mine": "mine is a folder with other files",
         "output=/dev/null/x.onnx": "output=/dev/null/x.onnx cannot be written (",
         "data.root=a": "data.root",

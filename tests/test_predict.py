@@ -299,6 +299,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
         (["a.png", "precision=bf8"], 1, "precision=bf8"),
         (["a.png", "output=a.png"], 1, "output=a.png: use a file name that ends with .csv or .json"),
         (["a.png", "output=a.png/b.csv"], 1, "output=a.png/b.csv cannot be written"),
+        (["a.png", "output=pipe.csv"], 1, "pipe.csv cannot be written: it is not a regular file"),
         (["a.png", "--batch-size=3"], 2, "Write settings without dashes: batch_size=3"),
         (["a.png", "--top", "3"], 2, "Write settings without dashes: top=…"),
     ],
@@ -306,6 +307,7 @@ def test_temperature_of_the_evaluation(run, tmp_path):
 )
 def test_bad_arguments(predict, tmp_path, arguments, status, message):
     picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.csv")
     exit_status, printed, error = predict(*arguments)
     assert (exit_status, printed) == (status, "")
     assert message in error

@@ -71,6 +71,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
             for file in draft.iterdir() if draft.is_dir() else [draft]:
                 destination = target / file.relative_to(draft)
                 destination.parent.mkdir(exist_ok=True)
+                files.check_output(destination)
                 os.replace(file, destination)
     except UserError:
         raise
@@ -109,6 +110,8 @@ def _target(output: str | None, classifier: "Trained", file: str) -> Path:
         files.refuse_links(target.parent, [target])
     if target.is_dir() and any(target.iterdir()) and not (target / HUB_WEIGHTS).is_file():
         raise UserError(f"output={target} is a folder with other files. Choose another path, such as {file}.")
+    if not target.is_dir():
+        files.check_output(target)
     files.make_folder(target.parent, f"output={target} cannot be written")
     return target
 

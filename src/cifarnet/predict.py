@@ -53,6 +53,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
             raise UserError(f"output={output}: use a file name that ends with .csv or .json.")
+        files.check_output(output)
         files.make_folder(output.parent, f"output={output} cannot be written")
     # imported here, because it takes seconds and `--help` does not need it
     from cifarnet.inference.trained import load

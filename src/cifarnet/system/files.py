@@ -27,7 +27,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: the file could not be written; its `filename` is the path.
+        UserError: the path is that of a folder, a device or a pipe.
     """
+    check_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def check_output(path: Path) -> None:
+    """Check that a path is that of a new or a regular file: the rename would replace a device or a pipe.
+
+    Raises:
+        UserError: the path is that of a folder, a device or a pipe.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} cannot be written: it is not a regular file. Choose another path.")
 
 
 def make_folder(folder: Path, message: str) -> None:
