@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import sys
 import tarfile
 from collections.abc import Callable
@@ -168,6 +169,21 @@ def picture(path: Path, colour=(10, 20, 30), size=(32, 32), mode="RGB") -> None:
     """Write an image file of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path)
+
+
+def special(path: Path, kind: str, device: str) -> None:
+    """Create a device (only root may do so), a link to a device, a pipe or a folder."""
+    if kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.stat(device).st_rdev)
+        except PermissionError:
+            pytest.skip("only root may create a device")
+    elif kind == "link":
+        path.symlink_to(device)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
 
 
 @pytest.fixture(scope="session")

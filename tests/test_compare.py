@@ -112,6 +112,19 @@ def test_several_comparisons_are_corrected_and_the_best_group_is_doubted(run, co
     assert "best of" not in printed
 
 
+def test_records_that_cannot_be_read_are_left_out(run, compared, tmp_path):
+    """A pipe would never end, and a number above 1e308 cannot be converted to a float."""
+    run("a/0", 0, 0.9)
+    run("huge", 1, 10**400)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/metrics.json")
+    status, printed, error = compared("a", "huge", "pipe")
+    assert status == 0, error
+    assert "90.00%" in printed
+    for name in ("huge", "pipe"):
+        assert f"Left out: {name}/metrics.json cannot be read" in printed
+
+
 def test_one_seed_has_no_interval(run, compared):
     run("a", 0, 0.9)
     run("b", 0, 0.8, FASTER)

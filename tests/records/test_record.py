@@ -10,6 +10,7 @@ import pytest
 from cifarnet.errors import UserError
 from cifarnet.records.evaluation import Evaluation
 from cifarnet.records.record import NUMBERS, Record
+from conftest import special
 from example_record import RECORD, session, write_record
 
 
@@ -40,6 +41,10 @@ def test_unknown_keys_are_ignored_and_optional_ones_may_be_missing(tmp_path):
     assert Record.read(tmp_path / "metrics.json").partial is None
 
 
+def nested(levels: int) -> dict:
+    return {"inner": nested(levels - 1)} if levels else {}
+
+
 RECORD = RECORD | {"sessions": [session()]}
 UNREADABLE = {
     "empty": "",
@@ -47,6 +52,10 @@ UNREADABLE = {
     "cut": '{"val_accuracy": 0.',
     "deep": '{"config": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "digits": '{"val_accuracy": ' + "9" * 10_000 + "}",
+    "huge": json.dumps(RECORD | {"val_accuracy": 10**400}),
+    "huge seed": json.dumps(RECORD | {"seed": -(10**400)}),
+    "huge exponent": json.dumps(RECORD | {"test_cross_entropy": 1.5}).replace("1.5", "1e999"),
+    "levels": json.dumps(RECORD | {"config": nested(60)}),
     "list": "[1]",
     "number": "3",
     "without history": json.dumps({key: RECORD[key] for key in RECORD if key != "history"}),
@@ -68,6 +77,32 @@ def test_an_unreadable_record_is_reported_in_one_sentence(tmp_path, content):
     ) as error:
         Record.read(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder", "loop", "large"])
+def test_only_regular_files_of_at_most_64_megabytes_are_read(tmp_path, kind):
+    path, reason = tmp_path / "metrics.json", "it is not a regular file"
+    if kind == "large":
+        with path.open("wb") as file:
+            file.truncate(64 * 2**20 + 1)
+        reason = "it is larger than 64 MB"
+    elif kind == "loop":
+        path.symlink_to(path)
+        reason = "Too many levels of symbolic links"
+    else:
+        special(path, kind, "/dev/zero")
+    with pytest.raises(UserError, match=rf"metrics\.json cannot be read: .*{reason}.*; delete it or repeat the run\.$"):
+        Record.read(path)
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    history = [{"epoch": 1, "train/accuracy": math.inf}]
+    path = write_record(tmp_path, val_accuracy=math.inf, test_accuracy=math.nan, history=history) / "metrics.json"
+    assert "Infinity" in path.read_text()
+    record = Record.read(path)
+    assert math.isnan(record.val_accuracy)
+    assert math.isnan(record.test_accuracy)
+    assert record.history == [{"epoch": 1, "train/accuracy": None}]
 
 
 def test_the_sentence_names_the_wrong_field(tmp_path):

@@ -45,7 +45,7 @@ def test_an_unreadable_file_makes_a_job_damaged(tmp_path):
     write_record(tmp_path)
     (tmp_path / ".hydra").mkdir()
     overrides = tmp_path / ".hydra/overrides.yaml"
-    for content in (b"- a=1\n\xff\n", b"a: {", b"3"):
+    for content in (b"- a=1\n\xff\n", b"a: {", b"3", b"- [1]"):
         overrides.write_bytes(content)
         with pytest.raises(UserError, match=r"overrides\.yaml cannot be read: "):
             tables.overrides(tmp_path)

@@ -1,7 +1,6 @@
 import errno
 import multiprocessing
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from cifarnet import cli
 from cifarnet.errors import UserError, printable
 from cifarnet.system import files
+from conftest import special
 
 
 def full_disk(monkeypatch):
@@ -34,24 +34,9 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-def special(path: Path, kind: str) -> None:
-    """Create something that is not a regular file: a pipe, a device (only as root), a link to a device, a folder."""
-    if kind == "device":
-        try:
-            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # /dev/null
-        except PermissionError:
-            pytest.skip("only root may create a device")
-    elif kind == "link":
-        path.symlink_to("/dev/full")
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
-
-
 @pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
 def test_only_regular_files_are_replaced(tmp_path, kind):
-    special(tmp_path / "output", kind)
+    special(tmp_path / "output", kind, "/dev/full")
     before = (tmp_path / "output").lstat()
     with pytest.raises(UserError, match=r"output cannot be written: it is not a regular file\. Choose another path\."):
         files.write(tmp_path / "output", b"content")

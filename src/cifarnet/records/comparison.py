@@ -72,12 +72,12 @@ def _files(paths: Sequence[str]) -> list[Path]:
     """Return the `metrics.json` of all runs at or below the paths, without those of evaluations (beside a report)."""
     files = []
     for path in paths:
-        found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("metrics.json"))
-        found = [Path(os.path.relpath(file.resolve())) for file in found if not file.with_name("report.html").exists()]
+        found = [Path(path)] if os.path.isfile(path) else sorted(Path(path).rglob("metrics.json"))
+        found = [file for file in found if not file.with_name("report.html").exists()]
         if not found:
-            problem = "contains no finished run" if Path(path).exists() else "does not exist"
+            problem = "contains no finished run" if os.path.exists(path) else "does not exist"
             raise UserError(f"{path} {problem}. Specify the folder of a run or of several runs, or a metrics.json.")
-        files += found
+        files += [Path(os.path.relpath(os.path.realpath(file))) for file in found]
     return list(dict.fromkeys(files))
 
 
@@ -91,7 +91,7 @@ def _settings(record: Record, metric: str) -> dict[str, str]:
 def _images(record: Record) -> dict[str, Any]:
     """Return the number of images and their checksum. Streamed images have no checksum but a location."""
     data = record.data
-    checksum = data["sha256"][:8] if data["sha256"] else record.resolved["data"].get("root")
+    checksum = data["sha256"][:8] if data["sha256"] else flat(record.resolved).get("data.root")
     return {"images": data | {"sha256": checksum}}
 
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, TypeVar, get_type_hints
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
 import yaml
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -14,11 +14,14 @@ from cifarnet.system import files
 
 T = TypeVar("T", bound="JsonFile")
 Content = TypeVar("Content")
+MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
+MOST_LEVELS = 50  # of nested lists and objects
+LARGEST = 1e100  # the squares of larger numbers exceed the range of floats
 UNREADABLE = (OSError, ValueError, TypeError, RecursionError, TypeCheckError, yaml.YAMLError)
 
 
 def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Content:
-    """Return the parsed content of a text file.
+    """Return the parsed content of a text file, which must be a regular file of at most 64 MB.
 
     Args:
         remedy: the end of the error message, which says what the user can do.
@@ -27,10 +30,28 @@ def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Conte
         UserError: the file cannot be read or parsed.
     """
     try:
-        return parse(path.read_text("utf-8"))
+        if files.is_special(path):
+            raise ValueError("it is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError("it is larger than 64 MB")
+        return parse(content.decode())
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}{remedy}.") from error
+
+
+def _check_number(number: float) -> float:
+    if abs(number) >= LARGEST:
+        raise ValueError(f"it contains a number of {LARGEST:.0e} or more")
+    return number
+
+
+def _num_levels(content: object) -> int:
+    """Return the number of levels of nested lists and objects."""
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return 1 + max(map(_num_levels, parts), default=0)
 
 
 class JsonFile:
@@ -41,7 +62,7 @@ class JsonFile:
 
     @classmethod
     def read(cls: type[T], path: Path) -> T:
-        """Return the content of a file. In fields declared as float, null becomes NaN.
+        """Return the content of a file. NaN and infinity are read as null; fields declared as float are then NaN.
 
         Raises:
             UserError: the file cannot be read, or a field is missing or not valid.
@@ -49,7 +70,14 @@ class JsonFile:
         hints = get_type_hints(cls)
 
         def parse(text: str) -> T:
-            values = {name: value for name, value in dict(json.loads(text)).items() if name in hints}
+            hooks: Any = {
+                "parse_int": lambda digits: _check_number(int(digits)),
+                "parse_float": lambda digits: _check_number(float(digits)),
+                "parse_constant": lambda _: None,
+            }
+            values = {name: value for name, value in dict(json.loads(text, **hooks)).items() if name in hints}
+            if _num_levels(values) > MOST_LEVELS:
+                raise ValueError(f"it has more than {MOST_LEVELS} levels")
             nulls = {name for name, value in values.items() if value is None and hints[name] is float}
             if missing := [name for name in hints if name not in values and not hasattr(cls, name)]:
                 raise ValueError(f"it has no {', '.join(missing)}")

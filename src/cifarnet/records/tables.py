@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from typeguard import CollectionCheckStrategy, check_type
 
 from cifarnet.errors import UserError
 from cifarnet.records.json_file import read
@@ -105,7 +106,12 @@ def overrides(folder: Path) -> list[str]:
         UserError: Hydra's record cannot be read.
     """
     path = folder / ".hydra/overrides.yaml"
-    return read(path, lambda text: list(map(str, yaml.safe_load(text) or []))) if path.exists() else []
+
+    def parse(text: str) -> list[str]:
+        found = yaml.load(text, yaml.BaseLoader)  # reads scalars as text, and expands no merge keys
+        return check_type(found or [], list[str], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+
+    return read(path, parse) if path.exists() else []
 
 
 def read_run(folder: Path) -> Run:
