@@ -18,6 +18,7 @@ from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models import CNN
+from cifarnet.recipes.focal import FocalLoss
 from cifarnet.seeding import generator
 
 DECAY = 0.03
@@ -107,6 +108,29 @@ def test_epoch_means_weight_all_images_equally(batch):
     means = module.means("val")
     assert means["val/accuracy"] == (logits.argmax(1) == batch.labels).sum().item() / 16
     torch.testing.assert_close(means["val/cross_entropy"], F.cross_entropy(logits, batch.labels).item())
+
+
+@pytest.mark.parametrize("objective", [nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none"), FocalLoss(2.0)])
+def test_validation_and_test_record_the_plain_cross_entropy_of_any_objective(batch, objective):
+    module = linear_classifier(objective=objective)
+    nn.init.normal_(module.network[1].weight, std=0.2)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.validate(module, unequal_batches(batch), verbose=False)
+    trainer.test(module, unequal_batches(batch), verbose=False)
+    logits = module(batch.images)
+    plain = -logits.log_softmax(1).gather(1, batch.labels[:, None]).mean().item()
+    assert objective(logits, batch.labels).mean().item() != pytest.approx(plain, rel=0.01)
+    for stage in ("val", "test", "one_view"):
+        assert module.means(stage)[f"{stage}/cross_entropy"] == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_logged_decay_uses_the_decay_of_each_group(batch):
+    module = linear_classifier(optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=DECAY), no_decay=True)
+    nn.init.normal_(module.network[1].bias)
+    quiet_trainer(max_epochs=1).fit(module, unequal_batches(batch))
+    weight, bias = (parameter.detach().square().sum().item() for parameter in module.network.parameters())
+    assert bias > 0.1
+    assert module.training_metrics()["train/weight_decay"] == pytest.approx(DECAY / 2 * weight)
 
 
 def test_the_loss_of_a_mixed_image_includes_both_labels(batch):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cifarnet.train import train
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["data=synthetic", "data.train_size=400", "data.test_size=50", "trainer=cpu", "threads=1"]
 
@@ -89,6 +91,31 @@ def test_results_of_the_cpu_are_found_on_a_machine_with_a_gpu(ladder, monkeypatc
     cpu = ladder.hardware.describe(ladder.torch.device("cpu"))["name"]
     done = result("+experiment=speedrun trainer=cpu", 0, 0.9, hardware=cpu)
     assert ladder.train_missing([done], ["speedrun"], 1, ["trainer=cpu"]) == []
+
+
+@pytest.mark.parametrize("other", [{"hardware": "Another"}, {"seed": 1}, {"recipe": "before"}, {"command": "+x=1"}])
+def test_a_result_of_something_else_does_not_fill_a_row(ladder, monkeypatch, other):
+    machine = ladder.hardware.describe(ladder.torch.device("cpu"))["name"]
+    same = result("+experiment=speedrun trainer=cpu", 0, 0.9, hardware=machine)
+    trained = []
+    monkeypatch.setattr(ladder, "train", lambda *arguments: trained.append(arguments) or 1)
+    assert ladder.train_missing([same], ["speedrun"], 1, ["trainer=cpu"]) == []
+    assert ladder.train_missing([same | other], ["speedrun"], 1, ["trainer=cpu"]) == ["speedrun with seed 0"]
+    assert len(trained) == 1
+    assert trained[0][1] == ["+experiment=speedrun", "trainer=cpu", "seed=0"]
+
+
+def test_flops_of_a_network_are_those_by_hand(ladder, config, tmp_path):
+    """Two FLOP per multiply-add; the convolutions keep the size, and each pair of them halves it."""
+    train(config("data.train_size=64", "trainer.max_epochs=1", "scheduler=constant"))
+    size, chans, macs = 32, 3, 0
+    for pair in ((4, 4), (8, 8)):
+        for width in pair:
+            macs += size**2 * 9 * chans * width
+            chans = width
+        size //= 2
+    macs += size**2 * 8 * 16 + 16 * 10
+    assert ladder.gflop(tmp_path / "run") == pytest.approx(2 * macs / 1e9)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

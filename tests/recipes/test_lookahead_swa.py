@@ -25,10 +25,11 @@ class Seen(Callback):
 
 def test_slow_weights_are_updated_after_every_second_step(config):
     seen, alone = Seen(), Seen()
-    train(config(*SHORT, "+recipe=lookahead", "recipe.lookahead.k=2", "trainer.max_epochs=1"), callbacks=[seen])
+    lookahead = ["+recipe=lookahead", "recipe.lookahead.k=2", "recipe.lookahead.alpha=0.2"]
+    train(config(*SHORT, *lookahead, "trainer.max_epochs=1"), callbacks=[seen])
     train(config(*SHORT, "trainer.max_epochs=1", folder="alone"), callbacks=[alone])
     assert torch.equal(seen.after[0], alone.after[0])
-    torch.testing.assert_close(seen.after[1], seen.first + 0.5 * (alone.after[1] - seen.first))
+    torch.testing.assert_close(seen.after[1], seen.first + 0.2 * (alone.after[1] - seen.first))
     assert not torch.equal(seen.after[2], seen.after[1])
 
 

@@ -1,18 +1,23 @@
 import json
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cifarnet import classifier
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch
 from cifarnet.errors import Interrupted, UserError
+from cifarnet.recipes import sam
 from cifarnet.recipes.sam import SAM
 from cifarnet.resuming import resume
 from cifarnet.train import train
@@ -94,6 +99,46 @@ def test_weights_are_restored_bit_by_bit():
     fitted(network, SAM(RHO), epochs=3, lr=0.0)
     for name, value in network.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def ascent(batch: Batch, gradient: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
+    """Return the gradients by which SAM steps on one rank, whose gradient at w is `gradient`."""
+    torch.manual_seed(0)
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)).double(), partial(torch.optim.SGD, lr=1.0))
+    module._trainer = SimpleNamespace(
+        train_dataloader=SimpleNamespace(batch_size=batch_size), precision_plugin=Precision()
+    )
+    for weight, value in zip(module.parameters(), gradient, strict=False):
+        weight.grad = value.clone()
+    if not gradient:
+        module.forward_and_loss(batch)[1].mean().backward()
+        gradient += [weight.grad.clone() for weight in module.parameters()]
+    recipe = SAM(RHO)
+    recipe.batch = batch
+    recipe.on_before_optimizer_step(module.trainer, module, None)
+    return [weight.grad for weight in module.parameters()]
+
+
+def test_ranks_step_with_the_mean_gradient_of_the_whole_batch(monkeypatch):
+    """Two threads are two ranks with 9 and 7 images; DDP has averaged the gradient at w."""
+    batch, gradient = one_batch(), []
+    expected = ascent(batch, gradient, 16)
+    monkeypatch.setattr(sam, "world_size", lambda: 2)
+    monkeypatch.setattr(classifier, "world_size", lambda: 2)
+    barrier, sent = threading.Barrier(2, timeout=60), []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        sent.append(tensor.clone())
+        barrier.wait()
+        tensor.copy_(sum(sent))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parts = [Batch(*(member[place] for member in batch[:3])) for place in (slice(0, 9), slice(9, 16))]
+    with ThreadPoolExecutor(2) as ranks:
+        made = list(ranks.map(lambda part: ascent(part, list(gradient), 16), parts))
+    for rank in made:
+        for one, other in zip(rank, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 class Norm(Callback):
