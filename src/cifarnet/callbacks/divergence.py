@@ -37,10 +37,8 @@ class StopOnDivergence(Callback):
     def _check(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Check the sum of the losses of this epoch, and all weights. All ranks must call it."""
         assert isinstance(module, Classifier)
-        loss, are_finite = (
-            module.total(stage)[0].item(),
-            [weight.isfinite().all() for weight in module.network.parameters()],
-        )
+        loss = module.total(stage)[0].item()
+        are_finite = [weight.isfinite().all() for weight in module.network.parameters()]
         # the scaler of 16-bit gradients skips a step after an overflow
         is_skipped = stage == "train" and getattr(trainer.precision_plugin, "scaler", None) is not None
         if torch.stack(are_finite).all() and (is_skipped or abs(loss) < float("inf")):  # false for NaN
