@@ -8,6 +8,7 @@ import optuna
 import pytest
 import torch
 from hydra._internal.utils import _run_hydra, get_args_parser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -22,7 +23,7 @@ FOREACH = {
 }
 TESTED = {  # by the tests below, except for the public ones
     *("_run_hydra", "hydra._internal.utils", "_get_root", "torch._inductor.exc", "_trial_id"),
-    "_get_file_writer",
+    *("_get_file_writer", "_last_global_step_saved"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", *FOREACH),
 }
 PUBLIC = {"_replace", "_exit", "_target_"}  # of a NamedTuple, of `os`, and in Hydra's configs
@@ -67,6 +68,13 @@ def test_get_file_writer(tmp_path):
     writer._get_file_writer().add_summary(scalar("a", 1.0), 0)
     writer.close()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_last_global_step_saved():
+    """Saved and restored by `callbacks.training_state`; Lightning does not save it."""
+    callback = ModelCheckpoint()
+    assert callback._last_global_step_saved == 0
+    assert "_last_global_step_saved" not in callback.state_dict()
 
 
 def test_get_root():

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.optim.accumulation import total_steps
 from cifarnet.schema import Range
 from cifarnet.seeding import derive
 from cifarnet.system.distributed import all_gather, rank, world_size
@@ -150,7 +151,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self._parameter_groups() if self.no_decay else self.network.parameters())
-        self.total_steps = self.trainer.estimated_stepping_batches
+        self.total_steps = total_steps(self.trainer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         is_finite = self.total_steps < float("inf")

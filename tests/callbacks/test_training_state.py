@@ -15,6 +15,8 @@ from cifarnet.seeding import derive
 
 IMAGES = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
+LOOPS = {"fit_loop": {"epoch_loop.batch_progress": {"total": {"processed": 5, "completed": 5}}}}
+
 
 class Run:
     """A callback, a loader, and a module as a trainer sets them up."""
@@ -25,7 +27,15 @@ class Run:
         network.forward = lambda images: nn.Sequential.forward(network, images / 255)
         self.module = Classifier(network, partial(torch.optim.SGD, lr=0.1))
         self.loader = InMemoryLoader(IMAGES, torch.arange(50), 5, train=True, share=share, seed=5)
-        self.trainer = SimpleNamespace(train_dataloader=self.loader, current_epoch=1)
+        epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=1)))
+        self.trainer = SimpleNamespace(
+            train_dataloader=self.loader,
+            current_epoch=1,
+            callbacks=[],
+            checkpoint_callbacks=[],
+            accumulate_grad_batches=1,
+            fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+        )
         self.module._trainer = self.trainer
         self.callback = TrainingState()
         if state is not None:
@@ -123,6 +133,19 @@ def test_each_rank_gets_its_generator_and_rank_0_the_sums(monkeypatch):
         assert resumed.module.sums["train"].tolist() == (sums if rank == 0 else [0, 0, 0])
 
 
+def test_each_rank_gets_its_accumulated_gradients(monkeypatch):
+    run = Run()
+    run.train(1, batches=2)
+    state = run.callback.state_dict()
+    assert state["gradients"] == {}  # the optimizer has used them
+    state["gradients"] = {"1.bias": [torch.full((50,), 1.0), torch.full((50,), 4.0)]}
+    for ranks, rank, expected in [(2, 0, 1.0), (2, 1, 4.0), (1, 0, 2.5)]:
+        monkeypatch.setattr(training_state, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(training_state, "world_size", lambda ranks=ranks: ranks)
+        resumed = Run(state=copy.deepcopy(state))
+        assert resumed.module.network.get_parameter("1.bias").grad.tolist() == [expected] * 50
+
+
 def test_the_folder_of_a_run_can_be_moved(tmp_path):
     best = "/old/run/checkpoints/best.ckpt"
     paths = {"best_model_path": best, "kth_best_model_path": best, "last_model_path": "", "dirpath": "/old"}
@@ -130,6 +153,7 @@ def test_the_folder_of_a_run_can_be_moved(tmp_path):
     (tmp_path / "checkpoints/best.ckpt").touch()
     other = {"epoch": 3}
     checkpoint = {"callbacks": {"best": paths | {"best_k_models": {best: 0.5}}, "other": dict(other)}}
+    checkpoint["loops"] = LOOPS
     Run().callback.on_load_checkpoint(SimpleNamespace(default_root_dir=str(tmp_path)), None, checkpoint)
     moved = str(tmp_path / "checkpoints/best.ckpt")
     assert checkpoint["callbacks"]["best"] == {
@@ -161,7 +185,7 @@ def test_a_recorded_path_becomes_a_checkpoint_of_the_run_or_nothing(tmp_path, re
     (folder / "link.ckpt").symlink_to("best.ckpt")
     state = {"best_model_path": recorded, "best_k_models": {recorded: 0.5}}
     trainer = SimpleNamespace(default_root_dir=str(tmp_path / "run"))
-    Run().callback.on_load_checkpoint(trainer, None, {"callbacks": {"best": state}})
+    Run().callback.on_load_checkpoint(trainer, None, {"callbacks": {"best": state}, "loops": LOOPS})
     path = str(folder / expected) if expected else ""
     assert state["best_model_path"] == path
     assert state["best_k_models"] == ({path: 0.5} if path else {})

@@ -79,7 +79,8 @@ class StopOnSignal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # after the last batch of an epoch, validate and save the checkpoint first, and stop when the next epoch starts
-        if self._agree(trainer) and not trainer.is_last_batch:
+        ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self._agree(trainer) and not ends:
             self._save(trainer)
             complete = f"{trainer.current_epoch} of {trainer.max_epochs} epochs are complete"
             self._stop(trainer, f"batch {batch_idx + 1} of epoch {trainer.current_epoch + 1}: {complete}")

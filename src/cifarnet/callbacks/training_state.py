@@ -5,17 +5,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch, BatchLoader
-from cifarnet.system.distributed import all_gather, rank
+from cifarnet.system.distributed import all_gather, rank, world_size
 
 
 class TrainingState(Callback):
     """Passes the losses of each batch to the loader, and saves the state that is needed to resume within an epoch: the
-    position of the loader, the sums of the metrics, and the state of torch's random generators on every rank.
+    position of the loader, the sums of the metrics, and, for every rank, the state of torch's random generators and the
+    gradients that are being accumulated.
+
+    With accumulation, a step uses the mean gradient of the batches since the previous step; at the end of an epoch,
+    these can be fewer than `accumulate_grad_batches`.
 
     `build` adds it to every run as the first callback, because others may save a checkpoint at the end of a batch.
     """
@@ -24,11 +29,15 @@ class TrainingState(Callback):
         self.loader: BatchLoader | None = None
         self.module: Classifier | None = None
         self.restored: dict[str, Any] | None = None
+        self.schedulers: list[GradientAccumulationScheduler] = []
+        self.accumulates = False  # whether gradients were accumulated, and the optimizer has not used them yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         assert isinstance(trainer.train_dataloader, BatchLoader)
         self.module, self.loader = pl_module, trainer.train_dataloader
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        self.schedulers = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
         if self.restored is None:
             return
         self.loader.restore(self.restored["loader"])
@@ -41,11 +50,32 @@ class TrainingState(Callback):
                 torch.cuda.set_rng_state(generators[rank()]["cuda"].cpu(), self.module.device)
         else:  # the previous session had fewer ranks
             self.module.seed_epoch()
+        for name, gradients in self.restored.get("gradients", {}).items():
+            had_these_ranks = len(gradients) == world_size()
+            gradient = gradients[rank()] if had_these_ranks else torch.stack(gradients).mean(0)
+            self.module.network.get_parameter(name).grad = gradient.to(self.module.device)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):  # it saves only one checkpoint for each step of the optimizer
+                callback._last_global_step_saved = self.restored.get("saved_steps", {}).get(callback.state_key, 0)
         self.restored = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        for callback in self.schedulers:  # Lightning does not call them if a run resumes within an epoch
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
+        # Lightning has divided each loss by `size`, but the last step of an epoch can have fewer batches
+        size = trainer.accumulate_grad_batches
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready % size or size
+        for parameter in module.parameters() if batches < size else ():
+            if parameter.grad is not None:
+                parameter.grad *= size / batches
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self.accumulates = ready % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
         if self.loader is not None and self.loader.selects:
             self.loader.observe(batch.index, outputs["losses"])
 
@@ -55,19 +85,36 @@ class TrainingState(Callback):
         states = {"cpu": all_gather(torch.get_rng_state())}
         if self.module.device.type == "cuda":
             states["cuda"] = all_gather(torch.cuda.get_rng_state(self.module.device))
+        parameters = self.module.network.named_parameters() if self.accumulates else ()
+        saving = [one for one in self.module.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         return {
+            "saved_steps": {callback.state_key: callback._last_global_step_saved for callback in saving},
+            "gradients": {name: all_gather(value.grad) for name, value in parameters if value.grad is not None},
             "loader": self.loader.position(),
             "train_sums": self.module.total("train"),
             "generators": [dict(zip(states, one_rank, strict=True)) for one_rank in zip(*states.values(), strict=True)],
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._validate_first(checkpoint)
+        self._find_files(Path(trainer.default_root_dir) / "checkpoints", checkpoint)
+
+    @staticmethod
+    def _validate_first(checkpoint: dict[str, Any]) -> None:
+        """Validate before the next batch if a validation was due. Lightning does so only if it had begun."""
+        progress = checkpoint["loops"]["fit_loop"]
+        total = progress["epoch_loop.batch_progress"]["total"]
+        if total["completed"] < total["processed"]:  # saved at the end of a batch
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["epoch_loop.val_loop.batch_progress"] |= {"total": begun, "current": dict.fromkeys(begun, 0)}
+
+    @staticmethod
+    def _find_files(folder: Path, checkpoint: dict[str, Any]) -> None:
         """Replace the recorded paths of the run's checkpoints with the files in the run's folder.
 
         The run's folder may have been moved. No path is used from the checkpoint, because Lightning removes the files
         that these paths name.
         """
-        folder = Path(trainer.default_root_dir) / "checkpoints"
         files = [path for path in folder.rglob("*.ckpt") if path.is_file() and not path.is_symlink()]
 
         def moved(path: str) -> str:
