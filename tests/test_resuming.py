@@ -41,7 +41,8 @@ def test_a_folder_stands_for_its_last_checkpoint_and_gives_the_recorded_config(r
     assert checkpoint.path == run / "checkpoints/last.ckpt"
     assert resume(checkpoint.path)[0] == config
     recorded = json.loads((run / "metrics.json").read_text())["config"]
-    assert OmegaConf.to_container(config) == recorded | {"output_dir": str(run)}
+    data = recorded["data"] | {"read_only": True}
+    assert OmegaConf.to_container(config) == recorded | {"output_dir": str(run), "data": data}
 
 
 @pytest.mark.parametrize(

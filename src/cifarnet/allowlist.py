@@ -13,6 +13,7 @@ from typing import Any
 from cifarnet.errors import UserError
 
 PACKAGE = Path(__file__).parent
+DATA = ("cifarnet.data.", "cifarnet.recipes.", "torchvision.transforms.")  # building these reads and writes no file
 LIBRARIES = {"cifarnet", "hydra_plugins", "lightning", "optuna", "timm", "torch", "torchvision"}
 
 
@@ -82,6 +83,19 @@ def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Seque
     for name in _targets(config):
         if name.partition(".")[0] not in LIBRARIES and name not in classes:
             raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
+
+
+def refuse_foreign_data(section: Any, path: Path, classes: Sequence[str] = ()) -> None:
+    """Check that the recorded section `data` names only data sets, recipes and transforms, which download nothing when
+    they are built. The arguments are those of `refuse_foreign_classes`.
+
+    Raises:
+        UserError: the section names another class, or a function.
+    """
+    for name in _targets(section):
+        found = pydoc.locate(name) if name.startswith(DATA) else None
+        if name not in classes and not (isinstance(found, type) and found.__module__.startswith(DATA)):
+            raise UserError(f"{path} names {name} in data. If you trust it, allow it: classes=[{name}]")
 
 
 def _targets(node: Any) -> Iterator[str]:

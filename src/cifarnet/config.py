@@ -30,6 +30,7 @@ EFFECTS = {
     "nothing": [
         *("name", "output_dir", "ckpt_path", "classes", "sweep", "logger"),
         *("data.root", "data.url", "start.checkpoint"),  # checksums of the images and weights are recorded instead
+        "data.read_only",
         "callbacks.best.dirpath",
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
         "trainer.profiler",

@@ -11,10 +11,11 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import refuse_foreign_classes
+from cifarnet.allowlist import locate, refuse_foreign_classes, refuse_foreign_data
 from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
 from cifarnet.config import effect
 from cifarnet.errors import UserError
+from cifarnet.schema import accepts, has_target
 from cifarnet.system import files
 
 FIXED = {"name", "output_dir", "ckpt_path", "sweep"}  # the run keeps its folder
@@ -44,10 +45,18 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
+    refuse_foreign_data(written.get("data"), checkpoint.path, list(map(str, allowed)))
     recorded: Any = OmegaConf.create(written | {"output_dir": str(_folder(checkpoint)), "classes": []})
+    make_read_only(recorded)
     config = _with_overrides(recorded, parsed)
     _check_max_epochs(recorded, config)
     return config, checkpoint
+
+
+def make_read_only(config: DictConfig) -> None:
+    """Set `data.read_only`, if the data set has this setting: only the user's command may download."""
+    if has_target(config.get("data")) and accepts(locate([config.data._target_])[0], "read_only"):
+        OmegaConf.update(config, "data.read_only", True, force_add=True)
 
 
 def _folder(checkpoint: Checkpoint) -> Path:

@@ -72,6 +72,12 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
             check(f"{name}.{key}", value, hints.get(key, Any))
 
 
+def accepts(called: Callable[..., Any], name: str) -> bool:
+    """Whether a class or function has an argument with this name."""
+    names = _signature(called)[1]
+    return names is None or name in names
+
+
 def check(name: str, value: Any, hint: Any) -> None:
     """Check the type of a value, and the range of its numbers.
 

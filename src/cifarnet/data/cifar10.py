@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10 as Published
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.errors import UserError
+from cifarnet.errors import NoImages, UserError
 from cifarnet.system.files import locked
 
 SCRATCH = ".unfinished-"
@@ -26,6 +26,7 @@ class CIFAR10(ImageDataModule):
         settings: the settings of `ImageDataModule`.
 
     Raises:
+        NoImages: `root` does not contain the extracted files, and `read_only` is set.
         UserError: the archive cannot be downloaded, or a file in `root` differs from the published one.
     """
 
@@ -36,6 +37,11 @@ class CIFAR10(ImageDataModule):
 
     def read(self) -> Source:
         folder = self.root / Published.base_folder
+        if self.read_only and not folder.exists():
+            raise NoImages(
+                f"{folder} does not exist, and data.read_only=true forbids downloading it: a checkpoint chose this "
+                "data. Set data.root to its parent folder, or allow the download with data.read_only=false."
+            )
         try:
             if not folder.exists():
                 with locked(self.root, f"Another process is preparing CIFAR-10 in {self.root}: waiting for it."):

@@ -100,6 +100,8 @@ class ImageDataModule(L.LightningDataModule):
         shuffle_seed: determines the order and the augmentation.
         on_device: store the images in GPU memory; otherwise they are stored on the host, and batches are copied while
             the GPU computes.
+        read_only: use only existing files: download nothing, and write no cache. Commands set it when the data is
+            chosen by a checkpoint and not by the user.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class ImageDataModule(L.LightningDataModule):
         mix: Mix | None = None,
         shuffle_seed: Seed = 0,
         on_device: bool = True,
+        read_only: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -126,6 +129,7 @@ class ImageDataModule(L.LightningDataModule):
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
+        self.read_only = read_only
         self.workers: int | None = 0
         self.preloaded: Source | None = None  # the images and their validation split, if they were already read
 

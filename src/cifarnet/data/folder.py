@@ -118,11 +118,11 @@ class ImageFolder(ImageDataModule):
         if missing:
             print(f"{name}/ has no images of {missing}.", flush=True)
         images = ImageFiles(paths, self.size)
-        return Split(_decoded(images, folder) if self.in_memory else images, torch.tensor(labels))
+        return Split(_decoded(images, folder, not self.read_only) if self.in_memory else images, torch.tensor(labels))
 
 
-def _decoded(files: ImageFiles, folder: Path) -> Tensor:
-    """Return a split's images, uint8 [N, 3, size, size], from the cache if it is up to date."""
+def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
+    """Return a split's images, uint8 [N, 3, size, size], from the cache if it is up to date; `writes` updates it."""
     needed = 2 * math.prod(files.shape)  # bytes; the validation split makes a copy
     if needed > (free := psutil.virtual_memory().available):
         raise UserError(
@@ -137,7 +137,8 @@ def _decoded(files: ImageFiles, folder: Path) -> Tensor:
     images = _load(cache, fingerprint, files.shape)
     if images is None:
         images = files.read(progress_bar=True)
-        _save(cache, {"fingerprint": fingerprint, "images": images})
+        if writes:
+            _save(cache, {"fingerprint": fingerprint, "images": images})
     return images
 
 

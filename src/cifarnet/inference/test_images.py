@@ -1,6 +1,7 @@
 """The images on which a trained network is tested: the test images of its run, or others that the user chooses.
 
 A checkpoint provides only the class of its data set and numbers, such as `val_fraction`. Paths and URLs are not used.
+Nothing is downloaded or cached unless the user chooses the data with `data=`.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from cifarnet.allowlist import allowed_class, class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import check_sections
 from cifarnet.errors import NoImages
+from cifarnet.schema import accepts
 
 SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data
 
@@ -45,6 +47,7 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
                 f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add data.root=…"
             )
         data["_target_"] = class_path(data_class)
+        data |= {"read_only": "true"} if accepts(data_class, "read_only") else {}
         overrides = [f"++{override}" if override.startswith("data.") else override for override in overrides]
     config = cli.compose(command, [*(f"++data.{key}={value}" for key, value in data.items()), *overrides])
     check_sections(config)

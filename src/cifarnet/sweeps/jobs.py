@@ -88,6 +88,10 @@ def run_job(
     if multirun.stop_file(folder.parent).exists():
         files.remove_if_unused(folder)
         return Outcome("skipped")
+    if config.sweep.resume is not None and "read_only" not in config.data:
+        from cifarnet.resuming import make_read_only  # imports torch
+
+        make_read_only(config)
     with parallel.job_in_worker(config, folder.name):
         try:
             (folder / "error.txt").unlink(missing_ok=True)
