@@ -1,13 +1,21 @@
-"""The demo's page agrees with `predict`, and works without test pictures."""
+"""The demo's page agrees with `predict`, works without test pictures, and serves nothing but itself."""
 
+import os
+import signal
 import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet.demo import analyze, choose, main, serving
+from cifarnet.demo import OnlyThisPage, choose, main, serving
 from cifarnet.errors import UserError
 from cifarnet.inference import test_images
 from conftest import picture
@@ -63,10 +71,112 @@ def test_files_that_are_not_pictures(client, tmp_path):
         upload(client, tmp_path / "large.bmp")
 
 
-def test_folder_of_uploads_is_refused(run, tmp_path):
-    picture(tmp_path / "somebodys.png")
-    with pytest.raises(UserError, match="is not a file"):
-        analyze(cifarnet.load(run), str(tmp_path), {"accelerator": "cpu"})
+def ask(client, picture, **headers) -> str:
+    """Return the events that answer a request with this JSON for the picture."""
+    address = f"{client.src}gradio_api/call/answer"
+    response = httpx.post(address, json={"data": [picture]}, headers=headers)
+    if response.status_code != 200:
+        return f"{response.status_code} {response.text}"
+    return httpx.get(f"{address}/{response.json()['event_id']}", headers=headers).text
+
+
+def uploads() -> Path:
+    return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_only_uploaded_files_are_read(client, tmp_path, monkeypatch, meta):
+    picture(tmp_path / "server.png")
+    inside = uploads() / "inside.png"
+    picture(inside)
+    uploads().joinpath("link.png").unlink(missing_ok=True)
+    uploads().joinpath("link.png").symlink_to(tmp_path / "server.png")
+    resolve, resolved = socket.getaddrinfo, set()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **b: [resolved.add(host), resolve(host, *a, **b)][1])
+    assert "event: complete" in ask(client, {"path": str(inside), **meta})
+    refused = [tmp_path / "server.png", uploads(), uploads() / "link.png", uploads() / "../server.png", "", "a\0"]
+    for path in [*map(str, refused), "http://127.0.0.1:9/a.png", "https://cifarnet.invalid/a.png", "file:///a.png"]:
+        assert "event: error" in ask(client, {"path": path, **meta}), path
+    answer = ask(client, {"path": str(inside), "url": "http://cifarnet.invalid/a.png", **meta})
+    assert "event: complete" in answer  # the URL is ignored
+    assert resolved == {"127.0.0.1"}
+
+
+def test_foreign_hosts_and_origins_are_refused(client):
+    own = client.src.split("/")[2]
+    for headers in [
+        {"Host": "evil.example"},
+        {"Host": f"evil.example:{own.rpartition(':')[2]}"},
+        {"Host": f"127.0.0.1.evil.example:{own.rpartition(':')[2]}"},
+        {"Host": "192.0.2.1"},
+        {"Host": "[::1"},
+        {"Host": ""},
+        {"Origin": "http://evil.example"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "null"},
+        {"Host": "evil.example", "Origin": "http://evil.example"},
+    ]:
+        assert ask(client, None, **headers).startswith("403"), headers
+        assert httpx.get(client.src, headers=headers).status_code == 403, headers
+    for headers in [
+        {"Origin": f"http://{own}"},
+        {"Host": "localhost:9", "Origin": "http://LOCALHOST:9"},
+        {"Host": "[::1]"},
+    ]:
+        assert "event: complete" in ask(client, None, **headers), headers
+
+
+@pytest.mark.parametrize(
+    ("host", "accepted", "refused"),
+    [
+        ("0.0.0.0", ["192.0.2.1:7860", "[2001:db8::1]:7860", "localhost"], ["evil.example", "192.0.2.1.evil.example"]),
+        ("gpu.example", ["gpu.example", "GPU.example:80", "127.0.0.1"], ["192.0.2.1", "example"]),
+    ],
+)
+def test_hosts_of_other_addresses(host, accepted, refused):
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    server = TestClient(OnlyThisPage(Starlette(), host))
+    assert [server.get("/", headers={"Host": name}).status_code for name in accepted] == [404] * len(accepted)
+    assert [server.get("/", headers={"Host": name}).status_code for name in refused] == [403] * len(refused)
+
+
+def test_other_addresses_of_gradio_are_refused(client, tmp_path):
+    picture(tmp_path / "a.png")
+    for path in ("file=http://127.0.0.1:9/a.png", "file=https://cifarnet.invalid/", "proxy=http://127.0.0.1:9/"):
+        assert httpx.get(f"{client.src}gradio_api/{path}").status_code == 403, path
+    assert httpx.get(f"{client.src}gradio_api/file={tmp_path}/a.png").status_code == 403
+    recording = httpx.post(f"{client.src}gradio_api/process_recording", files={"video": ("a.mp4", b"#EXTM3U")})
+    assert recording.status_code == 403
+
+
+def test_picture_that_is_too_large(client, tmp_path):
+    from PIL import Image
+
+    for name, side in [("large.png", 4000), ("bomb.png", 6000)]:
+        Image.new("1", (side, side)).save(tmp_path / name)
+    assert upload(client, tmp_path / "large.png")[0]["label"]
+    with pytest.raises(AppError, match="exceeds limit"):
+        upload(client, tmp_path / "bomb.png")
+
+
+def test_uploads_are_private_and_removed(run, tmp_path):
+    command = [sys.executable, "-m", "cifarnet.demo", str(run), *CPU, "pictures=0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        assert demo.stderr is not None
+        address = demo.stdout.readline().split()[1]
+        (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"picture")}).json()
+        (folder,) = tmp_path.glob("cifarnet-demo-*")
+        assert folder in Path(path).parents
+        assert Path(path).read_bytes() == b"picture"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        demo.send_signal(signal.SIGTERM)
+        assert demo.wait(60) == 143
+        assert demo.stderr.read() == "Stopped by SIGTERM.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_example_pictures(run, tmp_path):
@@ -104,7 +214,12 @@ def test_bad_settings(run, changed, command, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         status, _, err = command(str(run), f"port={port}", "pictures=0", main=main)
-    assert (status, f"port={port}: the port is in use" in err) == (1, True), err
+    assert (status, f"port={port}: Address already in use" in err) == (1, True), err
+    for host in ("nosuch.invalid", "192.0.2.1"):
+        begin = time.monotonic()
+        status, _, err = command(str(run), f"host={host}", "pictures=0", main=main)
+        assert (status, err.count("\n"), f"host={host}" in err, "host=127.0.0.1" in err) == (1, 1, True, True), err
+        assert time.monotonic() - begin < 10
     for setting, message in {
         "port=0": "port=0 is out of range",
         "upload_limit=0": "upload_limit=0",

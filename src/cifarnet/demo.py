@@ -8,27 +8,39 @@ examples:
 
 import contextlib
 import html
+import ipaddress
 import os
+import re
+import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.errors import NoImages, UserError, printable
-from cifarnet.inference.settings import prepare, without_data
+from cifarnet.errors import Interrupted, NoImages, UserError, printable
+from cifarnet.inference.settings import compose, quiet, without_data
+from cifarnet.system.signals import handled
 
 if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+    from starlette.types import ASGIApp, Receive, Scope, Send
     from torch import Tensor
 
     from cifarnet.inference.trained import Trained
 
 NUM_SEARCHED = 1000  # the number of test pictures that are searched for mistakes
 SIDE = 256  # the size to which pictures are enlarged, in pixels
+MAX_PIXELS = 2**25  # of an uploaded picture; decoding a larger one needs more than a gigabyte
+# what the page sends; gradio's other addresses accept files to process, or links to fetch
+POSTS = re.compile(r"/gradio_api/(upload|queue/join|call/answer|cancel|reset)/?")
 
 
 @contextlib.contextmanager
@@ -42,34 +54,39 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     Raises:
         UserError: a checkpoint or a setting cannot be used, or the address cannot be served.
     """
+    config = compose("demo", without_data(overrides))
+    host = config.host.strip("[]")
+    _check_address(host, config.port)
+    quiet()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     try:
         import gradio as gr
     except ImportError as error:
         raise UserError("cifarnet.demo needs gradio: pip install 'cifarnet[demo]'") from error
+    from starlette.middleware import Middleware
 
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
 
-    config = prepare("demo", without_data(overrides))
     models = {run: load(run, locate(config.classes)) for run in runs}
     settings = {key: config[key] for key in ("temperature", "tta", "precision", "accelerator")}
     for model in models.values():
         model.predict(np.zeros((32, 32, 3), np.uint8), **settings)  # checks the settings
     first, examples = models[runs[0]], []
-    with tempfile.TemporaryDirectory(prefix="cifarnet-demo-") as folder:
+    with _private_folder() as folder:
         try:
             if config.pictures:
                 test = test_images.read("demo", overrides, first.checkpoint, config.classes, NUM_SEARCHED)
-                examples = choose(first, *test, config.pictures, Path(folder), settings)
+                examples = choose(first, *test, config.pictures, folder, settings)
         except NoImages as error:
             print(printable(f"No test pictures to choose from: {error}"))
-        page = build_page(models, examples, settings)
+        page = build_page(models, examples, settings, folder)
         try:
             _, address, _ = page.launch(
-                server_name=config.host,
+                server_name=f"[{host}]" if ":" in host else host,
                 server_port=config.port,
                 max_file_size=int(config.upload_limit * 2**20),
+                app_kwargs={"middleware": [Middleware(OnlyThisPage, host=host)]},
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no web fonts
                 footer_links=[],
                 share=False,
@@ -78,24 +95,99 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
                 prevent_thread_lock=True,
             )
         except OSError as error:
-            reason = "the port is in use, or the host is not an address of this machine. Use port=null for a free port."
-            address = f"host={config.host} port={config.port}"
-            raise UserError(f"The page cannot be served at {address}: {reason}") from error
+            raise UserError(f"host={host} port={config.port}: the port is in use. Choose another port.") from error
         try:
             yield address
         finally:
             page.close(verbose=False)
 
 
+def _check_address(host: str, port: int | None) -> None:
+    """Check that the page can be served at an address; gradio would try for minutes.
+
+    Raises:
+        UserError: the host is not an address of this machine, or the port is in use.
+    """
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as error:
+        chosen = f"host={host}" + (f" port={port}" if port else "")
+        remedy = "Use host=127.0.0.1, or an address of this machine, and port=null for a free port."
+        raise UserError(f"The page cannot be served at {chosen}: {error.strerror}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Create a folder for uploads that only this user can read, and remove it at the end."""
+    variables = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")
+    previous, limit = {name: os.environ.get(name) for name in variables}, Image.MAX_IMAGE_PIXELS
+    with tempfile.TemporaryDirectory(prefix="cifarnet-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ.update(dict.fromkeys(variables, folder))
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures with more than twice this number
+        try:
+            yield Path(folder).resolve()
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+            for name, value in previous.items():
+                os.environ.pop(name)
+                os.environ.update({} if value is None else {name: value})
+
+
+class OnlyThisPage:
+    """ASGI middleware that accepts only requests that the demo's page sends.
+
+    Otherwise, a foreign page in a visitor's browser could send requests to the demo, with its own name (DNS rebinding)
+    or from its own origin.
+
+    Args:
+        host: the address that is served. If it stands for all addresses, the host of a request can be any IP address.
+    """
+
+    def __init__(self, app: "ASGIApp", host: str) -> None:
+        self.app, self.all_addresses = app, host in ("0.0.0.0", "::")
+        self.names = {"localhost", "127.0.0.1", "::1", host.lower(), socket.gethostname().lower()}
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Pass a request on, or refuse it."""
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        app, headers = self.app, Headers(scope=scope) if scope["type"] == "http" else None
+        if headers and not (self._is_own(headers) and self._is_needed(scope["method"], scope["path"])):
+            app = PlainTextResponse("This request does not come from the page of the demo.", 403)
+        await app(scope, receive, send)
+
+    def _is_own(self, headers: "Headers") -> bool:
+        """Return whether a request is for this server, and not from a page of another one."""
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            is_known = name in self.names or (self.all_addresses and bool(ipaddress.ip_address(name)))
+            return is_known and (origin is None or urlsplit(origin).netloc.lower() == host)
+        except ValueError:  # not an address
+            return False
+
+    def _is_needed(self, method: str, path: str) -> bool:
+        """Return whether the page sends such requests. Gradio fetches URLs in paths."""
+        return "://" not in path and (method in ("GET", "HEAD") or POSTS.fullmatch(path) is not None)
+
+
 def build_page(
-    models: "Mapping[str, Trained]", examples: Sequence[tuple[str, str]], settings: Mapping[str, Any]
+    models: "Mapping[str, Trained]",
+    examples: Sequence[tuple[str, str]],
+    settings: Mapping[str, Any],
+    folder: Path,
 ) -> Any:
-    """Return the page, which has a picture on the left and a column for each network.
+    """Return the page, which has a picture on the left and a column for each network, and test pictures below.
 
     Args:
         models: networks by the path of their run.
         examples: paths of pictures to choose from, and their captions.
         settings: the settings of `Trained.answers`.
+        folder: the folder of uploads and examples; other files are refused.
     """
     import gradio as gr
 
@@ -103,6 +195,8 @@ def build_page(
         if path is None:
             return [None, None, None] * len(models)
         try:
+            if not os.path.isfile(path) or folder not in Path(path).resolve().parents:
+                raise UserError(f"{path} is not an uploaded file.")  # a request can contain any path
             return [output for model in models.values() for output in analyze(model, path, settings)]
         except UserError as error:
             message = str(error).replace(path, "This picture")
@@ -111,21 +205,26 @@ def build_page(
     def choose_example(event: gr.SelectData) -> str:
         return examples[event.index][0]
 
-    with gr.Blocks(analytics_enabled=False, title="cifarnet") as page, gr.Row():
-        with gr.Column(min_width=280):
-            upload: Any = {"type": "filepath", "image_mode": None, "sources": ["upload", "webcam", "clipboard"]}
-            picture = gr.Image(label="A picture", height=240, **upload)
-            picture.preprocess = lambda payload: payload and payload.path  # cifarnet decodes the file, not gradio
-            if examples:
-                layout: Any = {"columns": 3, "height": 420, "object_fit": "contain", "allow_preview": False}
-                gr.Gallery(examples, label="Test pictures", **layout).select(choose_example, None, picture)
-        outputs = []
-        for run, model in models.items():
+    async def keep(path: str) -> str:
+        return path
+
+    with gr.Blocks(analytics_enabled=False, title="cifarnet") as page:
+        with gr.Row():
             with gr.Column(min_width=280):
-                outputs.append(gr.Label(label=f"{run}, epoch {model.checkpoint.epoch}", num_top_classes=10))
-                with gr.Row():
-                    style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
-                    outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
+                upload: Any = {"type": "filepath", "image_mode": None, "sources": ["upload", "webcam", "clipboard"]}
+                picture: Any = gr.Image(label="A picture", height=240, **upload)
+                picture.preprocess = lambda payload: payload and payload.path  # cifarnet decodes the file, not gradio
+                picture.async_move_resource_to_block_cache = keep  # gradio would fetch a URL
+            outputs = []
+            for run, model in models.items():
+                with gr.Column(min_width=280):
+                    outputs.append(gr.Label(label=f"{run}, epoch {model.checkpoint.epoch}", num_top_classes=10))
+                    with gr.Row():
+                        style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
+                        outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
+        if examples:
+            layout: Any = {"columns": 3, "height": 420, "object_fit": "contain", "allow_preview": False}
+            gr.Gallery(examples, label="Test pictures", **layout).select(choose_example, None, picture)
         picture.change(analyze_upload, picture, outputs, api_name="answer", show_progress="hidden")
     return page
 
@@ -138,8 +237,6 @@ def analyze(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[An
     """
     from cifarnet.inference.figures import overlay
 
-    if not os.path.isfile(path):  # a request can contain the path of a folder of uploads
-        raise UserError(f"{path} is not a file.")
     (answer,) = model.answers([path], **settings)
     if answer.error:
         raise UserError(answer.error)
@@ -162,8 +259,6 @@ def choose(
     Returns:
         The paths of the pictures, and their captions.
     """
-    from PIL import Image
-
     predictions = model.predict(images, **settings)
     names = [model.class_names[label] for label in labels]
     wrong = [index for index, name in enumerate(names) if predictions[index].label != name]
@@ -182,9 +277,15 @@ def choose(
 
 def _command() -> None:
     paths, overrides, _ = cli.parse("demo", __doc__)
-    with serving(paths, overrides) as address:
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    with handled(ends, _stop), serving(paths, overrides) as address:
         print(f"Open {address} in a browser. Press Ctrl-C to stop.", flush=True)
         threading.Event().wait()
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Leave the context of the page, which removes the uploads."""
+    raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
 
 
 def main() -> None:

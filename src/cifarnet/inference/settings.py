@@ -46,7 +46,14 @@ class Settings:
 
 
 def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose and check the settings of a command, and suppress messages of libraries.
+    """Compose and check the settings of a command as `compose` does, and suppress messages of libraries."""
+    config = compose(command, overrides)
+    quiet()
+    return config
+
+
+def compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose and check the settings of a command.
 
     The settings are those of `configs/<command>.yaml`, without the section `data` (see `test_images`).
 
@@ -55,11 +62,15 @@ def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
     """
     config = cli.compose(command, overrides)
     check_settings(config, Settings)
-    from cifarnet.system.log_output import quiet_libraries  # imports TensorBoard
+    return config
+
+
+def quiet() -> None:
+    """Suppress messages of libraries."""
+    from cifarnet.system.log_output import quiet_libraries  # imports Lightning and TensorBoard, which takes seconds
 
     quiet_libraries()
     hardware.keep_freed_memory()
-    return config
 
 
 def without_data(overrides: Sequence[str]) -> list[str]:
