@@ -204,6 +204,10 @@ def test_each_format_has_one_reader():
     assert users(r"\bjson\.loads\b") == {"records.json_file", "checkpoint", "system.distributed", "sweeps.slurm"}
 
 
+def test_figures_are_drawn_where_their_texts_are_made_plain():
+    assert users(r"savefig\(|\bcanvas\.draw\(|print_figure\(") == {"records.figures", "inference.figures"}
+
+
 FRAMES = "+callbacks.frames={_target_: test_house.CountFrames}"
 
 

@@ -86,11 +86,11 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         **measured,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+    evaluation.write(folder / "metrics.json")
     if run:
         drawn["accuracy"] = accuracy([*run.history, *run.within_epochs])
     for name, figure in drawn.items():
         save(figure, folder / f"{name}.png")
-    evaluation.write(folder / "metrics.json")
     files.write(folder / "report.html", report.render(evaluation, {name: folder / f"{name}.png" for name in drawn}))
     print(printable(row_table({**report.summary(evaluation), "report": os.path.relpath(folder / "report.html")})))
     return vars(evaluation)

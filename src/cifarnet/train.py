@@ -83,8 +83,8 @@ def train(
             return math.nan
         record = collect.collect(config, built, epoch, step)
         record.write(folder / "metrics.json")
-        log_results(record, trainer.loggers)
         report(collect.summary(record, config.output_dir))
+        log_results(record, trainer, classifier)
         return record.val_accuracy
 
 

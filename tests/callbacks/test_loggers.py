@@ -15,6 +15,9 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from cifarnet.build import make_trainer
 from cifarnet.errors import Interrupted
+from cifarnet.inference import figures as inference_figures
+from cifarnet.records import figures
+from cifarnet.records.record import Record
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import ALLOW_SIGNAL, SMALL, signal_at
@@ -26,6 +29,19 @@ RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")
 def results(folder) -> dict[str, float]:
     metrics = json.loads((folder / "metrics.json").read_text())
     return {f"whole_run/{key}": pytest.approx(metrics[key]) for key in RESULTS}
+
+
+@pytest.mark.parametrize("picture", ["accuracy", "predictions"])
+def test_a_picture_that_fails_does_not_cost_the_record(config, tmp_path, monkeypatch, picture):
+    def fail(*_, **__):
+        raise RuntimeError("cannot be drawn")
+
+    for module in (figures, inference_figures):
+        if hasattr(module, picture):
+            monkeypatch.setattr(module, picture, fail)
+    with pytest.raises(RuntimeError, match="cannot be drawn"):
+        train(config())
+    assert Record.read(tmp_path / "run/metrics.json").epochs == 2
 
 
 def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from cifarnet.inference import figures
 
@@ -52,11 +53,20 @@ def test_a_figure_becomes_pixels():
     assert pixels.std() > 0
 
 
-def test_explanation_shows_names_as_text():
-    ranked = [("$\\frac$ <b>", 0.9), ("b" * 30, 0.1)]
-    figure = figures.explanation(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked, "$\\frac$ <b>.png")
-    assert figure.get_suptitle() == "$\\frac$ <b>.png"
-    assert figures.as_image(figure).any()
+def test_names_are_drawn_as_they_are():
+    names, none = ["$\\bad{$", "$x_1$", "caf\udce9"], torch.zeros(3, dtype=torch.long)
+    ranked = [(name, 0.3) for name in names]
+    rows = [{"class": name, "predicted": name, "confidence": 0.9} for name in names]
+    explanation = figures.explanation(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked, "$\\frac$ <b>.png")
+    assert explanation.get_suptitle() == "$\\frac$ <b>.png"
+    predictions = figures.predictions(IMAGES[:3], torch.arange(3), none, names)
+    confusion = figures.confusion(torch.ones(3, 3, dtype=torch.long), names)
+    for figure in (explanation, predictions, confusion, figures.mistakes(IMAGES[:3], rows)):
+        assert figures.as_image(figure).any()
+        texts = figure.findobj(Text)
+        assert any("caf\\udce9" in text.get_text() for text in texts)
+        assert any("$x_1$" in text.get_text() for text in texts)
+        assert not any(text.get_parse_math() for text in texts)
 
 
 def test_drawing_needs_no_torch():

@@ -1,6 +1,9 @@
+import html
 import itertools
+import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -82,3 +85,57 @@ def test_accuracy_against_epoch():
     [axis] = figures.accuracy(history[::-1]).axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert names == ["train: last 60.0%, best 60.0% (epoch 2)", "validation: last 55.0%, best 55.0% (epoch 2)"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40])
+@pytest.mark.parametrize(("low", "span"), [(0, 0), (0, 0.02), (0.941, 0.0003), (0.1, 0.9), (0.5, 0.11), (0, 1e-4)])
+def test_ticks_do_not_repeat(epochs, low, span):
+    history = [{"epoch": 1 + i, "val/accuracy": low + span * i / epochs} for i in range(epochs)]
+    figure = figures.accuracy([*history, {"epoch": 1.5, "val/accuracy": low}])
+    figure.draw_without_rendering()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        texts = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+        assert len(set(texts)) == len(texts) > 0
+
+
+def test_equal_numbers_share_a_tick():
+    groups = [make({"lr": text}, 0.5) for text in ("0.1", "0.2", "1e-1")]
+    [axis] = figures.sweep(groups, ["lr"]).axes
+    assert axis.get_xticks().tolist() == [0.1, 0.2]
+
+
+def words(figure: Figure, path: Path) -> list[str]:
+    """Save a figure, and return its texts as they are drawn."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figures.save(figure, path)
+    return [html.unescape(text) for text in re.findall("<text[^>]*>([^<]*)</text>", path.read_text())]
+
+
+NAMES = ["$\\frac{$", "$x_1$", "a_b^c"]
+
+
+def test_texts_are_not_read_as_mathematics(tmp_path):
+    groups = [make({"model": name}, 0.5 + place / 10, 0.1) for place, name in enumerate(NAMES)]
+    drawn = words(figures.sweep(groups, ["model"]), tmp_path / "sweep.svg")
+    assert {*NAMES, "model"} <= {*drawn}
+    for group, name in zip(groups, NAMES, strict=True):
+        group.name, group.label = name, "a"
+    drawn = words(figures.comparison(groups), tmp_path / "comparison.svg")
+    assert {f"{part}{name}" for name in NAMES for part in ("a  ", "model=")} <= {*drawn}
+    figure = Figure()
+    figure.subplots().plot([1, 2], label="$x_1$")
+    figure.axes[0].set(title="$x_2$", xlabel="$x_3$", xscale="log")
+    figure.axes[0].legend()
+    drawn = words(figure, tmp_path / "other.svg")
+    assert {"$x_1$", "$x_2$", "$x_3$"} <= {*drawn}
+    assert not any("mathdefault" in text for text in drawn)
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_can_be_drawn(tmp_path):
+    """A byte that is not UTF-8, a control character, and a character that the font lacks."""
+    groups = [make({"model": name}, 0.5, 0.1) for name in ("caf\udce9", "\x1b[2J", "猫")]
+    figures.save(figures.sweep(groups, ["model"]), tmp_path / "sweep.png")
+    for group in groups:
+        group.name = group.settings["model"]
+    figures.save(figures.comparison(groups), tmp_path / "comparison.png")

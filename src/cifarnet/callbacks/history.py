@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from cifarnet.callbacks.loggers import log_settings
+from cifarnet.callbacks.loggers import Drawing, log_settings
 from cifarnet.classifier import Classifier
 from cifarnet.config import flat
 from cifarnet.records import figures
@@ -21,7 +20,7 @@ from cifarnet.system.log_output import report
 STATE = ("epochs", "images", "seconds", "sessions", "validations")  # saved in checkpoints
 
 
-class History(Callback):
+class History(Drawing):
     """Logs the metrics of each epoch, draws `accuracy.png`, and stores the metrics for the run's record.
 
     Metrics are logged by epoch. (Lightning logs them by training step, and adds a series "epoch".)
@@ -110,8 +109,8 @@ class History(Callback):
             logger.log_metrics(metrics, step=int(row["epoch"]))
             logger.save()
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.epochs and trainer.is_global_zero:
+    def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
+        if self.epochs:
             figure = figures.accuracy([*self.epochs, *self.within_epochs])
             figures.save(figure, Path(trainer.default_root_dir) / "accuracy.png")
 

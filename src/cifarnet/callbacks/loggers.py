@@ -5,23 +5,32 @@ The names begin with `train/`, `val/` and `whole_run/`. TensorBoard sorts by nam
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from omegaconf import OmegaConf
 from PIL import Image
 
 from cifarnet.build import with_total_steps
+from cifarnet.classifier import Classifier
 from cifarnet.config import deciding_settings
 from cifarnet.records.record import Record
 from cifarnet.records.tables import parse_number
 from cifarnet.system import files
 
 RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # fields of Record
+
+
+class Drawing(Callback):
+    """A callback that draws pictures of a finished run, after the record of the run has been written."""
+
+    def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
+        raise NotImplementedError
 
 
 def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
@@ -64,10 +73,14 @@ def _log_png(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, heigh
     logger.experiment._get_file_writer().add_summary(summary, epoch)  # private: it reopens a closed file
 
 
-def log_results(record: Record, loggers: Iterable[Logger]) -> None:
-    """Log the results of a finished run and close the loggers."""
+def log_results(record: Record, trainer: L.Trainer, classifier: Classifier) -> None:
+    """Log the pictures and results of a finished run and close the loggers."""
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        if isinstance(callback, Drawing):
+            callback.draw(trainer, classifier)
     results = {f"whole_run/{key}": getattr(record, key) for key in RESULTS}
-    for logger in loggers:
+    for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(record.config, times=True), results)
         else:

@@ -4,17 +4,16 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
-from cifarnet.callbacks.loggers import log_picture
+from cifarnet.callbacks.loggers import Drawing, log_picture
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch
 from cifarnet.inference import figures
 
 
-class Pictures(Callback):
+class Pictures(Drawing):
     """Draws the first augmented batch, predictions on test images, and the confusion matrix.
 
     Args:
@@ -29,10 +28,8 @@ class Pictures(Callback):
             grid = make_grid(batch.images[:64].cpu(), nrow=8)
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        datamodule, classifier = cast("Any", trainer).datamodule, cast("Classifier", module)
+    def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
+        datamodule = cast("Any", trainer).datamodule
         test, class_names = datamodule.source.test, datamodule.class_names
         assert classifier.test_logits is not None
         assert classifier.test_index is not None

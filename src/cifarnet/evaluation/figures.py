@@ -36,7 +36,7 @@ def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         for axis in (upper, lower):
             axis.spines[["top", "right"]].set_visible(False)
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0, 0].set(ylabel="accuracy in the bin")
     axes[1, 0].set(ylabel="fraction of images")
     axes[0, 0].legend(frameon=False, loc="upper left")

@@ -8,6 +8,9 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cifarnet.errors import printable
+from cifarnet.records.figures import plain_text
+
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
@@ -48,8 +51,8 @@ def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]
         left, bottom = 1.35 * (number % columns) + 0.075, 1.75 * (number // columns) + 2.2
         extent = (left, left + 1.2, bottom, bottom - 1.2)
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
-        style: Any = {"fontsize": 9, "color": color, "ha": "center", "va": "bottom", "parse_math": False}
-        axis.text(left + 0.6, bottom - 1.24, caption, **style)
+        style: Any = {"fontsize": 9, "color": color, "ha": "center", "va": "bottom"}
+        axis.text(left + 0.6, bottom - 1.24, printable(caption), **style)
     axis.text(width / 2, 0.3, title, fontsize=13, ha="center", va="center")
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axis.axis("off")
@@ -79,10 +82,10 @@ def explanation(image: np.ndarray, heat: np.ndarray, ranked: Sequence[tuple[str,
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.suptitle(source, fontsize=9, parse_math=False)
+    figure.suptitle(source, fontsize=9)
     names, probabilities = zip(*ranked, strict=True)
     bars.barh(range(len(names)), probabilities, color=[BARS] + ["gray"] * (len(names) - 1))
-    bars.set_yticks(range(len(names)), names, parse_math=False)
+    bars.set_yticks(range(len(names)), [printable(name) for name in names])
     bars.invert_yaxis()
     for row, probability in enumerate(probabilities):
         bars.text(probability + 0.02, row, f"{probability:.1%}", va="center", fontsize=9)
@@ -107,6 +110,7 @@ def heat_map(
 
     Without decimals, zeros are left out.
     """
+    rows, columns = ([printable(name) for name in names] for names in (rows, columns))
     height, width = 0.5 * len(rows), 0.5 * len(columns)  # inches
     left, bottom = 0.5 + 0.09 * max(map(len, rows)), 0.6 + 0.065 * max(map(len, columns))
     whole = max(left + width + 0.4, 4.6), bottom + height + 0.5
@@ -127,5 +131,6 @@ def heat_map(
 def as_image(figure: Figure) -> np.ndarray:
     """Return a figure as pixels, uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with plain_text(figure):
+        canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]

@@ -1,16 +1,20 @@
 """Figures of runs: accuracy against epoch, the results of a sweep, and a comparison of groups."""
 
+import contextlib
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
+from cifarnet.errors import printable
 from cifarnet.records.tables import Group, differences, parse_number
 from cifarnet.system import files
 
@@ -25,8 +29,24 @@ def save(figure: Figure, path: Path) -> None:
         ValueError: matplotlib does not support the format.
     """
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
+    with plain_text(figure):
+        figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
     files.write(path, content.getbuffer())
+
+
+@contextlib.contextmanager
+def plain_text(figure: Figure) -> Iterator[None]:
+    """Draw a figure without reading its texts as mathematics: they contain names that users have chosen."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):  # matplotlib writes powers as mathematics
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter())
+    for text in figure.findobj(Text):
+        cast("Text", text).set(parse_math=False, usetex=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Glyph .* missing from font.*")
+        yield
 
 
 def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
@@ -45,7 +65,7 @@ def accuracy(history: Iterable[Mapping[str, Any]]) -> Figure:
             axis.plot(epochs, values, "o-", markersize=3.5, color=color, label=label)
     axis.set(xlabel="epoch", ylabel="accuracy", title="Accuracy against epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _simplify(axis)
     axis.legend(frameon=False, loc="lower right")
     return figure
@@ -62,7 +82,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
     labels = []
     for column, group in enumerate(groups):
         settings = [f"{key}={values[column]}" for key, values in shown]
-        labels.append("\n".join([f"{group.label}  {group.name}", f"n = {len(group.values)}", *settings]))
+        labels.append(printable("\n".join([f"{group.label}  {group.name}", f"n = {len(group.values)}", *settings])))
     longest = max(len(line) for label in labels for line in label.splitlines())
     width = len(groups) * max(2.5, 0.09 * longest)  # inches, so that the labels do not overlap
     figure = Figure(figsize=(min(max(8, width), 400), 5), dpi=150, layout="constrained")  # PNG: up to 65,535 pixels
@@ -86,8 +106,8 @@ def sweep(groups: Sequence[Group], keys: Sequence[str]) -> Figure:
     figure = Figure(figsize=(max(8, 4 * len(keys)), 4.5), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for axis, key in zip(axes, keys, strict=True):
-        _draw(axis, _place(axis, [group.settings.get(key, "") for group in groups]), groups)
-        axis.set_xlabel(key)
+        _draw(axis, _place(axis, [printable(group.settings.get(key, "")) for group in groups]), groups)
+        axis.set_xlabel(printable(key))
         axis.label_outer()
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -100,7 +120,8 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
         if 0 < 10 * min(numbers) <= max(numbers):
             axis.set_xscale("log")
         if len(set(values)) <= 8:
-            axis.set_xticks(numbers, values)
+            ticks = dict(zip(numbers, values, strict=True))
+            axis.set_xticks([*ticks], [*ticks.values()])
             axis.minorticks_off()
         return numbers
     axis.xaxis.update_units(sorted(set(values)))

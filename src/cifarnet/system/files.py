@@ -15,9 +15,9 @@ from cifarnet.errors import UserError
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
-    """Write a file atomically, as `atomic_file` does."""
+    """Write a file atomically, as `atomic_file` does. A byte that is not UTF-8, in a name, is escaped."""
     with atomic_file(Path(path)) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

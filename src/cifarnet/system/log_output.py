@@ -35,7 +35,6 @@ def quiet_libraries() -> None:
         ".*`srun` command is available.*",  # a single process does not need it
         ".*sync_dist=True.*",  # the metrics are computed over all ranks
         ".*Total length of `list`.*",  # training without validation
-        ".*Glyph .* missing from font.*",  # in the name of an image or a class
         ".*decompression bomb DOS attack.*",  # raised only for larger images
     ):
         warnings.filterwarnings("ignore", message)
