@@ -96,6 +96,8 @@ def test_ticks_do_not_repeat(epochs, low, span):
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
         texts = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
         assert len(set(texts)) == len(texts) > 0
+    assert all(re.fullmatch(r"−?\d+", label.get_text()) for label in figure.axes[0].get_xticklabels())  # epochs
+    assert figure.axes[0].yaxis.label.get_window_extent().x0 >= 0
 
 
 def test_equal_numbers_share_a_tick():
