@@ -57,6 +57,37 @@ def test_an_epoch_without_validation_is_saved_when_a_signal_stops_the_run(config
     assert whole["history"] == parts["history"]
 
 
+EARLY = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/accuracy, mode: max, patience: 1}"
+ENDS = {
+    "early": ["trainer.max_epochs=8", "optimizer.lr=1e-9", f"+callbacks.early={EARLY}"],  # in the second epoch
+    "steps": ["trainer.max_epochs=-1", "scheduler=constant", "+trainer.max_steps=8"],  # within the second epoch
+    "not validated": ["trainer.max_epochs=2", "+trainer.check_val_every_n_epoch=3", "callbacks.best=null"],
+}
+
+
+@pytest.mark.parametrize("settings", ENDS.values(), ids=ENDS)
+def test_a_run_whose_training_has_ended_is_only_tested(config, tmp_path, settings):
+    """A signal arrives in its last batch, or in the test."""
+    last_batch = signal_at(1, 3 if "+trainer.max_steps=8" not in settings else 1, signal.SIGTERM)
+    train(config(*settings, folder="whole"))
+    with pytest.raises(Interrupted, match="epoch 2, the last one"):
+        train(config(*settings, last_batch, folder="parts"))
+    checkpoints = sorted(tmp_path.glob("parts/checkpoints/*"))
+    before = [file.read_bytes() for file in checkpoints]
+    train(*resume(tmp_path / "parts", [ALLOW_SIGNAL]))
+    assert [file.read_bytes() for file in checkpoints] == before
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    for key in ("test_cross_entropy", "val_accuracy", "tested_epoch", "tested_step", "epochs", "history"):
+        assert whole[key] == parts[key], key
+
+
+def test_a_run_that_was_stopped_early_can_be_extended(config, tmp_path):
+    train(config(*ENDS["early"], "scheduler=constant"))
+    train(*resume(tmp_path / "run", ["trainer.max_epochs=9"]))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
+
+
 class TwoSignals(Callback):
     """Sends this process two signals."""
 

@@ -5,15 +5,15 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
 from cifarnet import cli
+from cifarnet.callbacks.training_state import last_checkpoint
 from cifarnet.errors import Interrupted
 from cifarnet.system import distributed
 
@@ -111,24 +111,18 @@ class StopOnSignal(Callback):
         self._restore_handlers()
 
     def _stop_in_test(self, trainer: L.Trainer) -> None:
-        last = self._last_checkpoint(trainer)
+        last = last_checkpoint(trainer)
         if self._agree(trainer) and last is not None and last.is_file():  # otherwise the test is completed
             self._restore_handlers()
             self._stop(trainer, "training, during the test")
 
     def _save(self, trainer: L.Trainer) -> None:
-        if (last := self._last_checkpoint(trainer)) is not None:
+        if (last := last_checkpoint(trainer)) is not None:
             trainer.save_checkpoint(last)
-
-    @staticmethod
-    def _last_checkpoint(trainer: L.Trainer) -> Path | None:
-        """Return the path of `last.ckpt`; None if the run saves no checkpoints."""
-        callback = trainer.checkpoint_callback
-        return Path(callback.dirpath or "", "last.ckpt") if isinstance(callback, ModelCheckpoint) else None
 
     def _stop(self, trainer: L.Trainer, place: str) -> None:
         assert self._agreed is not None
         message, command = f"Stopped by {signal.Signals(self._agreed).name} after {place}.", None
-        if (last := self._last_checkpoint(trainer)) is not None:
+        if (last := last_checkpoint(trainer)) is not None:
             command = f"python -m cifarnet.train {cli.quoted('ckpt_path', last.as_posix())}"
         raise Interrupted(message, 128 + self._agreed, command)

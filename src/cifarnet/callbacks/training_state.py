@@ -22,6 +22,8 @@ class TrainingState(Callback):
     With accumulation, a step uses the mean gradient of the batches since the previous step; at the end of an epoch,
     these can be fewer than `accumulate_grad_batches`.
 
+    When training ends, `last.ckpt` is saved once more, and a run that resumes from it is only tested.
+
     `build` adds it to every run as the first callback, because others may save a checkpoint at the end of a batch.
     """
 
@@ -30,7 +32,12 @@ class TrainingState(Callback):
         self.module: Classifier | None = None
         self.restored: dict[str, Any] | None = None
         self.schedulers: list[GradientAccumulationScheduler] = []
+        self.ended: int | None = None  # the maximum number of epochs, once training has ended
         self.accumulates = False  # whether gradients were accumulated, and the optimizer has not used them yet
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.restored and self.restored.get("ended") == trainer.max_epochs:
+            trainer.should_stop = True  # also if a callback ended it before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -79,6 +86,12 @@ class TrainingState(Callback):
         if self.loader is not None and self.loader.selects:
             self.loader.observe(batch.index, outputs["losses"])
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.ended = trainer.max_epochs
+        last = last_checkpoint(trainer)
+        if trainer.strategy.broadcast(last is not None and last.is_file()):
+            trainer.save_checkpoint(str(last))
+
     def state_dict(self) -> dict[str, Any]:
         if self.loader is None or self.module is None:
             return {}
@@ -88,6 +101,7 @@ class TrainingState(Callback):
         parameters = self.module.network.named_parameters() if self.accumulates else ()
         saving = [one for one in self.module.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         return {
+            "ended": self.ended,
             "saved_steps": {callback.state_key: callback._last_global_step_saved for callback in saving},
             "gradients": {name: all_gather(value.grad) for name, value in parameters if value.grad is not None},
             "loader": self.loader.position(),
@@ -131,3 +145,9 @@ class TrainingState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict or None
+
+
+def last_checkpoint(trainer: L.Trainer) -> Path | None:
+    """Return the path of `last.ckpt`; None if the run saves no checkpoints."""
+    callback = trainer.checkpoint_callback
+    return Path(callback.dirpath or "", "last.ckpt") if isinstance(callback, ModelCheckpoint) else None
