@@ -31,7 +31,7 @@ def small_classifier(weight_decay: float, smoothing: float = 0.0) -> Classifier:
         nn.init.normal_(parameter, std=0.3)
     objective = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
     module = Classifier(network, partial(torch.optim.SGD, lr=0.1, weight_decay=weight_decay), objective=objective)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=1)
+    module._trainer = SimpleNamespace(num_training_batches=1, accumulate_grad_batches=1, estimated_stepping_batches=1)
     module._trainer.optimizers = [module.configure_optimizers()["optimizer"]]
     return module
 

@@ -1,27 +1,27 @@
 """Build the trainer, the classifier and the data of a config. Only `build` and `trainer` call `instantiate`."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from cifarnet import __version__, finetuning
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.classifier import Classifier
 from cifarnet.data import ImageDataModule
 from cifarnet.data.shared_images import SharedImages
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, as_user_error
 from cifarnet.models import Normalize, check_output, construct
-from cifarnet.trainer import expect, make_trainer
+from cifarnet.schema import tensor_arguments
+from cifarnet.trainer import expect, make_scheduler, make_trainer
 
 
 class Built(NamedTuple):
@@ -60,8 +60,8 @@ def build(
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
         optimizer=_optimizer(config),
-        scheduler=_scheduler(config) if config.get("scheduler") else None,
-        objective=make_objective(config, len(data.class_names)),
+        scheduler=make_scheduler(config, data.validates) if config.get("scheduler") else None,
+        objective=make_objective(config, len(data.class_names), trainer.strategy.root_device),
         channels_last=config.channels_last,
         seed=config.seed,
         hparams={
@@ -95,7 +95,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     of another run (`config.start`) keeps the statistics of that run. With `resumes`, a checkpoint provides them.
     """
     make = instantiate(config.model, _partial_=True)
-    with _as_user_error("model"):
+    with as_user_error("model"):
         network = construct(make, num_classes=len(data.class_names), image_size=data.image_size)
     check_output(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
     if resumes:
@@ -112,51 +112,35 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     return network, time.perf_counter() - start
 
 
-def make_objective(config: DictConfig, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the objective, and call it on two images, because torch's losses check their settings when called."""
-    objective = instantiate(config.objective)
-    with _as_user_error("objective"):
+def make_objective(config: DictConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the objective, and call it on two images, because torch's losses check their settings when called.
+
+    Lists of numbers become tensors if the objective takes tensors, such as `weight`; a function gets them on `device`.
+    """
+    settings: Any = OmegaConf.to_container(config.objective, resolve=True)
+    names = tensor_arguments(get_object(settings["_target_"]))
+    tensors = {
+        name: torch.tensor(settings.pop(name), dtype=torch.float32)
+        for name in names
+        if isinstance(settings.get(name), list)
+    }
+    is_function = settings.pop("_partial_", False)
+    make = instantiate(settings, _partial_=True)
+    with as_user_error("objective"):
+        objective = partial(make, **tensors) if is_function else make(**tensors)
         losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
             f"objective returned {losses} for two images; expected one finite loss per image. "
             "Set objective.reduction=none."
         )
-    return objective
+    return partial(make, **{name: tensor.to(device) for name, tensor in tensors.items()}) if is_function else objective
 
 
 def _optimizer(config: DictConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
     def make(parameters: Iterable[Tensor]) -> Optimizer:
-        with _as_user_error("optimizer"):
+        with as_user_error("optimizer"):
             make_optimizer = instantiate(config.optimizer, _partial_=True, _convert_="all")  # plain lists can be saved
             return expect(Optimizer, "optimizer", make_optimizer(parameters))
 
     return make
-
-
-def _scheduler(config: DictConfig) -> Callable[[Optimizer, int], LRScheduler]:
-    def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
-            raise UserError("scheduler needs the number of steps: set trainer.max_epochs or scheduler=constant.")
-        with _as_user_error(f"scheduler, planned for {total_steps} steps"):
-            section = with_total_steps(config, total_steps).scheduler
-            make_schedule = instantiate(section, _partial_=True, _convert_="all")
-            return expect(LRScheduler, "scheduler", make_schedule(optimizer))
-
-    return make
-
-
-def with_total_steps(config: DictConfig, total_steps: float) -> Any:
-    """Return a copy of the config with the number of steps that schedules refer to as `${total_steps}`."""
-    return OmegaConf.merge(config, {"total_steps": total_steps})
-
-
-@contextlib.contextmanager
-def _as_user_error(part: str) -> Iterator[None]:
-    """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""
-    try:
-        yield
-    except ArithmeticError as error:  # the warm-up has fewer than two steps
-        raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{part}: {' '.join(str(error).split()).rstrip('.')}. Change its settings.") from error

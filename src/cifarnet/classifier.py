@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
-from cifarnet.optim.accumulation import total_steps
+from cifarnet.optim.schedules import Interval, planned_steps
 from cifarnet.schema import Range
 from cifarnet.seeding import derive
 from cifarnet.system.distributed import all_gather, rank, world_size
@@ -37,7 +37,10 @@ class Classifier(L.LightningModule):
         network: images [B, C, H, W], uint8 or float in [0, 1] -> logits [B, num_classes].
         optimizer: creates the optimizer from the parameters, such as `partial(torch.optim.SGD, lr=0.05)`.
         scheduler: creates the learning-rate schedule from the optimizer and the number of steps of the whole run (0 if
-            the run has no end); it is stepped after every batch. None keeps the learning rate constant.
+            the run has no end). None keeps the learning rate constant.
+        scheduler_interval: whether the schedule is stepped, and `total_steps` counted, by optimizer step or by epoch.
+            ReduceLROnPlateau is always stepped after a validation: with the accuracy if its mode is "max", otherwise
+            with the cross-entropy.
         objective: logits [B, num_classes], labels int64 [B] -> the loss of each image [B]. None uses the cross-entropy.
         teacher: losses [B], logits and images -> losses [B] that include a distillation term, such as
             `recipes.distillation.Teacher`.
@@ -55,6 +58,7 @@ class Classifier(L.LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
+        scheduler_interval: Interval = "step",
         teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         tta: TTA = "none",
         tta_share: Annotated[float, Range(0, 1)] = 1.0,
@@ -69,13 +73,14 @@ class Classifier(L.LightningModule):
         self.network = network.to(memory_format=self.memory_format)
         self.objective = objective or nn.CrossEntropyLoss(reduction="none")
         self.make_optimizer, self.make_scheduler, self.teacher = optimizer, scheduler, teacher
+        self.scheduler_interval: Interval = scheduler_interval
         self.tta: TTA = tta
         self.tta_share, self.no_decay = tta_share, no_decay
         self.seed = seed
         # sums of (loss, correct, 1) over an epoch's images on this rank; not buffers, which EMA and DDP would change
         self.sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
         self._totals: dict[str, Tensor] = {}  # the sums over all ranks, once the epoch has ended
-        self.total_steps = 0.0  # the steps of the whole run; infinite if it has no end
+        self.total_steps = 0.0  # the steps of the schedule in the whole run; infinite if it has no end
         self.test_logits: Tensor | None = None  # [N, num_classes], after the test
         self.test_index: Tensor | None = None  # the indices of their images, int64 [N]
 
@@ -151,12 +156,13 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self._parameter_groups() if self.no_decay else self.network.parameters())
-        self.total_steps = total_steps(self.trainer)
+        self.total_steps, _ = planned_steps(self.trainer, self.scheduler_interval)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         is_finite = self.total_steps < float("inf")
-        scheduler = self.make_scheduler(optimizer, int(self.total_steps) if is_finite else 0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": self.make_scheduler(optimizer, int(self.total_steps) if is_finite else 0)}
+        schedule |= {"interval": self.scheduler_interval, "reduce_on_plateau": False}  # on_validation_epoch_end does
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return a group of parameters with weight decay and a group without."""
@@ -166,6 +172,8 @@ class Classifier(L.LightningModule):
         return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ValueError, ArithmeticError) as error:
@@ -220,6 +228,9 @@ class Classifier(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._totals["val"] = self.total("val")
         self.log_dict(self.means("val"), logger=False)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
+            scheduler.step(self.means("val")["val/accuracy" if scheduler.mode == "max" else "val/cross_entropy"])
 
     def on_test_epoch_end(self) -> None:
         with self.trainer.precision_plugin.test_step_context():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from cifarnet.errors import UserError
@@ -120,6 +120,11 @@ def check_sections(config: DictConfig) -> None:
             _check_node(str(name), config[name])
 
 
+def with_total_steps(config: DictConfig, total_steps: float) -> Any:
+    """Return a copy of the config with the number of steps that schedules refer to as `${total_steps}`."""
+    return OmegaConf.merge(config, {"total_steps": total_steps})
+
+
 def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
     """Return a nested config as `section.key: text`, without null values; 1.0 is written as 1."""
     settings: dict[str, str] = {}
@@ -218,9 +223,11 @@ def _check_node(name: str, node: DictConfig) -> None:
             del arguments["precision"]
         check_arguments(name, called, arguments)
     for key, value in values.items():
-        if isinstance(value, DictConfig):
-            _check_node(f"{name}.{key}", value)
-        elif "_target_" not in values:
+        members = value if isinstance(value, ListConfig) else [value]
+        sections = [member for member in members if isinstance(member, DictConfig)]
+        for section in sections:
+            _check_node(f"{name}.{key}", section)
+        if not sections and "_target_" not in values:
             check(f"{name}.{key}", value, Any)
 
 

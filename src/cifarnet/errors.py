@@ -1,6 +1,8 @@
 """Errors that a user can correct, which are reported in one message without a traceback."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 def printable(text: str) -> str:
@@ -42,3 +44,14 @@ class Interrupted(BaseException):
 
     def __reduce__(self) -> tuple:
         return Interrupted, (self.what, self.status, self.command)  # a job's process sends it to the sweep's process
+
+
+@contextlib.contextmanager
+def as_user_error(part: str) -> Iterator[None]:
+    """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""
+    try:
+        yield
+    except ArithmeticError as error:  # the warm-up has fewer than two steps
+        raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{part}: {' '.join(str(error).split()).rstrip('.')}. Change its settings.") from error

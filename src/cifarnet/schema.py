@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from cifarnet.errors import UserError
@@ -68,7 +68,7 @@ def check_arguments(name: str, called: Callable[..., Any], arguments: Mapping[st
             )
             owner = f"{called.__module__}.{called.__qualname__}"
             raise UserError(f"{name}.{key}={value}: {owner} has no argument {key}.{suggestion}")
-        if not has_target(value):
+        if not any(map(has_target, value if isinstance(value, ListConfig) else [value])):
             check(f"{name}.{key}", value, hints.get(key, Any))
 
 
@@ -89,6 +89,7 @@ def check(name: str, value: Any, hint: Any) -> None:
         UserError: the value does not fit; the message states the expected type or range.
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    hint = list[float] | None if _is_tensor(hint) else hint  # build.make_objective converts it
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
         shown = "null" if value is None else value
         raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.")
@@ -100,6 +101,11 @@ def check(name: str, value: Any, hint: Any) -> None:
             raise UserError(f"{name}={value} is out of range: it must be {expected}{limits}.")
     if not all(abs(number) < 2**63 for number in numbers):  # NaN too
         raise UserError(f"{name}={value} is too large or not finite: use a number below 2**63.")
+
+
+def tensor_arguments(called: Callable[..., Any]) -> set[str]:
+    """Return the names of the arguments of a class or function that take a tensor; in a config, they are lists."""
+    return {name for name, hint in _signature(called)[0].items() if _is_tensor(hint)}
 
 
 def did_you_mean(key: str, options: Iterable[str]) -> str:
@@ -134,6 +140,11 @@ def _signature(called: Any) -> tuple[dict[str, Any], set[str] | None]:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return hints, names
     return hints, None
+
+
+def _is_tensor(hint: Any) -> bool:
+    names = {inspect.formatannotation(part) for part in typing.get_args(hint) or [hint]}
+    return names - {"None", "NoneType"} == {"torch.Tensor"}  # the name, because torch imports slowly
 
 
 def _fits(value: Any, hint: Any) -> bool:

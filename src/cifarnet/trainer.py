@@ -1,6 +1,6 @@
-"""Build Lightning's Trainer with the callbacks and loggers that a config describes."""
+"""Build Lightning's Trainer with the callbacks and loggers that a config describes, and the learning-rate schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
@@ -8,10 +8,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.errors import UserError
+from cifarnet.config import with_total_steps
+from cifarnet.errors import UserError, as_user_error
 from cifarnet.recipes.freeze import Freeze
 from cifarnet.system import distributed, hardware
 from cifarnet.system.checkpoint_io import CheckpointIO
@@ -76,6 +79,31 @@ def _checkpoint_io(config: DictConfig, callbacks: Sequence[Callback], checkpoint
         return CheckpointIO()
     chosen = [getattr(callback, "dirpath", None) for callback in callbacks]  # `resuming` has checked them
     return CheckpointIO(checkpoint.content, [config.output_dir, *filter(None, chosen)])
+
+
+def make_scheduler(config: DictConfig, validates: bool) -> Callable[[Optimizer, int], LRScheduler]:
+    """Return a function that builds the learning-rate schedule from the optimizer and the number of steps."""
+
+    def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
+            raise UserError("scheduler needs the number of steps: set trainer.max_epochs or scheduler=constant.")
+        with as_user_error(f"scheduler, planned for {total_steps} steps"):
+            section: Any = OmegaConf.to_container(with_total_steps(config, total_steps).scheduler, resolve=True)
+            schedule = _schedule(section, optimizer)
+        if isinstance(schedule, ReduceLROnPlateau) and not validates:
+            raise UserError(f"scheduler: {type(schedule).__name__} needs validation images. Set data.val_fraction=0.1.")
+        return schedule
+
+    return make
+
+
+def _schedule(settings: dict[str, Any], optimizer: Optimizer) -> LRScheduler:
+    """Build a schedule, and first the schedules that SequentialLR and ChainedScheduler combine."""
+    parts = settings.pop("schedulers", None)
+    make_schedule = instantiate(settings, _partial_=True, _convert_="all")
+    if parts is None:
+        return expect(LRScheduler, "scheduler", make_schedule(optimizer))
+    return make_schedule(optimizer=optimizer, schedulers=[_schedule(part, optimizer) for part in parts])
 
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:

@@ -1,5 +1,7 @@
 """The history of a run: the metrics of its epochs."""
 
+import copy
+import math
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -8,16 +10,18 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch.optim import Optimizer
 
 from cifarnet.callbacks.loggers import Drawing, log_settings
 from cifarnet.classifier import Classifier
 from cifarnet.config import flat
+from cifarnet.optim.schedules import planned_steps, warnings_about
 from cifarnet.records import figures
 from cifarnet.records.record import Session
 from cifarnet.system import hardware
 from cifarnet.system.log_output import report
 
-STATE = ("epochs", "images", "seconds", "sessions", "validations")  # saved in checkpoints
+STATE = ("epochs", "images", "learning_rate", "seconds", "sessions", "validations")  # saved in checkpoints
 
 
 class History(Drawing):
@@ -28,6 +32,7 @@ class History(Drawing):
     Attributes:
         epochs: the metrics of each epoch; "epoch" counts from 1.
         images: the number of images trained on.
+        learning_rate: the learning rate of the last optimizer step.
         seconds: the time spent on training batches; `test_seconds` is the time spent on the test.
         sessions: a description of each session; resuming a run adds one.
         validations: the metrics of all validations, including those within an epoch (trainer.val_check_interval).
@@ -36,6 +41,7 @@ class History(Drawing):
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.images = 0
+        self.learning_rate: Any = math.nan
         self.seconds = 0.0
         self.test_seconds = 0.0
         self.sessions: list[Session] = []
@@ -55,6 +61,12 @@ class History(Drawing):
             for key in sorted((before.keys() | now.keys()) - {"from_step", "started"}):
                 if before.get(key) != now.get(key):
                     report(f"{key} was {before.get(key)} and is now {now.get(key)}")
+        classifier, optimizer = cast("Classifier", module), trainer.optimizers[0]
+        interval = classifier.scheduler_interval
+        total, first = planned_steps(trainer, interval)
+        if not self.sessions and classifier.make_scheduler is not None and total < math.inf:
+            for message in warnings_about(classifier.make_scheduler, optimizer, int(total), first, interval):
+                report(message)
         self.sessions.append(session)
         log_settings(trainer, module.hparams["config"])
         # TensorBoard's logger continues the curves of a resumed run; the others start new curves
@@ -65,6 +77,9 @@ class History(Drawing):
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
+        self.learning_rate = copy.deepcopy(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,7 +113,7 @@ class History(Drawing):
         row = {"epoch": trainer.current_epoch + 1, **cast("Classifier", module).training_metrics()}
         if self.validations and self.validations[-1]["epoch"] == row["epoch"]:
             row |= {name: value for name, value in self.validations[-1].items() if name.startswith("val/")}
-        row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        row["learning_rate"] = float(self.learning_rate)
         self.epochs.append(row)
         self._log(trainer.loggers, row)
 

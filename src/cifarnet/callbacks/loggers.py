@@ -16,9 +16,8 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from omegaconf import OmegaConf
 from PIL import Image
 
-from cifarnet.build import with_total_steps
 from cifarnet.classifier import Classifier
-from cifarnet.config import deciding_settings
+from cifarnet.config import deciding_settings, with_total_steps
 from cifarnet.records.record import Record
 from cifarnet.records.tables import parse_number
 from cifarnet.system import files
@@ -35,7 +34,7 @@ class Drawing(Callback):
 
 def log_settings(trainer: L.Trainer, config: Mapping[str, Any]) -> None:
     """Log the config with `${…}` resolved, without the section `logger`, which may contain URLs."""
-    known = with_total_steps(OmegaConf.create(dict(config)), trainer.estimated_stepping_batches)
+    known = with_total_steps(OmegaConf.create(dict(config)), cast("Classifier", trainer.lightning_module).total_steps)
     settings = cast("dict[str, Any]", OmegaConf.to_container(known, resolve=True))
     settings.pop("logger", None)
     for logger in trainer.loggers:

@@ -1,14 +1,23 @@
-"""Learning-rate schedules whose phases are fractions of a run."""
+"""Learning-rate schedules whose phases are fractions of a run, and a check of any schedule before training."""
 
+import copy
 import math
-from collections.abc import Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Literal
 
+import lightning as L
+import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from cifarnet.errors import UserError
+from cifarnet.optim.accumulation import steps_in_epoch, total_steps
 from cifarnet.schema import Range
 
+Interval = Literal["step", "epoch"]
+
+MOST_STEPS = 100_000  # of a longer run, only these are checked; they take about two seconds
 Fraction = Annotated[float, Range(0, 1)]
 
 
@@ -49,3 +58,55 @@ class Steps(LambdaLR):
     ) -> None:
         steps = [round(part * total_steps) for part in milestones]
         super().__init__(optimizer, lambda step: gamma ** sum(step >= at for at in steps))
+
+
+def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
+    """Return how often a run steps its schedule, infinite if the run has no end, and how often in the first epoch."""
+    total, epochs = total_steps(trainer), trainer.max_epochs or 0
+    if total == math.inf:
+        return total, 0
+    first = steps_in_epoch(trainer, 0)
+    if interval == "step":
+        return total, first
+    return epochs if epochs > 0 and trainer.max_steps < 0 else math.ceil(total / max(1, first)), 1
+
+
+def warnings_about(
+    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, total: int, first: int, interval: Interval
+) -> Iterator[str]:
+    """Step a copy of a schedule through the whole run, and yield a message if it hardly changes the learning rate.
+
+    Args:
+        make: creates the schedule from an optimizer and the number of steps.
+        optimizer: the run's optimizer, which is not changed.
+        total: the number of times that the run steps the schedule.
+        first: the number of times in the first epoch.
+
+    Raises:
+        UserError: a step fails.
+    """
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = [{**copy.deepcopy(group), "params": [torch.zeros(1)]} for group in kept]
+    for group in groups:
+        group["lr"] = group.pop("initial_lr", group["lr"])
+    schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []
+    if isinstance(schedule, ReduceLROnPlateau):
+        return
+    state = schedule.state_dict()
+    milestones = list(state.get("milestones") or state.get("_milestones") or [])
+    if missed := [milestone for milestone in milestones if not 0 <= milestone < total]:
+        yield f"scheduler: the milestones {missed} are never reached, because the run has {total} {interval}s."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer makes no steps
+        for step in range(min(total, MOST_STEPS)):
+            rates.append([float(group["lr"]) for group in groups])
+            try:
+                schedule.step()
+            except (ValueError, ArithmeticError) as error:
+                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
+    last = max((step for step in range(1, len(rates)) if rates[step] != rates[step - 1]), default=0)
+    remedy = " If its settings count epochs, set module.scheduler_interval=epoch." if interval == "step" else ""
+    if last == 0 and not isinstance(schedule, ConstantLR):
+        yield f"scheduler: the learning rate never changes within the {total} {interval}s of the run.{remedy}"
+    elif 0 < last < first < total:
+        yield f"scheduler: the learning rate does not change after step {last} of {total}, in the first epoch.{remedy}"

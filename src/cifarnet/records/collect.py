@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cifarnet.build import Built, with_total_steps
+from cifarnet.build import Built
 from cifarnet.callbacks.compilation import Compile
 from cifarnet.callbacks.history import History, new_session
+from cifarnet.config import with_total_steps
 from cifarnet.records.record import Data, Record
 from cifarnet.records.tables import overrides, row_table
 
