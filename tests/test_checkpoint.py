@@ -316,6 +316,23 @@ def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
         Checkpoint.open(tmp_path)
 
 
+def test_class_names_are_compared_in_any_unicode_form(changed):
+    names = ["cafe\u0301", *"bcdefghij"]
+    composed = ["caf\u00e9", *"bcdefghij"]
+
+    def alter(content):
+        content["hyper_parameters"].update(class_names=names)
+
+    checkpoint = Checkpoint.open(changed(alter))
+    checkpoint.check_task(composed, 32)
+    checkpoint.check_images(checkpoint.content["hyper_parameters"] | {"class_names": composed})
+    for other in (["cafe", *composed[1:]], composed[1:], [*composed, ""], []):
+        with pytest.raises(UserError, match="trained on"):
+            checkpoint.check_task(other, 32)
+        with pytest.raises(UserError, match="class_names was"):
+            checkpoint.check_images(checkpoint.content["hyper_parameters"] | {"class_names": other})
+
+
 def test_data_for_another_task_are_refused(run):
     checkpoint = Checkpoint.open(run)
     names = checkpoint.class_names

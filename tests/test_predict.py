@@ -326,6 +326,16 @@ def test_libraries_print_nothing(run, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_files_that_are_left_out_are_reported_in_one_line(predict, tmp_path):
+    for name in ("a.heic", "below/b", "c.jpg_large", "Thumbs.db", ".DS_Store", "desktop.ini", "notes.txt"):
+        (tmp_path / "all" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "all" / name).touch()
+    picture(tmp_path / "all/d.png")
+    status, printed, error = predict("all")
+    assert (status, len(printed.splitlines())) == (0, 1)
+    assert error == "all: 3 files left out: 1 .heic, 1 .jpg_large, 1 without an ending.\n"
+
+
 def test_empty_folders(predict, tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()

@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import json
 import typing
+import unicodedata
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -207,12 +209,17 @@ class Checkpoint:
         Raises:
             UserError: they differ.
         """
-        if list(class_names) != self.class_names:
+        if not self.has_classes(class_names):
             raise UserError(
                 f"The data has the classes {', '.join(class_names)}; {name} was trained on "
                 f"{', '.join(self.class_names)}. Use data with these classes, in folders with these names."
             )
         self.check_image_size(image_size, name)
+
+    def has_classes(self, class_names: Sequence[str]) -> bool:
+        """Whether the network was trained on these classes, in this order, in any Unicode form of their names."""
+        pairs = zip_longest(class_names, self.class_names, fillvalue="\0")
+        return all(unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other) for one, other in pairs)
 
     def check_image_size(self, image_size: int, name: str = "the network") -> None:
         """Check that images have the size that the network was trained on.
@@ -234,9 +241,10 @@ class Checkpoint:
         """
         recorded = self.content["hyper_parameters"]
         for name in ("class_names", "image_size", "num_images"):
-            if recorded[name] != hparams[name]:
+            now = hparams[name]
+            if not (self.has_classes(now) if name == "class_names" else recorded[name] == now):
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {hparams[name]}. "
+                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {now}. "
                     "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
                 )
 

@@ -11,6 +11,11 @@ def printable(text: str) -> str:
     return re.sub(controls, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def on_one_line(text: str) -> str:
+    """Escape control characters and line breaks."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 class UserError(Exception):
     """An error that the user can correct. The message states the wrong value and what to do."""
 

@@ -51,7 +51,7 @@ def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModu
     checkpoint = Checkpoint.open(config.start.checkpoint)
     checkpoint.check_image_size(data.image_size, str(checkpoint.path))
     weights, initial, head = checkpoint.weights, network.state_dict(), head_name(network)
-    if checkpoint.class_names != list(data.class_names):
+    if not checkpoint.has_classes(data.class_names):
         kept = {key: value for key, value in initial.items() if key.startswith(f"{head}.")}
         weights = {key: value for key, value in weights.items() if key not in kept} | kept
     checkpoint.check_weights(network, weights)

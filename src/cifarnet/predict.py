@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import UserError, on_one_line, printable
 from cifarnet.inference.settings import prepare
 from cifarnet.system import files
 
@@ -66,7 +66,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     if config.explain:
         drawings = classifier.checkpoint.folder_for("explained") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         files.make_folder(drawings, f"explain=true: {drawings} cannot be created")
-    width = min(WIDTH, max(len(_on_one_line(source)) for source in sources))
+    width = min(WIDTH, max(len(on_one_line(source)) for source in sources))
     rows = []
     with tqdm(total=len(sources), desc="Predicting", unit=" images", leave=False, disable=None) as bar:
         for answer in classifier.answers(sources, **settings):
@@ -74,14 +74,14 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
             top = [{"class": name, "probability": value} for name, value in answer.ranked[: config.top]]
             rows.append({"file": str(answer.source), "top": top, "error": answer.error or None})
             if answer.error:
-                tqdm.write(_on_one_line(answer.error), file=sys.stderr)
+                tqdm.write(on_one_line(answer.error), file=sys.stderr)
             elif output is None:
                 cells = [f"{row['class']} {row['probability']:.2%}" for row in top]
-                tqdm.write(_on_one_line("  ".join([f"{_on_one_line(str(answer.source)):<{width}}", *cells])))
+                tqdm.write(on_one_line("  ".join([f"{on_one_line(str(answer.source)):<{width}}", *cells])))
             if drawings is not None and not answer.error:
                 _draw(classifier, answer, drawings)
     if drawings is not None:
-        print(f"Grad-CAM maps: {_on_one_line(os.path.relpath(drawings))}")
+        print(f"Grad-CAM maps: {on_one_line(os.path.relpath(drawings))}")
     if output is not None:
         checkpoint = classifier.checkpoint
         circumstances = {"checkpoint": str(checkpoint.path), "epoch": checkpoint.epoch, **classifier.tested}
@@ -94,13 +94,17 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
 def _list_pictures(images: Sequence[str]) -> list[str]:
     """Return the paths of the image files, including those in and below the folders."""
+    from cifarnet.data.pixels import describe_left_out
     from cifarnet.inference.decoding import expand_folders
 
     pictures = []
     for path in images:
-        found = [str(picture) for picture in expand_folders(path)]
+        left_out: list[str] = []
+        found = [str(picture) for picture in expand_folders(path, left_out)]
+        if left_out:
+            print(on_one_line(f"{path}: {describe_left_out(left_out)}"), file=sys.stderr)
         if not found:
-            print(_on_one_line(f"There are no images (.png, .jpg, .gif, .tif, .webp, …) in {path}."), file=sys.stderr)
+            print(on_one_line(f"There are no images (.png, .jpg, .gif, .tif, .webp, …) in {path}."), file=sys.stderr)
         pictures += found
     if not pictures:
         raise UserError("There are no images to predict. Specify image files, or folders of them.")
@@ -112,7 +116,7 @@ def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
     from cifarnet.inference.figures import explanation
     from cifarnet.records.figures import save
 
-    source = _on_one_line(str(answer.source))
+    source = on_one_line(str(answer.source))
     title = source if len(source) <= TITLE else f"…{source[-TITLE:]}"
     figure = explanation(answer.pixels, classifier.heat(answer), answer.ranked[:NUM_DRAWN], title)
     stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
@@ -121,11 +125,6 @@ def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
         number += 1
         path = folder / f"{stem}_{number}.png"
     save(figure, path)
-
-
-def _on_one_line(text: str) -> str:
-    """Escape control characters and line breaks."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _write(content: Mapping[str, Any], output: Path) -> None:

@@ -86,7 +86,7 @@ def test_grey_and_palette_images_become_rgb(tree):
 def test_the_cache_is_used_and_renewed(tree, cache, monkeypatch):
     decoded = []
     original = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", lambda path, size: decoded.append(path) or original(path, size))
+    monkeypatch.setattr(folder_module, "decode", lambda path, *rest: decoded.append(path) or original(path, *rest))
 
     first = read(tree)
     assert len(decoded) == 38
@@ -257,6 +257,92 @@ def test_transparent_pixels_become_white(tree, mode):
     if mode != "P":  # a palette has no half transparent pixels
         assert (image[:, :16, :16] == 177).all()
     assert (image[:, 16:, :16] == 255).all()
+
+
+COMPOSED, DECOMPOSED = "\u00e9lan caf\u00e9", "e\u0301lan cafe\u0301"  # the same name, as on Linux and on a Mac
+
+
+@pytest.mark.parametrize("train", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("test", [COMPOSED, DECOMPOSED])
+def test_class_folders_are_compared_in_any_unicode_form(tree, train, test):
+    (tree / "train/cat").rename(tree / "train" / train)
+    (tree / "test/cat").rename(tree / "test" / test)
+    source = read(tree).source
+    assert source.class_names == ["dog", COMPOSED]  # in the same order on all machines
+    assert source.train.labels.bincount().tolist() == [9, 18]
+    assert source.test.labels.bincount().tolist() == [4, 4]
+    assert (source.train.images[source.train.labels == 0][:, 2] == 100).all()  # the dogs
+
+
+def test_two_folders_of_one_name_are_one_class(tree):
+    (tree / "train/cat").rename(tree / "train" / COMPOSED)
+    (tree / "test/cat").rename(tree / "test" / DECOMPOSED)
+    picture(tree / "train" / DECOMPOSED / "more.png")
+    assert read(tree, val_fraction=0).source.train.labels.bincount().tolist() == [10, 21]
+
+
+def test_class_names_that_differ_only_in_case_are_reported(tree, capsys):
+    read(tree)
+    assert "case" not in capsys.readouterr().out
+    picture(tree / "train/Cat/0.png")
+    assert read(tree).class_names == ["Cat", "cat", "dog"]
+    assert "train/ has classes whose names differ only in case: Cat, cat.\n" in capsys.readouterr().out
+    (tree / "test/dog").rename(tree / "test/Dog")
+    with pytest.raises(UserError, match=r"test/Dog is not a class of train/\. Did you mean dog\?"):
+        read(tree)
+
+
+IGNORED = ["Thumbs.db", "ehthumbs.db", "desktop.ini", ".DS_Store", "._0.jpg", ".hidden/x.heic", "Icon\r", "a.txt"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_that_are_left_out_are_reported_in_one_line(tree, capsys, in_memory):
+    for name in IGNORED:
+        (tree / "train/cat" / name).parent.mkdir(exist_ok=True)
+        (tree / "train/cat" / name).touch()
+    read(tree, in_memory=in_memory)
+    assert "left out" not in capsys.readouterr().out
+    for name in ["train/cat/a.heic", "train/cat/below/b.HEIC", "test/dog/c", "val/dog/d.jpg_large", "train/e.jpg"]:
+        (tree / name).parent.mkdir(exist_ok=True, parents=True)
+        (tree / name).touch()
+    picture(tree / "val/cat/f.png")
+    read(tree, in_memory=in_memory)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    endings = "2 .heic, 1 .jpg beside the class folders, 1 without an ending, 1 .jpg_large"
+    assert line == f"data.root={tree}: 5 files left out: {endings}."
+
+
+def test_many_endings_and_line_breaks_fit_on_one_line(tree, capsys):
+    for i in range(9):
+        (tree / f"train/cat/x.a{i}\n\x1b").touch()
+    read(tree)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "9 files left out" in line]
+    assert line.endswith(r"1 .a4\n\x1b, ….")
+
+
+def test_the_reason_why_a_class_is_empty_is_reported(tree, capsys):
+    shutil.rmtree(tree / "train/dog")
+    (tree / "train/dog").mkdir()
+    (tree / "train/dog/0.heic").touch()
+    with pytest.raises(UserError, match=r"has no images .* of dog"):
+        read(tree)
+    assert "1 file left out: 1 .heic." in capsys.readouterr().out
+
+
+def test_all_unreadable_files_are_reported_at_once(tree, cache):
+    content = (tree / "train/cat/00.png").read_bytes()
+    broken = ["train/cat/00.png", "train/dog/two\nlines.png", "test/dog/0.png", "test/dog/link.png"]
+    (tree / broken[0]).write_bytes(content[:-30])
+    (tree / broken[1]).write_bytes(b"")
+    (tree / broken[2]).write_bytes(b"no image")
+    (tree / broken[3]).symlink_to("nowhere")
+    with pytest.raises(UserError) as error:
+        read(tree)
+    lines = str(error.value).splitlines()
+    assert [line.partition(" cannot be read as an image (")[0] for line in lines] == [
+        str(tree / name).replace("\n", r"\n") for name in broken
+    ]
+    assert list(cache.iterdir()) == []
 
 
 SPECIAL = {

@@ -4,11 +4,14 @@ import hashlib
 import math
 import os
 import sys
+import threading
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import normalize
 
 import numpy as np
 import psutil
@@ -18,10 +21,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.data.pixels import decode, image_files
+from cifarnet.data.pixels import decode, describe_left_out, image_files, shown_ending
 from cifarnet.data.streaming import LazyImages
-from cifarnet.errors import UserError
-from cifarnet.schema import Pixels, Range
+from cifarnet.errors import UserError, on_one_line
+from cifarnet.schema import Pixels, Range, did_you_mean
 from cifarnet.system.files import atomic_file
 from cifarnet.system.hardware import cores
 
@@ -43,11 +46,24 @@ class ImageFiles(LazyImages):
 
     def read(self, progress_bar: bool = False) -> Tensor:
         images = np.empty((len(self.paths), self.size, self.size, 3), np.uint8)
+        large, errors = threading.Lock(), []
+
+        def attempt(path: str) -> np.ndarray | str:
+            try:
+                return np.asarray(decode(path, self.size, large))
+            except UserError as error:
+                return on_one_line(str(error))
+
         with ThreadPool(cores()) as pool:  # Pillow releases the GIL
-            decoded = pool.imap(lambda path: decode(path, self.size), self.paths, chunksize=16)
+            decoded = pool.imap(attempt, self.paths, chunksize=16)
             settings = {"unit": " images", "mininterval": 0.5, "disable": not progress_bar}
             for i, image in enumerate(tqdm(decoded, "Decoding images", len(self.paths), **settings)):
-                images[i] = np.asarray(image)
+                if isinstance(image, str):
+                    errors.append(image)
+                else:
+                    images[i] = image
+        if errors:
+            raise UserError("\n".join(errors))
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -90,25 +106,42 @@ class ImageFolder(ImageDataModule):
         return self.val_fraction > 0 or (self.root / "val").is_dir()
 
     def read(self) -> Source:
+        left_out: list[str] = []
         try:
-            class_names = _class_folders(self.root / "train")
-            train, test = (self._split(name, class_names) for name in ("train", "test"))
-            val = self._split("val", class_names) if (self.root / "val").is_dir() else None
+            names = ["train", "test", *(["val"] if (self.root / "val").is_dir() else [])]
+            files = {name: _class_files(self.root / name, left_out) for name in names}
         except OSError as error:
             raise UserError(
                 f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}). Put the images in "
                 "train/<class>/…, test/<class>/… and optionally val/<class>/…"
             ) from error
-        return Source(class_names, train, test, val)
+        if left_out:
+            print(on_one_line(f"data.root={self.root}: {describe_left_out(left_out)}"), flush=True)
+        class_names, folder = list(files["train"]), self.root / "train"
+        if (count := len(class_names)) < 2:
+            raise UserError(f"{folder} needs at least two class folders, but has {count}. Add class folders.")
+        counts = Counter(map(str.casefold, class_names))
+        if alike := [name for name in class_names if counts[name.casefold()] > 1]:
+            print(f"train/ has classes whose names differ only in case: {', '.join(alike)}.", flush=True)
+        splits, errors = {}, []
+        for name in names:
+            try:
+                splits[name] = self._split(name, class_names, files[name])
+            except UserError as error:  # all of them are reported together
+                errors.append(str(error))
+        if errors:
+            raise UserError("\n".join(errors))
+        return Source(class_names, **splits)
 
-    def _split(self, name: str, class_names: list[str]) -> Split:
-        """Return the images and labels of train, val or test, sorted by class and path."""
+    def _split(self, name: str, class_names: list[str], files: dict[str, list[str]]) -> Split:
+        """Return the images and labels of train, val or test from the files of each class, sorted by class and path."""
         folder = self.root / name
         paths, labels = [], []
-        for class_name in _class_folders(folder):
+        for class_name, found in files.items():
             if class_name not in class_names:
-                raise UserError(f"{folder / class_name} is not a class of train/. Add it there, or remove this folder.")
-            found = sorted(image_files(str(folder / class_name)))
+                suggestion = did_you_mean(class_name, class_names)
+                problem = f"{folder / class_name} is not a class of train/.{suggestion}"
+                raise UserError(f"{problem} Add it there, or rename or remove this folder.")
             paths += found
             labels += [class_names.index(class_name)] * len(found)
         missing = ", ".join(class_names[label] for label in sorted(set(range(len(class_names))) - set(labels)))
@@ -131,8 +164,7 @@ def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
         )
     header = f"{CACHE_FORMAT} {files.size} {folder}"
     cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
-    stats = ((path, os.stat(path)) for path in files.paths)
-    lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+    lines = [f"{path} {_version(path)}" for path in files.paths]
     fingerprint = _sha256("\n".join([header, *lines]))
     images = _load(cache, fingerprint, files.shape)
     if images is None:
@@ -142,14 +174,32 @@ def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
     return images
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    for name in names:
-        if not name.isprintable():  # tables and records could not contain it
-            raise UserError(f"{folder}: the class folder {name!a} has unprintable characters. Rename it.")
-    if len(names) < 2 and folder.name == "train":
-        raise UserError(f"{folder} needs at least two class folders, but has {len(names)}. Add class folders.")
-    return names
+def _version(path: str) -> str:
+    """Return a file's size and modification time; an empty text for a dangling link, which cannot be decoded either."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _class_files(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
+    """Return the sorted paths of the images of each class.
+
+    The names of the classes are in Unicode's composed form (NFC): file systems differ in the form that they store.
+
+    Args:
+        left_out: a list to which the endings of files that are not used are appended.
+    """
+    classes: dict[str, list[str]] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not os.path.isdir(entry.path):  # nor a link that loops
+            left_out += [f"{ending} beside the class folders" for ending in shown_ending(entry.name)]
+        elif not entry.name.startswith("."):
+            if not entry.name.isprintable():  # tables and records could not contain it
+                raise UserError(f"{folder}: the class folder {entry.name!a} has unprintable characters. Rename it.")
+            classes.setdefault(normalize("NFC", entry.name), []).extend(image_files(entry.path, left_out=left_out))
+    return {name: sorted(paths) for name, paths in sorted(classes.items())}
 
 
 def _sha256(text: str) -> str:

@@ -1,6 +1,8 @@
 """Decode image files and arrays, in the same way for training, evaluation and prediction."""
 
+import collections
 import contextlib
+import mimetypes
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -93,13 +95,16 @@ def as_image(picture: Any) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
 
-def image_files(folder: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
+def image_files(
+    folder: str, on_error: Callable[[OSError], None] | None = None, left_out: list[str] | None = None
+) -> Iterator[str]:
     """Yield the paths of all image files in and below a folder, by their extensions, except hidden files.
 
     Links to folders are followed, except to folders that were already visited.
 
     Args:
         on_error: called with the error if a folder cannot be read; None raises it.
+        left_out: a list to which the endings of all other files are appended, for `describe_left_out`.
     """
 
     def reraise(error: OSError) -> None:
@@ -113,3 +118,23 @@ def image_files(folder: str, on_error: Callable[[OSError], None] | None = None) 
         for name in sorted(names):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in FORMATS:
                 yield os.path.join(parent, name)
+            elif left_out is not None:
+                left_out += shown_ending(name)
+
+
+def shown_ending(name: str) -> list[str]:
+    """Return a list with the ending of a file's name if it could be a picture; otherwise, an empty list.
+
+    Hidden files, files of operating systems, and files of known other types, such as .txt, are not pictures.
+    """
+    ending = os.path.splitext(name)[1].lower()
+    is_of_system = name.startswith(".") or ending in (".db", ".ini") or name == "Icon\r"  # Thumbs.db, desktop.ini
+    kind = mimetypes.MimeTypes().guess_type(f"x{ending}")[0] or "image/unknown"
+    return [] if is_of_system or not kind.startswith("image/") else [ending or "without an ending"]
+
+
+def describe_left_out(endings: list[str]) -> str:
+    """Return a sentence with the number of files that were left out, and their most frequent endings."""
+    counted = collections.Counter(endings).most_common()
+    parts = [f"{count:,} {ending}" for ending, count in counted[:5]] + ["…"] * (len(counted) > 5)
+    return f"{len(endings):,} file{'s' * (len(endings) > 1)} left out: {', '.join(parts)}."

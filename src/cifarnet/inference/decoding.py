@@ -17,10 +17,13 @@ CHUNK = 16  # the number of images in a task of a thread; one task per image wou
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
-def expand_folders(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
+def expand_folders(images: Picture | Iterable[Picture], left_out: list[str] | None = None) -> Iterator[Picture]:
     """Yield the pictures, with each folder replaced with the image files in and below it.
 
     If a folder cannot be read, its own path is yielded.
+
+    Args:
+        left_out: as for `image_files`.
     """
     from cifarnet.data.pixels import image_files  # imports Lightning, which takes seconds
 
@@ -29,7 +32,7 @@ def expand_folders(images: Picture | Iterable[Picture]) -> Iterator[Picture]:
     for picture in pictures:
         if isinstance(picture, str | os.PathLike) and os.path.isdir(picture):
             unreadable: list[OSError] = []
-            yield from image_files(os.fspath(picture), unreadable.append)
+            yield from image_files(os.fspath(picture), unreadable.append, left_out)
             yield from (error.filename for error in unreadable)
         else:
             yield picture
