@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cifarnet.config import CONFIGS
-from cifarnet.errors import Interrupted, UserError, printable
+from cifarnet.errors import Interrupted, MachineFault, UserError, printable
 from cifarnet.schema import did_you_mean
-from cifarnet.system.distributed import report_to_launcher
+from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
 
 
 class Arguments(NamedTuple):
@@ -191,7 +191,7 @@ def run(task: Callable[[], Any]) -> None:
         if show_traceback or message is None:
             if not report_to_launcher(traceback.format_exc(), is_bug=True):
                 raise
-        elif not report_to_launcher(message):
+        elif not report_to_launcher(message, MACHINE_FAULT if is_machine_fault(error) else 1):
             print(printable(f"Error: {message}"), file=sys.stderr)
         sys.exit(1)
 
@@ -213,7 +213,7 @@ def explain(error: BaseException) -> str | None:
             f"{file} cannot be written: {disk_error.strerror}. The previous version was kept. Free disk space, or "
             "choose another disk, and try again."
         )
-    if isinstance(error, MemoryError) or _is_instance(error, "torch", "OutOfMemoryError"):
+    if _is_out_of_memory(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
     if isinstance(error, InstantiationException):  # raised by a class that the config names
         cause = error.__cause__
@@ -261,14 +261,27 @@ def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
     return {f"{prefix}{key}" for key in config}.union(*nested)
 
 
+def is_machine_fault(error: BaseException) -> bool:
+    """Return whether a full disk, too little memory or a killed process caused an error, and not a run's settings."""
+    is_fault = any(isinstance(cause, MachineFault) or _is_out_of_memory(cause) for cause in _causes(error))
+    return is_fault or _disk_error(error) is not None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _is_instance(error, "torch", "OutOfMemoryError")
+
+
 def _disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of a full or failing disk that caused this error, or None."""
     reasons = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
+    return next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in reasons), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and the errors that caused it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in reasons:
-            return error
+        yield error
         error = error.__cause__ or error.__context__
-    return None
 
 
 def _is_instance(error: BaseException, module: str, name: str) -> bool:

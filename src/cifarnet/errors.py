@@ -28,6 +28,14 @@ class Diverged(UserError):
     """The loss or the weights of a run are no longer finite. The message states the epoch and what to try."""
 
 
+class MachineFault(UserError):
+    """A process of a run on several devices was killed, or had too little memory or disk space."""
+
+
+class TakenOver(Exception):
+    """Another process runs this trial of a search, because this process was suspended or disconnected."""
+
+
 class Pruned(Exception):
     """A search stopped this trial early; the message states the epoch."""
 

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import shlex
@@ -10,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import Study, load_study
 
 from cifarnet import search
+from cifarnet.errors import MachineFault
 from cifarnet.sweeps import search as study_module
 from conftest import ALLOW_SIGNAL, SMALL, signal_at
 
@@ -119,6 +123,48 @@ def test_a_failed_trial_does_not_stop_the_others(run, tmp_path):
     assert "Invalid learning rate: -" in error
     assert states(tmp_path / "search") == ["FAIL", "FAIL"]
     assert "0 of 2 jobs done" in printed
+
+
+class Fault(Callback):
+    """Fails in the second epoch while a file exists."""
+
+    def __init__(self, file: str, kind: str) -> None:
+        self.file, self.kind = Path(file), kind
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1 and self.file.exists():
+            kinds = {"memory": torch.OutOfMemoryError(), "killed": MachineFault("Rank 1")}
+            raise kinds.get(self.kind) or OSError(getattr(errno, self.kind), "it is full", "some file")
+
+
+@pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "memory", "killed"])
+def test_a_fault_of_the_machine_is_not_the_result_of_a_trial(run, tmp_path, kind):
+    file = tmp_path / "fault"
+    file.touch()
+    arguments = [f"+callbacks.fault={{_target_: test_search.Fault, file: {file}, kind: {kind}}}", RATE]
+    number = 2 if kind == "ENOSPC" else 1
+    status, printed, error = run(*arguments, f"hydra.sweeper.trials={number}")
+    assert status == 1
+    assert error.count("Job 0 failed: ") == 1  # it is not repeated at once, and does not prevent other trials
+    assert states(tmp_path / "search") == ["RUNNING"] * number
+    assert f"0 of {number} jobs done: " in printed
+    assert "Run the missing jobs: " in printed
+    before = [trial.params for trial in study(tmp_path / "search").trials]
+
+    file.unlink()
+    status, printed, error = run(*arguments, f"hydra.sweeper.trials={number}")
+    assert status == 0, error
+    assert states(tmp_path / "search") == ["COMPLETE"] * number
+    assert [trial.params for trial in study(tmp_path / "search").trials] == before
+    assert "Job 0 continues from" in printed
+    assert f"{number} of {number} jobs done: " in printed
+
+
+def test_a_trial_without_a_folder_ran_here(run, tmp_path):
+    assert run(RATE, "hydra.sweeper.trials=1", "trainer.max_epochs=1")[0] == 0
+    (tmp_path / "search/0").rename(tmp_path / "removed")
+    status, printed, error = run(RATE, "hydra.sweeper.trials=1", "trainer.max_epochs=1")
+    assert (status, "1 of 1 jobs done: " in printed) == (0, True), error
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from optuna.study import Study, create_study, load_study
 from optuna.trial import TrialState
 
 from cifarnet import search
+from cifarnet.callbacks.pruning import Prune
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_run
 from cifarnet.sweeps import storage as storage_module
@@ -104,7 +105,7 @@ def test_a_dead_trial_of_another_machine_is_run_again_and_counts_once(run, url, 
 def test_a_trial_that_runs_on_another_machine_is_not_drawn_again(run, url, tmp_path):
     storage = connect(url, tmp_path / "elsewhere")
     trial = create_study(study_name="train/shared", storage=storage).ask(SPACE)
-    storage.record_heartbeat(trial._trial_id)
+    storage.take_lease(trial._trial_id)
     with storage.heartbeat(trial):
         status, printed, error = run("one", 1)
     assert status == 0, error
@@ -120,9 +121,9 @@ def test_machines_with_the_same_name_and_path_are_distinguished(run, url, tmp_pa
     (tmp_path / "one").rename(tmp_path / "on the other")
     [trial] = study(url).trials
     storage = connect(url, tmp_path / "elsewhere")
-    storage.record_heartbeat(trial._trial_id)
+    storage.place = trial.user_attrs["folder"]
+    storage.take_lease(trial._trial_id)
     with storage.heartbeat(trial):
-        storage.set_trial_user_attr(trial._trial_id, "folder", trial.user_attrs["folder"])
         status, printed, error = run("one", 1, signal_at(0, 2, signal.SIGTERM))
     assert (status, "goes on" in printed) == (0, False), error
     assert "Waiting for heartbeats" in printed
@@ -320,6 +321,55 @@ def test_a_lost_database_ends_the_search_with_one_line(run, url, tmp_path, monke
     assert status == 0, error
     assert "Job 0 is done" in printed
     assert states(url) == ["COMPLETE"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot suspend a process with a signal")
+@pytest.mark.parametrize("moment", ["training", "recording"])
+def test_a_suspended_process_loses_its_trial(run, url, tmp_path, monkeypatch, moment):
+    """It wakes while the other process trains, and records nothing; the other process finishes the trial."""
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from optuna.storages import RDBStorage\n"
+        "from cifarnet.sweeps.trials import Trials\n"
+        "def wait(original):\n"
+        "    def late(*arguments):\n"
+        "        Path('waits').touch()\n"
+        "        while not Path('awake').exists(): time.sleep(0.02)\n"
+        "        return original(*arguments)\n"
+        "    return late\n"
+        "if sys.argv.pop(1) == 'recording': Trials.tell = wait(Trials.tell)\n"
+        "else:\n"
+        "    from cifarnet.callbacks.pruning import Prune\n"
+        "    Prune.on_validation_end = wait(Prune.on_validation_end)\n"
+        "from cifarnet.search import main; main()"
+    )
+    settings = [*SHORT, "hydra.sweep.dir=one", "hydra.sweeper.trials=1", f"hydra.sweeper.storage={url}"]
+    suspended = subprocess.Popen(
+        [sys.executable, "-c", program, moment, *settings],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for((tmp_path / "waits").exists)
+    suspended.send_signal(signal.SIGSTOP)
+    time.sleep(3.1)  # longer than two heartbeats
+
+    def wake(*_):
+        (tmp_path / "awake").touch()
+        suspended.send_signal(signal.SIGCONT)
+        output.append(suspended.communicate(timeout=60)[0])
+
+    output: list[str] = []
+    monkeypatch.setattr(Prune, "on_train_start", wake, raising=False)
+    status, printed, error = run("two", 1)
+    assert status == 0, error
+    assert "Trial 1 was interrupted and will be continued" in printed
+    assert "1 of 1 jobs done: " in printed
+    [trial] = study(url).trials
+    assert (trial.state.name, trial.value) == ("COMPLETE", read_run(tmp_path / "two/0").score)
+    assert suspended.returncode == 0, output
+    assert "Trial 1: taken over by another process" in output[0]
 
 
 # With a PostgreSQL

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.config import deciding_settings
-from cifarnet.errors import Interrupted, Pruned, UserError, printable
+from cifarnet.errors import Interrupted, Pruned, TakenOver, UserError, printable
 from cifarnet.records.tables import read_run
 from cifarnet.sweeps import multirun, parallel
 from cifarnet.sweeps.summary import clear_checkpoints, resume_command
@@ -102,6 +102,8 @@ def run_job(
             files.write(folder / "pruned.txt", f"{pruned}\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return Outcome("pruned")
+        except TakenOver:
+            return Outcome("interrupted")
         except Interrupted as stopped:
             if parallel.is_worker():  # the sweep's process reports the signal after all jobs have saved
                 return Outcome("interrupted")
@@ -109,14 +111,18 @@ def run_job(
         except Exception as error:
             if config.sweep.stop_at_failure:
                 multirun.stop_file(folder.parent).touch()
-            raise UserError(_report_failure(folder, error)) from error
+            raise UserError(_report_failure(folder, error, is_trial=trial is not None)) from error
     clear_checkpoints(folder.parent, config.sweep.keep_checkpoints)
     return Outcome("done", score)
 
 
 def outcome(result: JobReturn) -> Outcome:
-    """Return the outcome of a job that Hydra ran."""
-    return Outcome("failed") if result.status == JobStatus.FAILED else result.return_value
+    """Return the outcome of a job that Hydra ran. A fault of the machine interrupts a job; it is not a result."""
+    try:
+        raise_first_failure([result])
+    except Exception as error:
+        return Outcome("interrupted" if cli.is_machine_fault(error) else "failed")
+    return result.return_value
 
 
 def raise_first_failure(results: Iterable[JobReturn]) -> None:
@@ -173,13 +179,14 @@ def _callbacks(config: DictConfig, trial: "Trial | None") -> list[Any]:
     return [Prune(trial)] if trial is not None and uses_one_device(config) else []
 
 
-def _report_failure(folder: Path, error: Exception) -> str:
-    """Print an error, write it to `error.txt`, and return its message."""
+def _report_failure(folder: Path, error: Exception, is_trial: bool) -> str:
+    """Print an error, write it to `error.txt` (unless the machine interrupted a trial), and return its message."""
     explanation = cli.explain(error)
     if explanation is None:  # a bug
         traceback.print_exception(error)
     message = explanation or f"{type(error).__name__}: {error}"
     print(printable(f"Job {folder.name} failed: {message}"), file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # such as a full disk
-        files.write(folder / "error.txt", message + "\n")
+    if not (is_trial and cli.is_machine_fault(error)):
+        with contextlib.suppress(OSError):  # such as a full disk
+            files.write(folder / "error.txt", message + "\n")
     return message

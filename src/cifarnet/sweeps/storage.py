@@ -18,12 +18,12 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import TakenOver, UserError, printable
 from cifarnet.system import files
 
 FOLDER = "folder"  # an attribute of trials in a database: the machine and the folder where a trial runs
@@ -43,7 +43,10 @@ class Journal(JournalStorage):
         lock: held while a process draws a trial.
         study_name: the name of the only study in the file; the folder may have been renamed since it began.
         timeout: the seconds without a heartbeat after which a trial that runs outside the folder is dead.
+        place: the value of a trial's attribute `FOLDER` if it runs in this folder.
     """
+
+    place = ""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "study.journal"
@@ -61,8 +64,11 @@ class Journal(JournalStorage):
         """Whether the process of a running trial, which has no lock in the folder, has died."""
         return True
 
-    def record_heartbeat(self, trial_id: int) -> None:
+    def take_lease(self, trial_id: int) -> None:
         """Do nothing: the lock in the folder shows that a trial is running."""
+
+    def check_lease(self, trial_id: int) -> None:
+        """Raise `TakenOver` if another process has taken over a trial that this process runs."""
 
     def heartbeat(self, trial: Trial | FrozenTrial) -> contextlib.AbstractContextManager[None]:
         """Return a context that records the heartbeats of a trial that this process runs."""
@@ -115,7 +121,7 @@ class Database(RDBStorage):
             url_with_password, {"pool_pre_ping": True}, heartbeat_interval=interval, grace_period=self.timeout
         )
         event.listen(self.engine, "do_connect", self._connect)  # after the first connection, which fails at once
-        self.folder = _unique_name(folder)
+        self.place = _unique_name(folder)
 
     def _connect(self, dialect: Any, record: Any, arguments: tuple, settings: dict[str, Any]) -> Any:
         """Connect to the database. If it is down, the main thread waits until it is up again."""
@@ -135,10 +141,23 @@ class Database(RDBStorage):
                 time.sleep(1)
 
     def is_dead(self, trial: FrozenTrial) -> bool:
-        if trial.user_attrs.get(FOLDER) == self.folder:
+        if trial.user_attrs.get(FOLDER) == self.place:
             return True
         study_id = self.get_study_id_from_name(self.study_name)
         return trial_id(trial) in self._get_stale_trial_ids(study_id)  # Optuna's public function ends these trials
+
+    def take_lease(self, trial_id: int) -> None:
+        self.set_trial_user_attr(trial_id, FOLDER, self.place)
+        self.record_heartbeat(trial_id)  # so that no other machine considers it dead
+
+    def check_lease(self, trial_id: int) -> None:
+        trial = self.get_trial(trial_id)
+        if trial.user_attrs.get(FOLDER) != self.place or trial.state != TrialState.RUNNING:
+            raise TakenOver("taken over by another process, because this process sent no heartbeats.")
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        self.check_lease(trial_id)
+        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     @contextlib.contextmanager
     def heartbeat(self, trial: Trial | FrozenTrial) -> Iterator[None]:
@@ -148,12 +167,14 @@ class Database(RDBStorage):
             pause = self.interval
             while not is_over.wait(pause):
                 try:
+                    self.check_lease(trial_id(trial))
                     self.record_heartbeat(trial_id(trial))
                     pause = self.interval
+                except TakenOver:  # the heartbeats of the other process count
+                    return
                 except (SQLAlchemyError, StorageInternalError):
                     pause = 1
 
-        self.set_trial_user_attr(trial_id(trial), FOLDER, self.folder)
         Thread(target=record, daemon=True).start()
         try:
             yield

@@ -1,17 +1,19 @@
 """The trials of a study, which any number of processes draw and run."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
 from optuna import Study
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cifarnet.errors import UserError
+from cifarnet.errors import TakenOver, UserError
 from cifarnet.records.tables import Run, read_sweep
 from cifarnet.sweeps.jobs import Outcome
 from cifarnet.sweeps.storage import FOLDER, Database, Journal, trial_id
@@ -38,14 +40,13 @@ class Trials:
     space: dict[str, BaseDistribution]
     folder: Path
     count: int
-    lock: FileLock | None = None  # lock of the trial that this process runs
+    locks: dict[int, FileLock] = field(default_factory=dict)  # locks of trials that this process runs or could not run
 
     def next(self) -> Trial | None:
         """Return a trial whose process has died, or a new trial, or None if there are enough trials.
 
-        The trial is locked until the next call.
+        The trial is locked.
         """
-        self.release()
         trial = self._draw()
         if trial is None and (elsewhere := self._unlocked()):
             numbers = ", ".join(str(running.number + 1) for running in elsewhere)
@@ -55,16 +56,25 @@ class Trials:
         return trial
 
     def tell(self, trial: Trial, outcome: Outcome) -> None:
-        """Record the outcome of a trial. An interrupted trial remains open, and continues later."""
-        if (state := STATES.get(outcome.status)) is not None:
+        """Record the outcome of a trial, unless another process has taken it over.
+
+        An interrupted trial remains open, and locked so that this process does not run it again.
+        """
+        try:
+            self.storage.check_lease(trial_id(trial))
+        except TakenOver as reason:
+            print(f"Trial {trial.number + 1}: {reason}", flush=True)
+        else:
+            if (state := STATES.get(outcome.status)) is None:
+                return
             score = outcome.score if outcome.status == "done" else None
-            self.study.tell(trial, score, state, skip_if_finished=True)  # another machine may also have run it
+            self.study.tell(trial, score, state, skip_if_finished=True)
+        self.locks.pop(trial.number).release()
 
     def release(self) -> None:
-        """Release the lock of the trial that this process runs."""
-        if self.lock is not None:
-            self.lock.release()
-        self.lock = None
+        """Release all locks of this process."""
+        while self.locks:
+            self.locks.popitem()[1].release()
 
     def num_missing(self) -> int:
         """Return the number of trials that are not finished yet."""
@@ -86,7 +96,8 @@ class Trials:
             is_running = trial.state == TrialState.RUNNING and trial.number not in dead
             if status := "running" if is_running else statuses.get(trial.state):
                 settings = shared | {key: str(value) for key, value in trial.params.items()}
-                folder = Path(trial.user_attrs.get(FOLDER, ""), str(trial.number))
+                place = trial.user_attrs.get(FOLDER, "")
+                folder = Path(self.folder if place == self.storage.place else place, str(trial.number))
                 numbers = {} if trial.value is None else {"val_accuracy": trial.value}
                 runs[str(trial.number)] = Run(folder, settings, status, numbers=numbers)
         return runs
@@ -111,22 +122,23 @@ class Trials:
         with self.storage.lock:
             for trial in self._unlocked():
                 if self.storage.is_dead(trial):
-                    print(f"Trial {trial.number + 1} was interrupted and will be continued", flush=True)
-                    self._enqueue(trial)
+                    with contextlib.suppress(UpdateFinishedTrialError):  # its process is alive and has just finished it
+                        self._enqueue(trial)
+                        print(f"Trial {trial.number + 1} was interrupted and will be continued", flush=True)
             if self._num_begun() >= self.count:
                 return None
             drawn = self.study.ask(self.space)  # an enqueued trial, or a new trial
             if self._num_begun(drawn.number) >= self.count:  # another machine has drawn the last one
                 self._enqueue(drawn)
                 return None
-            self.storage.record_heartbeat(trial_id(drawn))
-            self.lock = FileLock(self._lock_file(drawn.number))
-            self.lock.acquire()
+            self.storage.take_lease(trial_id(drawn))
+            self.locks[drawn.number] = FileLock(self._lock_file(drawn.number))
+            self.locks[drawn.number].acquire()
             return drawn
 
     def _enqueue(self, trial: Trial | FrozenTrial) -> None:
         """Put a trial back into the queue, so that a process can draw it again."""
-        self.storage.record_heartbeat(trial_id(trial))  # so that no other machine considers it dead
+        self.storage.take_lease(trial_id(trial))  # from a suspended process
         self.storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
 
     def _num_begun(self, before: float = math.inf) -> int:

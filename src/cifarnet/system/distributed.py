@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import psutil
 
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import Interrupted, MachineFault, UserError
 from cifarnet.system import files
 from cifarnet.system.hardware import end_with_parent, slurm_tasks
 from cifarnet.system.signals import handled
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import
 
 # set in processes that `launch` started: the process that launched them, and the file by which they find each other
 LAUNCHED, STORE = "CIFARNET_LAUNCHED", "CIFARNET_STORE"
+MACHINE_FAULT = 75  # the status that a rank reports for a fault of the machine; EX_TEMPFAIL in sysexits.h
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
@@ -270,9 +271,11 @@ def _raise_failure(failures: "Mapping[int, ProcessFailure]", folder: Path) -> No
     if report.get("status", 0) > 128:
         raise Interrupted(report["message"], report["status"])
     if "status" in report:
-        raise UserError(f"Rank {rank} failed: {report['message']}" if rank else report["message"])
+        kind = MachineFault if report["status"] == MACHINE_FAULT else UserError
+        raise kind(f"Rank {rank} failed: {report['message']}" if rank else report["message"])
     end = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
-    raise UserError(f"Rank {rank} {end}.{_resume_hint(folder)}")
+    kind = MachineFault if failure.exitcode < 0 else UserError
+    raise kind(f"Rank {rank} {end}.{_resume_hint(folder)}")
 
 
 def _loopback() -> str:
