@@ -11,8 +11,9 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from cifarnet import cli, search, train
+from cifarnet.errors import UserError
 from cifarnet.sweeps.multirun import resume_arguments
-from cifarnet.sweeps.slurm import Task
+from cifarnet.sweeps.slurm import Slurm, Task
 from cifarnet.system import hardware
 from conftest import SMALL
 
@@ -110,6 +111,41 @@ def test_an_error_of_squeue_is_reported(command, cluster):
     status, _, error = command("-m", *LEAN, *SLURM, "seed=0,1", "hydra.sweep.dir=sweep")
     assert status == 1
     assert "hydra/launcher=slurm: SLURM does not respond: no controller" in error
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'name="a\ntouch stolen"',
+        'hydra.sweep.dir="a\ntouch stolen"',
+        'hydra.launcher.partition="a\rb"',
+        'hydra.launcher.setup=["echo", "a\ntouch stolen"]',
+        '+hydra.launcher.additional_parameters.comment="a\ntouch stolen"',
+        '+hydra.launcher.python="python\ntouch stolen"',
+        '+hydra.launcher.srun_args=["a\x1b"]',
+        '+hydra.launcher.comment="a\u2028b"',
+    ],
+)
+@pytest.mark.parametrize("main", [train.main, search.main])
+def test_control_characters_do_not_reach_sbatch(command, cluster, setting, main):
+    multirun = ["-m"] if main is train.main else []
+    status, _, error = command(*multirun, *LEAN, *SLURM, "seed=0,1", setting, main=main)
+    assert status == 1
+    assert "control character" in error
+    assert error.count("\n") == 1
+    assert not (cluster / "scripts.txt").exists()
+    assert not (cluster / "lightning_logs").exists()
+
+
+def test_control_characters_in_keys_and_the_working_directory_do_not_reach_sbatch(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="control character"):
+        Slurm(submitit_folder="a", additional_parameters={"comment\ntouch stolen": 1})
+    (tmp_path / "a\nb").mkdir()
+    monkeypatch.chdir(tmp_path / "a\nb")
+    with pytest.raises(UserError, match="control character"):
+        Slurm(submitit_folder="a")
+    monkeypatch.chdir(tmp_path)
+    Slurm(submitit_folder="a", name="café 'x' $(ls)", mem_gb=None)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import platform
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -323,6 +324,18 @@ def test_a_lost_database_ends_the_search_with_one_line(run, url, tmp_path, monke
     assert states(url) == ["COMPLETE"]
 
 
+def suspend(process: subprocess.Popen, database: Path) -> None:
+    """Suspend a process, but not while it writes a heartbeat, when it would lock the whole file."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)
+        with contextlib.closing(sqlite3.connect(database, timeout=0)) as connection:
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("BEGIN IMMEDIATE")
+                return
+        process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot suspend a process with a signal")
 @pytest.mark.parametrize("moment", ["training", "recording"])
 def test_a_suspended_process_loses_its_trial(run, url, tmp_path, monkeypatch, moment):
@@ -352,7 +365,7 @@ def test_a_suspended_process_loses_its_trial(run, url, tmp_path, monkeypatch, mo
         text=True,
     )
     wait_for((tmp_path / "waits").exists)
-    suspended.send_signal(signal.SIGSTOP)
+    suspend(suspended, tmp_path / "shared.db")
     time.sleep(3.1)  # longer than two heartbeats
 
     def wake(*_):
