@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cifarnet.errors import UserError
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import small
@@ -124,3 +125,152 @@ def test_a_folder_named_checkpoints_does_not_make_its_parent_a_run(run, tmp_path
     with watched(tmp_path / "lightning_logs"):
         go_on(path)
     assert sorted(file.name for file in home.rglob("*")) == ["checkpoints", "thesis.txt", "x.ckpt"]
+
+
+# B. Writing elsewhere
+
+CALLBACKS, LOGGERS = "lightning.pytorch.callbacks", "lightning.pytorch.loggers"
+ELSEWHERE = [
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "dirpath": "{tmp}/exploded"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "dirpath": "exploded"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "dirpath": "~/exploded"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "dirpath": "${output_dir}/../exploded"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "dirpath": "${data.evil}"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "filename": "../../exploded"}),
+    ("callbacks", {"_target_": f"{CALLBACKS}.ModelCheckpoint", "filename": "{tmp}/exploded"}),
+    (
+        "callbacks",
+        {"_target_": f"{CALLBACKS}.ModelCheckpoint", "filename": "{a}{a].__reduce_ex__.__globals__[os].name}"},
+    ),
+    ("callbacks", {"_target_": f"{CALLBACKS}.OnExceptionCheckpoint", "dirpath": "{tmp}", "filename": "exploded"}),
+    (
+        "callbacks",
+        {"_target_": f"{CALLBACKS}.OnExceptionCheckpoint", "dirpath": "${output_dir}", "filename": "../exploded"},
+    ),
+    ("callbacks", {"_target_": f"{CALLBACKS}.SpikeDetection", "exclude_batches_path": "exploded"}),
+    ("recipe", {"_target_": f"{CALLBACKS}.SpikeDetection", "exclude_batches_path": "{tmp}/exploded.json"}),
+    (
+        "callbacks",
+        {"_target_": f"{CALLBACKS}.LambdaCallback", "on_fit_start": {"_target_": "torch.save", "f": "exploded"}},
+    ),
+    ("logger", {"_target_": f"{LOGGERS}.CSVLogger", "save_dir": "exploded"}),
+    ("logger", {"_target_": f"{LOGGERS}.CSVLogger", "save_dir": "${output_dir}", "name": "../exploded"}),
+    ("logger", {"_target_": f"{LOGGERS}.TensorBoardLogger", "save_dir": "${output_dir}", "version": "{tmp}/exploded"}),
+    ("logger", {"_target_": f"{LOGGERS}.TensorBoardLogger", "save_dir": "${output_dir}", "sub_dir": "../../exploded"}),
+    ("logger", {"_target_": f"{LOGGERS}.TensorBoardLogger", "save_dir": "local://{tmp}/exploded"}),
+    ("logger", {"_target_": f"{LOGGERS}.MLFlowLogger", "tracking_uri": "sqlite:///exploded.db"}),
+    ("logger", {"_target_": f"{LOGGERS}.MLFlowLogger", "tracking_uri": "file:{tmp}/exploded"}),
+    ("trainer", {"_target_": "lightning.pytorch.profilers.SimpleProfiler", "dirpath": "exploded", "filename": "x"}),
+    ("trainer", {"_target_": "lightning.pytorch.profilers.SimpleProfiler", "filename": "{tmp}/exploded"}),
+    ("trainer", {"_target_": "lightning.pytorch.plugins.AsyncCheckpointIO", "checkpoint_io": {"x": "/exploded"}}),
+]
+
+
+@pytest.mark.parametrize(("section", "part"), ELSEWHERE, ids=lambda value: str(value)[-60:])
+def test_a_recorded_component_writes_only_into_the_folder_of_the_run(run, tmp_path, section, part):
+    part = {
+        key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value for key, value in part.items()
+    }
+    name = "profiler" if section == "trainer" else "x"
+    recorded(run, **{section: {name: part}, "data": {"evil": str(tmp_path / "exploded")}})
+    with (
+        watched(run),
+        pytest.raises(UserError, match=r"last\.ckpt.*(outside the run's folder|names the class)") as error,
+    ):
+        go_on(run)
+    assert not [path for path in tmp_path.rglob("*exploded*")]
+    assert "\n" not in str(error.value)
+
+
+def test_recorded_components_that_write_into_the_run_are_resumed(run):
+    best = {
+        "_target_": f"{CALLBACKS}.ModelCheckpoint",
+        "dirpath": "${output_dir}/more",
+        "filename": "{epoch}-{step}",
+        "mode": "max",
+    }
+    log = {"_target_": f"{LOGGERS}.CSVLogger", "save_dir": "${output_dir}", "name": "csv", "version": ""}
+    recorded(run, callbacks={"x": best}, logger={"x": log})
+    with watched(run):
+        go_on(run)
+    assert (run / "csv/metrics.csv").is_file()
+    assert [path.name for path in (run / "more").iterdir()] == ["epoch=1-step=4.ckpt"]
+
+
+def test_a_path_that_the_command_repeats_is_used(run, tmp_path):
+    recorded(run, logger={"x": {"_target_": f"{LOGGERS}.CSVLogger", "save_dir": "mine"}})
+    go_on(run, "logger.x.save_dir=mine")
+    assert (tmp_path / "mine").is_dir()
+
+
+# C. Secrets
+
+SECRETS = ["${oc.env:TOKEN}", r"\${oc.env:TOKEN}", r"\\${oc.env:TOKEN}", "${oc.decode:${oc.env:TOKEN}}", "x${now:%Y}"]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+@pytest.mark.parametrize("key", ["name", "data.seed", "callbacks.pictures", "logger.x.name", "callbacks.x._target_"])
+def test_a_recorded_text_is_not_replaced_with_a_value_of_the_environment(run, monkeypatch, capsys, text, key):
+    monkeypatch.setenv("TOKEN", "my-secret")
+
+    def change(content):
+        part = content["hyper_parameters"]["config"]
+        *sections, name = key.split(".")
+        for section in sections:
+            part[section] = part.get(section) or {}
+            part = part[section]
+        part[name] = text
+
+    alter(run / "checkpoints/last.ckpt", change)
+    with pytest.raises(UserError, match=r"environment|names the class") as error:
+        resume(run)
+    assert "my-secret" not in str(error.value) + "".join(capsys.readouterr())
+
+
+# H. Exhaustion
+
+
+def bomb(content):
+    config = content["hyper_parameters"]["config"]
+    config["trainer"] |= {f"x{level}": f"${{trainer.x{level + 1}}}" * 9 for level in range(12)} | {"x12": "lol"}
+
+
+def relative_bomb(content):
+    config = content["hyper_parameters"]["config"]
+    config["trainer"] |= {f"x{level}": f"${{.x{level + 1}}}" * 9 for level in range(12)} | {"x12": "lol"}
+
+
+def tree_bomb(content):
+    config = content["hyper_parameters"]["config"]
+    for level in range(40):
+        config["data"][f"x{level}"] = dict.fromkeys("ab", f"${{data.x{level + 1}}}")
+    config["data"]["x40"] = "lol"
+
+
+def long_bomb(content):
+    content["hyper_parameters"]["config"]["data"] |= {"x": "y" * 10**6, "z": "${data.x}" * 10**4}
+
+
+@pytest.mark.parametrize("change", [bomb, relative_bomb, tree_bomb, long_bomb])
+def test_references_that_multiply_are_refused(run, change):
+    alter(run / "checkpoints/last.ckpt", change)
+    with pytest.raises(UserError, match="refer to each other too often"):
+        resume(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("trainer.devices", 4096), ("trainer.devices", "4096"), ("trainer.devices", [0, 4096]), ("threads", 1024)],
+)
+def test_a_recorded_config_does_not_start_thousands_of_processes(run, key, value):
+    def change(content):
+        part = content["hyper_parameters"]["config"]
+        *sections, name = key.split(".")
+        for section in sections:
+            part = part[section]
+        part[name] = value
+
+    alter(run / "checkpoints/last.ckpt", change)
+    with pytest.raises(UserError, match=rf"{key}.*=\d+ exceeds the \d+ cores.*{key}"):
+        resume(run)
+    assert resume(run, [f"{key}=1"])[0].trainer.max_epochs == 1

@@ -6,6 +6,7 @@ networks and data sets of this project, and the classes that the user lists in t
 
 import importlib
 import pydoc
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from cifarnet.errors import UserError
 PACKAGE = Path(__file__).parent
 DATA = ("cifarnet.data.", "cifarnet.recipes.", "torchvision.transforms.")  # building these reads and writes no file
 LIBRARIES = {"cifarnet", "hydra_plugins", "lightning", "optuna", "timm", "torch", "torchvision"}
+# modules that only build parts of a run; other modules of these libraries also read files and start programs
+PARTS = re.compile(
+    r"(cifarnet\.(callbacks|classifier|data|models|optim|recipes)|hydra_plugins\.cifarnet|timm\.(layers|loss|models|optim)"
+    r"|lightning\.pytorch\.(plugins|strategies)|torch\.(nn|optim)|torchvision\.(models|ops|transforms))(\.[a-z]\w*)*"
+    r"|optuna\.(samplers|pruners)\..+|torch\._C\._nn"
+)
 
 
 def locate(names: Sequence[str]) -> list[Any]:
@@ -70,7 +77,7 @@ def class_path(found: Any) -> str:
 
 
 def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Sequence[str] = ()) -> None:
-    """Check that a recorded config, which is about to be reused, names only classes of known libraries.
+    """Check that a recorded config, which is about to be reused, names only classes that build parts of a run.
 
     Args:
         config: the config as nested dictionaries and lists.
@@ -81,7 +88,7 @@ def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Seque
         UserError: the config names another class.
     """
     for name in _targets(config):
-        if name.partition(".")[0] not in LIBRARIES and name not in classes:
+        if name not in classes and not _builds_a_part(name):
             raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
 
 
@@ -96,6 +103,25 @@ def refuse_foreign_data(section: Any, path: Path, classes: Sequence[str] = ()) -
         found = pydoc.locate(name) if name.startswith(DATA) else None
         if name not in classes and not (isinstance(found, type) and found.__module__.startswith(DATA)):
             raise UserError(f"{path} names {name} in data. If you trust it, allow it: classes=[{name}]")
+
+
+def _builds_a_part(name: str) -> bool:
+    """Return whether a name is a class of torch or Lightning for a part of a run, or is defined in one of `PARTS`."""
+    if name.partition(".")[0] not in LIBRARIES or "._" in name:
+        return False
+    import lightning as L
+    import torch
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
+
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport:
+        return False
+    if isinstance(found, type) and issubclass(found, L.Trainer | L.Callback | Logger | Profiler | torch.nn.Module):
+        return True
+    # where it is defined: `cifarnet.models.cnn.torch.load` is a function of torch
+    return found is torch.tensor or PARTS.fullmatch(getattr(found, "__module__", None) or "") is not None
 
 
 def _targets(node: Any) -> Iterator[str]:

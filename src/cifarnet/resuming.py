@@ -1,7 +1,8 @@
 """Resume a run with its recorded config. A config can run code: resume only your own runs."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from cifarnet.config import effect
 from cifarnet.errors import UserError
 from cifarnet.schema import accepts, has_target
 from cifarnet.system import files
+from cifarnet.system.hardware import cores
 
 FIXED = {"name", "output_dir", "ckpt_path", "sweep"}  # the run keeps its folder
+READ = ("data.", "model.", "module.", "start.", "sweep.")  # the run only reads the paths in these sections
+IS_PATH = re.compile(r"(^|[._])(dir|dirpath|path|folder|root|location|uri)$")  # at the end of a key
+COUNTS = ("trainer.devices", "trainer.num_nodes", "threads", "data.workers")  # of processes and threads
 GROUPS = {  # another file in these groups of configs/ can be chosen; it sets these keys
     "logger": ["logger"],
     "trainer": ["trainer.accelerator", "trainer.devices", "trainer.strategy", "channels_last"],
@@ -46,9 +51,13 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
     refuse_foreign_data(written.get("data"), checkpoint.path, list(map(str, allowed)))
-    recorded: Any = OmegaConf.create(written | {"output_dir": str(_folder(checkpoint)), "classes": []})
+    recorded: Any = written | {"output_dir": str(_folder(checkpoint)), "classes": []}
+    overridden = [key for override in parsed for key in GROUPS.get(override.key_or_group, [override.key_or_group])]
+    _check_references(recorded, checkpoint.path, overridden)
+    recorded = OmegaConf.create(recorded)
     make_read_only(recorded)
     config = _with_overrides(recorded, parsed)
+    _check_effects(config, checkpoint.path, overridden)
     _check_max_epochs(recorded, config)
     return config, checkpoint
 
@@ -67,6 +76,72 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return Path("lightning_logs", "resumed", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").resolve()
 
 
+def _check_references(config: dict[str, Any], file: Path, overridden: Sequence[str]) -> None:
+    """Check that `${…}` in a recorded config only refers to other settings, and that these references are bounded.
+
+    Args:
+        file: the checkpoint.
+        overridden: the settings that the command replaces.
+
+    Raises:
+        UserError: a setting would be replaced with a value from the environment, or with a text of any length.
+    """
+    referring = {key: text for key, text in _texts(config) if "${" in text and not _is_in(key, overridden)}
+    for key, text in referring.items():
+        if "${" in re.sub(r"(?<!\\)\$\{[\w.-]+\}", "", text):  # such as ${oc.env:TOKEN}
+            problem = f"the recorded setting {key}={text[:200]} could read this machine's environment"
+            raise UserError(f"{file}: {problem}. Set it in the command: {key}=…")
+    references = re.findall(r"\$\{([\w.-]+)", " ".join(referring.values()))
+    nested = [name for name in references if name[0] == "." or any(_is_in(key, [name]) for key in referring)]
+    longest = max(len(text) for _, text in _texts(config))
+    if len(nested) > 10 or len(references) * longest > 10**7:
+        raise UserError(f"{file}: the recorded settings refer to each other too often. Use another checkpoint.")
+
+
+def _check_effects(config: DictConfig, file: Path, overridden: Sequence[str]) -> None:
+    """Check that a recorded config writes only into the run's folder, and starts no more processes than it should.
+
+    Raises:
+        UserError: a setting must be replaced in the command.
+    """
+    for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
+        problem = ""
+        if not key.startswith(READ) and _leaves(Path(config.output_dir), key, text):
+            problem = "names a path outside the run's folder"
+        elif _is_in(key, COUNTS) and any(int(number) > max(64, cores()) for number in re.findall(r"\d{1,18}", text)):
+            problem = f"exceeds the {cores()} cores of this machine"
+        if problem and not _is_in(key, overridden):
+            raise UserError(
+                f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
+            )
+
+
+def _leaves(folder: Path, key: str, text: str) -> bool:
+    """Return whether a setting names a path outside a folder."""
+    if key.startswith("logger.") and re.match("(https?|postgresql|mysql|databricks|s3|gs)://", text):
+        return False  # a server
+    if "filename" in key and "[" in text:  # a format that reads attributes of objects
+        return True
+    path = Path(os.path.expanduser(re.sub(r"^(\w{2,}:)?/+", "/", text)))
+    if IS_PATH.search(key):
+        path = path.absolute()
+    is_below = Path(os.path.normpath(folder / path)).is_relative_to(folder)  # the folder has no links that leave it
+    return (path.is_absolute() or ".." in path.parts) and not is_below
+
+
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all values in a nested config as text, with their keys."""
+    if isinstance(node, dict | list | tuple):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif node is not None:
+        yield key, str(node)
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides, and check that they do not affect the weights."""
     if flags := [override for override in overrides if override.startswith("-")]:
@@ -76,7 +151,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         key = override.key_or_group
         if key in GROUPS and (override.is_delete() or _is_choice(override)):
             continue
-        is_allowed = key == "trainer.max_epochs" or (effect(key) != "result" and key.partition(".")[0] not in FIXED)
+        is_output = IS_PATH.search(key) is not None and not key.startswith(READ)
+        is_free = (effect(key) != "result" or is_output) and key.partition(".")[0] not in FIXED
+        is_allowed = key == "trainer.max_epochs" or is_free
         if override.is_delete() or override.is_sweep_override() or not is_allowed:
             raise UserError(
                 f"{override.input_line}: when you resume a run, you can change only settings that do not affect the "

@@ -61,8 +61,12 @@ def test_one_process_at_a_time_uses_a_folder(tmp_path):
         pass
     other.kill()  # which releases the lock
     other.join()
-    leftover = tmp_path / f".last.ckpt.{other.pid}.tmp"
-    kept = [tmp_path / f"below/.metrics.json.{os.getppid()}.tmp", tmp_path / ".mine.tmp", tmp_path / ".folder.1.tmp/x"]
+    leftover = tmp_path / f".last.ckpt.{other.pid}.00112233.tmp"
+    kept = [
+        tmp_path / f"below/.metrics.json.{os.getppid()}.00112233.tmp",
+        tmp_path / ".mine.tmp",
+        tmp_path / ".folder.1.tmp/x",
+    ]
     for path in (leftover, *kept):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -111,3 +115,26 @@ def test_links_that_lead_out_of_a_folder_are_refused(tmp_path):
 
 def test_control_characters_are_escaped():
     assert printable("a\x1b[2Jb\x07\u202ec\x9b\nünï\t🐈") == "a\\x1b[2Jb\\x07\\u202ec\\x9b\nünï\t🐈"
+
+
+def test_links_are_replaced_and_not_followed(tmp_path, monkeypatch):
+    """A folder of a stranger may contain links with the names of outputs and of temporary files."""
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
+    temporary = tmp_path / f"run/.metrics.json.{os.getpid()}.00000000.tmp"
+    for link in (tmp_path / "run/metrics.json", tmp_path / f"run/.metrics.json.{os.getpid()}.tmp", temporary):
+        link.symlink_to(outside)
+    with pytest.raises(FileExistsError):
+        files.write(tmp_path / "run/metrics.json", "theirs")
+    temporary.unlink(missing_ok=True)
+    files.write(tmp_path / "run/metrics.json", "theirs")
+    assert outside.read_text() == "mine"
+    assert not (tmp_path / "run/metrics.json").is_symlink()
+
+
+def test_a_written_file_has_the_permissions_of_a_new_file(tmp_path):
+    files.write(tmp_path / "written", "")
+    (tmp_path / "opened").touch()
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "opened").stat().st_mode

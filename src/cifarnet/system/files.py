@@ -30,10 +30,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         UserError: the path is that of a folder, a device or a pipe.
     """
     check_output(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a link: the name is random, and must be new
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +81,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     with locked(folder):
         for path in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
-            left = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+            left = re.fullmatch(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp", path.name)
             if left and not psutil.pid_exists(int(left[1])) and path.is_file():
                 path.unlink(missing_ok=True)
         yield
