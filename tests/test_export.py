@@ -246,9 +246,11 @@ def test_card_has_the_results(run, tmp_path):
     assert EVALUATED in card
 
 
-def test_card_has_no_paths_of_the_machine_that_trained():
-    overrides = ["+experiment=baseline", "data.root=/home/me/pictures", "ckpt_path=C:\\me\\last.ckpt", "seed=3"]
-    expected = ["+experiment=baseline", "data.root=…", "ckpt_path=…", "seed=3"]
+def test_card_has_no_paths_and_no_passwords_of_the_machine_that_trained():
+    overrides = ["+experiment=baseline", "data.root=/home/me/pictures", "ckpt_path=C:\\me\\last.ckpt", "logger=csv"]
+    expected = ["+experiment=baseline", "data.root=…", "ckpt_path=…", "logger=csv"]
+    overrides += ["+logger.comet.api_key=secret", "+logger={_target_: mine.Logger, password: secret}"]
+    expected += ["logger.comet.api_key=…", "logger=…"]
     assert [hub.without_path(override) for override in overrides] == expected
 
 

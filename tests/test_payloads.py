@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cifarnet.errors import UserError
 from cifarnet.resuming import resume
@@ -225,6 +226,25 @@ def test_a_recorded_text_is_not_replaced_with_a_value_of_the_environment(run, mo
     with pytest.raises(UserError, match=r"environment|names the class") as error:
         resume(run)
     assert "my-secret" not in str(error.value) + "".join(capsys.readouterr())
+
+
+def test_values_of_the_environment_are_recorded_except_those_of_loggers(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOKEN", "my-${oc.env:HOME}-secret")
+    monkeypatch.setenv("SHARE", "0.25")
+    composed = config("logger=csv", "callbacks.pictures=null", "scheduler=constant", "trainer.max_epochs=1")
+    OmegaConf.update(composed, "logger.csv.prefix", "${oc.env:TOKEN}", force_add=True)
+    OmegaConf.update(composed, "data.val_fraction", "${oc.decode:${oc.env:SHARE}}")
+    train(composed)
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    recorded_config = content["hyper_parameters"]["config"]
+    assert recorded_config["logger"]["csv"]["prefix"] == "${oc.env:TOKEN}"
+    assert recorded_config["data"]["val_fraction"] == 0.25
+    metrics = (tmp_path / "run/metrics.json").read_text()
+    assert "my-" not in metrics + str(content["hyper_parameters"]) + capsys.readouterr().out
+    monkeypatch.delenv("SHARE")
+    with pytest.raises(UserError, match=r"logger\.csv\.prefix=.* environment"):
+        resume(tmp_path / "run")
+    go_on(tmp_path / "run", "logger.csv.prefix=mine")
 
 
 # H. Exhaustion

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifarnet import __version__, finetuning
+from cifarnet import __version__, cli, finetuning
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.classifier import Classifier
 from cifarnet.data import ImageDataModule
@@ -75,7 +75,7 @@ def build(
             "tta_share": resolved["module"].get("tta_share", 1.0),
             "precision": str(trainer.precision),
             "channels_last": config.channels_last,
-            "config": OmegaConf.to_container(config, resolve=False),  # for resuming
+            "config": cli.without_resolvers(config, "logger"),  # for resuming
         },
     )
     if (teacher := getattr(classifier, "teacher", None)) is not None:

@@ -124,17 +124,19 @@ def quoted(key: str, value: str) -> str:
     return shlex.quote(f"{key}={literal(value)}")
 
 
-def without_resolvers(config: DictConfig) -> dict[str, Any]:
+def without_resolvers(config: DictConfig, *kept: str) -> dict[str, Any]:
     """Return a config as plain data for another process: `${hydra:…}`, `${now:…}` and other resolvers are replaced with
-    their values; `${key}` is kept."""
+    their values; `${key}` is kept, and so are the sections `kept`."""
 
     def plain(parent: Any, key: Any, raw: Any) -> Any:
         if isinstance(raw, dict):
-            return {name: plain(parent[key], name, value) for name, value in raw.items()}
+            return {name: value if name in kept else plain(parent[key], name, value) for name, value in raw.items()}
         if isinstance(raw, list):
             return [plain(parent[key], place, value) for place, value in enumerate(raw)]
         if isinstance(raw, str) and re.search(r"\$\{\w[\w.]*:", raw) and "total_steps" not in raw:
             value = parent[key]
+            if isinstance(value, str):
+                return value.replace("${", r"\${")  # a value is not resolved again
             return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         return raw
 

@@ -35,7 +35,8 @@ def expand(config: DictConfig) -> DictConfig:
     recorded = {"_target_": class_path(make)} | arguments
     written: Any = OmegaConf.to_container(config, resolve=False)
     changed = {key: value for key, value in written["model"].items() if key != "checkpoint"}
-    start = {"checkpoint": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256()}
+    path = str(checkpoint.path.resolve()).replace("${", r"\${")  # a path is not resolved
+    start = {"checkpoint": path, "sha256": checkpoint.sha256()}
     expanded: Any = OmegaConf.create(written | {"model": recorded | changed, "start": start})
     return expanded
 

@@ -81,5 +81,6 @@ def _model(classifier: Trained) -> dict[str, Any]:
 
 
 def without_path(override: str) -> str:
-    """Return an override, without its value if this is a path on the machine that trained the network."""
-    return f"{cli.key_of(override)}=…" if re.search(r"=.*[/\\]", override) else override
+    """Return an override, without a value that is a path on the machine that trained, or may be a logger's password."""
+    is_hidden = re.search(r"^\W*logger(\.|\b.*\{)|=.*[/\\]", override)
+    return f"{cli.key_of(override)}=…" if is_hidden else override

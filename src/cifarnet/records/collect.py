@@ -60,6 +60,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
     test = classifier.means("test")
     sessions = history.sessions or [new_session(trainer)]
     last: Any = sessions[-1]
+    resolved = plain(with_total_steps(config, classifier.total_steps), resolve=True)
     return Record(
         name=config.name,
         val_accuracy=tested.get("val/accuracy", math.nan),
@@ -84,7 +85,7 @@ def collect(config: DictConfig, built: Built, epoch: int, step: int) -> Record:
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         overrides=overrides(Path(config.output_dir)),
         config=plain(config, resolve=False),
-        resolved=plain(with_total_steps(config, classifier.total_steps), resolve=True),
+        resolved={key: value for key, value in resolved.items() if key != "logger"},  # it may contain passwords
         history=history.epochs,
         within_epochs=history.within_epochs,
     )

@@ -42,7 +42,8 @@ class Record(JsonFile):
         seconds: the time of the training batches; `fit_seconds` is the time before the first batch.
         precision, hardware, versions, git_commit: the values of the last session. The keys of `hardware` are device,
             name, threads, system, and ranks if there were several.
-        config: the config as composed, with `${…}`; in `resolved`, they are replaced with their values.
+        config: the config as composed, with `${…}`; in `resolved`, which has no section `logger`, they
+            are replaced with their values.
         history: the metrics of each epoch; `within_epochs` contains the validations before the end of an epoch.
             A value that was not finite is None after reading.
     """
