@@ -1,4 +1,6 @@
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 from cifarnet import __version__
 from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS, Checkpoint, find
 from cifarnet.errors import UserError
-from cifarnet.models import Normalize, SpeedNet
+from cifarnet.models import Normalize, SpeedNet, construct
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import CustomNetwork
@@ -357,3 +359,115 @@ def test_a_folder_is_a_run_if_it_has_a_file_of_a_run(run, tmp_path, file):
         (tmp_path / "home" / file).touch()
     expected = path.parent / "x_explained" if file is None else tmp_path / "home/explained"
     assert Checkpoint.open(path).folder_for("explained") == expected
+
+
+class Deep(nn.Module):
+    """A network that cannot be built on the meta device."""
+
+    def __init__(self, depth: int = 1, width: int = 8, drops: int = 0) -> None:
+        super().__init__()
+        torch.zeros(1).tolist()
+        self.layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)])
+        self.drops = nn.ModuleList(nn.Dropout() for _ in range(drops))
+        self.embedding = nn.Parameter(torch.empty(width))
+        self.head = nn.Linear(3 * 32**2, 10)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
+@pytest.mark.parametrize("arguments", [{"depth": 10**12}, {"width": 10**12}, {"drops": 10**12}, {}])
+def test_a_network_that_cannot_be_built_without_memory_is_limited(changed, arguments):
+    def alter(content):
+        content["hyper_parameters"]["model"] = {"_target_": f"{__name__}.Deep", **arguments}
+        network = construct(Deep, 10, 32)
+        content["state_dict"] = {f"network.{name}": value for name, value in network.state_dict().items()}
+
+    checkpoint = Checkpoint.open(changed(alter))
+    if not arguments:
+        assert isinstance(checkpoint.network([Deep]).network, Deep)
+        return
+    with pytest.raises(UserError, match=r"changed\.ckpt: the network cannot be built: (it is larger|.*memory)"):
+        checkpoint.network([Deep])
+    assert len(nn.Sequential(*[nn.Identity()] * 2000)) == 2000  # the limit ends with the construction
+
+
+def test_a_network_of_torchvision_that_cannot_be_built_without_memory_is_loaded(changed):
+    from torchvision.models import regnet_y_400mf
+
+    from cifarnet.models.library import LibraryModel
+
+    model = {"_target_": "cifarnet.models.library.LibraryModel", "library": "torchvision", "name": "regnet_y_400mf"}
+    network = LibraryModel("torchvision", "regnet_y_400mf")
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+
+    def alter(content):
+        content["hyper_parameters"]["model"] = model
+        content["state_dict"] = state
+
+    checkpoint = Checkpoint.open(changed(alter))
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(checkpoint.network()(images), network.eval()(images))
+    assert type(checkpoint.network().network) is type(regnet_y_400mf())
+
+
+def test_large_numbers_for_networks_of_this_project_are_refused(changed):
+    for settings in ({"depth": 10**6 + 1}, {"sizes": [{"x": [-(10**9)]}]}, {"rate": 1e300}):
+        with pytest.raises(UserError, match="is not plain data"):
+            Checkpoint.open(changed(alter_settings(model=LIBRARY | settings))).architecture()
+
+
+def same_list_many_times():
+    value = []
+    for _ in range(15):
+        value = [value, value, value, value]
+    return value
+
+
+def list_in_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("make", [same_list_many_times, list_in_itself, lambda: [0] * 10**5])
+@pytest.mark.parametrize("key", ["model", "config", "data"])
+def test_settings_that_grow_when_they_are_read_are_refused(changed, key, make):
+    def alter(content):
+        content["hyper_parameters"][key]["x"] = make()
+
+    path = changed(alter)
+    with pytest.raises(UserError, match=rf"^{path} is not a readable .*too many or nested too deeply"):
+        Checkpoint.open(path)
+
+
+def test_compressed_and_overlapping_entries_are_refused(run, tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    compressed = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(run / "checkpoints/best.ckpt") as original, compressed as archive:
+        for entry in original.infolist():
+            archive.writestr(entry.filename, original.read(entry))
+        archive.writestr("best/data/1000", bytes(10**7))
+    with pytest.raises(UserError, match="is not a readable cifarnet checkpoint: its entries are compressed or overlap"):
+        Checkpoint.open(path)
+
+
+def test_weights_that_share_their_values_are_not_larger_than_the_file(changed):
+    def alter(content, count):
+        shared = torch.zeros(10**6)
+        content["state_dict"] = {f"network.{place}": shared for place in range(count)}
+
+    assert len(Checkpoint.open(changed(lambda content: alter(content, 2))).weights) == 2  # tied
+    with pytest.raises(UserError, match="has fewer values than its shape"):
+        Checkpoint.open(changed(lambda content: alter(content, 100)))
+
+
+@pytest.mark.parametrize("name", ["pipe.ckpt", "zero.ckpt", "hub"])
+def test_a_pipe_and_a_device_are_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
+    (tmp_path / "hub").mkdir()
+    os.mkfifo(tmp_path / "hub" / HUB_SETTINGS)
+    save_file({"network.x": torch.zeros(1)}, tmp_path / "hub" / HUB_WEIGHTS)
+    with pytest.raises(UserError, match=r"no checkpoint found|not a regular file"):
+        Checkpoint.open(tmp_path / name)

@@ -8,10 +8,11 @@ settings of the test. It reads no path, no callback and no config from the file,
 import contextlib
 import hashlib
 import json
+import math
 import typing
 import unicodedata
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -26,6 +27,7 @@ from cifarnet import __version__
 from cifarnet.allowlist import allowed_class
 from cifarnet.errors import UserError
 from cifarnet.models import construct
+from cifarnet.models.construct import limited
 from cifarnet.models.tta import TTA
 from cifarnet.schema import Pixels, Range, check, check_arguments
 from cifarnet.system import files
@@ -79,7 +81,7 @@ class Checkpoint:
             UserError: the checkpoint does not exist, cannot be read, or was written by a newer version of cifarnet.
         """
         path = find(path)
-        if not path.exists():
+        if not path.is_dir() and not path.is_file():  # a pipe would never end
             raise _missing(path)
         try:
             checkpoint = cls._open_hub_folder(path) if path.is_dir() else cls._open_file(path)
@@ -101,6 +103,8 @@ class Checkpoint:
     @classmethod
     def _open_file(cls, path: Path) -> "Checkpoint":
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its entries are compressed or overlap")  # torch.save does neither
             damaged = archive.testzip()  # verifies the checksums that torch.save wrote
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -113,7 +117,10 @@ class Checkpoint:
             from safetensors.torch import load_file
         except ImportError as error:
             raise UserError(f"{folder} needs safetensors: pip install 'cifarnet[export]'") from error
-        settings = json.loads((folder / HUB_SETTINGS).read_text("utf-8"))
+        file = folder / HUB_SETTINGS
+        if not file.is_file() or file.stat().st_size > 2**26:
+            raise ValueError(f"{HUB_SETTINGS} is not a regular file of at most 64 MB")
+        settings = json.loads(file.read_text("utf-8"))
         return cls._verified(folder, settings, load_file(folder / HUB_WEIGHTS), {})
 
     @classmethod
@@ -121,11 +128,13 @@ class Checkpoint:
         cls, path: Path, settings: Mapping[str, Any], weights: dict[str, Tensor], content: dict[str, Any]
     ) -> "Checkpoint":
         """Check the types of the settings that loading uses, and that the file contains all values of every weight."""
-        prefix = "network."
+        _check_nesting(settings, iter(range(10**5)))
+        prefix, size = "network.", _weights_file(path).stat().st_size
         weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         for name, value in weights.items():
             has_values = value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.nbytes
-            if not has_values:  # otherwise a small file could claim weights of any size
+            size -= value.nbytes / 2  # two names may have the same values
+            if not has_values or size < 0:  # otherwise a small file could claim weights of any size
                 raise ValueError(f"the weight {name} has fewer values than its shape {list(value.shape)} says")
         data = dict(settings.get("data") or {})
         checkpoint = cls(
@@ -160,9 +169,11 @@ class Checkpoint:
         make, arguments = self.architecture(classes)
         build = partial(construct, make, len(self.class_names), self.image_size, **arguments)
         try:
-            with contextlib.suppress(NotImplementedError), torch.device("meta"):  # allocates no memory
-                self.check_weights(build())  # some networks of other libraries cannot be built on the meta device
-            network = build()
+            # allocates no memory; some networks of other libraries cannot be built on the meta device
+            with contextlib.suppress(NotImplementedError), limited(self.weights), torch.device("meta"):
+                self.check_weights(build())
+            with limited(self.weights):
+                network = build()
         except (TypeError, ValueError, RuntimeError) as error:
             problem = f"the network cannot be built: {' '.join(str(error).split()).rstrip('.')}"
             raise UserError(f"{self.path}: {problem}. Use the library versions that trained it.") from error
@@ -182,8 +193,9 @@ class Checkpoint:
         make = allowed_class(self.model.get("_target_"), "cifarnet.models", self.path, classes)
         arguments = {key: value for key, value in self.model.items() if not key.startswith("_")}
         arguments |= {"checkpoint": None} if "checkpoint" in arguments else {}  # it was needed only to start training
+        is_ours = make.__module__.startswith("cifarnet.")
         for key, value in arguments.items():
-            if not _is_plain(value):
+            if not _is_plain(value, 10**6 if is_ours else math.inf):
                 raise UserError(f"{self.path}: model.{key}={value} is not plain data. Use another checkpoint.")
         check_arguments(f"{self.path}: model", make, arguments)
         return make, arguments
@@ -273,8 +285,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """The checksum of the file that holds the weights."""
-        file = self.path / HUB_WEIGHTS if self.path.is_dir() else self.path
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(_weights_file(self.path).read_bytes()).hexdigest()
 
 
 def find(path: str | Path) -> Path:
@@ -288,13 +299,31 @@ def find(path: str | Path) -> Path:
     return last if last.is_file() and not best.is_file() else best
 
 
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is safe in a config: Hydra imports `_target_`, and OmegaConf evaluates `${…}`."""
+def _is_plain(value: Any, most: float) -> bool:
+    """Return whether a value is safe in a config: Hydra imports `_target_`, and OmegaConf evaluates `${…}`.
+
+    Args:
+        most: the largest number; a network of more layers or channels would exhaust the memory.
+    """
     if isinstance(value, Mapping):
-        return all(not str(key).startswith("_") and _is_plain(member) for key, member in value.items())
+        return all(not str(key).startswith("_") and _is_plain(member, most) for key, member in value.items())
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
+        return all(_is_plain(member, most) for member in value)
+    is_number = isinstance(value, bool | int | float) and not abs(value) > most
+    return value is None or is_number or (isinstance(value, str) and "${" not in value)
+
+
+def _check_nesting(value: Any, left: Iterator[int], depth: int = 20) -> None:
+    """Check that a nested value is small; a small file can contain the same list many times, or in itself."""
+    if depth == 0 or next(left, None) is None:
+        raise ValueError("its settings are too many or nested too deeply")
+    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for member in members:
+        _check_nesting(member, left, depth - 1)
+
+
+def _weights_file(path: Path) -> Path:
+    return path / HUB_WEIGHTS if path.is_dir() else path
 
 
 def _missing(path: Path) -> UserError:

@@ -1,14 +1,16 @@
 """Build a network that takes pixels from a class and its settings."""
 
+import contextlib
 import copy
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.parameter import is_lazy
 
 from cifarnet.errors import UserError
@@ -38,6 +40,31 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
         for layer in training:  # not `train()`, which would change layers that the network keeps in eval mode
             layer.training = True
     return network
+
+
+@contextlib.contextmanager
+def limited(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop the construction of a network with a ValueError if it has far more layers or values than these weights."""
+    parts = iter(range(1000 + 10 * len(weights)))
+    left = 10**7 + 2 * sum(value.numel() for value in weights.values())
+
+    def count(layer: nn.Module, name: str, part: Any) -> None:
+        nonlocal left
+        takes_memory = isinstance(part, Tensor) and not is_lazy(part) and not part.is_meta
+        left -= part.numel() if takes_memory else 0
+        if left < 0 or next(parts, None) is None:
+            raise ValueError("it is larger than its weights")
+
+    hooks = [
+        modules.register_module_buffer_registration_hook(count),
+        modules.register_module_module_registration_hook(count),
+        modules.register_module_parameter_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -77,6 +77,8 @@ class LibraryModel(nn.Module):
             network, fixed_size = self._timm(weights) if self.library == "timm" else self._torchvision(weights)
         except ImportError as error:
             raise UserError(f"model={self.library} needs {self.library}: pip install -e '.[{self.library}]'") from error
+        except NotImplementedError:  # some networks cannot be built on the meta device
+            raise
         except Exception as error:  # constructors and state dicts raise many types
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             problem = f"{self.library} cannot build this network ({reason})"
