@@ -314,9 +314,11 @@ def test_bad_arguments(predict, tmp_path, arguments, status, message):
     assert error.count("\n") == status  # argparse prints the usage as well
 
 
-def test_libraries_print_nothing(run, tmp_path):
-    """Lightning would print the precision."""
+def test_libraries_print_nothing(run, tmp_path, monkeypatch):
+    """Lightning would print the precision, and that `srun` is not used."""
     picture(tmp_path / "a.png")
+    tmp_path.joinpath("srun").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     program = [sys.executable, "-m", "cifarnet.predict", run, tmp_path / "a.png", "accelerator=cpu"]
     result = subprocess.run([*program, "precision=bf16-mixed"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

@@ -16,7 +16,8 @@ from cifarnet.errors import printable
 
 def quiet_libraries() -> None:
     """Suppress notes about the hardware and advice that does not apply. Other warnings are shown."""
-    import lightning.fabric  # noqa: F401  it sets the level of its loggers when it is first imported
+    # lightning.fabric sets the level of its loggers when it is first imported
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
@@ -28,16 +29,13 @@ def quiet_libraries() -> None:
     profilers.setLevel(logging.INFO)
     for message in (
         ".*exists and is not empty.*",  # the run's folder is also the logger's
-        ".*smaller than the logging interval.*",  # metrics are logged once per epoch
-        ".*does not have many workers.*",
-        ".*your dataloader is not resumable.*",  # callbacks.training_state.TrainingState restores its position
         ".*treespec.*",
-        ".*`srun` command is available.*",  # a single process does not need it
-        ".*sync_dist=True.*",  # the metrics are computed over all ranks
         ".*Total length of `list`.*",  # training without validation
         ".*decompression bomb DOS attack.*",  # raised only for larger images
     ):
         warnings.filterwarnings("ignore", message)
+    # advice about workers, logging intervals, resumable loaders, reduction over ranks and srun, which does not apply
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
 
 
 @contextlib.contextmanager
