@@ -2,10 +2,11 @@
 
 import os
 import random
+import shlex
 
 import pytest
 
-from campaign.commands import Pool, Tally
+from campaign.commands import RUN, Pool, Tally
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,7 @@ def tallies():
     made: list[Tally] = []
     yield made
     lines = ["", "| class | tried | right | refused | wrong |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["", f"S is {shlex.join(RUN)}", *lines]
     print("\n".join([*lines, *(tally.row() for tally in made)]), flush=True)
 
 

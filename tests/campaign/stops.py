@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from campaign.commands import Worker
-from conftest import SMALL, weights
+from conftest import weights
 
-RUN = [*SMALL, "threads=1", "optimizer.lr=0.02", "model.drop_rate=0.2"]  # ten steps in two epochs
 SAME = "history", "within_epochs", "val_accuracy", "test_accuracy", "tested_epoch", "tested_step", "epochs"
 MIDDLE = {"number": int(signal.SIGINT), "moment": "on_train_batch_end", "count": 7}  # the second batch of epoch 2
 

@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch import callbacks
 from torch.optim import lr_scheduler
 
-from campaign.commands import Tally, Worker, drawn
-from campaign.stops import RUN, stop_and_resume
+from campaign.commands import RUN, Tally, Worker, drawn
+from campaign.stops import stop_and_resume
 
 pytestmark = pytest.mark.campaign
 USUAL = {  # values of arguments that have no default, or whose type does not tell which texts are valid

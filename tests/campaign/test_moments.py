@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from campaign.commands import Worker, drawn
-from campaign.stops import RUN, stop_and_resume
+from campaign.commands import RUN, Worker, drawn
+from campaign.stops import stop_and_resume
 
 pytestmark = pytest.mark.campaign
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGKILL]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from campaign.commands import Worker, drawn
-from campaign.stops import RUN, difference
+from campaign.commands import RUN, Worker, drawn
+from campaign.stops import difference
 from cifarnet.cli import literal
 from conftest import picture
 
@@ -42,6 +42,7 @@ TEXTS = [
     *("猫", "🐈", "x" * 200, "x" * 300, "é" * 127),
     *(FORMS + WORDS),
 ]
+Commands = list[list[str]]
 SHORT = [*RUN, "trainer.max_epochs=1", "scheduler=constant"]
 
 
@@ -53,27 +54,24 @@ def good(tmp_path, pool) -> Path:
     return tmp_path / "good"
 
 
-def verdict(outcome: str, message: str) -> str:
-    """Return the problem of a command, "refused", or an empty text."""
-    return {"accepted": "", "clear": "refused"}.get(outcome, f"{outcome}: {message}")
-
-
-Commands = list[list[str]]
-Check = Callable[[Worker, Path, str], tuple[str, Commands]]
+def escaped(text: str) -> str:
+    """Return a text as the value of an override, without interpolation."""
+    return literal(text).replace("${", r"\${")
 
 
 def in_turn(worker: Worker, commands: Commands, place: Path) -> str:
-    """Run commands in a folder until one is refused or goes wrong; only the first may be refused."""
+    """Run commands in a folder. Return "refused" if the first one is refused, or the problem of the first that fails."""
     for number, (command, *arguments) in enumerate(commands):
-        problem = verdict(*worker.run(command, arguments, folder=place))
-        if problem:
-            late = f"refused after `{commands[0][0]}` was accepted" if problem == "refused" and number else problem
-            return f"{command}: {late}" if late != "refused" else late
+        outcome, message = worker.run(command, arguments, folder=place)
+        if outcome == "clear" and number == 0:
+            return "refused"
+        if outcome != "accepted":
+            return f"{command}: {outcome}{' after other commands were accepted' if number else ''}: {message}"
     return ""
 
 
 def run(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    folder, commands = place / text, [["train", *SHORT, f"hydra.run.dir={literal(text)}"]]
+    folder, commands = place / text, [["train", *SHORT, f"hydra.run.dir={escaped(text)}"]]
     commands += [["train", f"ckpt_path={literal(text)}"], ["compare", str(folder), "output=plot.png"]]
     commands += [["evaluate", str(folder), "corruptions=false"], ["predict", str(folder), "../../../picture.png"]]
     problem = in_turn(worker, commands, place)
@@ -83,7 +81,7 @@ def run(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
 
 
 def name(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    commands = [["train", *SHORT, f"name={literal(text)}"]]
+    commands = [["train", *SHORT, f"name={escaped(text)}"]]
     problem = in_turn(worker, commands, place)
     records = [json.loads(path.read_text()) for path in place.rglob("metrics.json")]
     if not problem and [record["name"] for record in records] != [text]:
@@ -92,7 +90,7 @@ def name(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
 
 
 def sweep(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    commands = [["train", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={literal(text)}"]]
+    commands = [["train", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={escaped(text)}"]]
     commands += [["train", f"sweep.resume={literal(text)}"], ["compare", str(place / text), "output=plot.png"]]
     problem = in_turn(worker, commands, place)
     finished = sorted(str(path.relative_to(place)) for path in place.rglob("metrics.json"))
@@ -136,7 +134,7 @@ def checkpoint(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
     commands = [["predict", path, "../../../picture.png"], ["evaluate", path, "corruptions=false", "output_dir=out"]]
     commands += [["export", path, "format=hub", "output=hub", "images=3"]]
     finetune = [setting for setting in SHORT if not setting.startswith("model.")]
-    commands += [["train", "+experiment=finetune", *finetune, f"model.checkpoint={literal(path)}"]]
+    commands += [["train", "+experiment=finetune", *finetune, f"model.checkpoint={escaped(path)}"]]
     return in_turn(worker, commands, place), commands
 
 
@@ -151,12 +149,12 @@ def output(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
     refused = []
     for path, (*command, key) in made.items():
         chosen = path.rpartition("/")[0] or path
-        commands.append([*command, f"{key}{literal(chosen)}"])
-        problem = verdict(*worker.run(command[0], commands[-1][1:], folder=place))
+        commands.append([*command, f"{key}{escaped(chosen)}"])
+        problem = in_turn(worker, commands[-1:], place)
         if problem == "refused":
             refused.append(command[0])
         elif problem or not exists(place / path):
-            return f"{command[0]}: {problem or f'accepted, but there is no {path}'}", commands[-1:]
+            return problem or f"accepted, but there is no {path}", commands[-1:]
     return ("refused" if refused else ""), commands
 
 
@@ -167,7 +165,8 @@ def exists(path: Path) -> bool:
         return False
 
 
-PLACES = {
+Check = Callable[[Worker, Path, str], tuple[str, Commands]]
+PLACES: dict[str, Check] = {
     "runs": run,
     "`name`": name,
     "sweeps": sweep,
@@ -195,7 +194,8 @@ def test_odd_names(good, pool, tally, draw, where):
             return
         strange = [path.name for path in place.parent.iterdir() if path != place]
         outside = f"{strange} lie outside" if strange and ".." not in text.split("/") else ""
-        outcomes.add(problem or outside, *commands)
+        problem = problem or outside
+        outcomes.add(f"{text!r}: {problem}" if problem not in ("", "refused") else problem, *commands)
 
     pool.for_each(folder, list(enumerate(cases[:MOST])), check)
     assert outcomes.wrong == []
