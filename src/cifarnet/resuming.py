@@ -44,7 +44,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     path = Path(path).expanduser()
     is_run = path.is_dir() and not (path / HUB_WEIGHTS).is_file()
     checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if is_run else path)
-    if not checkpoint.content:
+    if "optimizer_states" not in checkpoint.content:
         raise UserError(f"{path} contains no training state: use it with model=trained model.checkpoint={path}.")
     parsed = _parse(overrides)
     allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifarnet import cli
-from cifarnet.callbacks.training_state import last_checkpoint
+from cifarnet.callbacks.checkpoint_files import last_checkpoint
 from cifarnet.errors import Interrupted
 from cifarnet.system import distributed
 

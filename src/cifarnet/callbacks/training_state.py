@@ -5,10 +5,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cifarnet.callbacks import checkpoint_files
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch, BatchLoader
 from cifarnet.system.distributed import all_gather, rank, world_size
@@ -34,6 +35,10 @@ class TrainingState(Callback):
         self.schedulers: list[GradientAccumulationScheduler] = []
         self.ended: int | None = None  # the maximum number of epochs, once training has ended
         self.accumulates = False  # whether gradients were accumulated, and the optimizer has not used them yet
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            checkpoint_files.check_names(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored and self.restored.get("ended") == trainer.max_epochs:
@@ -61,9 +66,8 @@ class TrainingState(Callback):
             had_these_ranks = len(gradients) == world_size()
             gradient = gradients[rank()] if had_these_ranks else torch.stack(gradients).mean(0)
             self.module.network.get_parameter(name).grad = gradient.to(self.module.device)
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):  # it saves only one checkpoint for each step of the optimizer
-                callback._last_global_step_saved = self.restored.get("saved_steps", {}).get(callback.state_key, 0)
+        for callback in checkpoint_files.model_checkpoints(trainer):  # they save once for each step of the optimizer
+            callback._last_global_step_saved = self.restored.get("saved_steps", {}).get(callback.state_key, 0)
         self.restored = None
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -88,7 +92,8 @@ class TrainingState(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.ended = trainer.max_epochs
-        last = last_checkpoint(trainer)
+        checkpoint_files.copy_best(trainer)
+        last = checkpoint_files.last_checkpoint(trainer)
         if trainer.strategy.broadcast(last is not None and last.is_file()):
             trainer.save_checkpoint(str(last))
 
@@ -99,7 +104,7 @@ class TrainingState(Callback):
         if self.module.device.type == "cuda":
             states["cuda"] = all_gather(torch.cuda.get_rng_state(self.module.device))
         parameters = self.module.network.named_parameters() if self.accumulates else ()
-        saving = [one for one in self.module.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        saving = checkpoint_files.model_checkpoints(self.module.trainer)
         return {
             "ended": self.ended,
             "saved_steps": {callback.state_key: callback._last_global_step_saved for callback in saving},
@@ -111,7 +116,7 @@ class TrainingState(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._validate_first(checkpoint)
-        self._find_files(Path(trainer.default_root_dir) / "checkpoints", checkpoint)
+        self._find_files(checkpoint_files.folder(trainer), checkpoint)
 
     @staticmethod
     def _validate_first(checkpoint: dict[str, Any]) -> None:
@@ -145,9 +150,3 @@ class TrainingState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict or None
-
-
-def last_checkpoint(trainer: L.Trainer) -> Path | None:
-    """Return the path of `last.ckpt`; None if the run saves no checkpoints."""
-    callback = trainer.checkpoint_callback
-    return Path(callback.dirpath or "", "last.ckpt") if isinstance(callback, ModelCheckpoint) else None
