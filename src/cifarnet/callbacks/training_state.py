@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from cifarnet.callbacks import checkpoint_files
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch, BatchLoader
+from cifarnet.system.checkpoint_io import check_state
 from cifarnet.system.distributed import all_gather, rank, world_size
 
 
@@ -50,6 +51,8 @@ class TrainingState(Callback):
         self.module, self.loader = pl_module, trainer.train_dataloader
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         self.schedulers = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
+        for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:
+            check_state(part)
         if self.restored is None:
             return
         self.loader.restore(self.restored["loader"])

@@ -1,6 +1,7 @@
 """A Lightning plugin that reads and writes checkpoints."""
 
 import io
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,22 @@ class CheckpointIO(TorchCheckpointIO):
         if self.folders is None:
             return True
         return path.suffix == ".ckpt" and any(folder in path.resolve().parents for folder in self.folders)
+
+
+def check_state(part: Any) -> None:
+    """Check that the state of a callback or a schedule can be read from a checkpoint, which contains no objects.
+
+    Raises:
+        UserError: the state contains an object of a class.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(part.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(
+            f"{type(part).__name__}: a run with this state could not be resumed: {reason}. Return only numbers, texts, "
+            "tensors, lists and dictionaries from state_dict()."
+        ) from error
