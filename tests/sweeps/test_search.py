@@ -160,6 +160,21 @@ def test_a_fault_of_the_machine_is_not_the_result_of_a_trial(run, tmp_path, kind
     assert f"{number} of {number} jobs done: " in printed
 
 
+def test_a_trial_that_diverges_is_pruned(run, tmp_path):
+    status, printed, error = run("optimizer.lr=1e17,1e18", "hydra.sweeper.trials=2")
+    assert status == 0, error
+    assert states(tmp_path / "search") == ["PRUNED", "PRUNED"]
+    assert "0 of 2 jobs done, 2 pruned: " in printed
+    assert "Training diverged" in (tmp_path / "search/0/pruned.txt").read_text()
+    assert not (tmp_path / "search/0/metrics.json").exists()
+
+
+def test_a_trial_without_validation_fails(run, tmp_path):
+    status, _, error = run(RATE, "+trainer.limit_val_batches=0", "hydra.sweeper.trials=1")
+    assert (status, "trainer.limit_val_batches" in error) == (1, True)
+    assert states(tmp_path / "search") == ["FAIL"]
+
+
 def test_a_trial_without_a_folder_ran_here(run, tmp_path):
     assert run(RATE, "hydra.sweeper.trials=1", "trainer.max_epochs=1")[0] == 0
     (tmp_path / "search/0").rename(tmp_path / "removed")

@@ -329,10 +329,10 @@ def suspend(process: subprocess.Popen, database: Path) -> None:
     while True:
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.05)
-        with contextlib.closing(sqlite3.connect(database, timeout=0)) as connection:
-            with contextlib.suppress(sqlite3.OperationalError):
-                connection.execute("BEGIN IMMEDIATE")
-                return
+        free = contextlib.closing(sqlite3.connect(database, timeout=0))
+        with contextlib.suppress(sqlite3.OperationalError), free as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            return
         process.send_signal(signal.SIGCONT)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from cifarnet.records.tables import Group, differences, parse_number
 from cifarnet.system import files
 
 TRAIN, VAL = "#0969da", "#d1570a"
+LARGEST = 1e100  # larger numbers are drawn as categories, because matplotlib's limits would overflow
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -113,13 +113,22 @@ def sweep(groups: Sequence[Group], keys: Sequence[str]) -> Figure:
     return figure
 
 
+def panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return an empty figure with one panel."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    _simplify(axis)
+    return figure, axis
+
+
 def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
     """Return the x position of each value: numbers (on a logarithmic axis if they span a decade) or categories."""
     numbers = [parse_number(value) for value in values]
-    if all(map(math.isfinite, numbers)):
+    if all(abs(number) < LARGEST for number in numbers):
         if 0 < 10 * min(numbers) <= max(numbers):
             axis.set_xscale("log")
-        if len(set(values)) <= 8:
+        if len(set(values)) <= 8 and max(map(len, values)) <= 8:
             ticks = dict(zip(numbers, values, strict=True))
             axis.set_xticks([*ticks], [*ticks.values()])
             axis.minorticks_off()
@@ -134,8 +143,9 @@ def _draw(axis: Axes, x: Sequence[float | str], groups: Sequence[Group], interva
     """Draw the value of each run as a dot and the mean of each group as a diamond with its interval."""
     sizes, values = [len(group.values) for group in groups], [value for group in groups for value in group.values]
     axis.plot(np.repeat(x, sizes), values, "o", color=TRAIN, alpha=0.5, label="runs")
-    means, label = [group.mean for group in groups], "mean, 95% interval" if intervals else "mean"
-    axis.errorbar(x, means, yerr=intervals, fmt="D", color=VAL, capsize=4, label=label)
+    if intervals or max(sizes) > 1:
+        means, label = [group.mean for group in groups], "mean, 95% interval" if intervals else "mean"
+        axis.errorbar(x, means, yerr=intervals, fmt="D", color=VAL, capsize=4, label=label)
     axis.set_ylabel(groups[0].metric.replace("_", " "))
     if "accuracy" in groups[0].metric:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.config import deciding_settings
-from cifarnet.errors import Interrupted, Pruned, TakenOver, UserError, printable
+from cifarnet.errors import Diverged, Interrupted, Pruned, TakenOver, UserError, printable
 from cifarnet.records.tables import read_run
 from cifarnet.sweeps import multirun, parallel
 from cifarnet.sweeps.summary import clear_checkpoints, resume_command
@@ -92,15 +92,21 @@ def run_job(
         from cifarnet.resuming import make_read_only  # imports torch
 
         make_read_only(config)
+    pruning = (Pruned,) if trial is None else (Pruned, Diverged)
     with parallel.job_in_worker(config, folder.name):
         try:
             (folder / "error.txt").unlink(missing_ok=True)
             score, checkpoint = _previous_session(config, folder)
             if score is None:
                 score = train(config, checkpoint, _callbacks(config, trial), images)
-        except Pruned as pruned:
-            files.write(folder / "pruned.txt", f"{pruned}\n")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if trial is not None and math.isnan(score):
+                remedy = "Validate in at least one epoch: check trainer.limit_val_batches and check_val_every_n_epoch."
+                raise UserError(f"The run has no validation accuracy, by which a search compares its trials. {remedy}")
+        except pruning as reason:
+            print(printable(f"Job {folder.name} is pruned: {reason}"), flush=True)
+            files.write(folder / "pruned.txt", f"{reason}\n")
+            if isinstance(reason, Pruned):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return Outcome("pruned")
         except TakenOver:
             return Outcome("interrupted")
