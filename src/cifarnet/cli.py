@@ -31,6 +31,8 @@ from cifarnet.errors import Interrupted, MachineFault, UserError, printable
 from cifarnet.schema import did_you_mean
 from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
 
+EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search"}  # packages of sweeps, and the extra with each
+
 
 class Arguments(NamedTuple):
     """The arguments of a command: paths, settings such as `tta=mirror`, and the paths after `--against`."""
@@ -209,6 +211,8 @@ def explain(error: BaseException) -> str | None:
         error, "lightning.fabric.utilities.exceptions", "MisconfigurationException"
     ):
         return str(error)
+    if (package := missing_package(error)) in EXTRAS:
+        return f"This command needs {package}: pip install 'cifarnet[{EXTRAS[package]}]'"
     if (disk_error := _disk_error(error)) is not None:
         file = disk_error.filename or "A file"
         return (
@@ -227,8 +231,8 @@ def explain(error: BaseException) -> str | None:
         return " ".join(f"{error.override} cannot be parsed: {error}".split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if (extra := {"joblib": "sweep", "submitit_slurm": "slurm"}.get(name)) is not None:
-            return f"This launcher needs {name.partition('_')[0]}: pip install 'cifarnet[{extra}]'"
+        if group == "hydra/launcher" and (package := name.partition("_")[0]) in EXTRAS:
+            return f"This launcher needs {package}: pip install 'cifarnet[{EXTRAS[package]}]'"
         suggestion = did_you_mean(name, error.options)
         return f"{group}={name} does not exist.{suggestion} Choose one of these: {', '.join(error.options)}."
     if isinstance(error, ConfigCompositionException) and isinstance(
@@ -267,6 +271,12 @@ def is_machine_fault(error: BaseException) -> bool:
     """Return whether a full disk, too little memory or a killed process caused an error, and not a run's settings."""
     is_fault = any(isinstance(cause, MachineFault) or _is_out_of_memory(cause) for cause in _causes(error))
     return is_fault or _disk_error(error) is not None
+
+
+def missing_package(error: BaseException) -> str:
+    """Return the name of the module whose absence caused an error, or an empty text."""
+    names = (cause.name for cause in _causes(error) if isinstance(cause, ModuleNotFoundError))
+    return next(names, None) or ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

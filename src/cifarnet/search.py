@@ -22,9 +22,7 @@ DEFAULTS = (
 def command() -> None:
     """Run `cifarnet.train` as a sweep in which Optuna chooses the jobs (`sweeps.search`)."""
     if importlib.util.find_spec("optuna") is None:
-        raise UserError(
-            "cifarnet.search needs Optuna: pip install 'cifarnet[search]' (in a checkout: pip install -e '.[search]')"
-        )
+        raise UserError("cifarnet.search needs Optuna: pip install 'cifarnet[search]'")
     arguments = sys.argv[1:]
     train.command([*DEFAULTS, f"hydra.sweeper.study_name={study_name(arguments)}", *arguments])
 

@@ -196,6 +196,16 @@ def test_a_trial_without_a_folder_ran_here(run, tmp_path):
         (["optimizer=sgd,adamw", "optimizer.momentum=0,0.9"], "optimizer.momentum: unknown setting"),
         (["optimizer=sgd,none"], "optimizer=none does not exist"),
         (["optimizer.lr=choice()"], "empty choice"),
+        ([RATE, "hydra.sweeper.sampler=tpe"], "hydra.sweeper.sampler is 'tpe'"),
+        ([RATE, "hydra.sweeper.pruner=5"], "hydra.sweeper.pruner is 5"),
+        (
+            [RATE, "hydra.sweeper.pruner._target_=optuna.samplers.RandomSampler"],
+            "hydra.sweeper.pruner is <optuna.sampl",
+        ),
+        ([RATE, "+hydra.sweeper.pruner._partial_=true"], "hydra.sweeper.pruner is "),
+        ([RATE, "hydra.sweeper.sampler={_target_: torch.nn.Identity}"], "hydra.sweeper.sampler is Identity()"),
+        ([RATE, "+hydra.sweeper.sampler.n_startup_trials=a"], "hydra.sweeper.sampler: '<' not supported"),
+        ([RATE, "+hydra.sweeper.pruner.min_resource=[1]"], "hydra.sweeper.pruner.min_resource=[1]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

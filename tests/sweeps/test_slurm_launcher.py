@@ -227,6 +227,21 @@ def test_a_launcher_for_a_single_run_is_refused(command):
     assert (status, "hydra/launcher=slurm" in error, "Add -m" in error) == (1, True, True)
 
 
-def test_the_package_of_a_missing_launcher_is_named():
-    missing = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic", "slurm"])
-    assert cli.explain(missing) == "This launcher needs submitit: pip install 'cifarnet[slurm]'"
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [
+        ("submitit_slurm", "submitit: pip install 'cifarnet[slurm]'"),
+        ("submitit_local", "submitit: pip install 'cifarnet[slurm]'"),
+        ("joblib", "joblib: pip install 'cifarnet[sweep]'"),
+    ],
+)
+def test_the_package_of_a_missing_launcher_is_named(launcher, package):
+    missing = MissingConfigException("", f"hydra/launcher/{launcher}", ["basic", "slurm"])
+    assert cli.explain(missing) == f"This launcher needs {package}"
+
+
+def test_a_missing_joblib_is_reported_before_a_folder_is_created(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    status, _, error = command("-m", *LEAN, "seed=0,1", "hydra/launcher=parallel")
+    assert (status, error) == (1, "Error: This command needs joblib: pip install 'cifarnet[sweep]'\n")
+    assert not (tmp_path / "lightning_logs").exists()

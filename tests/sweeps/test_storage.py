@@ -186,7 +186,8 @@ def test_a_trial_that_another_machine_finished_keeps_its_score(run, url, monkeyp
         ("postgresql://me:secret@${oc.env:HOME}/db", "hydra.sweeper.storage contains a password"),
         ("${oc.env:NONE,'postgresql://me:secret@127.0.0.1/db'}", "hydra.sweeper.storage contains a password"),
         ("postgresql://me@127.0.0.1:1/db", "postgresql+psycopg://me@127.0.0.1:1/db cannot be used: connection failed"),
-        ("mysql+pymysql://127.0.0.1/db", "mysql+pymysql://127.0.0.1/db cannot be used: No module named 'pymysql'"),
+        ("mysql+pymysql://127.0.0.1/db", "needs pymysql: pip install pymysql"),
+        ("mysql://127.0.0.1/db", "needs MySQLdb: pip install mysqlclient"),
         ("sqlite:////nowhere/at/all.db", "cannot be used: unable to open database file."),
         ("redis://127.0.0.1", "redis://127.0.0.1 cannot be used: Can't load plugin"),
         ("group", "hydra.sweeper.storage is not the URL of a database"),
@@ -211,9 +212,7 @@ def test_a_missing_driver_is_named(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     status, _, error = command(*SHORT, "hydra.sweeper.storage=postgresql://127.0.0.1/db", main=search.main)
     assert status == 1
-    assert error.startswith("Error: postgresql+psycopg://127.0.0.1/db cannot be used: ")
-    assert "psycopg" in error.partition("used: ")[2]
-    assert "pip install 'cifarnet[postgres]'" in error
+    assert error.endswith("needs psycopg: pip install 'cifarnet[postgres]'\n")
 
 
 @pytest.mark.parametrize("beats", ["0", "1.5"])

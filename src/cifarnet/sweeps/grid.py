@@ -1,6 +1,7 @@
 """A sweep over all combinations of values."""
 
 import contextlib
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Sweep(Sweeper):
             devices = f"trainer.devices={config.trainer.devices}"
             raise UserError(f"{devices}: such jobs cannot run in parallel. Remove hydra/launcher.")
         if self.num_workers > 1:
+            importlib.import_module("joblib")  # a missing package is reported before a folder is created
             self.launcher.joblib |= parallel.worker_settings(self.num_workers)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:

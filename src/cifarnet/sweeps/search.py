@@ -20,7 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.config import effect
+from cifarnet.config import check_sections, effect
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_sweep
 from cifarnet.schema import Range, check_settings
@@ -67,7 +67,14 @@ class Search(Sweeper):
     hydra_context: HydraContext = field(init=False)
 
     def __post_init__(self) -> None:
+        from optuna import pruners, samplers
+
         check_settings(vars(self), Search, "hydra.sweeper.")
+        for name, kind in {"sampler": samplers.BaseSampler, "pruner": pruners.BasePruner}.items():
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise UserError(
+                    f"hydra.sweeper.{name} is {value!r}: expected a class of optuna.{name}s. See hydra/sweeper=search."
+                )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
@@ -77,6 +84,8 @@ class Search(Sweeper):
                 "the same command in several terminals, with threads=… to limit each process to its share of the cores."
             )
         self.uses_slurm = launcher == "Slurm"
+        parts = {name: config.hydra.sweeper[name] for name in ("sampler", "pruner")}
+        check_sections(OmegaConf.create({"hydra": {"sweeper": parts}, "seed": config.seed}))
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
         self._launcher(self.task)  # checks the launcher's settings before a folder is created

@@ -23,6 +23,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
+from cifarnet import cli
 from cifarnet.errors import TakenOver, UserError, printable
 from cifarnet.system import files
 
@@ -214,10 +215,12 @@ def connect(storage: str, folder: Path, study_name: str, interval: int) -> Datab
             time.sleep(1)
             return Database(url, folder, study_name, interval)
     except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        if name := cli.missing_package(error):
+            package = {"psycopg": "'cifarnet[postgres]'", "MySQLdb": "mysqlclient"}.get(name, name)
+            raise UserError(f"The database of hydra.sweeper.storage needs {name}: pip install {package}") from error
         raise UserError(
             f"{url.set(query={}).render_as_string()} cannot be used: {_reason(error)} Check hydra.sweeper.storage, "
-            "that the driver is installed (for PostgreSQL: pip install 'cifarnet[postgres]'), and that the server "
-            "accepts your login (the password is read from PGPASSWORD or ~/.pgpass)."
+            "and that the server accepts your login (the password is read from PGPASSWORD or ~/.pgpass)."
         ) from error
 
 

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cifarnet.errors import TakenOver, UserError
+from cifarnet.errors import TakenOver, UserError, as_user_error
 from cifarnet.records.tables import Run, read_sweep
 from cifarnet.sweeps.jobs import Outcome
 from cifarnet.sweeps.storage import FOLDER, Database, Journal, trial_id
@@ -127,7 +127,8 @@ class Trials:
                         print(f"Trial {trial.number + 1} was interrupted and will be continued", flush=True)
             if self._num_begun() >= self.count:
                 return None
-            drawn = self.study.ask(self.space)  # an enqueued trial, or a new trial
+            with as_user_error("hydra.sweeper.sampler"):
+                drawn = self.study.ask(self.space)  # an enqueued trial, or a new trial
             if self._num_begun(drawn.number) >= self.count:  # another machine has drawn the last one
                 self._enqueue(drawn)
                 return None
