@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from cifarnet.config import validate
 from cifarnet.errors import Interrupted
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import ALLOW_SIGNAL, assert_same_weights, picture, signal_at, weights
+from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, picture, signal_at, weights
 
 
 def events(folder: Path) -> dict[str, dict[str, list]]:
@@ -456,3 +457,19 @@ def test_a_folder_of_photographs_is_trained(config, few_photographs, tmp_path):
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["data"]["train"], metrics["data"]["val"], metrics["data"]["test"]) == (180, 20, 50)
+
+
+class RemoveFolder(Callback):
+    """Removes the run's folder after the first epoch."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            shutil.rmtree(trainer.default_root_dir)
+
+
+def test_a_folder_that_is_removed_while_training_is_reported(command):
+    removal = "+callbacks.removal={_target_: test_train.RemoveFolder}"
+    status, _, error = command(*SMALL, "threads=1", removal, "hydra.run.dir=run")
+    assert status == 1
+    assert error.strip().endswith("run was removed while it was in use. Run the command again.")
+    assert "Traceback" not in error

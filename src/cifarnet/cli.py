@@ -152,8 +152,9 @@ def _raise_errors() -> Iterator[bool]:
     previous, raise_exceptions, hook = os.environ.get("HYDRA_FULL_ERROR"), logging.raiseExceptions, threading.excepthook
     logging.raiseExceptions = False  # no traceback from logging on a full disk
 
-    def report_in_thread(arguments: threading.ExceptHookArgs) -> None:  # called in the thread of TensorBoard's writer
-        if previous == "1" or _disk_error(arguments.exc_value) is None:
+    def report_in_thread(arguments: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writer raises the errors of its thread in the main thread as well
+        if previous == "1" or not isinstance(arguments.exc_value, OSError):
             hook(arguments)
 
     threading.excepthook = report_in_thread
@@ -214,11 +215,9 @@ def explain(error: BaseException) -> str | None:
     if (package := missing_package(error)) in EXTRAS:
         return f"This command needs {package}: pip install 'cifarnet[{EXTRAS[package]}]'"
     if (disk_error := _disk_error(error)) is not None:
-        file = disk_error.filename or "A file"
-        return (
-            f"{file} cannot be written: {disk_error.strerror}. The previous version was kept. Free disk space, or "
-            "choose another disk, and try again."
-        )
+        file, kept = disk_error.filename, " The previous version was kept."
+        problem = f"{file or 'The terminal output'} cannot be written: {disk_error.strerror}.{kept if file else ''}"
+        return f"{problem} Free disk space, or choose another disk, and try again."
     if _is_out_of_memory(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
     if isinstance(error, InstantiationException):  # raised by a class that the config names

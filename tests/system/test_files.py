@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_one_process_at_a_time_uses_a_folder(tmp_path):
     with files.exclusive(tmp_path):
         assert not leftover.exists()
         assert all(path.exists() for path in kept)  # of a running process, and of another program
+
+
+def test_an_error_in_a_folder_names_the_folder(tmp_path):
+    with pytest.raises(OSError, match="No space left") as error, files.exclusive(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert f"{tmp_path} cannot be written: No space left on device" in str(cli.explain(error.value))
 
 
 def test_only_an_unused_folder_is_removed(tmp_path):

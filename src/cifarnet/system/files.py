@@ -77,14 +77,20 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Lock a folder, so that no other process uses it.
 
     Raises:
-        UserError: another process is using the folder.
+        UserError: another process is using the folder, or the folder was removed while it was in use.
     """
     with locked(folder):
         for path in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
             left = re.fullmatch(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp", path.name)
             if left and not psutil.pid_exists(int(left[1])) and path.is_file():
                 path.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if not (folder / ".lock").exists():
+                raise UserError(f"{folder} was removed while it was in use. Run the command again.") from error
+            error.filename = error.filename or str(folder)  # unknown if a write of TensorBoard's thread failed
+            raise
 
 
 @contextlib.contextmanager
