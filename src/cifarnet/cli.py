@@ -76,6 +76,8 @@ def parse(
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
         parser.error("a path is required: the folder of a run")
+    if any("\0" in argument for argument in [*parsed.arguments, *parsed.against]):
+        parser.error("an argument contains a null character")
     return Arguments(
         paths,
         [argument for argument in parsed.arguments + parsed.against if is_setting(argument)],
@@ -94,7 +96,7 @@ def parse_one(command: str, description: str | None) -> tuple[str, list[str]]:
 
 def is_setting(argument: str) -> bool:
     """Return whether an argument is a setting, and not the path of an existing file or folder."""
-    return not Path(argument).exists() and ("=" in argument or argument.startswith(("+", "~")))
+    return not os.path.exists(argument) and ("=" in argument or argument.startswith(("+", "~")))
 
 
 def compose(command: str, settings: Sequence[str]) -> DictConfig:
@@ -218,6 +220,8 @@ def explain(error: BaseException) -> str | None:
         file, kept = disk_error.filename, " The previous version was kept."
         problem = f"{file or 'The terminal output'} cannot be written: {disk_error.strerror}.{kept if file else ''}"
         return f"{problem} Free disk space, or choose another disk, and try again."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}…: the name of this file or folder is too long. Choose a shorter path."
     if _is_out_of_memory(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
     if isinstance(error, InstantiationException):  # raised by a class that the config names

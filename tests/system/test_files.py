@@ -1,7 +1,6 @@
 import errno
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import pytest
