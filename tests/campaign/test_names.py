@@ -60,7 +60,7 @@ def escaped(text: str) -> str:
 
 
 def in_turn(worker: Worker, commands: Commands, place: Path) -> str:
-    """Run commands in a folder. Return "refused" if the first one is refused, or the problem of the first that fails."""
+    """Run commands in a folder. Return "refused" if the first is refused, or the problem of the first that fails."""
     for number, (command, *arguments) in enumerate(commands):
         outcome, message = worker.run(command, arguments, folder=place)
         if outcome == "clear" and number == 0:
