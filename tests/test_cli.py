@@ -306,6 +306,18 @@ def test_arguments_are_paths_settings_or_paths_to_compare_with(tmp_path, monkeyp
         cli.parse("evaluate", "", arguments=["tta=mirror"])
 
 
+TEXTS = ["a'b", 'a"b', "'x'", r"a\'b", "a\\", "a b=c,[d]", "${seed}", r"$\bad{$", "", "'", "x'"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_can_be_the_value_of_an_override(text):
+    override = f"name={cli.literal(text)}"
+    assert cli.value_of("name", ["name=x", override]) == text
+    assert cli.compose("train", [override]).name == text
+    (argument,) = shlex.split(cli.quoted("name", text))
+    assert cli.value_of("name", [argument]) == text
+
+
 @pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare", "predict"])
 def test_help_is_quick_and_fits_a_screen(command):
     slow = "{'torch', 'lightning', 'scipy', 'matplotlib', 'optuna', 'pandas'}"

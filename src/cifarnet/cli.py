@@ -11,10 +11,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
     ConfigCompositionException,
@@ -111,14 +111,17 @@ def key_of(override: str) -> str:
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of the last `key=value` among the arguments, without quotes, or None."""
+    """Return the value of the last `key=value` among the arguments, or None; quotes are read as Hydra reads them."""
     values = [argument.partition("=")[2] for argument in arguments if key_of(argument) == key and "=" in argument]
-    return values[-1].strip("'\"") if values else None
+    if not values or values[-1][:1] not in ("'", '"'):
+        return values[-1] if values else None
+    value = OverridesParser.create().parse_override(f"{key}={values[-1]}").value()
+    return str(value).replace(r"\${", "${")
 
 
 def literal(text: str) -> str:
     """Quote any text as the value of an override, so that Hydra reads it as that text."""
-    return QuotedString(text, Quote.single).with_quotes()
+    return QuotedString(text, Quote.single).with_quotes().replace("${", r"\${")
 
 
 def quoted(key: str, value: str) -> str:
