@@ -18,7 +18,7 @@ def steps_in_epoch(trainer: L.Trainer, epoch: int) -> int:
 def total_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps of a whole run; infinite if it has no end. It sets up the data."""
     steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0  # it ignores the callback
-    if epochs < 1 or steps == 0:
+    if epochs < 1 or trainer.num_training_batches == math.inf:
         return steps
     counted = sum(steps_in_epoch(trainer, epoch) for epoch in range(epochs))
     return counted if trainer.max_steps < 0 else min(counted, trainer.max_steps)
