@@ -54,13 +54,14 @@ def build(
     data = make_data(config)
     if images is not None:
         images.share(config.data, data)
-    trainer = make_trainer(config, callbacks, data.validates, checkpoint, **trainer_settings)
+    validates = config.trainer.get("limit_val_batches") != 0 and data.validates
+    trainer = make_trainer(config, callbacks, validates, checkpoint, **trainer_settings)
     network, fit_seconds = make_network(config, data, resumes=checkpoint is not None)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
         optimizer=_optimizer(config),
-        scheduler=make_scheduler(config, data.validates) if config.get("scheduler") else None,
+        scheduler=make_scheduler(config, validates) if config.get("scheduler") else None,
         objective=make_objective(config, len(data.class_names), trainer.strategy.root_device),
         channels_last=config.channels_last,
         seed=config.seed,
@@ -106,10 +107,10 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     for layer in network.modules():
         if isinstance(layer, Normalize):
             layer.fit(*data.channel_statistics)
-    start = time.perf_counter()
-    if callable(fit := getattr(network, "fit", None)):
+    start, fit = time.perf_counter(), getattr(network, "fit", None)
+    if callable(fit):
         fit(data.sample())
-    return network, time.perf_counter() - start
+    return network, time.perf_counter() - start if callable(fit) else 0.0
 
 
 def make_objective(config: DictConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -261,6 +261,11 @@ class Checkpoint:
                 )
 
     @property
+    def network_name(self) -> str:
+        """The name of the network's class or function, and its argument `name`, such as "timm resnet18"."""
+        return " ".join(filter(None, [str(self.model["_target_"]).rpartition(".")[2], self.model.get("name")]))
+
+    @property
     def run_folder(self) -> Path | None:
         """The folder of the run that the checkpoint belongs to; None for a file outside a run.
 

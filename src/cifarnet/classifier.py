@@ -84,6 +84,10 @@ class Classifier(L.LightningModule):
         self.test_logits: Tensor | None = None  # [N, num_classes], after the test
         self.test_index: Tensor | None = None  # the indices of their images, int64 [N]
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(f"Load the network with cifarnet.load({str(checkpoint_path)!r}).network instead.")
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits in float32, for any precision of the network."""
         logits = self.network(images.contiguous(memory_format=self.memory_format))

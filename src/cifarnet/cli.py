@@ -234,6 +234,8 @@ def explain(error: BaseException) -> str | None:
         section = str(error).rpartition("full_key: ")[2]
         return explain(cause) or f"{section}: {cause}"
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override or re.search(r"\s=|=\s", error.override):  # `optimizer.lr = 0.1`
+            return f"{error.override} is not a setting. Write a setting as key=value, without spaces around the =."
         return " ".join(f"{error.override} cannot be parsed: {error}".split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")

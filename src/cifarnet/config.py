@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from cifarnet.errors import UserError
 from cifarnet.schema import Range, Seed, check, check_arguments, check_settings, did_you_mean, has_target
@@ -103,7 +103,10 @@ def validate(config: DictConfig) -> None:
         is_part = section == "logger" and has_target(parts)  # a single logger, without a name
         for name, part in {} if is_part else parts.items():
             if part is not None and not has_target(part):
-                raise UserError(f"{section}.{name}={part} has no _target_. Add {section}.{name}._target_=module.Class.")
+                problem = f"{section}.{name}={part} has no _target_."
+                component = next((other for other, settings in parts.items() if has_target(settings)), "mine")
+                example = f"{section}.{component}.{name}={part}"
+                raise UserError(f"{problem} For a setting of a component, write {example}.")
     check_sections(config)
     _check_trainer(config.trainer)
     check("objective.label_smoothing", config.objective.get("label_smoothing", 0), Annotated[float, Range(0, 1)])
@@ -118,6 +121,18 @@ def check_sections(config: DictConfig) -> None:
     for name in config:
         if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
             _check_node(str(name), config[name])
+
+
+def output_folder(config: DictConfig) -> Path:
+    """Return the folder of a run.
+
+    Raises:
+        UserError: the config was composed outside `python -m cifarnet.train`, without `output_dir`.
+    """
+    try:
+        return Path(config.output_dir)
+    except InterpolationResolutionError as error:
+        raise UserError("output_dir is not set: add output_dir=<folder> to the overrides of compose().") from error
 
 
 def with_total_steps(config: DictConfig, total_steps: float) -> Any:

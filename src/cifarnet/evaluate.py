@@ -62,7 +62,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
     files.make_folder(folder, f"output_dir={folder} cannot be created")
     about: Any = data.describe()
-    run, network = classifier.run_record(), type(classifier.network).__name__
+    run, network = classifier.run_record(), checkpoint.network_name
     counts = f"{about['val']:,} validation and {about['test']:,} test images"
     print(printable(f"{network} after epoch {checkpoint.epoch}, on {about['source']}: {counts}"), flush=True)
     print(f"tta={predictor.tta}, {predictor.precision} on {predictor.device.type}", flush=True)

@@ -6,10 +6,12 @@ The annotation of an argument contains both: `drop_rate: Annotated[float, Range(
 import difflib
 import inspect
 import math
+import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -34,6 +36,7 @@ class Range:
         return " and ".join(f"{word} {limit:,}" for word, limit in words.items() if math.isfinite(limit))
 
 
+UNIONS = (Union, types.UnionType)
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Pixels = Annotated[int, Range(1, 4096)]  # the height or width of an image
 
@@ -92,7 +95,10 @@ def check(name: str, value: Any, hint: Any) -> None:
     hint = list[float] | None if _is_tensor(hint) else hint  # build.make_objective converts it
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
         shown = "null" if value is None else value
-        raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.")
+        remedy = ""
+        if isinstance(plain, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", plain):  # from the environment
+            remedy = " The value is text: use a number without quotes, or ${oc.decode:${oc.env:NAME}}."
+        raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.{remedy}")
     is_list = isinstance(plain, list | tuple)
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):
@@ -166,12 +172,23 @@ def _describe(hint: Any) -> str:
     """Describe a type in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is None:
-        return words.get(hint) or inspect.formatannotation(hint)
+    if Callable in (hint, origin):
+        return "a section with a _target_"
     if origin is Annotated:
         return _describe(arguments[0])
     if origin in (list, Sequence) and arguments:
         return f"a list like […, …] of {_describe(arguments[0]).removeprefix('a ')}s"
-    described = arguments if origin is Literal else " or ".join(map(_describe, arguments)).split(" or ")
-    *others, last = dict.fromkeys(map(str, described))
+    if origin not in (Literal, *UNIONS):
+        return words.get(hint) or inspect.formatannotation(hint)
+    *others, last = dict.fromkeys(_alternatives(hint))
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def _alternatives(hint: Any) -> list[str]:
+    """Describe each value of a literal, and each type of a union."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return list(map(str, arguments))
+    if typing.get_origin(hint) in UNIONS:
+        return [text for argument in arguments for text in _alternatives(argument)]
+    return ["true", "false"] if hint is bool else [_describe(hint)]

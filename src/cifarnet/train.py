@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.config import validate
+from cifarnet.config import output_folder, validate
 from cifarnet.errors import UserError
 from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.sweeps.task import run_hydra
@@ -60,7 +60,7 @@ def train(
     disable_tensorflow()
     config = expand(config)
     validate(config)
-    folder, is_rank_zero = Path(config.output_dir), distributed.placement().rank == 0
+    folder, is_rank_zero = output_folder(config), distributed.placement().rank == 0
     checkpoint = Checkpoint.open(ckpt_path) if isinstance(ckpt_path, str | Path) else ckpt_path
     run = {"config": cli.without_resolvers(config), "ckpt_path": checkpoint and str(checkpoint.path)}
     if (num_processes := distributed.num_processes(config.trainer)) > 1:

@@ -6,14 +6,22 @@ from typing import Any, TypeVar
 import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    ProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.config import with_total_steps
+from cifarnet.config import output_folder, with_total_steps
 from cifarnet.errors import UserError, as_user_error
 from cifarnet.recipes.freeze import Freeze
 from cifarnet.system import distributed, hardware
@@ -23,6 +31,13 @@ Part = TypeVar("Part")
 STATE = "cifarnet.callbacks.training_state.TrainingState"
 DIVERGENCE = "cifarnet.callbacks.divergence.StopOnDivergence"
 COMPILE = "cifarnet.callbacks.compilation.Compile"
+METRICS = [*("train/cross_entropy", "train/accuracy", "train/weight_decay", "train/objective")]
+METRICS += ["val/cross_entropy", "val/accuracy"]
+UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and what to use instead
+    BatchSizeFinder: "Set data.batch_size.",
+    LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
+    ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
+}
 
 
 def make_trainer(
@@ -33,13 +48,15 @@ def make_trainer(
     **trainer_settings: Any,
 ) -> L.Trainer:
     """Build Lightning's Trainer with callbacks and loggers; `validates` says whether there are validation images."""
+    folder = output_folder(config)
     all_callbacks = [*_callbacks(config, validates), *callbacks]
+    _check_callbacks(all_callbacks, METRICS if validates else [name for name in METRICS if name.startswith("train/")])
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False
     for bar in bars if not shows_bar else []:
         bar.disable()  # the bar still prints a line after every epoch
     defaults = {
-        "default_root_dir": config.output_dir,
+        "default_root_dir": str(folder),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10**6,  # callbacks.history.History logs the metrics once per epoch
@@ -111,7 +128,8 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     sections = [*(config.get("recipe") or {}).values(), *(config.get("callbacks") or {}).values()]
     chosen = [section for section in sections if section]
     if not validates:  # there is no metric by which to choose a checkpoint
-        chosen = [section for section in chosen if not str(section.get("monitor")).startswith("val/")]
+        selects = ".ModelCheckpoint val/"
+        chosen = [part for part in chosen if selects not in f"{part._target_} {part.get('monitor')}"]
     callbacks = [expect(Callback, section._target_, instantiate(section)) for section in chosen]
     averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
     if len(averages) > 1:
@@ -121,6 +139,20 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     if config.compile:
         first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))
     return first + callbacks
+
+
+def _check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
+    """Check that Lightning's callbacks work, and that they monitor metrics that a run computes."""
+    for callback in callbacks:
+        if (remedy := UNSUPPORTED.get(type(callback))) is not None:
+            raise UserError(f"callbacks: {type(callback).__name__} is not supported. {remedy}")
+    if any(type(callback).__module__.partition(".")[0] not in ("cifarnet", "lightning") for callback in callbacks):
+        return  # it may log metrics
+    for callback in callbacks:
+        names = [*metrics, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else metrics
+        if (monitor := getattr(callback, "monitor", None)) is not None and monitor not in names:
+            problem = f"callbacks: {type(callback).__name__} monitors {monitor}, which this run does not compute."
+            raise UserError(f"{problem} Choose one of these: {', '.join(names)}.")
 
 
 def _loggers(config: DictConfig) -> list[Logger]:

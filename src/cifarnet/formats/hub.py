@@ -63,7 +63,7 @@ def card(classifier: Trained) -> str:
     )
     return template.render(
         classifier=classifier,
-        network=type(classifier.network).__name__,
+        network=classifier.checkpoint.network_name,
         parameters=num_parameters(classifier.network),
         model=json.dumps(_model(classifier), indent=1),
         record=record,

@@ -107,11 +107,13 @@ def partial(trainer: DictConfig) -> str | None:
 def summary(record: Record, folder: str) -> str:
     """Return a table of the results of a run."""
     validation = f"{record.val_accuracy:.2%}" if math.isfinite(record.val_accuracy) else "none"
+    test = f"{record.test_accuracy:.2%}" if math.isfinite(record.test_accuracy) else "none"
+    epoch = f"{round(record.tested_epoch, 2):g}"  # a validation within an epoch has a fraction
     images = f"not a full run: {record.partial}" if record.partial else f"{record.data['test']:,} images"
     no_tta = "" if record.tta == "none" else f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
     rows = {
-        "validation accuracy": f"{validation}  (epoch {record.tested_epoch} of {record.epochs})",
-        "test accuracy": f"{record.test_accuracy:.2%}  ({images}, weights of epoch {record.tested_epoch}{no_tta})",
+        "validation accuracy": f"{validation}  (epoch {epoch} of {record.epochs})",
+        "test accuracy": f"{test}  ({images}, weights of epoch {epoch}{no_tta})",
         "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
         "folder": os.path.relpath(folder),
     }
