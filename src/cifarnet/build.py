@@ -86,7 +86,7 @@ def build(
 
 def make_data(config: DictConfig) -> ImageDataModule:
     """Build the data module of a config's section `data`; the module reads the images on first use."""
-    return expect(ImageDataModule, "data", instantiate(config.data))
+    return expect(ImageDataModule, "data", instantiate(config.data, _convert_="all"))
 
 
 def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = False) -> tuple[nn.Module, float]:

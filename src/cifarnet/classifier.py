@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from cifarnet.data.datamodule import check_batch
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
@@ -75,8 +76,7 @@ class Classifier(L.LightningModule):
         self.make_optimizer, self.make_scheduler, self.teacher = optimizer, scheduler, teacher
         self.scheduler_interval: Interval = scheduler_interval
         self.tta: TTA = tta
-        self.tta_share, self.no_decay = tta_share, no_decay
-        self.seed = seed
+        self.tta_share, self.no_decay, self.seed = tta_share, no_decay, seed
         # sums of (loss, correct, 1) over an epoch's images on this rank; not buffers, which EMA and DDP would change
         self.sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
         self._totals: dict[str, Tensor] = {}  # the sums over all ranks, once the epoch has ended
@@ -102,7 +102,7 @@ class Classifier(L.LightningModule):
 
     def forward_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, num_classes] and the loss of each image [B], including the teacher's term."""
-        logits = self(batch.images)
+        logits = self(check_batch(batch).images)
         losses = self.objective(logits, batch.labels)
         if batch.partners is not None and batch.lam is not None:
             losses = batch.lam * losses + (1 - batch.lam) * self.objective(logits, batch.partners)
@@ -116,12 +116,12 @@ class Classifier(L.LightningModule):
         return loss * (world_size() * count / loader.batch_size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self(batch.images)
+        logits = self(check_batch(batch).images)
         self._count("val", F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return logits
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        one_view = self._averaged.add(batch.images)
+        one_view = self._averaged.add(check_batch(batch).images)
         self._count("one_view", F.cross_entropy(one_view, batch.labels), one_view, batch.labels)
         self._test_labels.append(batch.labels)
         self._test_index.append(batch.index)

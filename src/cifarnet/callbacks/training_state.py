@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from cifarnet.callbacks import checkpoint_files
 from cifarnet.classifier import Classifier
+from cifarnet.data.datamodule import BATCH
 from cifarnet.data.loader import Batch, BatchLoader
+from cifarnet.errors import UserError
 from cifarnet.system.checkpoint_io import check_state
 from cifarnet.system.distributed import all_gather, rank, world_size
 
@@ -47,8 +49,10 @@ class TrainingState(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        assert isinstance(trainer.train_dataloader, BatchLoader)
-        self.module, self.loader = pl_module, trainer.train_dataloader
+        if not isinstance(loader := trainer.train_dataloader, BatchLoader):
+            remedy = "use cifarnet.data.InMemoryLoader(images, labels, batch_size, train=True)"
+            raise UserError(f"{type(loader).__name__} is not a loader that yields {BATCH}: {remedy}.")
+        self.module, self.loader = pl_module, loader
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         self.schedulers = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
         for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:

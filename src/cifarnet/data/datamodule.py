@@ -11,13 +11,27 @@ import torch
 from torch import Tensor
 
 from cifarnet.data.augmentation import Augment, Flip
-from cifarnet.data.loader import BatchLoader, InMemoryLoader
+from cifarnet.data.loader import Batch, BatchLoader, InMemoryLoader
 from cifarnet.data.streaming import LazyImages, StreamingLoader
-from cifarnet.data.transforms import Mix
+from cifarnet.data.transforms import Mix, PerImage
 from cifarnet.errors import UserError
 from cifarnet.schema import Pixels, Range, Seed
 from cifarnet.seeding import generator
 from cifarnet.system import hardware
+
+BATCH = "a Batch of images (uint8 [B, 3, H, W]), labels (int64 [B]) and index (int64 [B], positions in the data set)"
+
+
+def check_batch(batch: Any) -> Batch:
+    """Return the batch of a loader.
+
+    Raises:
+        UserError: it is not a `Batch`.
+    """
+    if not isinstance(batch, Batch):
+        remedy = "Use cifarnet.data.InMemoryLoader(images, labels, batch_size)."
+        raise UserError(f"The loader yields {type(batch).__name__}: expected {BATCH}. {remedy}")
+    return batch
 
 
 @dataclass
@@ -95,7 +109,7 @@ class ImageDataModule(L.LightningDataModule):
             then those with the highest loss when they were last used (StaleSB, Jiang et al., 2019,
             https://arxiv.org/abs/1910.00762). Images with wrong labels also have high losses.
         transforms: transforms of single training images, such as `recipes.erasing.RandomErasing`, under any names; they
-            are applied in order, after crop, flip and cutout.
+            are applied in order, after crop, flip and cutout. Those of torchvision (v1 or v2) are slower.
         mix: a transform that mixes pairs of training images, such as `recipes.mixup.Mixup`; None: no mixing.
         shuffle_seed: determines the order and the augmentation.
         on_device: store the images in GPU memory; otherwise they are stored on the host, and batches are copied while
@@ -125,7 +139,10 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
-        self.transforms = [transform for transform in (transforms or {}).values() if transform is not None]
+        named = {name: transform for name, transform in (transforms or {}).items() if transform is not None}
+        self.transforms = [part if hasattr(part, "draw") else PerImage(name, part) for name, part in named.items()]
+        if mix is not None and not hasattr(mix, "draw"):
+            raise UserError(f"data.mix={type(mix).__name__} has no draw. Choose +recipe=mixup or +recipe=cutmix.")
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device

@@ -21,9 +21,7 @@ class Batch(NamedTuple):
     lam: Tensor | None = None  # the weights of `labels`, float [B]; the weights of `partners` are 1 - lam
 
     def pin_memory(self) -> "Batch":
-        partners = None if self.partners is None else self.partners.pin_memory()
-        lam = None if self.lam is None else self.lam.pin_memory()
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), partners, lam)
+        return Batch(*(None if part is None else part.pin_memory() for part in self))  # pyright: ignore
 
 
 class BatchLoader:
@@ -63,8 +61,7 @@ class BatchLoader:
         world_size: int = 1,
     ) -> None:
         self.labels = labels.to(device)
-        self.rank, self.world_size = rank, world_size
-        self.image_size = image_size
+        self.image_size, self.rank, self.world_size = image_size, rank, world_size
         self.train, self.seed, self.pin = train, seed, pin
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
         self.transforms = transforms if train else ()

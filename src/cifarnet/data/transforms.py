@@ -1,9 +1,13 @@
 """The interfaces of recipes that change images, whose random numbers are drawn for a whole epoch at once."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from cifarnet.errors import UserError
+from cifarnet.seeding import generator
 
 
 class Mix(Protocol):
@@ -30,6 +34,55 @@ class Transform(Protocol):
     def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
         """Transform images, uint8 [B, C, H, W], according to their draws; return uint8."""
         ...
+
+
+class PerImage:
+    """Applies a transform that has no `draw`, such as torchvision's, to one image after the other on the CPU.
+
+    Before each call, torch's generator is seeded as a function of (seed, epoch, name, index).
+
+    Args:
+        name: the name in `data.transforms`.
+        function: takes and returns an image, uint8 [C, H, W].
+    """
+
+    def __init__(self, name: str, function: Callable[[Tensor], Any]) -> None:
+        self.name, self.function = name, function
+        if not callable(function):
+            raise UserError(
+                f"data.transforms.{name}={function} is not a transform: add data.transforms.{name}._target_"
+            )
+
+    def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor]:
+        """Return the seed of each image, int64 [count]."""
+        return (torch.randint(2**63 - 1, (count,), generator=generator(seed, epoch, f"transform {self.name}")),)
+
+    def __call__(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Return the changed images, uint8 [B, C, H, W].
+
+        Raises:
+            UserError: the transform fails, or does not return an image of the same type and shape.
+        """
+        changed = []
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(images.cpu(), seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+                changed.append(self._apply(image))
+        return torch.stack(changed).to(images.device)
+
+    def _apply(self, image: Tensor) -> Tensor:
+        try:
+            changed = self.function(image)
+            if getattr(changed, "dtype", None) != image.dtype or changed.shape != image.shape:
+                details = f" {changed.dtype} {[*changed.shape]}" if isinstance(changed, Tensor) else ""
+                raise TypeError(f"it returned {type(changed).__name__}{details}")
+        except Exception as error:  # a transform may raise any type
+            raise UserError(
+                f"data.transforms.{self.name} ({type(self.function).__name__}) cannot be used: "
+                f"{' '.join(str(error).split()).rstrip('.')}. A transform must take and return a tensor, uint8 "
+                f"{[*image.shape]}; remove ToTensor, ToDtype and Normalize, because the network normalizes the images."
+            ) from error
+        return changed
 
 
 def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
