@@ -28,6 +28,7 @@ import common
 from cifarnet import cli
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import deciding_settings
+from cifarnet.errors import UserError, printable
 from cifarnet.records.figures import save
 from cifarnet.records.record import Record
 from cifarnet.system import files, hardware
@@ -92,7 +93,12 @@ def train_missing(results: list[Result], only: Sequence[str], seeds: int, overri
             if status:
                 failed.append(f"{name} with seed {seed}")
                 continue
-            results.append(run | result_of(folder))
+            try:
+                results.append(run | result_of(folder))
+            except UserError as error:  # the record cannot be read
+                print(printable(f"Error: {error}"), file=sys.stderr)
+                failed.append(f"{name} with seed {seed}")
+                continue
             files.write(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
             write(results)
     return failed
@@ -158,7 +164,7 @@ def write(results: list[Result]) -> None:
     for result in sorted(results, key=lambda result: result["seed"]):
         if result["recipe"] == current[result["command"]]:
             machine = "{hardware}, {threads} threads, {precision}, torch {torch}".format_map(result)
-            rows[machine, result["images"], result["sha256"], result["command"]].append(result)
+            rows[machine, result["images"], result.get("sha256"), result["command"]].append(result)
     rows = dict(sorted(rows.items(), key=lambda row: (row[0][:3], mean(row[1], "seconds"))))
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * 6 + " --- | --- | --- |"]
     for (machine, images, _, command), runs in rows.items():

@@ -46,6 +46,20 @@ def sweep(run):
         run(f"sweep/{seed + 3}", seed, accuracy - 0.02, FASTER)
 
 
+def test_a_record_without_the_checksum_of_its_images_is_left_out(run, compared):
+    run("a/0", 0, 0.9)
+    file = run("a/1", 1, 0.9) / "metrics.json"
+    record = json.loads(file.read_text())
+    del record["data"]["sha256"]
+    file.write_text(json.dumps(record))
+    status, printed, error = compared("a")
+    assert (status, error) == (0, "")
+    assert "Left out: a/1/metrics.json cannot be read" in printed
+    status, _, error = compared("a/1")
+    assert (status, error.count("\n")) == (1, 1)
+    assert "sha256" in error
+
+
 def test_groups_by_seed_and_names_what_differs(sweep, compared, tmp_path):
     status, printed, error = compared("sweep")
     assert status == 0, error

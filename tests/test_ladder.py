@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cifarnet.train import train
+from example_record import RECORD, session
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["data=synthetic", "data.train_size=400", "data.test_size=50", "trainer=cpu", "threads=1"]
@@ -103,6 +104,25 @@ def test_a_result_of_something_else_does_not_fill_a_row(ladder, monkeypatch, oth
     assert ladder.train_missing([same | other], ["speedrun"], 1, ["trainer=cpu"]) == ["speedrun with seed 0"]
     assert len(trained) == 1
     assert trained[0][1] == ["+experiment=speedrun", "trainer=cpu", "seed=0"]
+
+
+def test_a_record_that_cannot_be_read_is_reported(ladder, monkeypatch, capsys):
+    """The other runs are trained, and the damaged one is not in the table."""
+    monkeypatch.setattr(ladder, "train", lambda folder, settings: 0)
+
+    def result_of(folder):
+        record = json.loads(json.dumps(RECORD | {"sessions": [session()]}))
+        if folder.name == "0":
+            del record["data"]["sha256"]
+        (ladder.ROOT / "metrics.json").write_text(json.dumps(record))
+        return {"read": ladder.Record.read(ladder.ROOT / "metrics.json").name}
+
+    monkeypatch.setattr(ladder, "result_of", result_of)
+    monkeypatch.setattr(ladder, "write", lambda results: None)
+    results = []
+    assert ladder.train_missing(results, ["resnet20"], 2, ["trainer=cpu"]) == ["resnet20 with seed 0"]
+    assert [result["seed"] for result in results] == [1]
+    assert "metrics.json cannot be read: value of key 'data'" in capsys.readouterr().err
 
 
 def test_flops_of_a_network_are_those_by_hand(ladder, config, tmp_path):

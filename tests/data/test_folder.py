@@ -345,6 +345,17 @@ def test_all_unreadable_files_are_reported_at_once(tree, cache):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_is_removed_while_it_is_streamed_is_named(tree, workers):
+    loader = read(tree, in_memory=False, workers=workers).test_dataloader()
+    assert len(list(loader)) == 1
+    (tree / "test/dog/2.png").unlink()
+    with pytest.raises(UserError) as error:
+        list(loader)
+    problem = f"{tree}/test/dog/2.png cannot be read as an image (No such file or directory)"
+    assert str(error.value) == f"{problem}. Replace or remove it."
+
+
 SPECIAL = {
     "pipe": os.mkfifo,
     "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),

@@ -85,14 +85,14 @@ def test_the_users_command_downloads(changed, data, server):
         assert len(server[1]) == number
 
 
-@pytest.mark.parametrize("fetch", ["torch.hub.download_url_to_file", "torchvision.datasets.utils.download_url"])
+@pytest.mark.parametrize("fetch", ["torch.hub.download_url_to_file", "torchvision.models.resnet18"])
 @pytest.mark.parametrize("key", ["root", "transforms", "_target_"])
 def test_recorded_data_builds_only_data_sets_and_transforms(changed, data, server, fetch, key):
     nested = {"_target_": fetch, "url": server[0], "root": str(data), "dst": str(data / "x")}
     settings = nested if key == "_target_" else {"_target_": "cifarnet.data.CIFAR10", key: {"mine": nested}}
     path = changed(lambda content: content["hyper_parameters"]["config"].update(data=settings))
     before = files(data)
-    with pytest.raises(UserError, match=rf"names {fetch} in data.*classes=\[{fetch}\]"):
+    with pytest.raises(UserError, match=rf"names .*{fetch}.*classes=\[{fetch}\]"):
         resume(path)
     assert (server[1], files(data)) == ([], before)
 
@@ -100,7 +100,7 @@ def test_recorded_data_builds_only_data_sets_and_transforms(changed, data, serve
 @pytest.mark.parametrize("name", ["cifarnet.data.folder.os.mkdir", "cifarnet.data.cifar10.Published"])
 def test_merely_imported_names_are_refused(changed, name):
     path = changed(lambda content: content["hyper_parameters"]["config"]["data"].update(_target_=name))
-    with pytest.raises(UserError, match="in data"):
+    with pytest.raises(UserError, match=f"names .*{name}"):
         resume(path)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifarnet.data.loader import BatchLoader
+from cifarnet.errors import UserError
 
 
 class LazyImages(Dataset):
@@ -37,6 +38,10 @@ class StreamingLoader(BatchLoader):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the default, torch's global generator, would change dropout
         )
-        for images in loader:
-            pixels = images.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
-            yield pixels, torch.arange(len(pixels), device=device)
+        try:
+            for images in loader:
+                pixels = images.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
+                yield pixels, torch.arange(len(pixels), device=device)
+        except UserError as error:  # if a worker raised it, DataLoader has put a traceback before the message
+            message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+            raise UserError(message.strip()) from None
