@@ -120,7 +120,7 @@ def check_sections(config: DictConfig) -> None:
     """
     for name in config:
         if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
-            _check_node(str(name), config[name])
+            check_section(str(name), config[name])
 
 
 def output_folder(config: DictConfig) -> Path:
@@ -223,7 +223,7 @@ def _check_keys(config: DictConfig) -> None:
                 raise UserError(f"{prefix}{key}: unknown setting; nothing uses it.{suggestion}")
 
 
-def _check_node(name: str, node: DictConfig) -> None:
+def check_section(name: str, node: DictConfig) -> None:
     """Check a section and its subsections."""
     values: dict[str, Any] = {}
     for key in node:
@@ -241,7 +241,7 @@ def _check_node(name: str, node: DictConfig) -> None:
         members = value if isinstance(value, ListConfig) else [value]
         sections = [member for member in members if isinstance(member, DictConfig)]
         for section in sections:
-            _check_node(f"{name}.{key}", section)
+            check_section(f"{name}.{key}", section)
         if not sections and "_target_" not in values:
             check(f"{name}.{key}", value, Any)
 

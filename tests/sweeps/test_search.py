@@ -301,6 +301,17 @@ def test_an_unreadable_journal_is_reported_in_one_message(run, tmp_path, content
     assert error.startswith("Error: search/study.journal cannot be read: ")
 
 
+@pytest.mark.parametrize("name", ["study.journal", "study.lock", "0.lock", "sweep.csv", "stop", "0"])
+def test_a_link_out_of_the_folder_is_refused(run, tmp_path, name):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "search" / name).symlink_to(tmp_path / "mine")
+    status, _, error = run(RATE)
+    assert (status, f"search/{name} is a link" in error) == (1, True)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "search"]
+
+
 def test_a_folder_that_was_renamed_keeps_its_study(run, tmp_path):
     lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]
     assert run(*lean, "hydra.sweeper.trials=1")[0] == 0

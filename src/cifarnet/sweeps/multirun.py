@@ -35,6 +35,8 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
         UserError: a setting is wrong, or there are no validation images for choosing the best settings.
     """
     check_settings(config.sweep, SweepSettings, "sweep.")
+    folder = Path(config.hydra.sweep.dir)
+    files.refuse_links(folder, folder.glob("*"))  # such as a study.journal, to which a search would append
     written: Any = OmegaConf.to_container(config, resolve=False)
     layout = {  # a sweep is reported and resumed by the numbers of its jobs, which are the names of their folders
         "hydra.sweep.subdir": (written["hydra"]["sweep"]["subdir"], "${hydra.job.num}"),

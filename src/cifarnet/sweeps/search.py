@@ -20,10 +20,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.config import check_sections, effect
+from cifarnet.config import check_section, effect
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_sweep
-from cifarnet.schema import Range, check_settings
+from cifarnet.schema import Range, check_settings, has_target
 from cifarnet.sweeps import jobs, multirun, search_figures
 from cifarnet.sweeps.space import search_space
 from cifarnet.sweeps.summary import resume_command, summarize
@@ -84,8 +84,9 @@ class Search(Sweeper):
                 "the same command in several terminals, with threads=… to limit each process to its share of the cores."
             )
         self.uses_slurm = launcher == "Slurm"
-        parts = {name: config.hydra.sweeper[name] for name in ("sampler", "pruner")}
-        check_sections(OmegaConf.create({"hydra": {"sweeper": parts}, "seed": config.seed}))
+        for name in ("sampler", "pruner"):
+            if has_target(part := config.hydra.sweeper.get(name)):
+                check_section(f"hydra.sweeper.{name}", part)
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
         self._launcher(self.task)  # checks the launcher's settings before a folder is created
