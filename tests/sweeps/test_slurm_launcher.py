@@ -11,9 +11,8 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from cifarnet import cli, search, train
-from cifarnet.errors import UserError
 from cifarnet.sweeps.multirun import resume_arguments
-from cifarnet.sweeps.slurm import Slurm, Task
+from cifarnet.sweeps.slurm import Task
 from cifarnet.system import hardware
 from conftest import SMALL
 
@@ -137,15 +136,22 @@ def test_control_characters_do_not_reach_sbatch(command, cluster, setting, main)
     assert not (cluster / "lightning_logs").exists()
 
 
-def test_control_characters_in_keys_and_the_working_directory_do_not_reach_sbatch(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="control character"):
-        Slurm(submitit_folder="a", additional_parameters={"comment\ntouch stolen": 1})
-    (tmp_path / "a\nb").mkdir()
-    monkeypatch.chdir(tmp_path / "a\nb")
-    with pytest.raises(UserError, match="control character"):
-        Slurm(submitit_folder="a")
-    monkeypatch.chdir(tmp_path)
-    Slurm(submitit_folder="a", name="café 'x' $(ls)", mem_gb=None)
+@pytest.mark.parametrize("launcher", ["submitit_slurm", "slurm"])
+def test_control_characters_in_keys_and_the_working_directory_do_not_reach_sbatch(
+    command, cluster, monkeypatch, launcher
+):
+    folder = cluster / "conf/hydra/launcher"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        f'defaults: [{launcher}]\nadditional_parameters: {{"comment\\ntouch stolen": 1, comment: "café $(ls)"}}'
+    )
+    status, _, error = command("-m", *LEAN, "--config-dir", "conf", "hydra/launcher=mine", "seed=0,1")
+    assert (status, "control character" in error) == (1, True), error
+    (cluster / "a\nb").mkdir()
+    monkeypatch.chdir(cluster / "a\nb")
+    status, _, error = command("-m", *LEAN, f"hydra/launcher={launcher}", f"hydra.sweep.dir='{Path.cwd()}/x'")
+    assert (status, "control character" in error) == (1, True), error
+    assert not (cluster / "scripts.txt").exists()
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ Resuming reuses the recorded overrides, which can run code: resume only your own
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
     """
     check_settings(config.sweep, SweepSettings, "sweep.")
     folder = Path(config.hydra.sweep.dir)
+    for text in _texts([OmegaConf.to_container(config.hydra.launcher, resolve=True), os.path.abspath(folder)]):
+        if re.search(
+            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text
+        ):  # in sbatch's script, the rest of a broken line would run as a command
+            raise UserError(
+                f"{text!r} contains a control character, which launchers could pass to a shell. Remove it from name, "
+                "hydra.sweep.dir or hydra.launcher."
+            )
     files.refuse_links(folder, folder.glob("*"))  # such as a study.journal, to which a search would append
     written: Any = OmegaConf.to_container(config, resolve=False)
     layout = {  # a sweep is reported and resumed by the numbers of its jobs, which are the names of their folders
@@ -58,6 +68,17 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
                 f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy. Set "
                 "aside validation images with data.val_fraction=0.1. (A sweep over only the seed does not need them.)"
             )
+
+
+def _texts(setting: Any) -> Iterator[str]:
+    """Yield the texts in a nested setting, including its keys."""
+    if isinstance(setting, dict):
+        setting = [*setting, *setting.values()]
+    if not isinstance(setting, list):
+        yield str(setting)
+        return
+    for part in setting:
+        yield from _texts(part)
 
 
 def begin(config: DictConfig, folder: Path) -> None:

@@ -89,7 +89,6 @@ class Search(Sweeper):
                 check_section(f"hydra.sweeper.{name}", part)
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
-        self._launcher(self.task)  # checks the launcher's settings before a folder is created
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are enough, and print the table of all trials, even if the search fails.

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,6 @@ class Slurm(SlurmLauncher):
     config: DictConfig
     hydra_context: HydraContext
     task_function: task.Task
-
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-        folder = os.path.abspath(self.params["submitit_folder"])
-        for text in _texts([self.params, folder]):
-            if not text.isprintable():  # it would end the line of the script, and the rest would run as a command
-                raise UserError(
-                    f"{text!r} contains a control character, which cannot be passed to sbatch. Remove it from "
-                    "hydra.launcher, name or hydra.sweep.dir."
-                )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run jobs of a sweep. Finished jobs of a resumed sweep are not queued again."""
@@ -214,17 +204,6 @@ class Task:
         if requeue.returncode > 0:  # negative if SLURM ends this job's processes, including scontrol
             return f"SLURM will not queue it again: {requeue.stderr.strip()}"
         return "It is in SLURM's queue again."
-
-
-def _texts(setting: Any) -> Iterator[str]:
-    """Yield the texts in a nested setting, including its keys."""
-    if isinstance(setting, Mapping):
-        setting = [*setting, *setting.values()]
-    if not isinstance(setting, list):
-        yield str(setting)
-        return
-    for part in setting:
-        yield from _texts(part)
 
 
 def num_restarts() -> int:

@@ -28,8 +28,8 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     if not runs:
         return
     groups = tables.grouped(runs, "val_accuracy")
-    write_csv(runs, sweep_folder / "sweep.csv")
     print(printable(f"\n{table(groups)}\n"))
+    write_csv(runs, sweep_folder / "sweep.csv")
     for run in runs:
         if run.note and run.status != "pruned":
             print(printable(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}"))
