@@ -42,6 +42,9 @@ def test_sweeps_become_distributions(override, expected):
         ("a=range(5,1)", "has no values"),
         ("a=range(0,inf)", "use finite numbers"),
         (f"a=range(0,1{'0' * 400}.0)", "use finite numbers"),
+        ("a=tag(log,interval(0.001,1e300))", "use finite numbers below 2**63"),
+        ("a=interval(-1e308,1e308)", "use finite numbers below 2**63"),
+        ("a=range(0,1e18,1e-18)", "too many values"),
     ],
 )
 def test_a_wrong_sweep_is_reported_in_one_line(override, named):

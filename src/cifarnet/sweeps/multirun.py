@@ -90,7 +90,8 @@ def begin(config: DictConfig, folder: Path) -> None:
 def fix_folder(folder: Path) -> list[str]:
     """Return the overrides that put a job into the folder of its sweep, even if the job's settings change it, such as a
     job's `name` or experiment."""
-    return [f"hydra.sweep.dir={cli.literal(str(folder))}", "hydra.sweep.subdir=${hydra.job.num}"]
+    subfolders = ["hydra.sweep.subdir=${hydra.job.num}", "hydra.output_subdir=.hydra"]
+    return [f"hydra.sweep.dir={cli.literal(str(folder))}", *subfolders]
 
 
 def stop_file(folder: Path) -> Path:

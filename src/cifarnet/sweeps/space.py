@@ -74,6 +74,8 @@ def distribution(override: Override) -> "BaseDistribution":
         if is_whole:
             return IntDistribution(int(low), int(high), bool(tags), int(step or 1))
         return FloatDistribution(float(low), float(high), bool(tags), step)
+    except ArithmeticError as error:
+        raise UserError(f"{override.input_line} has too many values. Use a larger step.") from error
     except ValueError as error:
         raise UserError(f"{override.input_line}: {' '.join(str(error).split())}") from error
 
@@ -83,8 +85,8 @@ def _bounds(override: Override, sweep: IntervalSweep | RangeSweep) -> tuple[Deci
     is_range = isinstance(sweep, RangeSweep)
     numbers = [sweep.start, sweep.stop, sweep.step] if is_range else [sweep.start, sweep.end]
     start, end, *steps = (Decimal(str(number)) for number in numbers)
-    if not all(number.is_finite() for number in (start, end, *steps)):
-        raise UserError(f"{override.input_line}: use finite numbers.")
+    if not all(number.is_finite() and abs(number) < 2**63 for number in (start, end, *steps)):
+        raise UserError(f"{override.input_line}: use finite numbers below 2**63.")
     if not is_range:
         return start, end, math.inf
     step = steps[0]
