@@ -119,8 +119,9 @@ class Search(Sweeper):
                     self._run(trials, fixed, failures)
             finally:
                 trials.release()
-                summarize(folder, self.trials, resume_command(folder), trials.runs(fixed))
-                search_figures.draw(study, folder)
+                runs = trials.runs(fixed)
+                summarize(folder, self.trials, resume_command(folder), runs)
+                search_figures.draw(study, runs, list(space), folder)
         jobs.raise_first_failure(failures)
 
     def _run(self, trials: "Trials", fixed: Sequence[str], failures: list[JobReturn]) -> None:

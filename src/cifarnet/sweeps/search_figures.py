@@ -2,40 +2,38 @@
 
 import itertools
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifarnet.errors import printable
-from cifarnet.records.tables import Group, Run
+from cifarnet.records.tables import Run, grouped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from optuna import Study
-    from optuna.trial import FrozenTrial
 
 
-def draw(study: "Study", folder: Path) -> None:
-    """Write `history.png`, `importances.png` and `slices.png` into a folder, if at least two trials are complete."""
-    from optuna.trial import TrialState
+def draw(study: "Study", runs: Mapping[str, Run], keys: Sequence[str], folder: Path) -> None:
+    """Write `history.png`, `importances.png` and `slices.png` into a folder, if at least two trials are complete.
 
-    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len(trials) < 2:
+    Args:
+        runs: the trials of the study, by number.
+        keys: the settings that are searched.
+    """
+    runs = {number: run for number, run in runs.items() if run.status == "done"}
+    if len(runs) < 2:
         return
     from cifarnet.records import figures
 
-    settings = [{key: str(value) for key, value in trial.params.items()} for trial in trials]
-    runs = [
-        Run(folder / str(trial.number), values, numbers={"val_accuracy": trial.value or 0.0})
-        for trial, values in zip(trials, settings, strict=True)
-    ]
-    groups = [Group(run.settings, [run], "val_accuracy") for run in runs]
-    figures.save(_history(trials), folder / "history.png")
+    scores = {int(number) + 1: run.score for number, run in runs.items()}  # trials count from 1
+    figures.save(_history(scores), folder / "history.png")
     figures.save(_importances(study), folder / "importances.png")
-    figures.save(figures.sweep(groups, list(trials[0].params)), folder / "slices.png")
+    figures.save(figures.sweep(grouped(list(runs.values()), "val_accuracy"), keys), folder / "slices.png")
 
 
-def _history(trials: "list[FrozenTrial]") -> "Figure":
-    """Draw the score of each trial, which counts from 1, and the best score so far."""
+def _history(scores: Mapping[int, float]) -> "Figure":
+    """Draw the score of each trial, and the best score so far."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     from cifarnet.records import figures
@@ -43,11 +41,11 @@ def _history(trials: "list[FrozenTrial]") -> "Figure":
     figure, axis = figures.panel("trial", "val accuracy")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    numbers, scores = [trial.number + 1 for trial in trials], [trial.value or 0.0 for trial in trials]
-    best = max(scores)
-    axis.plot(numbers, scores, "o", color=figures.TRAIN, label="trials")
-    label = f"best so far: {best:.1%} (trial {numbers[scores.index(best)]})"
-    axis.step(numbers, list(itertools.accumulate(scores, max)), where="post", color=figures.VAL, label=label)
+    axis.plot(list(scores), list(scores.values()), "o", color=figures.TRAIN, label="trials")
+    best = max(scores, key=lambda number: scores[number])
+    label = f"best so far: {scores[best]:.1%} (trial {best})"
+    steps = list(itertools.accumulate(scores.values(), max))
+    axis.step(list(scores), steps, where="post", color=figures.VAL, label=label)
     axis.legend(frameon=False)
     return figure
 
