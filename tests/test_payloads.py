@@ -1,9 +1,15 @@
 """Files of strangers: nothing in them runs, nothing is written outside the run's folder, nothing is fetched."""
 
 import contextlib
+import csv
+import json
+import logging
 import os
+import pickle
 import shutil
+import struct
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +18,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from cifarnet.checkpoint import Checkpoint
 from cifarnet.errors import UserError
+from cifarnet.evaluate import evaluate
+from cifarnet.export import export
+from cifarnet.inference.trained import load
+from cifarnet.predict import predict
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import small
+from conftest import picture, small
 
 WRITES = {"os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.rename": 1, "os.symlink": 1, "os.link": 1, "os.truncate": 0}
 FETCHES = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
@@ -294,3 +305,236 @@ def test_a_recorded_config_does_not_start_thousands_of_processes(run, key, value
     with pytest.raises(UserError, match=rf"{key}.*=\d+ exceeds the \d+ cores.*{key}"):
         resume(run)
     assert resume(run, [f"{key}=1"])[0].trainer.max_epochs == 1
+
+
+# I. Formulas and escapes
+
+
+def test_names_in_a_file_run_nothing_in_a_spreadsheet_or_a_terminal(run, tmp_path, capsys):
+    names = ["=cmd|' /C calc'!A0", "@SUM(1)", "\x1b]0;owned\x07", "<script>alert(1)</script>", "-1", "{{ 7*7 }}"]
+    names += ["$\\frac{$", "`id`", "| a", "${oc.env:HOME}"]
+    path = alter(run / "checkpoints/best.ckpt", lambda content: content["hyper_parameters"].update(class_names=names))
+    for name in ("=1+1.png", "-x.png", "\x1b[2J.png"):
+        picture(tmp_path / "pictures" / name)
+    os.mkdir("out")
+    with watched(tmp_path / "out"):
+        predict(path, ["pictures"], ["output=out/predictions.csv"])
+    with open("out/predictions.csv", encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    assert len(rows) == 3
+    for row in rows:
+        assert not [cell for cell in row if cell[:1] in tuple("=+-@\t\r")]
+    with watched(tmp_path / "nowhere"):
+        predict(path, ["pictures"])
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
+def test_the_log_of_a_run_has_no_escapes(run, caplog, capsys):
+    def change(content):
+        for state in content["callbacks"].values():
+            for session in state.get("sessions", []):
+                session["precision"] = "\x1b]0;owned\x07"
+
+    alter(run / "checkpoints/last.ckpt", change)
+    with caplog.at_level(logging.INFO, "cifarnet"):
+        go_on(run)
+    assert r"precision was \x1b]0;owned\x07" in caplog.text
+    assert "\x1b]" not in caplog.text + "".join(capsys.readouterr())
+
+
+def test_a_page_with_names_of_a_stranger_has_no_scripts(run, tmp_path):
+    names = sorted(["<script>alert(1)", "{{ 7*7 }}", "<img src=x onerror=alert(1)>", *"abcdefg"])
+    path = alter(run / "checkpoints/best.ckpt", lambda content: content["hyper_parameters"].update(class_names=names))
+    for split in ("train", "test"):
+        for number, name in enumerate(names):
+            for copy in range(2):
+                picture(tmp_path / "pictures" / split / name / f"{copy}.png", (number, copy, 0))
+    (tmp_path / "out").mkdir()
+    with watched(tmp_path / "out"):
+        evaluate(
+            path, ["data=folder", "data.root=pictures", "data.val_fraction=0.5", "output_dir=out", "corruptions=false"]
+        )
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    assert ">49<" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+# New kinds
+
+
+class Runs:
+    """A pickle that runs a command."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+PICKLES = [
+    Runs(os.system, "touch exploded"),
+    Runs(os.mkdir, "exploded"),
+    Runs(eval, "open('exploded', 'w')"),
+    Runs(torch.load, "exploded"),
+    Runs(torch.hub.load_state_dict_from_url, "http://127.0.0.1/exploded"),
+    Runs(torch.nn.Linear, 1, 1),
+    Runs(getattr, torch.Tensor, "numpy"),
+    Runs(type, "Evil", (), {}),
+]
+PLACES = ["optimizer_states", "callbacks", "loops", "lr_schedulers", "hyper_parameters", "state_dict", "extra"]
+
+
+@pytest.mark.parametrize("payload", PICKLES, ids=lambda payload: str(payload.call)[:40])
+def test_a_pickle_in_any_part_of_a_checkpoint_is_refused(run, payload):
+    path = run / "checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    for place in PLACES:
+        torch.save(content | {place: {"x": [payload]}}, path)
+        for use in (Checkpoint.open, resume, load):
+            with watched(), pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+                use(path)
+
+
+def test_an_archive_with_the_names_of_other_files_extracts_nothing(run, tmp_path):
+    path = run / "checkpoints/best.ckpt"
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../exploded", "/tmp/exploded", "best/../../exploded", "best/code/exploded.py", "C:\\exploded"):
+            archive.writestr(name, "print('exploded')")
+    with watched(), contextlib.suppress(UserError):
+        load(path)
+    assert not list(tmp_path.rglob("exploded*"))
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    output = f"output={tmp_path_factory.mktemp('exported')}/hub"
+    return export(trained, ["format=hub", output, "data=synthetic", "data.test_size=10", "images=2"])
+
+
+@pytest.fixture
+def hub(exported, tmp_path, monkeypatch):
+    """A copy of a folder in Hugging Face's format, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(exported, tmp_path / "hub"))
+
+
+def test_a_header_of_safetensors_that_claims_other_places_is_refused(hub):
+    good = (hub / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", good[:8])
+    header = json.loads(good[8 : 8 + length])
+    first = next(key for key in header if key != "__metadata__")
+    for change in (
+        {"data_offsets": [0, 2**62]},
+        {"data_offsets": [-8, 0]},
+        {"shape": [2**40, 2**40]},
+        {"shape": [-1]},
+        {"dtype": "O"},
+    ):
+        text = json.dumps(header | {first: header[first] | change}).encode()
+        (hub / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])
+        with watched(), pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+            load(hub)
+    for length in (2**63, 10**9, 0):
+        (hub / "model.safetensors").write_bytes(struct.pack("<Q", length) + good[8:])
+        with watched(), pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+            load(hub)
+
+
+def test_more_files_in_a_folder_of_the_hub_are_not_used(hub, tmp_path, monkeypatch):
+    for name in ("modeling.py", "psutil.py", "conftest.py", "sitecustomize.py", "__init__.py", "cifarnet.py"):
+        (hub / name).write_text("open('exploded', 'w')")
+    (hub / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(os.mkdir, "exploded")))
+    settings = json.loads((hub / "config.json").read_text())
+    settings |= {"auto_map": {"AutoModel": "modeling.Model"}, "trust_remote_code": True, "_target_": "os.mkdir"}
+    settings["model"] |= {"_partial_": True, "_convert_": "all"}
+    (hub / "config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(hub)
+    with watched():
+        assert len(load(".").class_names) == 10
+    assert not list(tmp_path.rglob("exploded"))
+
+
+def test_large_numbers_in_the_settings_of_a_hub_folder_are_refused(hub):
+    text = (hub / "config.json").read_text()
+    for old, new in [('"epoch": 1', '"epoch": 1' + "0" * 5000), ('"image_size": 32', '"image_size": 1e308')]:
+        assert old in text
+        (hub / "config.json").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match="hub"):
+            load(hub)
+    (hub / "config.json").write_text('{"model": ' + "[" * 10**5)
+    with pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+        load(hub)
+
+
+def test_links_in_the_folder_of_a_run_lead_nowhere(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    names = ("metrics.json", "report.html", "confusion.png", "reliability.png")
+    (run / "evaluation").mkdir()
+    for name in names:
+        (run / "evaluation" / name).symlink_to(tmp_path / "mine/thesis.txt")
+    with watched(run / "evaluation"):
+        evaluate(run, ["corruptions=false"])
+    for name in ("exported", "explained"):
+        (run / name).symlink_to(tmp_path / "mine")
+        with watched(), pytest.raises(UserError, match="is a link to a place outside"):
+            Checkpoint.open(run).folder_for(name)
+        (run / name).unlink()
+    (run / "train.log").symlink_to(tmp_path / "mine/thesis.txt")
+    with watched(), pytest.raises(UserError, match="is a link to a place outside"):
+        resume(run)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_a_checkpoint_that_is_replaced_after_it_was_verified_is_not_read_again(run):
+    """Between the check and the use, another process may replace the file."""
+    config, checkpoint = resume(run, ["trainer.max_epochs=2"])
+    checkpoint.path.unlink()
+    torch.save({"callbacks": Runs(os.mkdir, "exploded")}, run / "other.ckpt")
+    os.replace(run / "other.ckpt", checkpoint.path)
+    with watched(run):
+        train(config, checkpoint)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "where", ["model", "data", "module", "objective", "scheduler", "trainer.plugins", "recipe.x.y"]
+)
+def test_a_class_anywhere_in_a_recorded_config_is_refused(run, where):
+    targets = ["torch.hub.load", "torch.utils.collect_env.run", "torch.load", "builtins.exec", "hydra.utils.call"]
+    for target in targets:
+
+        def change(content, target=target):
+            part = content["hyper_parameters"]["config"]
+            *sections, name = where.split(".")
+            for section in sections:
+                part[section] = part.get(section) or {}
+                part = part[section]
+            part[name] = [{"x": ({"_target_": target, "_args_": ["exploded"]},)}]
+
+        alter(run / "checkpoints/last.ckpt", change)
+        with watched(), pytest.raises(UserError, match=rf"names the class {target}"):
+            resume(run)
+
+
+@pytest.mark.parametrize("name", ["pipe", "zero", "large", "deep", "huge"])
+def test_records_that_never_end_are_refused(run, name):
+    metrics = run / "metrics.json"
+    text = metrics.read_text()
+    metrics.unlink()
+    if name == "pipe":
+        os.mkfifo(metrics)
+    elif name == "zero":
+        metrics.symlink_to("/dev/zero")
+    elif name == "large":
+        with metrics.open("wb") as file:
+            file.truncate(2**26 + 1)
+    else:
+        value = "[" * 10**5 if name == "deep" else "1" + "0" * 4000
+        metrics.write_text(text.replace('"epochs": 1', f'"epochs": {value}'))
+    with pytest.raises(UserError, match=r"metrics\.json"):
+        load(run).run_record()

@@ -16,6 +16,18 @@ def on_one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def csv_cell(value: object) -> object:
+    """Put an apostrophe before a text that spreadsheets would run as a formula.
+
+    See https://owasp.org/www-community/attacks/CSV_Injection. Numbers are not changed."""
+    if not str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return value
+    with contextlib.suppress(ValueError):
+        float(str(value))
+        return value
+    return f"'{value}"
+
+
 class UserError(Exception):
     """An error that the user can correct. The message states the wrong value and what to do."""
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.errors import UserError, on_one_line, printable
+from cifarnet.errors import UserError, csv_cell, on_one_line, printable
 from cifarnet.inference.settings import prepare
 from cifarnet.system import files
 
@@ -140,7 +140,7 @@ def _write(content: Mapping[str, Any], output: Path) -> None:
         table = io.StringIO()
         writer = csv.DictWriter(table, max(rows, key=len))  # a picture that cannot be read has no classes
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: csv_cell(cell) for key, cell in row.items()} for row in rows)
         text = table.getvalue()
     try:
         files.write(output, text.encode("utf-8", "surrogateescape"))  # file names can contain any bytes

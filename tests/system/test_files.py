@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cifarnet import cli
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import UserError, csv_cell, printable
 from cifarnet.system import files
 from conftest import special
 
@@ -144,3 +144,31 @@ def test_a_written_file_has_the_permissions_of_a_new_file(tmp_path):
     files.write(tmp_path / "written", "")
     (tmp_path / "opened").touch()
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "opened").stat().st_mode
+
+
+def test_only_checkpoint_files_are_removed_from_a_run(tmp_path):
+    names = ["best.ckpt", "val/accuracy=0.5.ckpt", "notes.txt", "folder.ckpt/mine"]
+    for name in names:
+        (tmp_path / "run/checkpoints" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run/checkpoints" / name).touch()
+    (tmp_path / "run/checkpoints/link.ckpt").symlink_to("notes.txt")
+    files.remove_checkpoints(tmp_path / "run")
+    found = {path.relative_to(tmp_path / "run/checkpoints").as_posix() for path in (tmp_path / "run").rglob("*.*")}
+    assert found == {"notes.txt", "folder.ckpt", "link.ckpt"}
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    (tmp_path / "other/checkpoints/last.ckpt").touch()
+    files.remove_checkpoints(tmp_path / "other")
+    assert not (tmp_path / "other/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "-", "-x.jpg"]
+)
+def test_formulas_get_an_apostrophe(text):
+    assert csv_cell(text) == f"'{text}"
+    assert csv_cell(Path(text)) == f"'{text}"
+
+
+@pytest.mark.parametrize("value", ["cat", "a=b", "", None, 0.5, -0.5, "-0.5", "+1e-3", "-inf", "'quoted"])
+def test_other_cells_are_not_changed(value):
+    assert csv_cell(value) is value

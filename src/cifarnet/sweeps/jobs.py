@@ -8,7 +8,6 @@ import contextlib
 import io
 import math
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -106,7 +105,7 @@ def run_job(
             print(printable(f"Job {folder.name} is pruned: {reason}"), flush=True)
             files.write(folder / "pruned.txt", f"{reason}\n")
             if isinstance(reason, Pruned):
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                files.remove_checkpoints(folder)
             return Outcome("pruned")
         except TakenOver:
             return Outcome("interrupted")
@@ -174,8 +173,8 @@ def _previous_session(config: DictConfig, folder: Path) -> "tuple[float | None, 
 
 def _are_equal(recorded: Mapping[str, Any], config: DictConfig) -> bool:
     """Whether two configs produce the same result."""
-    settings: Any = OmegaConf.to_container(config)
-    return deciding_settings(recorded) == deciding_settings(settings)
+    written: Any = OmegaConf.to_container(config)  # as in metrics.json; checkpoints contain no resolvers
+    return deciding_settings(recorded) in map(deciding_settings, (written, cli.without_resolvers(config, "logger")))
 
 
 def _callbacks(config: DictConfig, trial: "Trial | None") -> list[Any]:

@@ -3,14 +3,13 @@
 import csv
 import io
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.errors import printable
+from cifarnet.errors import csv_cell, printable
 from cifarnet.records import tables
 from cifarnet.records.tables import Group, Run
 from cifarnet.system import files
@@ -88,7 +87,8 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     for run in sorted(runs, key=lambda run: tables.sort_key(run.score)):
         folder = run.folder.name if run.folder.parent == path.parent else run.folder
         outcome = {"status": run.status, "folder": folder, "note": run.note}
-        writer.writerow(run.settings | run.numbers | outcome)
+        cells = run.settings | run.numbers | outcome
+        writer.writerow({key: csv_cell(cell) for key, cell in cells.items()})
     files.write(path, content.getvalue().encode("utf-8", errors="replace"))
 
 
@@ -99,4 +99,4 @@ def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:
     runs = [tables.read_run(path.parent) for path in sweep_folder.glob("*/checkpoints")]
     finished = sorted((run for run in runs if run.status == "done"), key=lambda run: tables.sort_key(run.score))
     for run in finished[keep:]:
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        files.remove_checkpoints(run.folder)

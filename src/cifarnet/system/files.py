@@ -144,6 +144,16 @@ def remove_if_unused(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_checkpoints(run: Path) -> None:
+    """Remove the checkpoint files in the folder of a run; links and other files are kept."""
+    folder = run / "checkpoints"
+    for path in list(folder.rglob("*.ckpt")):
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
+    with contextlib.suppress(OSError):  # it has other files
+        folder.rmdir()
+
+
 def refuse_links(folder: Path, among: Iterable[Path] | None = None) -> None:
     """Check that no link in a folder would make a command write outside it.
 

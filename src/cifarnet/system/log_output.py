@@ -59,9 +59,10 @@ def disable_tensorflow() -> None:
 
 def report(lines: str, on_terminal: bool = True) -> None:
     """Print lines about a run, and write them to its `train.log`."""
+    lines = printable(lines)  # names in files may contain sequences that control a terminal, which may show the log
     logging.getLogger("cifarnet").info(lines)
     if on_terminal:
-        print(printable(lines), flush=True)
+        print(lines, flush=True)
 
 
 def log_to_file(path: Path) -> None:
