@@ -1,6 +1,7 @@
 import hashlib
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from omegaconf import OmegaConf
 from cifarnet import cli
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.finetuning import expand
+from cifarnet.finetuning import expand, transfer_weights
+from cifarnet.models import SpeedNet
 from cifarnet.recipes.backbone import head_name
 from cifarnet.resuming import resume
 from cifarnet.train import main, train
@@ -115,6 +117,18 @@ def test_the_head_is_kept_if_the_classes_are_the_same(base, tmp_path):
     overrides = [f"model.checkpoint={base}", "optimizer.lr=0", f"output_dir={tmp_path}/tuned"]
     after = train_weights(cli.compose("train", ["+experiment=finetune", *settings, *overrides]))
     assert torch.equal(after[HEAD], weights(base / "checkpoints/best.ckpt")[HEAD])
+
+
+def test_the_head_is_not_kept_if_only_the_number_of_classes_is_the_same(run):
+    names = Checkpoint.open(run).class_names
+    before = weights(run / "checkpoints/best.ckpt")[HEAD]
+    config = OmegaConf.create({"start": {"checkpoint": str(run)}})
+    for class_names, is_kept in [(names, True), (names[::-1], False), ([*names[:-1], "other"], False)]:
+        network = SpeedNet(widths=[8, 8, 8])
+        initial = network.head.weight.detach().clone()
+        transfer_weights(network, config, SimpleNamespace(class_names=class_names, image_size=32))
+        assert torch.equal(network.head.weight, before if is_kept else initial)
+        assert torch.equal(network.normalize.mean, weights(run / "checkpoints/best.ckpt")[NORM])
 
 
 def test_a_run_can_be_resumed_and_loaded_without_the_checkpoint_it_started_from(finetune, base, tmp_path):

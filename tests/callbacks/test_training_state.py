@@ -34,6 +34,7 @@ class Run:
             callbacks=[],
             checkpoint_callbacks=[],
             accumulate_grad_batches=1,
+            lr_scheduler_configs=[],
             fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
         )
         self.module._trainer = self.trainer
