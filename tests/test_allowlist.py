@@ -47,6 +47,7 @@ def test_classes_of_the_package_are_allowed(name, package, expected):
         ("cifarnet.models.CNN", "cifarnet.data"),
         ("cifarnet.data.Synthetic", "cifarnet.models"),
         ("cifarnet.models.nothing.Net", "cifarnet.models"),
+        ("cifarnet.models.cnn.Nothing", "cifarnet.models"),
         ("cifarnet.models..cnn.CNN", "cifarnet.models"),
         ("cifarnet.models", "cifarnet.models"),
         ("CNN", "cifarnet.models"),
