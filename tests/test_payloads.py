@@ -42,7 +42,8 @@ def _watch(event: str, arguments: tuple) -> None:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             watching[-1].append(("write", os.path.abspath(os.fsdecode(path))))
     elif event in WRITES and isinstance(arguments[WRITES[event]], str | bytes | os.PathLike):
-        watching[-1].append(("write", os.path.abspath(os.fsdecode(arguments[WRITES[event]]))))
+        folder = os.readlink(f"/proc/self/fd/{arguments[-1]}") if event != "os.truncate" and arguments[-1] >= 0 else ""
+        watching[-1].append(("write", os.path.abspath(os.path.join(folder, os.fsdecode(arguments[WRITES[event]])))))
     elif event == "subprocess.Popen" and os.path.basename(os.fsdecode(arguments[1][0])) not in OWN_PROGRAMS:
         watching[-1].append(("run", str(arguments[1])))
     elif event in ("os.system", "os.exec", "os.posix_spawn") or event in FETCHES:
@@ -538,3 +539,26 @@ def test_records_that_never_end_are_refused(run, name):
         metrics.write_text(text.replace('"epochs": 1', f'"epochs": {value}'))
     with pytest.raises(UserError, match=r"metrics\.json"):
         load(run).run_record()
+
+
+# D. Network
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/cifar.tar.gz", "file:///etc/hostname", "ftp://127.0.0.1/x"])
+def test_recorded_data_settings_fetch_nothing(run, tmp_path, monkeypatch, url):
+    monkeypatch.setenv("CIFARNET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    data = {"_target_": "cifarnet.data.CIFAR10", "root": str(tmp_path / "mine"), "url": url}
+
+    def change(content):
+        content["hyper_parameters"]["data"] = data
+        content["hyper_parameters"]["config"]["data"] = data | {"read_only": False, "workers": 2}
+
+    for name in ("best", "last"):
+        alter(run / f"checkpoints/{name}.ckpt", change)
+    with watched(run, tmp_path / "cache"):
+        for use in (lambda: go_on(run), lambda: evaluate(run, ["corruptions=false"])):
+            with pytest.raises(UserError):
+                use()
+        export(run, ["format=hub"])  # compares on random pixels
+    assert os.listdir(tmp_path / "mine") == []
