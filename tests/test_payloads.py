@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from cifarnet.checkpoint import Checkpoint
@@ -562,3 +563,17 @@ def test_recorded_data_settings_fetch_nothing(run, tmp_path, monkeypatch, url):
                 use()
         export(run, ["format=hub"])  # compares on random pixels
     assert os.listdir(tmp_path / "mine") == []
+
+
+def test_networks_of_libraries_fetch_no_weights(run):
+    nets = {
+        "a": {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT", "num_classes": 10},
+        "b": [{"_target_": "timm.models.resnet.resnet10t", "pretrained": True}],
+        "c": {"_target_": "torch.nn.CrossEntropyLoss", "weights": [1.0]},
+    }
+    recorded(run, objective=nets)
+    config, _ = resume(run)
+    with watched():
+        assert instantiate(config.objective.a).fc.out_features == 10
+        assert instantiate(config.objective.b[0]).num_classes == 1000
+    assert config.objective.c.weights == [1.0]

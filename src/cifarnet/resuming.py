@@ -51,7 +51,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
     refuse_foreign_data(written.get("data"), checkpoint.path, list(map(str, allowed)))
-    recorded: Any = written | {"output_dir": str(_folder(checkpoint)), "classes": []}
+    recorded: Any = _without_downloads(written) | {"output_dir": str(_folder(checkpoint)), "classes": []}
     overridden = [key for override in parsed for key in GROUPS.get(override.key_or_group, [override.key_or_group])]
     _check_references(recorded, checkpoint.path, overridden)
     recorded = OmegaConf.create(recorded)
@@ -60,6 +60,17 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     _check_effects(config, checkpoint.path, overridden)
     _check_max_epochs(recorded, config)
     return config, checkpoint
+
+
+def _without_downloads(node: Any) -> Any:
+    """Return a nested config in which networks of libraries download no weights; the checkpoint has the weights."""
+    if isinstance(node, list | tuple):
+        return [_without_downloads(member) for member in node]
+    if not isinstance(node, dict):
+        return node
+    is_librarys = str(node.get("_target_")).startswith(("timm.", "torchvision."))
+    downloads = {"pretrained", "weights", "weights_backbone"} if is_librarys else set()
+    return {key: None if key in downloads else _without_downloads(value) for key, value in node.items()}
 
 
 def make_read_only(config: DictConfig) -> None:
