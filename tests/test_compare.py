@@ -126,6 +126,26 @@ def test_several_comparisons_are_corrected_and_the_best_group_is_doubted(run, co
     assert "best of" not in printed
 
 
+def test_a_picture_of_the_user_is_kept(run, compared, tmp_path):
+    run("a", 0, 0.9)
+    (tmp_path / "comparison.png").write_text("mine")
+    for number in (2, 3):
+        status, printed, error = compared("a")
+        assert (status, f"  comparison_{number}.png\n" in printed) == (0, True), error
+        assert (tmp_path / f"comparison_{number}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "comparison.png").read_text() == "mine"
+    assert compared("a", "output=comparison.png")[0] == 0
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_output_in_ascii(sweep, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "cifarnet.compare", "sweep"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "98.20 \\xb1 0.10%" in result.stdout
+
+
 def test_records_that_cannot_be_read_are_left_out(run, compared, tmp_path):
     """A pipe would never end, and a number above 1e308 cannot be converted to a float."""
     run("a/0", 0, 0.9)
@@ -303,8 +323,11 @@ def test_circumstances_of_each_session_are_compared(run, compared):
         (["empty"], "empty contains no finished run", "Specify the folder of a run"),
         (["evaluated"], "evaluated contains no finished run", "Specify the folder of a run"),
         (["broken"], "broken/metrics.json cannot be read: Expecting value", "Choose other runs"),
-        (["a=1", "metric=accuracy"], "a=1 has no accuracy", "test_accuracy"),
-        (["a=1", "metric=tta"], "a=1 has no tta", "test_accuracy"),
+        (["a=1", "metric=accuracy"], "metric=accuracy is not valid", "test_accuracy"),
+        (["a=1", "metric=tta"], "metric=tta is not valid", "test_accuracy"),
+        (["a=1", "metric="], "metric= is not valid", "test_accuracy"),
+        (["a=1", "+metrics=seconds"], "metrics: unknown setting", "Did you mean metric?"),
+        (["a" * 300], "a…: the name of this file or folder is too long", "Choose a shorter path"),
         (["a=1", "--against", "blind", "metric=val_accuracy"], "Left out: blind has no val_accuracy", "metric"),
         (["a=1", "--against", "a=1"], "No run can be compared", "--against"),
         (["a=1", "metric=3"], "metric=3 is not valid", "expected"),

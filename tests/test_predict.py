@@ -289,6 +289,9 @@ def test_temperature_of_the_evaluation(run, tmp_path):
     [
         ([], 1, "No pictures given"),
         (["a.png", "ttta=mirror"], 1, "Did you mean tta?"),
+        (["a.png", "+ttta=mirror"], 1, "ttta: unknown setting. Did you mean tta?"),
+        (["a.png", "++images=3"], 1, "images: unknown setting."),  # a setting of another command
+        (["a.png", "~top"], 1, "top cannot be removed. Set it to a value: top=…"),
         (["a.png", "tta=rotate"], 1, "tta=rotate"),
         (["a.png", "top=0"], 1, "top=0 is out of range: it must be at least 1"),
         (["a.png", "top=many"], 1, "top=many is not valid"),

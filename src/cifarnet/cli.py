@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -105,6 +106,20 @@ def compose(command: str, settings: Sequence[str]) -> DictConfig:
         return hydra.compose(command, list(settings))
 
 
+def check_keys(command: str, config: DictConfig) -> None:
+    """Check that a composed config has the settings of its command, and no other ones.
+
+    Raises:
+        UserError: an override has added or removed a setting.
+    """
+    known = {"data", *compose(command, [])}
+    for key in map(str, config):
+        if key not in known:
+            raise UserError(f"{key}: unknown setting.{did_you_mean(key, known)} --help lists the settings.")
+    if missing := sorted(known - {"data", *config}):
+        raise UserError(f"{missing[0]} cannot be removed. Set it to a value: {missing[0]}=…")
+
+
 def key_of(override: str) -> str:
     """Return the key of an override: `data.root` for `+data.root=pictures`."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
@@ -180,6 +195,8 @@ def run(task: Callable[[], Any]) -> None:
     Exit status: 0; 1 for an error; 130, 143 or 140 for a run that was stopped by Ctrl-C, SIGTERM or SIGUSR2. With
     HYDRA_FULL_ERROR=1, every error is shown with its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # ± in an ASCII terminal
     try:
         with _raise_errors() as show_traceback:
             task()

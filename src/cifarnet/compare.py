@@ -9,17 +9,21 @@ examples:
 """
 
 from pathlib import Path
+from typing import Literal
 
 from cifarnet import cli
 from cifarnet.errors import UserError, printable
+from cifarnet.records.record import NUMBERS
 from cifarnet.schema import check
+from cifarnet.system import files
 
 
 def _compare() -> None:
     arguments = cli.parse("compare", __doc__, against=True)
     config = cli.compose("compare", arguments.settings)
-    check("metric", config.metric, str | None)
-    check("output", config.output, str)
+    cli.check_keys("compare", config)
+    check("metric", config.metric, Literal[NUMBERS] | None)  # pyright: ignore[reportOperatorIssue]
+    check("output", config.output, str | None)
     # imported here, because scipy and matplotlib take a second to import
     from cifarnet.records import comparison, figures
 
@@ -28,7 +32,7 @@ def _compare() -> None:
     lines = comparison.conclusions(groups)
     lines += [f"warning: {warning}" for warning in left_out + comparison.warnings(groups)]
     print(printable("\n".join(f"  {line}" for line in lines)))
-    output = Path(config.output)
+    output = files.unused(Path("comparison.png")) if config.output is None else Path(config.output)
     try:
         figures.save(figures.comparison(groups), output)
     except (OSError, ValueError) as error:

@@ -120,11 +120,7 @@ def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
     title = source if len(source) <= TITLE else f"…{source[-TITLE:]}"
     figure = explanation(answer.pixels, classifier.heat(answer), answer.ranked[:NUM_DRAWN], title)
     stem = os.fsencode(Path(str(answer.source)).stem)[:150].decode(errors="ignore")
-    path, number = folder / f"{stem}.png", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}_{number}.png"
-    save(figure, path)
+    save(figure, files.unused(folder / f"{stem}.png"))
 
 
 def _write(content: Mapping[str, Any], output: Path) -> None:

@@ -61,6 +61,7 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
         UserError: a setting has a wrong type or is out of range.
     """
     config = cli.compose(command, overrides)
+    cli.check_keys(command, config)
     check_settings(config, Settings)
     return config
 

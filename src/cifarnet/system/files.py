@@ -60,6 +60,15 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path} cannot be written: it is not a regular file. Choose another path.")
 
 
+def unused(path: Path) -> Path:
+    """Return a path at which nothing exists: the path itself, or the path with a number, such as comparison_2.png."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free
+
+
 def make_folder(folder: Path, message: str) -> None:
     """Create a folder that the user chose, and its parents.
 

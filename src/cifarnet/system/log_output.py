@@ -68,4 +68,5 @@ def report(lines: str, on_terminal: bool = True) -> None:
 def log_to_file(path: Path) -> None:
     """Also write the output of `report` to a file, as Hydra's logging does (configs/train.yaml)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=path, level="INFO", format="[%(asctime)s] %(message)s")
+    logging.basicConfig(filename=path, encoding="utf-8", format="[%(asctime)s] %(message)s")
+    logging.getLogger("cifarnet").setLevel(logging.INFO)
