@@ -1,12 +1,15 @@
 import csv
+import logging
 import math
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from lightning.pytorch.callbacks import Callback
 
 from cifarnet.records import tables
 from cifarnet.sweeps import summary
+from conftest import SMALL
 from example_record import write_record
 
 
@@ -134,3 +137,22 @@ def test_only_the_best_jobs_keep_their_checkpoints(folder):
     assert len(list(folder.glob("*/checkpoints"))) == 5
     summary.clear_checkpoints(folder, keep=2)
     assert sorted(path.parent.name for path in folder.glob("*/checkpoints")) == ["0", "1", "4"]
+
+
+def test_notes_of_libraries_are_not_printed(command, tmp_path):
+    """Matplotlib notes that texts on an axis could be read as dates; a module of the user logs a warning."""
+    log = "+callbacks.log={_target_: test_summary.Log}"
+    status, out, err = command("-m", *SMALL, "threads=1", log, "name=2024-01-01,2024-01-02", "hydra.sweep.dir=sweep")
+    assert (status, "categorical" in out + err) == (0, False), out + err
+    assert "[HYDRA] Launching 2 jobs locally" in out
+    assert (tmp_path / "sweep/sweep.png").exists()
+    log = (tmp_path / "sweep/0/train.log").read_text("utf-8")
+    assert "Epoch 2/2" in log
+    assert "a warning: ±" in log
+    assert "a note" not in log
+
+
+class Log(Callback):
+    def on_fit_start(self, trainer, module):
+        logging.getLogger("other").info("a note")
+        logging.getLogger("other").warning("a warning: ±")
