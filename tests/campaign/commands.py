@@ -52,6 +52,11 @@ class Worker:
         reply = json.loads(answer)
         return reply["status"], reply["error"]
 
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()  # the process ends
+            self.process.wait()
+
     def run(self, *arguments: Any, **keywords: Any) -> tuple[str, str]:
         """Return the outcome (accepted, clear, unclear, traceback, crash or hang), and the message that was printed."""
         status, error = self.execute(*arguments, **keywords)
@@ -68,6 +73,12 @@ class Worker:
         return ("clear" if clear else "unclear"), " / ".join(lines[-2:])
 
 
+def shortened(command: Sequence[str]) -> str:
+    """Return a command for the shell, in which S stands for the settings `RUN`."""
+    different = [argument for argument in command if argument not in RUN]
+    return shlex.join(different) + (" S" if len(different) < len(command) else "")
+
+
 class Tally:
     """The outcomes of a class of inputs; `wrong` lists the commands that went wrong."""
 
@@ -80,11 +91,7 @@ class Tally:
             self.right += problem == ""
             self.refused += problem == "refused"
             return
-        parts = [[argument for argument in command if argument not in RUN] for command in commands]
-        shown = " && ".join(
-            f"cifarnet-{shlex.join(part)}{' S' if len(part) < len(command) else ''}"
-            for part, command in zip(parts, commands, strict=True)
-        )
+        shown = " && ".join(f"cifarnet-{shortened(command)}" for command in commands)
         self.wrong.append(f"{self.name}: {problem}\n    {shown}")
         print(self.wrong[-1], flush=True)
 
