@@ -118,6 +118,9 @@ def test_several_comparisons_are_corrected_and_the_best_group_is_doubted(run, co
     pairs = re.findall(r"(a - \w): .* p = ([\d.]+)", printed)
     # errors 0.001 √(2/3), 4 degrees of freedom: t = 0.612 and 3.06 give 0.573 and 0.0376, the smaller one doubled
     assert pairs == [("a - b", "0.57"), ("a - c", "0.075")]
+    # d = 0.0005/0.001 at the level 0.05/2: 2 (2.24 + 0.84)²/d² = 76, and one or two for Student's t (64 at 0.05)
+    (seeds,) = re.findall(r"a - b.*\n.* about (\d+) seeds", printed)
+    assert 76 < int(seeds) < 79
     assert "corrected for 2 comparisons by Holm's method" in printed
     assert "a was chosen as the best of 3 groups" in printed
     _, printed, _ = compared("sweep/6", "sweep/7", "sweep/8", "--against", *(f"sweep/{job}" for job in range(6)))
