@@ -40,8 +40,11 @@ USUAL = {  # values of arguments that have no default, or whose type does not te
     "T_0": 3,
     "base_lr": 0.001,
     "max_lr": 0.02,
-    "total_steps": 10,
-    "schedulers": [],
+    "total_steps": 20,
+    "schedulers": [
+        {"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 0.5, "total_iters": 2},
+        {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9},
+    ],
     "max_time": "00:00:10:00",
     "profiler": "simple",
     "gradient_clip_algorithm": "value",
@@ -135,20 +138,31 @@ def test_arguments_of_the_trainer(tmp_path, pool, tally, draw):
     assert outcomes.wrong == []
 
 
-STEPS, EPOCHS, LR = 5, 2, 0.02  # steps in an epoch
+STEPS, EPOCHS, LR = 5, 4, 0.02  # steps in an epoch
+PLATEAU = {"mode": "max", "patience": 0, "threshold": 2.0, "threshold_mode": "abs"}  # no accuracy is better by 2
 
 
-def by_hand(schedule: Any, interval: str) -> list[float]:
+def by_hand(name: str, fields: dict[str, Any], interval: str) -> list[float]:
     """Return the learning rate of each step of a plain loop."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=LR, momentum=0.9)
-    scheduler, rates = schedule(optimizer), []
+
+    def made(name: str, fields: dict[str, Any]) -> Any:
+        values = fields | ({"lr_lambda": lambda step: math.pow(0.9, step)} if "lr_lambda" in fields else {})
+        if "schedulers" in values:
+            parts = [dict(part) for part in values["schedulers"]]
+            values["schedulers"] = [made(part.pop("_target_").rpartition(".")[2], part) for part in parts]
+        return getattr(lr_scheduler, name)(**values | ({} if name == "ChainedScheduler" else {"optimizer": optimizer}))
+
+    scheduler, rates = made(name, fields), []
     for _ in range(EPOCHS):
         for _ in range(STEPS):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
-            if interval == "step":
+            if interval == "step" and name != "ReduceLROnPlateau":
                 scheduler.step()
-        if interval == "epoch":
+        if name == "ReduceLROnPlateau":
+            scheduler.step(0.5)  # never better
+        elif interval == "epoch":
             scheduler.step()
     return rates
 
@@ -159,12 +173,13 @@ def test_schedules_of_torch(tmp_path, pool, tally, draw):
     for name, schedule in inspect.getmembers(lr_scheduler, inspect.isclass):
         if issubclass(schedule, lr_scheduler.LRScheduler) and not name.startswith("_"):
             (fields,) = arguments(schedule.__init__, draw, 0)
-            cases += [(name, schedule, fields, interval) for interval in ("step", "epoch")]
+            fields |= PLATEAU if name == "ReduceLROnPlateau" else {}
+            cases += [(name, fields, interval) for interval in ("step", "epoch")]
 
     def check(worker: Worker, case: tuple[int, Any]) -> None:
-        number, (name, schedule, fields, interval) = case
+        number, (name, fields, interval) = case
         section = {"_target_": f"torch.optim.lr_scheduler.{name}", **fields}
-        settings = ["~scheduler", f"+scheduler={written(section)}"]
+        settings = ["~scheduler", f"+scheduler={written(section)}", f"trainer.max_epochs={EPOCHS}"]
         settings += ["module.scheduler_interval=epoch"] if interval == "epoch" else []
         run, file = f"run{number}", worker.folder / f"rates{number}"
         start = ["train", *RUN, *settings, f"hydra.run.dir={run}-whole"]
@@ -173,10 +188,8 @@ def test_schedules_of_torch(tmp_path, pool, tally, draw):
             outcomes.add("refused" if outcome == "clear" else f"{outcome}: {message}", start)
             return
         used = [float(line) for line in file.read_text().split()]
-        if "lr_lambda" in fields:
-            fields = fields | {"lr_lambda": lambda step: math.pow(0.9, step)}
         try:
-            expected = by_hand(lambda optimizer: schedule(optimizer, **fields), interval)
+            expected = by_hand(name, fields, interval)
         except TypeError as error:
             outcomes.add(f"accepted, though a plain loop fails: {error}", start)
             return
