@@ -16,7 +16,7 @@ import cifarnet
 from conftest import SMALL
 
 RUN = [*SMALL, "threads=1", "optimizer.lr=0.02", "model.drop_rate=0.2"]  # ten steps in two epochs; S in the output
-LIMIT = 60  # seconds for one command
+LIMIT = float(os.environ.get("CAMPAIGN_LIMIT", "60"))  # seconds for one command
 PLACES = [str(Path(__file__).parents[1]), str(Path(cifarnet.__file__).parents[1])]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PLACES), "OMP_NUM_THREADS": "1"}
 Case = TypeVar("Case")
@@ -40,11 +40,12 @@ class Worker:
             worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
             self.process = subprocess.Popen(worker, cwd=self.folder, env=self.environment, **pipes)
+            self.process.stdout.readline()
         job = {"command": command, "arguments": list(arguments), "probe": probe, "limit": LIMIT}
         job["folder"] = str(folder or self.folder)
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], 2 * LIMIT)
+        ready, _, _ = select.select([self.process.stdout], [], [], 3 * LIMIT)
         answer = self.process.stdout.readline() if ready else ""
         if not answer:
             self.process.kill()

@@ -1,4 +1,6 @@
-"""A process that runs commands of cifarnet, each in a fork of its own. For each, it reads and writes a line of JSON.
+"""A process that runs commands of cifarnet, each in a fork of its own.
+
+It writes a line when it is ready. Then it reads and writes a line of JSON for each command.
 
 Input: {"command": "train", "arguments": […], "probe": null, "folder": "…", "limit": 60}; output: {"status": exit
 status, negative for a signal, null for a hang, "error": the text on stderr}. The modules that a command has imported
@@ -9,12 +11,15 @@ import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from typing import IO, Any
+
+import cifarnet
 
 
 def run(command: str, arguments: list[str], probe: dict[str, Any] | None, folder: str) -> int:
@@ -77,6 +82,10 @@ def answer(limit: float, **job: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # commands print elsewhere
+    for module in pkgutil.walk_packages(cifarnet.__path__, "cifarnet."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module.name)
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         answers.write(json.dumps(answer(**json.loads(line))) + "\n")
         answers.flush()
