@@ -127,7 +127,7 @@ def test_a_record_that_cannot_be_read_is_reported(ladder, monkeypatch, capsys):
 
 def test_flops_of_a_network_are_those_by_hand(ladder, config, tmp_path):
     """Two FLOP per multiply-add; the convolutions keep the size, and each pair of them halves it."""
-    train(config("data.train_size=64", "trainer.max_epochs=1", "scheduler=constant"))
+    train(config("data.train_size=64", "trainer.max_epochs=1", "scheduler=constant", "threads=2"))
     size, chans, macs = 32, 3, 0
     for pair in ((4, 4), (8, 8)):
         for width in pair:
@@ -136,6 +136,10 @@ def test_flops_of_a_network_are_those_by_hand(ladder, config, tmp_path):
         size //= 2
     macs += size**2 * 8 * 16 + 16 * 10
     assert ladder.gflop(tmp_path / "run") == pytest.approx(2 * macs / 1e9)
+    shown = ladder.result_of(tmp_path / "run")
+    record = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (shown["threads"], shown["images"], shown["gflop"]) == (2, "Synthetic", pytest.approx(2 * macs / 1e9))
+    assert {key: shown[key] for key in ladder.FROM_RECORD} == {key: record[key] for key in ladder.FROM_RECORD}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -32,6 +32,7 @@ def test_rates_equal_those_by_hand():
     cosine = [1, 2, 2, 1 + half, 1, 1 - half, 0]  # 2 of 6 steps of warm-up, then cos 0, π/4, π/2, …
     assert rates(6, lambda *made: WarmupCosine(*made, warmup=1 / 3)) == pytest.approx(cosine)
     assert rates(4, lambda *made: WarmupCosine(*made, warmup=0)) == pytest.approx([2, 1 + half, 1, 1 - half, 0])
+    assert rates(4, lambda optimizer, _: WarmupCosine(optimizer, 2, warmup=0)) == pytest.approx([2, 1, 0, 0, 0])
     assert rates(1, WarmupCosine) == pytest.approx([2, 0])
     assert rates(4, Steps) == pytest.approx([2, 2, 0.2, 0.02, 0.02])
     assert rates(4, lambda *made: Steps(*made, milestones=[0.25], gamma=0.5)) == pytest.approx([2, 1, 1, 1, 1])
