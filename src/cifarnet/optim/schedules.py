@@ -63,7 +63,7 @@ class Steps(LambdaLR):
 def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
     """Return how often a run steps its schedule, infinite if the run has no end, and how often in the first epoch."""
     total, epochs = total_steps(trainer), trainer.max_epochs or 0
-    if total == math.inf:
+    if not 0 < total < math.inf:
         return total, 0
     first = steps_in_epoch(trainer, 0)
     if interval == "step":
