@@ -52,13 +52,17 @@ CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 
 
 class SignalAt(Callback):
-    """Sends this process a signal after a batch of an epoch (both count from 0)."""
+    """Sends this process a signal after a batch of an epoch (both count from 0), when the next batch has begun."""
 
     def __init__(self, epoch: int, batch: int, number: int) -> None:
         self.moment, self.number = (epoch, batch), number
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx - 1) == self.moment:
+            os.kill(os.getpid(), self.number)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == self.moment:
+        if trainer.is_last_batch and (trainer.current_epoch, batch_idx) == self.moment:
             os.kill(os.getpid(), self.number)
 
 

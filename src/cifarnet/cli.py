@@ -31,6 +31,7 @@ from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted, MachineFault, UserError, printable
 from cifarnet.schema import did_you_mean
 from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
+from cifarnet.system.output import optional_output
 
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search"}  # packages of sweeps, and the extra with each
 
@@ -189,6 +190,7 @@ def _raise_errors() -> Iterator[bool]:
             os.environ["HYDRA_FULL_ERROR"] = previous
 
 
+@optional_output()
 def run(task: Callable[[], Any]) -> None:
     """Run a command and end the process. User errors are reported in one message, bugs with a traceback.
 
@@ -203,8 +205,6 @@ def run(task: Callable[[], Any]) -> None:
     except Interrupted as interrupted:
         _print_error(str(interrupted), interrupted.status)
         sys.exit(interrupted.status)
-    except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, SystemExit) as end:
         if _is_instance(end, "lightning.pytorch.utilities.exceptions", "SIGTERMException"):
             _print_error("\nStopped by SIGTERM before training began; nothing was saved.", 143)

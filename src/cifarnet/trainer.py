@@ -7,14 +7,18 @@ import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     ProgressBar,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
@@ -37,6 +41,11 @@ UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and
     BatchSizeFinder: "Set data.batch_size.",
     LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
     ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
+    BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
+    # a resumed run would fail, or get other weights
+    StochasticWeightAveraging: "Use +recipe=swa.",
+    OnExceptionCheckpoint: "Remove it; last.ckpt is saved after each epoch.",
+    SpikeDetection: "Remove it; a run that diverges stops with an error.",
 }
 
 

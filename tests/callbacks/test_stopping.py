@@ -98,10 +98,10 @@ class TwoSignals(Callback):
 
 def test_in_a_slurm_job_a_second_signal_is_ignored(config, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    with pytest.raises(Interrupted, match="Stopped by SIGUSR2 after batch 2 of epoch 1") as interrupted:
+    with pytest.raises(Interrupted, match="Stopped by SIGUSR2 after batch 1 of epoch 1") as interrupted:
         train(config(), callbacks=[TwoSignals()])
     assert interrupted.value.status == 128 + signal.SIGUSR2
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_the_message_gives_the_number_of_complete_epochs(config):

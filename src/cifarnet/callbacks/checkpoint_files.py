@@ -50,8 +50,10 @@ def check_names(trainer: L.Trainer) -> None:
             problem = f"another checkpoint replaces {file.name}"
         elif file == later and callback.save_top_k not in (0, 1):
             problem = f"save_top_k={callback.save_top_k} needs a name for each epoch. Add {{epoch}} to the name"
+        elif callback.save_on_exception:
+            problem = "save_on_exception saves within a batch, where a run cannot be resumed exactly. Remove it"
         if problem:
-            raise UserError(f"ModelCheckpoint: filename={name}: {problem}. Choose another name, such as {{epoch}}.")
+            raise UserError(f"ModelCheckpoint: filename={name}: {problem}. Correct its settings.")
         names.add(file)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cifarnet.callbacks import checkpoint_files
+from cifarnet.callbacks.stopping import StopOnSignal
 from cifarnet.classifier import Classifier
 from cifarnet.data.datamodule import BATCH
 from cifarnet.data.loader import Batch, BatchLoader
@@ -42,6 +43,9 @@ class TrainingState(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             checkpoint_files.check_names(trainer)
+            untyped: Any = trainer
+            # a signal stops the run after all other callbacks have processed the batch
+            untyped.callbacks = sorted(untyped.callbacks, key=lambda one: isinstance(one, StopOnSignal))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored and self.restored.get("ended") == trainer.max_epochs:
@@ -76,6 +80,13 @@ class TrainingState(Callback):
         for callback in checkpoint_files.model_checkpoints(trainer):  # they save once for each step of the optimizer
             callback._last_global_step_saved = self.restored.get("saved_steps", {}).get(callback.state_key, 0)
         self.restored = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.loader is not None
+        assert isinstance(trainer.train_dataloader, BatchLoader)
+        if trainer.train_dataloader is not self.loader:  # trainer.reload_dataloaders_every_n_epochs
+            trainer.train_dataloader.restore(self.loader.position())
+            self.loader = trainer.train_dataloader
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         for callback in self.schedulers:  # Lightning does not call them if a run resumes within an epoch

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from cifarnet.errors import Interrupted
 from cifarnet.system import hardware
+from cifarnet.system.output import optional_output
 from cifarnet.system.signals import handled
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -67,9 +68,10 @@ def job_in_worker(config: DictConfig, name: str) -> Iterator[None]:
         return
     if config.trainer.accelerator != "cpu":
         hardware.claim_gpu()
-    out, err = NamedLines(sys.stdout, name), NamedLines(sys.stderr, name)
-    with interrupting(SIGNALS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
+    with optional_output(), interrupting(SIGNALS):
+        out, err = NamedLines(sys.stdout, name), NamedLines(sys.stderr, name)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
 
 
 class NamedLines(io.TextIOBase):

@@ -1,0 +1,48 @@
+"""The standard output and error of a command, which a user may close while it runs."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+
+class Output:
+    """A stream that discards what is written after its reader has ended (`| head -1`, or a closed terminal)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._discarded():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._discarded():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _discarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for the buffered text, too
+
+
+@contextlib.contextmanager
+def optional_output() -> Iterator[None]:
+    """Complete a command although its output or error stream is closed, now (`>&-`) or later."""
+    out, error = (Output(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # pyright: ignore[reportArgumentType]
+        try:
+            yield
+        finally:
+            out.flush()
+            error.flush()
