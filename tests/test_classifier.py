@@ -31,7 +31,7 @@ def small_classifier(weight_decay: float, smoothing: float = 0.0) -> Classifier:
         nn.init.normal_(parameter, std=0.3)
     objective = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
     module = Classifier(network, partial(torch.optim.SGD, lr=0.1, weight_decay=weight_decay), objective=objective)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1)
+    module._trainer = SimpleNamespace(train_dataloader=[], estimated_stepping_batches=math.inf, max_epochs=-1)
     module._trainer.optimizers = [module.configure_optimizers()["optimizer"]]
     return module
 
@@ -253,7 +253,7 @@ def test_a_schedule_gets_the_number_of_steps_and_is_stepped_after_each(batch):
     trainer.fit(module, unequal_batches(batch))
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**4
     assert module.total_steps == 4
-    module._trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1)
+    module._trainer = SimpleNamespace(train_dataloader=[], estimated_stepping_batches=math.inf, max_epochs=-1)
     module.configure_optimizers()
     assert planned == [4, 0]  # 0: the run has no end
     assert module.total_steps == math.inf

@@ -52,4 +52,4 @@ def test_the_loss_is_read_rarely(config, monkeypatch):
     checks = []
     monkeypatch.setattr("cifarnet.callbacks.divergence.StopOnDivergence._check", lambda *_: checks.append(1))
     train(config("data.train_size=4000", "data.batch_size=16", "trainer.max_epochs=1"))
-    assert len(checks) == 2 + 1 + 1 + 2  # batches 100 and 200, the last batch, the validation, two checkpoints
+    assert len(checks) == 2 + 1 + 1 + 3  # batches 100 and 200, the last batch, the validation, three checkpoints

@@ -17,6 +17,8 @@ def steps_in_epoch(trainer: L.Trainer, epoch: int) -> int:
 
 def total_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps of a whole run; infinite if it has no end. It sets up the data."""
+    if trainer.train_dataloader is None:  # Lightning does not need it to return max_steps
+        trainer.fit_loop.setup_data()
     steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0  # it ignores the callback
     if epochs < 1 or trainer.num_training_batches == math.inf:
         return steps
