@@ -244,6 +244,8 @@ def explain(error: BaseException) -> str | None:
         return f"{str(error.filename)[:60]}…: the name of this file or folder is too long. Choose a shorter path."
     if _is_out_of_memory(error):
         return f"Out of memory. Choose a smaller data.batch_size or model. ({str(error).partition(chr(10))[0]})"
+    if isinstance(error, ImportError) and _raising_module(error).partition(".")[0] == "torch":
+        return f"PyTorch cannot be imported: {error}. Raise the limit of memory (ulimit -v), or install PyTorch again."
     if isinstance(error, InstantiationException):  # raised by a class that the config names
         cause = error.__cause__
         if cause is None or isinstance(cause, HydraException | OmegaConfBaseException):

@@ -30,6 +30,8 @@ def expand(config: DictConfig) -> DictConfig:
         return config
     if OmegaConf.is_missing(model, "checkpoint"):
         raise UserError("model.checkpoint is required: set it to a run's folder, model.checkpoint=RUN.")
+    if config.get("start"):
+        raise UserError(f"start={config.start} is written by model=trained. Remove it.")
     checkpoint = Checkpoint.open(str(model.checkpoint))
     make, arguments = checkpoint.architecture(locate(config.classes))
     recorded = {"_target_": class_path(make)} | arguments

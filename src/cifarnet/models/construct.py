@@ -24,6 +24,9 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
     a `Normalize` layer gets one as its first layer, so that every network takes uint8 images [B, C, H, W]. Lazy layers
     of torch are initialized by a forward pass.
     """
+    chosen = (getattr(make, "keywords", {}) | settings).get("num_classes", num_classes)  # of a functools.partial
+    if chosen != num_classes:
+        raise ValueError(f"num_classes={chosen}, but the data has {num_classes} classes")
     parameters = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     task = {"num_classes": num_classes} if "num_classes" in parameters or takes_any else {}

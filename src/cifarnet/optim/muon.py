@@ -69,6 +69,8 @@ class Muon(Optimizer):
             "matrix": sgd | dict(matrix or {}),
         }
         for kind, values in settings.items():
+            if kind != "convolution" and (unknown := values.keys() - sgd.keys()):
+                raise ValueError(f"{kind} has no setting {min(unknown)}; it has {', '.join(sgd)}")
             for name, value in values.items():
                 if value < 0:
                     raise ValueError(f"{kind}: {name}={value} is negative, but must be at least 0")

@@ -112,7 +112,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"{folder} cannot be created")
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0.2)  # `is_locked` may hold it for a moment

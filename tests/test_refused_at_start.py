@@ -1,0 +1,97 @@
+"""Settings that are refused before training, and the summary of a run."""
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from cifarnet.build import build
+from cifarnet.classifier import Classifier
+from cifarnet.cli import compose
+from cifarnet.errors import UserError
+from cifarnet.records.record import Record
+from cifarnet.train import train
+from cifarnet.trainer import METRICS
+from conftest import SMALL
+
+CALLBACKS = "lightning.pytorch.callbacks"
+STOPPING = f"+callbacks.early={{_target_: {CALLBACKS}.EarlyStopping, monitor: val/accuracy}}"
+
+
+class Metrics(Callback):
+    """Keeps the names of the metrics that a run computes."""
+
+    names: frozenset = frozenset()
+
+    def on_train_end(self, trainer, module):
+        self.names = frozenset(trainer.callback_metrics)
+
+
+def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
+    seen = Metrics()
+    train(config("trainer.max_epochs=1", "scheduler=constant"), callbacks=[seen])
+    assert seen.names == set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([STOPPING.replace("val/accuracy", "val/acc")], "EarlyStopping monitors val/acc,.*val/cross_entropy"),
+        (["callbacks.best.monitor=val_accuracy"], "ModelCheckpoint monitors val_accuracy,.*val/accuracy"),
+        ([STOPPING, "+trainer.limit_val_batches=0"], "monitors val/accuracy,.*train/accuracy"),
+        ([STOPPING, "data.val_fraction=0"], "monitors val/accuracy,.*train/accuracy"),
+        ([f"+callbacks.finder={{_target_: {CALLBACKS}.LearningRateFinder}}"], r"LearningRateFinder.*cifarnet\.search"),
+        ([f"+callbacks.finder={{_target_: {CALLBACKS}.BatchSizeFinder}}"], r"BatchSizeFinder.*data\.batch_size"),
+        (
+            [f"+callbacks.prune={{_target_: {CALLBACKS}.ModelPruning, pruning_fn: l1_unstructured}}"],
+            "ModelPruning.*torch.nn.utils.prune",
+        ),
+        (["+module.teacher=5"], r"^module\.teacher=5.*_target_"),
+        (["model.hidden='16'"], r"^model\.hidden=16 .*oc\.decode"),
+        (["trainer.precision=7"], r"64, 32, 16, transformer-engine, .*or null\.$"),
+        (["+logger.log_graph=true"], r"^logger\.log_graph=True.*logger\.tensorboard\.log_graph=True"),
+        (["optimizer=muon", "+optimizer.bias.foo=1"], "bias has no setting foo.*momentum"),
+        (["+model.num_classes=3"], "num_classes=3.*10 classes"),
+        (["+start.sha256=x"], "^start=.*model=trained"),
+        (["total_steps=5"], r"^total_steps=5.*max_steps"),
+        (["output_dir=/proc/x"], "/proc/x cannot be created"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(config, overrides, message):
+
+    with pytest.raises(UserError, match=message):
+        train(config(*overrides))
+
+
+def test_a_config_from_python_needs_a_folder():
+    with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
+        build(compose("train", SMALL))
+
+
+def test_lightnings_way_of_loading_names_ours(run):
+    with pytest.raises(UserError, match=r"cifarnet\.load\('.*best\.ckpt'\)"):
+        Classifier.load_from_checkpoint(run / "checkpoints/best.ckpt")
+
+
+@pytest.mark.parametrize("setting", ["optimizer.lr = 0.1", "optimizer.lr"])
+def test_spaces_around_the_equals_sign(command, setting):
+    status, _, err = command(*SMALL, setting)
+    assert status == 1
+    assert "key=value, without spaces" in err
+
+
+def test_a_summary_names_whole_numbers_only_if_they_exist(config, capsys):
+    train(
+        config(
+            "+trainer.limit_test_batches=0",
+            "+trainer.val_check_interval=2",
+            "trainer.max_epochs=1",
+            "scheduler=constant",
+        )
+    )
+    printed = capsys.readouterr().out
+    assert "(epoch 0.4 of 1)" in printed or "(epoch 0.8 of 1)" in printed
+    assert "test accuracy        none" in printed
+
+
+def test_a_network_without_fit_takes_no_time_to_fit(config, tmp_path):
+    train(config("trainer.max_epochs=1", "scheduler=constant"))
+    assert Record.read(tmp_path / "run/metrics.json").fit_seconds == 0
