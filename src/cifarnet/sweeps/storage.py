@@ -47,11 +47,9 @@ class Journal(JournalStorage):
         place: the value of a trial's attribute `FOLDER` if it runs in this folder.
     """
 
-    place = ""
-
     def __init__(self, folder: Path) -> None:
         path = folder / "study.journal"
-        self.lock, self.timeout = FileLock(folder / "study.lock"), 0
+        self.lock, self.timeout, self.place = FileLock(folder / "study.lock"), 0, ""
         with self.lock:
             try:
                 super().__init__(JournalFileBackend(str(path), RepairingLock(self.lock, path)))
