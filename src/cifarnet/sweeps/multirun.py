@@ -24,6 +24,7 @@ from cifarnet.schema import check_settings
 from cifarnet.system import files
 
 RECORD = "multirun.yaml"
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
 
 
@@ -39,9 +40,7 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
     check_settings(config.sweep, SweepSettings, "sweep.")
     folder = Path(config.hydra.sweep.dir)
     for text in _texts([OmegaConf.to_container(config.hydra.launcher, resolve=True), os.path.abspath(folder)]):
-        if re.search(
-            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text
-        ):  # in sbatch's script, the rest of a broken line would run as a command
+        if re.search(CONTROLS, text):  # in sbatch's script, the rest of a broken line would run as a command
             raise UserError(
                 f"{text!r} contains a control character, which launchers could pass to a shell. Remove it from name, "
                 "hydra.sweep.dir or hydra.launcher."
