@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from cifarnet.cli import CONFIGS, compose
 from cifarnet.compare import main
 from cifarnet.records import comparison, figures
+from cifarnet.records.significance import welch
 from cifarnet.records.tables import varied
 from conftest import SMALL
 from example_record import session, write_record
@@ -157,7 +158,7 @@ def test_records_that_cannot_be_read_are_left_out(run, compared, tmp_path):
     os.mkfifo(tmp_path / "pipe/metrics.json")
     status, printed, error = compared("a", "huge", "pipe")
     assert status == 0, error
-    assert "90.00%" in printed
+    assert "90.0%" in printed
     for name in ("huge", "pipe"):
         assert f"Left out: {name}/metrics.json cannot be read" in printed
 
@@ -167,9 +168,20 @@ def test_one_seed_has_no_interval(run, compared):
     run("b", 0, 0.8, FASTER)
     status, printed, _ = compared("a", "b/metrics.json")
     assert status == 0
-    assert "a - b: +10.00 points; no interval: at least 2 seeds" in printed
+    assert "a - b: +10.0 points; no interval: at least 2 seeds" in printed
     assert "nan" not in printed
     assert "±" not in printed
+
+
+def test_interval_wider_than_the_range_of_accuracies(run, compared):
+    """With 2 seeds each, Student's t at about 1 degree of freedom is 12.7."""
+    for seed, (first, second) in enumerate([(0.5, 0.6), (0.8, 0.61)]):
+        run(f"a/{seed}", seed, first)
+        run(f"b/{seed}", seed, second, FASTER)
+    _, printed, _ = compared("a", "b")
+    low, high, p = welch([0.5, 0.8], [0.6, 0.61])
+    assert (low < -1, high > 1, p > 0.05) == (True, True, True)
+    assert f"points, 95% interval wider than -100 to +100: train more seeds, p = {p:.2g}" in printed
 
 
 def test_values_that_do_not_vary_have_no_interval(run, compared):
@@ -364,7 +376,7 @@ def test_an_evaluation_in_the_folder_of_a_run_is_ignored(run, compared):
     for name in ("metrics.json", "report.html"):
         (evaluation / name).touch()
     _, printed, _ = compared("a")
-    assert re.search(r"a +quickstart +90.00% +1\b", printed)
+    assert re.search(r"a +quickstart +90.0% +1\b", printed)
     assert "Left out" not in printed
 
 
@@ -379,7 +391,7 @@ def test_validation_accuracy_is_the_metric_if_all_runs_have_it(run, compared):
     run("a", 0, 0.9, {"test_accuracy": 0.5})
     run("b", 0, 0.8, {"test_accuracy": 0.6} | FASTER)
     _, printed, _ = compared("a", "b")
-    assert re.search(r"val accuracy .*\n +a +quickstart +90.00% +1 +0.01\b", printed)
+    assert re.search(r"val accuracy .*\n +a +quickstart +90.0% +1 +0.01\b", printed)
     run("c", 0, 0.7, {"val_accuracy": None, "config.optimizer.lr": 0.03})
     _, printed, _ = compared("a", "b", "--against", "c")
     assert re.search(r"test accuracy .*\n +a +quickstart +60.00% +1 +0.02\b", printed)

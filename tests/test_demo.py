@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet.demo import OnlyThisPage, choose, main, serving
+from cifarnet.demo import OnlyThisPage, choose, main, serving, titles
 from cifarnet.errors import UserError
 from cifarnet.inference import test_images
 from conftest import picture
@@ -44,8 +44,22 @@ def test_page_agrees_with_predict(client, run, tmp_path):
         first, _, _, second, _, _ = upload(client, path)
         for label, trained in [(first, run), (second, run / "checkpoints/last.ckpt")]:
             (expected,) = cifarnet.load(trained).predict(path, accelerator="cpu")
-            assert probabilities(label) == pytest.approx(expected.probabilities, abs=1e-6), path.name
+            shown = {name: value for name, value in expected.probabilities.items() if f"{value:.0%}" != "0%"}
+            assert probabilities(label) == pytest.approx(shown, abs=1e-6), path.name
             assert label["label"] == expected.label
+
+
+def test_heading_and_labels(client, run):
+    parts = [part["props"] for part in client.config["components"]]
+    assert "# What does the picture show?" in next(part["value"] for part in parts if "value" in part)
+    labels = [part["label"] for part in parts if "num_top_classes" in part]
+    epochs = [cifarnet.load(path).checkpoint.epoch for path in (run, run / "checkpoints/last.ckpt")]
+    paths = [str(run), str(run / "checkpoints/last.ckpt")]
+    expected = [f"train ({path}), epoch {epoch}" for path, epoch in zip(paths, epochs, strict=True)]
+    assert labels == expected  # the paths, because the names are equal
+    assert titles({"lightning_logs/train/2026-11-22": cifarnet.load(run)}) == [f"train, epoch {epochs[0]}"]
+    kinds = [part["type"] for part in client.config["components"]]
+    assert kinds.index("label") < kinds.index("gallery") if "gallery" in kinds else True
 
 
 def test_pictures_are_enlarged(client, tmp_path):

@@ -76,7 +76,10 @@ def test_files(run, evaluated):
         assert key in record
 
     html = (folder / "report.html").read_text()
-    assert f"<h1>{evaluated['test']['accuracy']:.2%}</h1>" in html
+    name = json.loads((run / "metrics.json").read_text())["name"]
+    assert f"<h1>Evaluation of {name}</h1>" in html
+    assert f'<p class="result">{evaluated["test"]["accuracy"]:.1%}</p>' in html  # of 300 images
+    assert "${" not in html
     inlined = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)', html)]
     assert sorted(inlined) == sorted((folder / f"{name}.png").read_bytes() for name in pictures)
     assert all(picture.startswith(b"\x89PNG") for picture in inlined)

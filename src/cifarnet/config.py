@@ -176,6 +176,17 @@ def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[st
     }
 
 
+def check_precision(setting: str, precision: Any) -> None:
+    """Check that a precision keeps the weights in float32 or float64; the networks' buffers are not converted.
+
+    Raises:
+        UserError: it does not.
+    """
+    if precision in ("16-true", "bf16-true"):
+        mixed = precision.replace("true", "mixed")
+        raise UserError(f"{setting}={precision} is not supported: the weights stay in float32. Choose {mixed}.")
+
+
 def effect(key: str) -> str:
     """Return what a setting affects: "nothing", "speed", "rounding" or "result"."""
     for name, settings in EFFECTS.items():
@@ -199,10 +210,7 @@ def _check_trainer(trainer: DictConfig) -> None:
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise UserError(f"trainer.strategy={strategy} is not supported. Choose trainer=ddp.")
-    precision = str(trainer.get("precision"))
-    if precision in ("16-true", "bf16-true"):
-        mixed = precision.replace("true", "mixed")
-        raise UserError(f"trainer.precision={precision} is not supported: the weights stay in float32. Choose {mixed}.")
+    check_precision("trainer.precision", trainer.get("precision"))
     max_epochs, max_steps, max_time = (trainer.get(name) for name in ("max_epochs", "max_steps", "max_time"))
     if max_epochs is None and max_steps in (None, -1) and max_time is None:
         raise UserError("trainer.max_epochs=null: use a number of epochs, or -1 to train until you stop the run.")

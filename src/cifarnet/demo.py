@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 NUM_SEARCHED = 1000  # the number of test pictures that are searched for mistakes
 SIDE = 256  # the size to which pictures are enlarged, in pixels
 MAX_PIXELS = 2**25  # of an uploaded picture; decoding a larger one needs more than a gigabyte
+# captions of test pictures are not cut off, and a phone shows two pictures in a row
+STYLE = """
+.caption-label { white-space: normal !important; max-width: 100%; padding: 2px 6px !important; font-size: 12px; }
+@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, 1fr) !important; } }
+"""
 # what the page sends; gradio's other addresses accept files to process, or links to fetch
 POSTS = re.compile(r"/gradio_api/(upload|queue/join|call/answer|cancel|reset)/?")
 
@@ -88,6 +93,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
                 max_file_size=int(config.upload_limit * 2**20),
                 app_kwargs={"middleware": [Middleware(OnlyThisPage, host=host)]},
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no web fonts
+                css=STYLE,
                 footer_links=[],
                 share=False,
                 ssr_mode=False,
@@ -208,29 +214,41 @@ def build_page(
     async def keep(path: str) -> str:
         return path
 
-    with gr.Blocks(analytics_enabled=False, title="cifarnet") as page:
+    first = next(iter(models.values()))
+    with gr.Blocks(analytics_enabled=False, title="cifarnet: classify a picture") as page:
+        gr.Markdown(f"# What does the picture show?\nThe network chooses one of {len(first.class_names)} classes.")
         with gr.Row():
             with gr.Column(min_width=280):
                 upload: Any = {"type": "filepath", "image_mode": None, "sources": ["upload", "webcam", "clipboard"]}
-                picture: Any = gr.Image(label="A picture", height=240, **upload)
+                picture: Any = gr.Image(label="A picture", height=300, **upload)
                 picture.preprocess = lambda payload: payload and payload.path  # cifarnet decodes the file, not gradio
                 picture.async_move_resource_to_block_cache = keep  # gradio would fetch a URL
             outputs = []
-            for run, model in models.items():
+            for title in titles(models):
                 with gr.Column(min_width=280):
-                    outputs.append(gr.Label(label=f"{run}, epoch {model.checkpoint.epoch}", num_top_classes=10))
+                    outputs.append(gr.Label(label=title, num_top_classes=10))
                     with gr.Row():
                         style: Any = {"interactive": False, "format": "png", "min_width": 120, "buttons": []}
                         outputs += [gr.Image(label=label, **style) for label in ("The network's input", "Grad-CAM")]
         if examples:
-            layout: Any = {"columns": 3, "height": 420, "object_fit": "contain", "allow_preview": False}
+            layout: Any = {"columns": 6, "height": "auto", "allow_preview": False, "buttons": []}
             gr.Gallery(examples, label="Test pictures", **layout).select(choose_example, None, picture)
         picture.change(analyze_upload, picture, outputs, api_name="answer", show_progress="hidden")
     return page
 
 
+def titles(models: "Mapping[str, Trained]") -> list[str]:
+    """Return the name of each run or network, and the path of its run if the names are not unique."""
+    records = [model.run_record() for model in models.values()]
+    networks = [type(model.network).__name__ for model in models.values()]
+    names = [record.name if record else network for record, network in zip(records, networks, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({run})" for name, run in zip(names, models, strict=True)]
+    return [f"{name}, epoch {model.checkpoint.epoch}" for name, model in zip(names, models.values(), strict=True)]
+
+
 def analyze(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[Any]:
-    """Return the probability of each class, the network's input and its Grad-CAM map.
+    """Return the probabilities that are not rounded to 0%, the network's input and its Grad-CAM map.
 
     Raises:
         UserError: the picture cannot be read.
@@ -242,7 +260,8 @@ def analyze(model: "Trained", path: str, settings: Mapping[str, Any]) -> list[An
         raise UserError(answer.error)
     images = [answer.pixels, overlay(answer.pixels, model.heat(answer))]
     factor = max(1, SIDE // len(answer.pixels))  # each pixel becomes a square
-    return [dict(answer.ranked), *(image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images)]
+    shown = dict(answer.ranked[:1]) | {name: value for name, value in answer.ranked if value >= 0.005}
+    return [shown, *(image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images)]
 
 
 def choose(

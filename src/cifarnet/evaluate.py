@@ -89,9 +89,10 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     evaluation.write(folder / "metrics.json")
     if run:
         drawn["accuracy"] = accuracy([*run.history, *run.within_epochs])
+    pictures = {name: folder / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
-        save(figure, folder / f"{name}.png")
-    files.write(folder / "report.html", report.render(evaluation, {name: folder / f"{name}.png" for name in drawn}))
+        save(figure, pictures[name])
+    files.write(folder / "report.html", report.render(evaluation, pictures, run and run.name))
     print(printable(row_table({**report.summary(evaluation), "report": os.path.relpath(folder / "report.html")})))
     return vars(evaluation)
 

@@ -67,17 +67,18 @@ def words(html: str) -> str:
 def test_page_has_all_results(figures):
     html = report.render(EVALUATION, figures("confusion", "reliability"))
     page = words(html)
-    assert "<h1>91.00%</h1>" in html
-    assert "<title>91.00%: runs/a/checkpoints/best.ckpt</title>" in html
+    assert "<h1>Evaluation of runs/a/checkpoints/best.ckpt</h1>" in html
+    assert "<title>runs/a/checkpoints/best.ckpt on Synthetic: 91.00%</title>" in html
+    assert "<h1>Evaluation of baseline</h1>" in report.render(EVALUATION, {}, "baseline")
     for part in (
-        "CNN, 1,234,567 parameters, after epoch 4; Synthetic",
+        "CNN, 1,234,567 parameters, after epoch 4, on Synthetic 91.00%",
         "2,000 images; 95% interval 90.00% to 92.00% (Wilson)",
         "without augmentation 90.50%",
         "cross-entropy 0.2500 (0.2000 with temperature 1.500)",
-        "hardest classes disc 90.0%, ring 94.0%",
+        "hardest classes disc 90.00%, ring 94.0%",
         "15 equally wide bins",
         "1,000 validation images",
-        "disc 1,500 90.0% 88.0% to 92.0%",
+        "disc 1,500 90.00% 88.00% to 92.00%",
         "Synthetic: 9,000 training, 1,000 validation and 2,000 test images; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
         "Training settings optimizer.lr 0.05 model.widths [4, 4]",

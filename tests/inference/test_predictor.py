@@ -5,6 +5,7 @@ from torch import nn
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.inference.predictor import Predictor
+from cifarnet.models import CNN
 
 
 class Halves(nn.Module):
@@ -52,12 +53,24 @@ def test_precision(images):
     assert logits.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*precision")  # Lightning's notes on old names
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "16-mixed", "bf16-mixed", 64, 32, 16, "64", "bf16"])
+def test_precisions_that_work_on_a_cpu(images, precision):
+    network = CNN(num_classes=3, image_size=8, widths=[4, 4], hidden=8).eval()
+    expected = network(images)
+    logits, _ = Predictor(network, precision=precision, accelerator="cpu")(images)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("settings", "setting"),
     [
         ({"tta": "rotate"}, "tta=rotate"),
         ({"tta_share": -1}, "tta_share=-1"),
         ({"precision": "bf8"}, "precision=bf8"),
+        ({"precision": "16-true"}, "precision=16-true is not supported.* Choose 16-mixed"),
+        ({"precision": "bf16-true"}, "precision=bf16-true is not supported.* Choose bf16-mixed"),
         ({"accelerator": "abacus"}, "accelerator=abacus"),
     ],
 )

@@ -125,6 +125,25 @@ def test_accuracies_are_written_in_percent():
     assert (tables.number(0.02, "test_cross_entropy", "+"), tables.number(1234.5, "seconds")) == ("+0.0200", "1,234.50")
 
 
+@pytest.mark.parametrize("images", [1, 9, 10, 99, 100, 101, 300, 1000, 1001, 10_000, 50_000])
+def test_percentages_have_the_decimals_that_the_number_of_images_supports(images):
+    """One image more changes the text, unless two decimals are too few; a decimal less would hide some images."""
+    decimals = tables.decimals(images)
+    texts = [tables.percent(count / images, images) for count in range(images + 1)]
+    assert decimals == 2 or len(set(texts)) >= min(images, 100) + 1
+    assert decimals == 0 or 1 / images < 0.1 ** (decimals + 1)
+    assert texts[0] == f"{0:.{decimals}%}"
+
+
+def test_accuracies_of_few_images():
+    group = tables.grouped([make({"seed": "0"}, val_accuracy=0.4)], "val_accuracy")[0]
+    assert [group.result(), group.images] == ["40.00%", None]
+    group.records = [Record(**{**RECORD, "data": {**RECORD["data"], "val": 100}, "sessions": []})]
+    assert [group.result(), group.images] == ["40%", 100]
+    group.records *= 3
+    assert [group.result(), group.images] == ["40.0%", 300]
+
+
 def test_long_numbers_are_shortened():
     values = ["0.1", "0.00123456789", "[32,32,64,64]", "1e-05"]
     assert [tables.shorten(value) for value in values] == ["0.1", "0.001235", "[32,32,64,64]", "1e-05"]

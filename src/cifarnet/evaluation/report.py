@@ -8,18 +8,21 @@ from jinja2 import StrictUndefined, Template
 
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA
 from cifarnet.records.evaluation import Evaluation, Summary
+from cifarnet.records.tables import decimals, percent
 
 
 def summary(evaluation: Evaluation) -> dict[str, str]:
     """Return the main results by name."""
     test, val, scaled = evaluation.test, evaluation.val, evaluation.test_with_temperature
+    images = test["images"]
     rows = {"test accuracy": _accuracy(test)}
     if evaluation.tta != "none":
-        rows["without augmentation"] = f"{evaluation.test_accuracy_one_view:.2%}  (the test uses tta={evaluation.tta})"
+        one_view = percent(evaluation.test_accuracy_one_view, images)
+        rows["without augmentation"] = f"{one_view}  (the test uses tta={evaluation.tta})"
     rows["validation accuracy"] = _accuracy(val) if val else "none  (trained on all images)"
-    rows["top-2 accuracy"] = f"{test['top2_accuracy']:.2%}"
+    rows["top-2 accuracy"] = percent(test["top2_accuracy"], images)
     for name, key, form in [
-        ("calibration error", "calibration_error", ".2%"),
+        ("calibration error", "calibration_error", f".{decimals(images)}%"),
         ("cross-entropy", "cross_entropy", ".4f"),
         ("Brier score", "brier", ".4f"),
     ]:
@@ -27,9 +30,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         if scaled:
             rows[name] += f"  ({scaled[key]:{form}} with temperature {evaluation.temperature:.3f})"
     hardest = sorted((row for row in evaluation.classes if row["images"]), key=lambda row: row["accuracy"])[:3]
-    rows["hardest classes"] = ", ".join(f"{row['name']} {row['accuracy']:.1%}" for row in hardest)
+    rows["hardest classes"] = ", ".join(f"{row['name']} {percent(row['accuracy'], row['images'])}" for row in hardest)
     if corruptions := evaluation.corruptions:
-        rows["under corruption"] = f"{corruptions['mean']:.2%}  (mean; not comparable with CIFAR-10-C)"
+        rows["under corruption"] = f"{percent(corruptions['mean'], images)}  (mean; not comparable with CIFAR-10-C)"
     if cifar10_c := evaluation.cifar10_c:
         rows["CIFAR-10-C"] = f"{cifar10_c['mean']:.2%}  (mean of {len(cifar10_c['averaged'])} corruptions)"
     rows |= {f"CIFAR-10.1 {version}": _accuracy(part) for version, part in (evaluation.cifar10_1 or {}).items()}
@@ -40,18 +43,26 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _accuracy(part: Summary) -> str:
-    low, high = part["interval"]
-    return f"{part['accuracy']:.2%}  (95% interval {low:.2%} to {high:.2%}, {part['images']:,} images)"
+    accuracy, low, high = (percent(value, part["images"]) for value in (part["accuracy"], *part["interval"]))
+    return f"{accuracy}  (95% interval {low} to {high}, {part['images']:,} images)"
 
 
-def render(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
+def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None = None) -> str:
     """Return the report as an HTML page that includes all figures.
 
     Args:
         figures: the paths of PNG files, by name.
+        name: the name of the run; None: the path of the checkpoint.
     """
     text = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
     # names in a checkpoint may come from a stranger, so all values are escaped
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     inlined = {name: base64.b64encode(path.read_bytes()).decode() for name, path in figures.items()}
-    return template.render(record=evaluation, rows=summary(evaluation), figures=inlined, left_out=CIFAR10_C_EXTRA)
+    return template.render(
+        record=evaluation,
+        name=name or evaluation.checkpoint,
+        rows=summary(evaluation),
+        figures=inlined,
+        left_out=CIFAR10_C_EXTRA,
+        percent=percent,
+    )

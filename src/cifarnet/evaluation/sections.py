@@ -14,6 +14,7 @@ from cifarnet.errors import UserError
 from cifarnet.evaluation import figures, metrics, public_sets, robustness
 from cifarnet.inference import figures as inference_figures
 from cifarnet.inference.predictor import Batches, Predictions, Predictor
+from cifarnet.records.tables import percent
 
 NUM_MISTAKES = 20  # the number of mistakes in the report
 
@@ -39,7 +40,8 @@ def measure(
         mean, clean = fmean(map(fmean, table.values())), record["test"]["accuracy"]
         levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
         record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
-        title = f"Accuracy under corruption: mean {mean:.1%}, clean {clean:.1%}"
+        num_images = record["test"]["images"]
+        title = f"Accuracy under corruption: mean {percent(mean, num_images)}, clean {percent(clean, num_images)}"
         drawn["corruptions"] = figures.robustness(table, title)
         examples = robustness.examples(data.source.test.images[0], noise_seed)
         drawn["corruption_examples"] = figures.severities(examples)
@@ -61,14 +63,15 @@ def _on_test_images(predictor: Predictor, data: ImageDataModule, humans: Tensor 
     test = predictor.predict_all(data.test_dataloader(), "test")
     if not test.logits.isfinite().all():
         raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
+    num_images = len(test.labels)
     summary, bins = metrics.summary(test.logits, test.labels), metrics.bins(test.logits, test.labels)
-    panels = {f"as trained: error {summary['calibration_error']:.2%}": bins}
+    panels = {f"as trained: error {percent(summary['calibration_error'], num_images)}": bins}
     val = temperature = scaled = None
     if val_batches := data.val_dataloader():
         val = predictor.predict_all(val_batches, "validation")
         temperature = metrics.fit_temperature(val.logits, val.labels)
         scaled = metrics.calibration(test.logits, test.labels, temperature)
-        title = f"temperature {temperature:.2f}: error {scaled['calibration_error']:.2%}"
+        title = f"temperature {temperature:.2f}: error {percent(scaled['calibration_error'], num_images)}"
         panels[title] = metrics.bins(test.logits, test.labels, temperature)
     confusion = multiclass_confusion_matrix(test.logits.argmax(1), test.labels, num_classes=len(names))
     mistakes = _mistakes(test, names)
@@ -110,9 +113,11 @@ def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[
     """Return the accuracy at each severity by row, and print each row when it is complete."""
     table = {}
     for name, row in rows.items():
-        table[name] = []
+        table[name], num_images = [], 0
         for severity, batches in enumerate(row, 1):
             predictions = predictor.predict_all(batches, f"{name}, severity {severity}")
+            num_images = len(predictions.labels)
             table[name].append(metrics.accuracy(predictions.logits, predictions.labels))
-        print(f"  {name:<18}", *(f"{accuracy:7.2%}" for accuracy in table[name]), flush=True)
+        cells = (f"{percent(accuracy, num_images):>7}" for accuracy in table[name])
+        print(f"  {name:<18}", *cells, flush=True)
     return table

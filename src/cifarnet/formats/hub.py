@@ -21,6 +21,7 @@ from cifarnet.errors import printable
 from cifarnet.evaluation import metrics, report
 from cifarnet.inference.trained import Trained
 from cifarnet.records.collect import num_parameters
+from cifarnet.records.tables import percent
 
 FILE = "hub"
 
@@ -71,6 +72,7 @@ def card(classifier: Trained) -> str:
         evaluation=evaluation,
         results=report.summary(evaluation) if evaluation else None,
         proportion=metrics.proportion,
+        percent=percent,
         version=cifarnet.__version__,
     )
 

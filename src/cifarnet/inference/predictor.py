@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cifarnet.config import check_precision
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
@@ -59,6 +60,7 @@ class Predictor:
         accelerator: str = "auto",
     ) -> None:
         check("tta", tta, TTA)
+        check_precision("precision", precision)
         check("tta_share", tta_share, Annotated[float, Range(0, 1)])
         try:
             with quiet_fabric():

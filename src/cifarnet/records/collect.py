@@ -14,7 +14,7 @@ from cifarnet.callbacks.compilation import Compile
 from cifarnet.callbacks.history import History, new_session
 from cifarnet.config import with_total_steps
 from cifarnet.records.record import Data, Record
-from cifarnet.records.tables import overrides, row_table
+from cifarnet.records.tables import overrides, percent, row_table
 
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 
@@ -106,11 +106,13 @@ def partial(trainer: DictConfig) -> str | None:
 
 def summary(record: Record, folder: str) -> str:
     """Return a table of the results of a run."""
-    validation = f"{record.val_accuracy:.2%}" if math.isfinite(record.val_accuracy) else "none"
-    test = f"{record.test_accuracy:.2%}" if math.isfinite(record.test_accuracy) else "none"
+    data = record.data
+    validation = percent(record.val_accuracy, data["val"]) if math.isfinite(record.val_accuracy) else "none"
+    test = percent(record.test_accuracy, data["test"]) if math.isfinite(record.test_accuracy) else "none"
+    one_view = percent(record.test_accuracy_one_view, data["test"])
     epoch = f"{round(record.tested_epoch, 2):g}"  # a validation within an epoch has a fraction
     images = f"not a full run: {record.partial}" if record.partial else f"{record.data['test']:,} images"
-    no_tta = "" if record.tta == "none" else f"; {record.test_accuracy_one_view:.2%} without tta={record.tta}"
+    no_tta = "" if record.tta == "none" else f"; {one_view} without tta={record.tta}"
     rows = {
         "validation accuracy": f"{validation}  (epoch {epoch} of {record.epochs})",
         "test accuracy": f"{test}  ({images}, weights of epoch {epoch}{no_tta})",

@@ -143,11 +143,17 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
 def _conclusion(first: Group, second: Group, p: float, num_tested: int) -> list[str]:
     """Return the difference of two groups, its interval and p-value, and the number of seeds needed to detect it."""
     metric, difference = first.metric, first.mean - second.mean
-    line = f"{first.label} - {second.label}: {number(difference, metric, '+')}{unit(metric).replace('%', ' points')}"
+    images = min((group.images for group in (first, second) if group.images), default=None)
+    points = f"{number(difference, metric, '+', images)}{unit(metric).replace('%', ' points')}"
+    line = f"{first.label} - {second.label}: {points}"
     if math.isnan(p):
         return [f"{line}; no interval: at least 2 seeds per group are needed, with different values"]
     low, high, _ = welch(first.values, second.values)
-    line += f", 95% interval {number(low, metric, '+')} to {number(high, metric, '+')}, p = {p:.2g}"
+    if "accuracy" in metric and max(-low, high) > 1:
+        line += ", 95% interval wider than -100 to +100: train more seeds"
+    else:
+        line += f", 95% interval {number(low, metric, '+', images)} to {number(high, metric, '+', images)}"
+    line += f", p = {p:.2g}"
     if p <= LEVEL:
         better = min(first, second, key=lambda group: sort_key(group.mean, metric))
         return [f"{line}: {better.label} is better"]

@@ -72,10 +72,17 @@ class Group:
         self.mean = statistics.mean(self.values) if self.values else math.nan
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
+    @property
+    def images(self) -> int | None:
+        """The number of images from which an accuracy was computed, over all runs; None if it is unknown."""
+        split = "val" if self.metric.startswith("val_") else "test"
+        return sum(record.data[split] for record in self.records) or None
+
     def result(self) -> str:
         """Return the mean and standard deviation as text, which is empty if there is no value."""
-        spread = f" ± {number(self.deviation, self.metric)}" if len(self.values) > 1 else ""
-        return f"{number(self.mean, self.metric)}{spread}{unit(self.metric)}" if self.values else ""
+        spread = f" ± {number(self.deviation, self.metric, images=self.images)}" if len(self.values) > 1 else ""
+        mean = number(self.mean, self.metric, images=self.images)
+        return f"{mean}{spread}{unit(self.metric)}" if self.values else ""
 
 
 def is_time(metric: str) -> bool:
@@ -83,10 +90,20 @@ def is_time(metric: str) -> bool:
     return "second" in metric
 
 
-def number(value: float, metric: str, sign: str = "") -> str:
-    """Return a value of a metric as text, without its unit. Accuracies are in percent."""
-    factor, decimals = (100, 2) if "accuracy" in metric else (1, 2 if is_time(metric) else 4)
-    return f"{factor * value:{sign},.{decimals}f}"
+def decimals(images: int | None) -> int:
+    """Return how many decimals of a percentage of images are meaningful: at most two, which None also gives."""
+    return 2 if images is None else min(2, max(0, math.ceil(math.log10(max(1, images))) - 2))
+
+
+def percent(fraction: float, images: int | None) -> str:
+    """Return a fraction of a number of images as text."""
+    return f"{fraction:.{decimals(images)}%}"
+
+
+def number(value: float, metric: str, sign: str = "", images: int | None = None) -> str:
+    """Return a value of a metric as text, without its unit. Accuracies are in percent, see `decimals`."""
+    factor, digits = (100, decimals(images)) if "accuracy" in metric else (1, 2 if is_time(metric) else 4)
+    return f"{factor * value:{sign},.{digits}f}"
 
 
 def unit(metric: str) -> str:
