@@ -352,3 +352,20 @@ def test_damaged_shared_folder(run, tmp_path, settings, message):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
         cifarnet.load(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files' sizes are those of POSIX")
+@pytest.mark.parametrize("form", ["torch_export", "hub", "onnx"])
+def test_disk_that_is_full(run, tmp_path, form):
+    """A limit of the size of files fails as a full disk does. torch's own writer would end the process."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    target = tmp_path / "folder/exported"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"output={target} cannot be written \(File too large\)"):
+            export(run, [f"format={form}", f"output={target}", "images=2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(target.parent.iterdir()) == []

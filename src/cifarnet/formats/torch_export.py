@@ -1,5 +1,6 @@
 """The graph format of `torch.export`, which PyTorch runs without this project."""
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ FILE = "network.pt2"
 def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, Any]) -> None:
     """Write a file for batches of any size, with the facts in its extra file `cifarnet.json`."""
     program = torch.export.export(classifier.network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path, extra_files={"cifarnet.json": json.dumps(facts)})
+    content = io.BytesIO()  # torch's writer of files ends the process if the disk is full
+    torch.export.save(program, content, extra_files={"cifarnet.json": json.dumps(facts)})
+    path.write_bytes(content.getbuffer())
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
