@@ -21,7 +21,7 @@ KINDS = {
     "window 3": ["+trainer.accumulate_grad_batches=3", "+recipe=[ema,mixup]"],
     "validation within epochs": ["+trainer.val_check_interval=2", "data.hardest_share=0.7"],
     "average of weights": ["+recipe=swa", "recipe.swa.epoch=1", "scheduler=constant", "module.tta=mirror"],
-    "adam, no validation": ["optimizer=adamw", "+recipe=lookahead"],
+    "adam": ["optimizer=adamw", "+recipe=lookahead"],
 }
 MOST = 60  # of each kind
 
