@@ -199,7 +199,7 @@ def test_a_recorded_component_writes_only_into_the_folder_of_the_run(run, tmp_pa
 def test_recorded_components_that_write_into_the_run_are_resumed(run):
     best = {
         "_target_": f"{CALLBACKS}.ModelCheckpoint",
-        "dirpath": "${output_dir}/more",
+        "dirpath": "${output_dir}/checkpoints/more",
         "filename": "{epoch}-{step}",
         "mode": "max",
     }
@@ -208,7 +208,7 @@ def test_recorded_components_that_write_into_the_run_are_resumed(run):
     with watched(run):
         go_on(run)
     assert (run / "csv/metrics.csv").is_file()
-    assert [path.name for path in (run / "more").iterdir()] == ["epoch=1-step=4.ckpt"]
+    assert [path.name for path in (run / "checkpoints/more").iterdir()] == ["epoch=1-step=4.ckpt"]
 
 
 def test_a_path_that_the_command_repeats_is_used(run, tmp_path):
