@@ -34,6 +34,10 @@ from cifarnet.system.checkpoint_io import CheckpointIO
 Part = TypeVar("Part")
 STATE = "cifarnet.callbacks.training_state.TrainingState"
 DIVERGENCE = "cifarnet.callbacks.divergence.StopOnDivergence"
+REFUSED = (  # characters that a logger would refuse after the start, or use to write elsewhere
+    ("WandbLogger", "project", "/\\#?%:"),
+    ("MLFlowLogger", "artifact_location", "?#"),
+)
 COMPILE = "cifarnet.callbacks.compilation.Compile"
 METRICS = [*("train/cross_entropy", "train/accuracy", "train/weight_decay", "train/objective")]
 METRICS += ["val/cross_entropy", "val/accuracy"]
@@ -167,6 +171,13 @@ def _check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> N
 def _loggers(config: DictConfig) -> list[Logger]:
     section = config.get("logger") or {}
     chosen = [section] if "_target_" in section else [logger for logger in section.values() if logger]
+    for section in chosen:
+        for kind, key, refused in REFUSED:
+            value = str(section.get(key))
+            if section._target_.endswith(kind) and (found := sorted(set(value) & set(refused))):
+                raise UserError(
+                    f"{key}={value}: {kind} cannot use {' '.join(found)} in it. Choose another name or folder."
+                )
     return [instantiate(logger) for logger in chosen]
 
 

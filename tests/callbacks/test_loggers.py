@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import struct
 import subprocess
@@ -14,7 +15,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams.backend_context import Context
 
 from cifarnet.build import make_trainer
-from cifarnet.errors import Interrupted
+from cifarnet.errors import Interrupted, UserError
 from cifarnet.inference import figures as inference_figures
 from cifarnet.records import figures
 from cifarnet.records.record import Record
@@ -172,3 +173,16 @@ def test_reports_of_profilers_are_printed(command, resumed):
     assert status == 0
     assert printed.count("Profiler Report") == 2  # fit, test
     assert "run_training_batch" in printed
+
+
+@pytest.mark.parametrize("character", "/\\#?%:")
+def test_names_that_wandb_refuses(config, character):
+    with pytest.raises(UserError, match=f"project=a.b: WandbLogger cannot use .*{re.escape(character)}"):
+        make_trainer(config("logger=wandb", f"name='a{character}b'"))
+
+
+@pytest.mark.parametrize("character", "?#")
+def test_folders_in_which_mlflow_would_write_elsewhere(config, tmp_path, character):
+    with pytest.raises(UserError, match="MLFlowLogger cannot use"):
+        make_trainer(config("logger=mlflow", f"output_dir='{tmp_path}/a{character}b'"))
+    assert not list(tmp_path.iterdir())
