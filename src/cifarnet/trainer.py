@@ -174,7 +174,7 @@ def _loggers(config: DictConfig) -> list[Logger]:
     for section in chosen:
         for kind, key, refused in REFUSED:
             value = str(section.get(key))
-            if section._target_.endswith(kind) and (found := sorted(set(value) & set(refused))):
+            if section["_target_"].endswith(kind) and (found := sorted(set(value) & set(refused))):
                 raise UserError(
                     f"{key}={value}: {kind} cannot use {' '.join(found)} in it. Choose another name or folder."
                 )
