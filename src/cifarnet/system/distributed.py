@@ -235,7 +235,8 @@ def launch(run: Mapping[str, Any], folder: Path, num_processes: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error below contains the same
     loopback = _loopback()
     variables = {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # they find the same classes
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # they find the same classes,
+        "PYTHONSAFEPATH": "1",  # and no others (since Python 3.11)
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", loopback),
         "HYDRA_FULL_ERROR": "0",
