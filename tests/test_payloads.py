@@ -389,7 +389,7 @@ PICKLES = [
 PLACES = ["optimizer_states", "callbacks", "loops", "lr_schedulers", "hyper_parameters", "state_dict", "extra"]
 
 
-@pytest.mark.parametrize("payload", PICKLES, ids=lambda payload: str(payload.call)[:40])
+@pytest.mark.parametrize("payload", PICKLES, ids=lambda payload: payload.call[0].__name__)
 def test_a_pickle_in_any_part_of_a_checkpoint_is_refused(run, payload):
     path = run / "checkpoints/last.ckpt"
     content = torch.load(path, weights_only=True)
