@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import io
 import logging
 import os
 import re
@@ -197,8 +196,6 @@ def run(task: Callable[[], Any]) -> None:
     Exit status: 0; 1 for an error; 130, 143 or 140 for a run that was stopped by Ctrl-C, SIGTERM or SIGUSR2. With
     HYDRA_FULL_ERROR=1, every error is shown with its traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # ± in an ASCII terminal
     try:
         with _raise_errors() as show_traceback:
             task()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,10 @@ class Output:
 
 @contextlib.contextmanager
 def optional_output() -> Iterator[None]:
-    """Complete a command although its output or error stream is closed, now (`>&-`) or later."""
+    """Complete a command although its output or error stream is closed, now (`>&-`) or later. Characters that the
+    encoding of the output lacks are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # ± in an ASCII terminal
     out, error = (Output(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # pyright: ignore[reportArgumentType]
         try:
