@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifarnet.allowlist import PACKAGE, allowed_class, class_path, locate, refuse_foreign_classes, refuse_foreign_data
+from cifarnet.allowlist import PACKAGE, allowed_class, class_path, locate, refuse_foreign_classes
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.models import CNN, SpeedNet
@@ -175,14 +175,14 @@ def test_functions_of_libraries_that_read_write_or_run_are_foreign(name):
 def test_data_may_name_only_data_sets_recipes_and_transforms():
     allowed = ["cifarnet.data.CIFAR10", "cifarnet.recipes.mixup.Mixup", "torchvision.transforms.v2.RandomCrop"]
     section = {"_target_": allowed[0], "mix": {"_target_": allowed[1]}, "transforms": [{"_target_": allowed[2]}]}
-    refuse_foreign_data(section, FILE)
-    refuse_foreign_data(None, FILE)
+    refuse_foreign_classes({"data": section}, FILE)
+    refuse_foreign_classes({"data": None}, FILE)
     for name in (
         *("torchvision.models.resnet18", "torchvision.datasets.CIFAR10", "cifarnet.models.CNN", "torch.nn.Identity"),
         *("torchvision.transforms.functional.resize", "cifarnet.data.folder.Path", "cifarnet.data.nothing", "evil.Net"),
     ):
-        with pytest.raises(UserError, match=rf"^{FILE} names {name} in data\..*classes=\[{name}\]"):
-            refuse_foreign_data(section | {"x": {"_target_": name}}, FILE)
-        with pytest.raises(UserError, match=rf"names {name} in data"):
-            refuse_foreign_data({"x": {"_target_": name}}, FILE, ["other.Net"])
-        refuse_foreign_data({"x": {"_target_": name}}, FILE, [name])
+        with pytest.raises(UserError, match=rf"^{FILE} names the class {name}\..*classes=\[{name}\]"):
+            refuse_foreign_classes({"data": section | {"x": {"_target_": name}}}, FILE)
+        with pytest.raises(UserError, match=rf"names the class {name}"):
+            refuse_foreign_classes({"data": {"x": {"_target_": name}}}, FILE, ["other.Net"])
+        refuse_foreign_classes({"data": {"x": {"_target_": name}}}, FILE, [name])

@@ -87,26 +87,17 @@ def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Seque
     Raises:
         UserError: the config names another class.
     """
-    for name in _targets(config):
-        if name not in classes and not _builds_a_part(name):
-            raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
+    for section, part in config.items():
+        for name in _targets({section: part}):
+            if name not in classes and not _builds_a_part(name, section):
+                raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
 
 
-def refuse_foreign_data(section: Any, path: Path, classes: Sequence[str] = ()) -> None:
-    """Check that the recorded section `data` names only data sets, recipes and transforms, which download nothing when
-    they are built. The arguments are those of `refuse_foreign_classes`.
+def _builds_a_part(name: str, section: str) -> bool:
+    """Return whether a name is a class of torch or Lightning for a part of a run, or is defined in one of `PARTS`.
 
-    Raises:
-        UserError: the section names another class, or a function.
+    The section `data` may name only data sets, recipes and transforms, which download nothing when they are built.
     """
-    for name in _targets(section):
-        found = pydoc.locate(name) if name.startswith(DATA) else None
-        if name not in classes and not (isinstance(found, type) and found.__module__.startswith(DATA)):
-            raise UserError(f"{path} names {name} in data. If you trust it, allow it: classes=[{name}]")
-
-
-def _builds_a_part(name: str) -> bool:
-    """Return whether a name is a class of torch or Lightning for a part of a run, or is defined in one of `PARTS`."""
     if name.partition(".")[0] not in LIBRARIES or "._" in name:
         return False
     import lightning as L
@@ -118,10 +109,14 @@ def _builds_a_part(name: str) -> bool:
         found = pydoc.locate(name)
     except pydoc.ErrorDuringImport:
         return False
+    module = (
+        getattr(found, "__module__", None) or ""
+    )  # where it is defined: `cifarnet.models.cnn.torch.load` is torch's
+    if section == "data":
+        return isinstance(found, type) and module.startswith(DATA)
     if isinstance(found, type) and issubclass(found, L.Trainer | L.Callback | Logger | Profiler | torch.nn.Module):
         return True
-    # where it is defined: `cifarnet.models.cnn.torch.load` is a function of torch
-    return found is torch.tensor or PARTS.fullmatch(getattr(found, "__module__", None) or "") is not None
+    return found is torch.tensor or PARTS.fullmatch(module) is not None
 
 
 def _targets(node: Any) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import locate, refuse_foreign_classes, refuse_foreign_data
+from cifarnet.allowlist import locate, refuse_foreign_classes
 from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
 from cifarnet.config import effect
 from cifarnet.errors import UserError
@@ -23,6 +24,7 @@ from cifarnet.system.hardware import cores
 FIXED = {"name", "output_dir", "ckpt_path", "sweep"}  # the run keeps its folder
 READ = ("data.", "model.", "module.", "start.", "sweep.")  # the run only reads the paths in these sections
 IS_PATH = re.compile(r"(^|[._])(dir|dirpath|path|folder|root|location|uri)$")  # at the end of a key
+SERVER = re.compile("(https?|postgresql|mysql|databricks|s3|gs)://")
 COUNTS = ("trainer.devices", "trainer.num_nodes", "threads", "data.workers")  # of processes and threads
 GROUPS = {  # another file in these groups of configs/ can be chosen; it sets these keys
     "logger": ["logger"],
@@ -50,14 +52,15 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
-    refuse_foreign_data(written.get("data"), checkpoint.path, list(map(str, allowed)))
     recorded: Any = _without_downloads(written) | {"output_dir": str(_folder(checkpoint)), "classes": []}
     overridden = [key for override in parsed for key in GROUPS.get(override.key_or_group, [override.key_or_group])]
-    _check_references(recorded, checkpoint.path, overridden)
+    _check(recorded, checkpoint.path, overridden, _evaluates)
+    _check_size(recorded, checkpoint.path)
     recorded = OmegaConf.create(recorded)
     make_read_only(recorded)
     config = _with_overrides(recorded, parsed)
-    _check_effects(config, checkpoint.path, overridden)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    _check(resolved, checkpoint.path, overridden, partial(_reaches_out, Path(config.output_dir)))
     _check_max_epochs(recorded, config)
     return config, checkpoint
 
@@ -87,57 +90,52 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return Path("lightning_logs", "resumed", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").resolve()
 
 
-def _check_references(config: dict[str, Any], file: Path, overridden: Sequence[str]) -> None:
-    """Check that `${…}` in a recorded config only refers to other settings, and that these references are bounded.
+def _check(config: Any, file: Path, overridden: Sequence[str], problem_of: Callable[[str, str], str]) -> None:
+    """Check all settings of a recorded config, except for those that the command replaces.
 
     Args:
-        file: the checkpoint.
-        overridden: the settings that the command replaces.
-
-    Raises:
-        UserError: a setting would be replaced with a value from the environment, or with a text of any length.
-    """
-    referring = {key: text for key, text in _texts(config) if "${" in text and not _is_in(key, overridden)}
-    for key, text in referring.items():
-        if "${" in re.sub(r"(?<!\\)\$\{[\w.-]+\}", "", text):  # such as ${oc.env:TOKEN}
-            problem = f"the recorded setting {key}={text[:200]} could read this machine's environment"
-            raise UserError(f"{file}: {problem}. Set it in the command: {key}=…")
-    references = re.findall(r"\$\{([\w.-]+)", " ".join(referring.values()))
-    nested = [name for name in references if name[0] == "." or any(_is_in(key, [name]) for key in referring)]
-    longest = max(len(text) for _, text in _texts(config))
-    if len(nested) > 10 or len(references) * longest > 10**7:
-        raise UserError(f"{file}: the recorded settings refer to each other too often. Use another checkpoint.")
-
-
-def _check_effects(config: DictConfig, file: Path, overridden: Sequence[str]) -> None:
-    """Check that a recorded config writes only into the run's folder, and starts no more processes than it should.
+        problem_of: returns what is wrong with a setting (a key and its value as text), or "".
 
     Raises:
         UserError: a setting must be replaced in the command.
     """
-    for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
-        problem = ""
-        if not key.startswith(READ) and _leaves(Path(config.output_dir), key, text):
-            problem = "names a path outside the run's folder"
-        elif _is_in(key, COUNTS) and any(int(number) > max(64, cores()) for number in re.findall(r"\d{1,18}", text)):
-            problem = f"exceeds the {cores()} cores of this machine"
-        if problem and not _is_in(key, overridden):
+    for key, text in _texts(config):
+        if not _is_in(key, overridden) and (problem := problem_of(key, text)):
             raise UserError(
                 f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
             )
 
 
-def _leaves(folder: Path, key: str, text: str) -> bool:
-    """Return whether a setting names a path outside a folder."""
-    if key.startswith("logger.") and re.match("(https?|postgresql|mysql|databricks|s3|gs)://", text):
-        return False  # a server
-    if "filename" in key and "[" in text:  # a format that reads attributes of objects
-        return True
-    path = Path(os.path.expanduser(re.sub(r"^(\w{2,}:)?/+", "/", text)))
-    if IS_PATH.search(key):
-        path = path.absolute()
-    is_below = Path(os.path.normpath(folder / path)).is_relative_to(folder)  # the folder has no links that leave it
-    return (path.is_absolute() or ".." in path.parts) and not is_below
+def _evaluates(key: str, text: str) -> str:
+    """Return a problem if `${…}` does more than refer to another setting, such as ${oc.env:TOKEN}."""
+    return "could read this machine's environment" if "${" in re.sub(r"(?<!\\)\$\{[\w.-]+\}", "", text) else ""
+
+
+def _reaches_out(folder: Path, key: str, text: str) -> str:
+    """Return a problem if a setting names a path outside the run's folder, or starts too many processes or threads."""
+    if _is_in(key, COUNTS) and any(int(number) > max(64, cores()) for number in re.findall(r"\d{1,18}", text)):
+        return f"exceeds the {cores()} cores of this machine"
+    if key.startswith(READ) or (key.startswith("logger.") and SERVER.match(text)):
+        return ""
+    reads_objects = "filename" in key and "[" in text  # a format that reads attributes of objects
+    start = Path.cwd() if IS_PATH.search(key) else folder
+    path = Path(os.path.normpath(start / os.path.expanduser(re.sub(r"^(\w{2,}:)?/+", "/", text))))
+    is_below = path.is_relative_to(folder)  # the folder has no links that leave it
+    return "" if is_below and not reads_objects else "names a path outside the run's folder"
+
+
+def _check_size(config: Any, file: Path) -> None:
+    """Check that the references `${…}` in a recorded config do not multiply its size.
+
+    Raises:
+        UserError: they do.
+    """
+    texts = dict(_texts(config))
+    referring = [key for key, text in texts.items() if "${" in text]
+    references = re.findall(r"\$\{([\w.-]+)", " ".join(texts.values()))
+    nested = [name for name in references if name[0] == "." or any(_is_in(key, [name]) for key in referring)]
+    if len(nested) > 10 or len(references) * max(map(len, texts.values())) > 10**7:
+        raise UserError(f"{file}: the recorded settings refer to each other too often. Use another checkpoint.")
 
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:
