@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -200,16 +200,13 @@ def run(task: Callable[[], Any]) -> None:
         with _raise_errors() as show_traceback:
             task()
     except Interrupted as interrupted:
-        _print_error(str(interrupted), interrupted.status)
-        sys.exit(interrupted.status)
+        _end(str(interrupted), interrupted.status)
     except (KeyboardInterrupt, SystemExit) as end:
         if _is_instance(end, "lightning.pytorch.utilities.exceptions", "SIGTERMException"):
-            _print_error("\nStopped by SIGTERM before training began; nothing was saved.", 143)
-            sys.exit(143)
+            _end("\nStopped by SIGTERM before training began; nothing was saved.", 143)
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise  # otherwise, Lightning has converted a Ctrl-C into SystemExit
-        _print_error("\nInterrupted.", 130)
-        sys.exit(130)
+        _end("\nInterrupted.", 130)
     except Exception as error:
         message = explain(error)
         if show_traceback or message is None:
@@ -220,9 +217,10 @@ def run(task: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
-def _print_error(message: str, status: int) -> None:
+def _end(message: str, status: int) -> NoReturn:
     if not report_to_launcher(message, status):
         print(printable(message), file=sys.stderr)
+    sys.exit(status)
 
 
 def explain(error: BaseException) -> str | None:

@@ -6,19 +6,8 @@ from typing import Any, TypeVar
 import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    Callback,
-    LearningRateFinder,
-    ModelCheckpoint,
-    ModelPruning,
-    OnExceptionCheckpoint,
-    ProgressBar,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch import callbacks as library
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
@@ -39,17 +28,17 @@ REFUSED = (  # characters that a logger would refuse after the start, or use to 
     ("MLFlowLogger", "artifact_location", "?#"),
 )
 COMPILE = "cifarnet.callbacks.compilation.Compile"
-METRICS = [*("train/cross_entropy", "train/accuracy", "train/weight_decay", "train/objective")]
-METRICS += ["val/cross_entropy", "val/accuracy"]
+TRAIN_METRICS = ["train/cross_entropy", "train/accuracy", "train/weight_decay", "train/objective"]
+METRICS = [*TRAIN_METRICS, "val/cross_entropy", "val/accuracy"]
 UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and what to use instead
-    BatchSizeFinder: "Set data.batch_size.",
-    LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
-    ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
-    BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
+    library.BatchSizeFinder: "Set data.batch_size.",
+    library.LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
+    library.ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
+    library.BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
     # a resumed run would fail, or get other weights
-    StochasticWeightAveraging: "Use +recipe=swa.",
-    OnExceptionCheckpoint: "Remove it; last.ckpt is saved after each epoch.",
-    SpikeDetection: "Remove it; a run that diverges stops with an error.",
+    library.StochasticWeightAveraging: "Use +recipe=swa.",
+    library.OnExceptionCheckpoint: "Remove it; last.ckpt is saved after each epoch.",
+    library.SpikeDetection: "Remove it; a run that diverges stops with an error.",
 }
 
 
@@ -63,7 +52,7 @@ def make_trainer(
     """Build Lightning's Trainer with callbacks and loggers; `validates` says whether there are validation images."""
     folder = output_folder(config)
     all_callbacks = [*_callbacks(config, validates), *callbacks]
-    _check_callbacks(all_callbacks, METRICS if validates else [name for name in METRICS if name.startswith("train/")])
+    _check_callbacks(all_callbacks, METRICS if validates else TRAIN_METRICS)
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False
     for bar in bars if not shows_bar else []:
@@ -85,7 +74,7 @@ def make_trainer(
     settings |= {
         "callbacks": all_callbacks,
         "plugins": [
-            _checkpoint_io(config, all_callbacks, checkpoint),
+            CheckpointIO(checkpoint.content, folder / "checkpoints") if checkpoint else CheckpointIO(),
             distributed.environment(),
             *instantiate(config.trainer.get("plugins") or []),
         ],
@@ -102,13 +91,6 @@ def make_trainer(
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true requires GPUs. Remove it.")
     return trainer
-
-
-def _checkpoint_io(config: DictConfig, callbacks: Sequence[Callback], checkpoint: Checkpoint | None) -> CheckpointIO:
-    if checkpoint is None:
-        return CheckpointIO()
-    chosen = [getattr(callback, "dirpath", None) for callback in callbacks]  # `resuming` has checked them
-    return CheckpointIO(checkpoint.content, [config.output_dir, *filter(None, chosen)])
 
 
 def make_scheduler(config: DictConfig, validates: bool) -> Callable[[Optimizer, int], LRScheduler]:

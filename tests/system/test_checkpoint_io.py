@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,30 +36,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path, m
 @pytest.mark.parametrize(
     "path", ["outside.ckpt", "run/../outside.ckpt", "run/notes.txt", "run/out/x.ckpt", "runs/x.ckpt"]
 )
-def test_a_resumed_run_writes_and_removes_only_checkpoints_in_its_folders(tmp_path, path):
-    for folder in ("run", "best", "runs"):
+def test_a_resumed_run_writes_and_removes_only_checkpoints_in_its_folder(tmp_path, path):
+    for folder in ("run", "runs"):
         (tmp_path / folder).mkdir()
     (tmp_path / "run/out").symlink_to(tmp_path)
     (tmp_path / path).write_text("mine")
-    checkpoints = CheckpointIO({}, [str(tmp_path / "run"), str(tmp_path / "best")])
+    checkpoints = CheckpointIO({}, tmp_path / "run")
     with pytest.raises(UserError, match="is outside the run's folder"):
         checkpoints.save_checkpoint({}, tmp_path / path)
     checkpoints.remove_checkpoint(tmp_path / path)
     assert (tmp_path / path).read_text() == "mine"
-    for folder in ("run", "best"):
-        checkpoints.save_checkpoint({}, tmp_path / folder / "below/x.ckpt")
-        checkpoints.remove_checkpoint(tmp_path / folder / "below/x.ckpt")
-        assert not (tmp_path / folder / "below/x.ckpt").exists()
+    checkpoints.save_checkpoint({}, tmp_path / "run/below/x.ckpt")
+    checkpoints.remove_checkpoint(tmp_path / "run/below/x.ckpt")
+    assert not (tmp_path / "run/below/x.ckpt").exists()
 
 
-@pytest.mark.parametrize("folders", [None, ["."]])
-def test_only_regular_files_are_removed(tmp_path, monkeypatch, folders):
+@pytest.mark.parametrize("folder", [None, Path()])
+def test_only_regular_files_are_removed(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.ckpt").mkdir()
     (tmp_path / "mine.ckpt").touch()
     (tmp_path / "link.ckpt").symlink_to("mine.ckpt")
     for name in ("folder.ckpt", "link.ckpt", "nosuch.ckpt", ".", ".."):
-        CheckpointIO(folders=folders).remove_checkpoint(name)
+        CheckpointIO(folder=folder).remove_checkpoint(name)
     assert sorted(os.listdir()) == ["folder.ckpt", "link.ckpt", "mine.ckpt"]
-    CheckpointIO(folders=folders).remove_checkpoint("mine.ckpt")
+    CheckpointIO(folder=folder).remove_checkpoint("mine.ckpt")
     assert not os.path.exists("mine.ckpt")

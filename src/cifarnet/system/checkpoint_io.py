@@ -2,7 +2,6 @@
 
 import io
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ class CheckpointIO(TorchCheckpointIO):
 
     Args:
         content: the content of a checkpoint, which the first load returns; None reads files.
-        folders: the folders in which a resumed run may write and remove `.ckpt` files; None does not limit a new run.
+        folder: the folder in which a resumed run may write and remove `.ckpt` files; None does not limit a new run.
     """
 
-    def __init__(self, content: dict[str, Any] | None = None, folders: Sequence[str] | None = None) -> None:
-        self.content = content
-        self.folders = None if folders is None else [Path(folder).resolve() for folder in folders]
+    def __init__(self, content: dict[str, Any] | None = None, folder: Path | None = None) -> None:
+        self.content, self.folder = content, folder
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if not self._is_allowed(Path(path)):
@@ -48,9 +46,8 @@ class CheckpointIO(TorchCheckpointIO):
             path.unlink()
 
     def _is_allowed(self, path: Path) -> bool:
-        if self.folders is None:
-            return True
-        return path.suffix == ".ckpt" and any(folder in path.resolve().parents for folder in self.folders)
+        is_below = self.folder is None or self.folder.resolve() in path.resolve().parents
+        return is_below and (self.folder is None or path.suffix == ".ckpt")
 
 
 def check_state(part: Any) -> None:
