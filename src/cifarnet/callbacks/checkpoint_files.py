@@ -33,6 +33,7 @@ def check_names(trainer: L.Trainer) -> None:
     for callback in model_checkpoints(trainer):
         callback.dirpath = callback.dirpath or str(folder(trainer))
         name, problem = callback.filename, ""
+        has_name = {LAST: callback.monitor is None, BEST: callback is trainer.checkpoint_callback}
         try:
             counts = ({"epoch": torch.tensor(count), "step": torch.tensor(count)} for count in range(2))
             file, later = (Path(os.path.realpath(callback.format_checkpoint_name(count))) for count in counts)
@@ -42,11 +43,7 @@ def check_names(trainer: L.Trainer) -> None:
             problem = f"the file {file} is outside the run's folder of checkpoints, {folder(trainer)}"
         elif len(os.fsencode(file.name)) > LONGEST:
             problem = f"the name has more than {LONGEST} bytes"
-        elif (
-            file in names
-            or (file == folder(trainer) / LAST and callback.monitor is not None)
-            or (file == folder(trainer) / BEST and callback is not trainer.checkpoint_callback)
-        ):
+        elif file in names or (file.parent == folder(trainer) and not has_name.get(file.name, True)):
             problem = f"another checkpoint replaces {file.name}"
         elif file == later and callback.save_top_k not in (0, 1):
             problem = f"save_top_k={callback.save_top_k} needs a name for each epoch. Add {{epoch}} to the name"

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,6 +15,7 @@ from cifarnet.classifier import Classifier
 from cifarnet.data.datamodule import BATCH
 from cifarnet.data.loader import Batch, BatchLoader
 from cifarnet.errors import UserError
+from cifarnet.optim.schedules import batches_per_step
 from cifarnet.system.checkpoint_io import check_state
 from cifarnet.system.distributed import all_gather, rank, world_size
 
@@ -36,9 +37,7 @@ class TrainingState(Callback):
         self.loader: BatchLoader | None = None
         self.module: Classifier | None = None
         self.restored: dict[str, Any] | None = None
-        self.schedulers: list[GradientAccumulationScheduler] = []
         self.ended: int | None = None  # the maximum number of epochs, once training has ended
-        self.accumulates = False  # whether gradients were accumulated, and the optimizer has not used them yet
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -58,7 +57,6 @@ class TrainingState(Callback):
             raise UserError(f"{type(loader).__name__} is not a loader that yields {BATCH}: {remedy}.")
         self.module, self.loader = pl_module, loader
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        self.schedulers = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
         for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:
             check_state(part)
         if self.restored is None:
@@ -82,15 +80,14 @@ class TrainingState(Callback):
         self.restored = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.loader is not None
-        assert isinstance(trainer.train_dataloader, BatchLoader)
-        if trainer.train_dataloader is not self.loader:  # trainer.reload_dataloaders_every_n_epochs
-            trainer.train_dataloader.restore(self.loader.position())
-            self.loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
+        if self.loader is not None and loader is not self.loader:  # trainer.reload_dataloaders_every_n_epochs
+            loader.restore(self.loader.position())
+            self.loader = loader
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        for callback in self.schedulers:  # Lightning does not call them if a run resumes within an epoch
-            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        # Lightning does not call GradientAccumulationScheduler if a run resumes within an epoch
+        trainer.accumulate_grad_batches = batches_per_step(trainer, trainer.current_epoch)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         # Lightning has divided each loss by `size`, but the last step of an epoch can have fewer batches
@@ -103,8 +100,6 @@ class TrainingState(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        self.accumulates = ready % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
         if self.loader is not None and self.loader.selects:
             self.loader.observe(batch.index, outputs["losses"])
 
@@ -121,8 +116,11 @@ class TrainingState(Callback):
         states = {"cpu": all_gather(torch.get_rng_state())}
         if self.module.device.type == "cuda":
             states["cuda"] = all_gather(torch.cuda.get_rng_state(self.module.device))
-        parameters = self.module.network.named_parameters() if self.accumulates else ()
-        saving = checkpoint_files.model_checkpoints(self.module.trainer)
+        trainer = self.module.trainer
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        accumulates = ready % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
+        parameters = self.module.network.named_parameters() if accumulates else ()
+        saving = checkpoint_files.model_checkpoints(trainer)
         return {
             "ended": self.ended,
             "saved_steps": {callback.state_key: callback._last_global_step_saved for callback in saving},
@@ -152,11 +150,11 @@ class TrainingState(Callback):
         The run's folder may have been moved. No path is used from the checkpoint, because Lightning removes the files
         that these paths name.
         """
-        files = [path for path in folder.rglob("*.ckpt") if path.is_file() and not path.is_symlink()]
+        files = {path for path in folder.rglob("*.ckpt") if path.is_file() and not path.is_symlink()}
 
         def moved(path: str) -> str:
-            found = [file for file in files if f"/{path}".endswith(f"/{file.relative_to(folder).as_posix()}")]
-            return str(max(found, key=lambda file: len(file.parts), default=""))
+            file = folder / path.rpartition("/checkpoints/")[2]
+            return str(file) if file in files else ""
 
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:

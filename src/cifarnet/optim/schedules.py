@@ -4,15 +4,15 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from cifarnet.errors import UserError
-from cifarnet.optim.accumulation import steps_in_epoch, total_steps
 from cifarnet.schema import Range
 
 Interval = Literal["step", "epoch"]
@@ -60,15 +60,29 @@ class Steps(LambdaLR):
         super().__init__(optimizer, lambda step: gamma ** sum(step >= at for at in steps))
 
 
+def batches_per_step(trainer: L.Trainer, epoch: int) -> int:
+    """Return the number of batches whose gradients an optimizer step uses in an epoch (from 0)."""
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
 def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
-    """Return how often a run steps its schedule, infinite if the run has no end, and how often in the first epoch."""
-    total, epochs = total_steps(trainer), trainer.max_epochs or 0
-    if not 0 < total < math.inf:
-        return total, 0
-    first = steps_in_epoch(trainer, 0)
-    if interval == "step":
-        return total, first
-    return epochs if epochs > 0 and trainer.max_steps < 0 else math.ceil(total / max(1, first)), 1
+    """Return how often a run steps its schedule, infinite if the run has no end, and how often in the first epoch.
+
+    The last step of an epoch may use fewer batches. (Lightning's estimate ignores GradientAccumulationScheduler.)
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches, epochs, max_steps = trainer.num_training_batches, trainer.max_epochs or -1, trainer.max_steps
+    if batches == math.inf:  # trainer.limit_train_batches=0
+        return 0, 0
+    steps = [math.ceil(batches / batches_per_step(trainer, epoch)) for epoch in range(max(1, epochs))]
+    total = min(math.inf if epochs < 0 else sum(steps), math.inf if max_steps < 0 else max_steps)
+    if interval == "step" or not 0 < total < math.inf:
+        return total, steps[0]
+    return epochs if max_steps < 0 else math.ceil(total / steps[0]), 1
 
 
 def warnings_about(
@@ -85,8 +99,9 @@ def warnings_about(
     Raises:
         UserError: a step fails.
     """
-    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [{**copy.deepcopy(group), "params": [torch.zeros(1)]} for group in kept]
+    groups: list[dict[str, Any]] = [
+        copy.deepcopy(group | {"params": [torch.zeros(1)]}) for group in optimizer.param_groups
+    ]
     for group in groups:
         group["lr"] = group.pop("initial_lr", group["lr"])
     schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []

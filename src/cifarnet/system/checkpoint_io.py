@@ -46,8 +46,7 @@ class CheckpointIO(TorchCheckpointIO):
             path.unlink()
 
     def _is_allowed(self, path: Path) -> bool:
-        is_below = self.folder is None or self.folder.resolve() in path.resolve().parents
-        return is_below and (self.folder is None or path.suffix == ".ckpt")
+        return self.folder is None or (path.suffix == ".ckpt" and self.folder.resolve() in path.resolve().parents)
 
 
 def check_state(part: Any) -> None:
