@@ -87,10 +87,10 @@ def refuse_foreign_classes(config: Mapping[str, Any], path: Path, classes: Seque
     Raises:
         UserError: the config names another class.
     """
-    for section, part in config.items():
-        for name in _targets({section: part}):
-            if name not in classes and not _builds_a_part(name, section):
-                raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
+    for key, name in leaves(config):
+        section, *names = key.split(".")
+        if "_target_" in (section, *names) and name not in classes and not _builds_a_part(name, section):
+            raise UserError(f"{path} names the class {name}. If you trust it, allow it: classes=[{name}]")
 
 
 def _builds_a_part(name: str, section: str) -> bool:
@@ -119,12 +119,10 @@ def _builds_a_part(name: str, section: str) -> bool:
     return found is torch.tensor or PARTS.fullmatch(module) is not None
 
 
-def _targets(node: Any) -> Iterator[str]:
-    """Yield every `_target_` in a nested config."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield str(node["_target_"])
-        node = list(node.values())
-    if isinstance(node, Sequence) and not isinstance(node, str):
-        for member in node:
-            yield from _targets(member)
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the full key and the value, as text, of each setting in a nested config, except for null values."""
+    if isinstance(node, Mapping | list | tuple):
+        for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    elif node is not None:
+        yield key, str(node)

@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -230,8 +229,10 @@ class Checkpoint:
 
     def has_classes(self, class_names: Sequence[str]) -> bool:
         """Whether the network was trained on these classes, in this order, in any Unicode form of their names."""
-        pairs = zip_longest(class_names, self.class_names, fillvalue="\0")
-        return all(unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other) for one, other in pairs)
+        found, expected = (
+            [unicodedata.normalize("NFC", name) for name in names] for names in (class_names, self.class_names)
+        )
+        return found == expected
 
     def check_image_size(self, image_size: int, name: str = "the network") -> None:
         """Check that images have the size that the network was trained on.

@@ -77,8 +77,6 @@ def parse(
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
         parser.error("a path is required: the folder of a run")
-    if any("\0" in argument for argument in [*parsed.arguments, *parsed.against]):
-        parser.error("an argument contains a null character")
     return Arguments(
         paths,
         [argument for argument in parsed.arguments + parsed.against if is_setting(argument)],

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import locate, refuse_foreign_classes
+from cifarnet.allowlist import leaves, locate, refuse_foreign_classes
 from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
 from cifarnet.config import effect
 from cifarnet.errors import UserError
@@ -99,7 +99,7 @@ def _check(config: Any, file: Path, overridden: Sequence[str], problem_of: Calla
     Raises:
         UserError: a setting must be replaced in the command.
     """
-    for key, text in _texts(config):
+    for key, text in leaves(config):
         if not _is_in(key, overridden) and (problem := problem_of(key, text)):
             raise UserError(
                 f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
@@ -130,7 +130,7 @@ def _check_size(config: Any, file: Path) -> None:
     Raises:
         UserError: they do.
     """
-    texts = dict(_texts(config))
+    texts = dict(leaves(config))
     referring = [key for key, text in texts.items() if "${" in text]
     references = re.findall(r"\$\{([\w.-]+)", " ".join(texts.values()))
     nested = [name for name in references if name[0] == "." or any(_is_in(key, [name]) for key in referring)]
@@ -140,15 +140,6 @@ def _check_size(config: Any, file: Path) -> None:
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(f"{key}.".startswith(f"{section}.") for section in sections)
-
-
-def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield all values in a nested config as text, with their keys."""
-    if isinstance(node, dict | list | tuple):
-        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _texts(value, f"{key}.{name}" if key else str(name))
-    elif node is not None:
-        yield key, str(node)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -99,9 +99,8 @@ def warnings_about(
     Raises:
         UserError: a step fails.
     """
-    groups: list[dict[str, Any]] = [
-        copy.deepcopy(group | {"params": [torch.zeros(1)]}) for group in optimizer.param_groups
-    ]
+    weights = [torch.zeros(1)]
+    groups: list[dict[str, Any]] = [copy.deepcopy(group | {"params": weights}) for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group.pop("initial_lr", group["lr"])
     schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []
