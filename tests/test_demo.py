@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import cifarnet
-from cifarnet.demo import OnlyThisPage, choose, main, serving, titles
+from cifarnet.demo import choose, main, only_this_page, serving, titles
 from cifarnet.errors import UserError
 from cifarnet.inference import test_images
 from conftest import picture
@@ -151,7 +151,7 @@ def test_hosts_of_other_addresses(host, accepted, refused):
     from starlette.applications import Starlette
     from starlette.testclient import TestClient
 
-    server = TestClient(OnlyThisPage(Starlette(), host))
+    server = TestClient(only_this_page(Starlette(), host))
     assert [server.get("/", headers={"Host": name}).status_code for name in accepted] == [404] * len(accepted)
     assert [server.get("/", headers={"Host": name}).status_code for name in refused] == [403] * len(refused)
 

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,11 @@ from PIL import Image
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.errors import Interrupted, NoImages, UserError, printable
-from cifarnet.inference.settings import compose, quiet, without_data
-from cifarnet.system.signals import handled
+from cifarnet.errors import NoImages, UserError, printable
+from cifarnet.inference.settings import prepare, without_data
+from cifarnet.system.signals import interrupting
 
 if TYPE_CHECKING:
-    from starlette.datastructures import Headers
     from starlette.types import ASGIApp, Receive, Scope, Send
     from torch import Tensor
 
@@ -59,10 +59,9 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     Raises:
         UserError: a checkpoint or a setting cannot be used, or the address cannot be served.
     """
-    config = compose("demo", without_data(overrides))
+    config = prepare("demo", without_data(overrides))
     host = config.host.strip("[]")
     _check_address(host, config.port)
-    quiet()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     try:
         import gradio as gr
@@ -78,7 +77,9 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     for model in models.values():
         model.predict(np.zeros((32, 32, 3), np.uint8), **settings)  # checks the settings
     first, examples = models[runs[0]], []
-    with _private_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="cifarnet-demo-", ignore_cleanup_errors=True) as private:
+        folder = Path(private).resolve()
+        os.environ |= {"GRADIO_TEMP_DIR": private, "GRADIO_EXAMPLES_CACHE": private}  # for uploads
         try:
             if config.pictures:
                 test = test_images.read("demo", overrides, first.checkpoint, config.classes, NUM_SEARCHED)
@@ -86,25 +87,24 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
         except NoImages as error:
             print(printable(f"No test pictures to choose from: {error}"))
         page = build_page(models, examples, settings, folder)
-        try:
-            _, address, _ = page.launch(
-                server_name=f"[{host}]" if ":" in host else host,
-                server_port=config.port,
-                max_file_size=int(config.upload_limit * 2**20),
-                app_kwargs={"middleware": [Middleware(OnlyThisPage, host=host)]},
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no web fonts
-                css=STYLE,
-                footer_links=[],
-                share=False,
-                ssr_mode=False,
-                quiet=True,
-                prevent_thread_lock=True,
-            )
-        except OSError as error:
-            raise UserError(f"host={host} port={config.port}: the port is in use. Choose another port.") from error
+        _, address, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=config.port,
+            max_file_size=int(config.upload_limit * 2**20),
+            app_kwargs={"middleware": [Middleware(only_this_page, host=host)]},  # pyright: ignore[reportArgumentType]
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no web fonts
+            css=STYLE,
+            footer_links=[],
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2  # Pillow accepts twice this number
         try:
             yield address
         finally:
+            Image.MAX_IMAGE_PIXELS = limit
             page.close(verbose=False)
 
 
@@ -125,60 +125,38 @@ def _check_address(host: str, port: int | None) -> None:
         raise UserError(f"The page cannot be served at {chosen}: {error.strerror}. {remedy}") from error
 
 
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Create a folder for uploads that only this user can read, and remove it at the end."""
-    variables = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")
-    previous, limit = {name: os.environ.get(name) for name in variables}, Image.MAX_IMAGE_PIXELS
-    with tempfile.TemporaryDirectory(prefix="cifarnet-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ.update(dict.fromkeys(variables, folder))
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures with more than twice this number
-        try:
-            yield Path(folder).resolve()
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-            for name, value in previous.items():
-                os.environ.pop(name)
-                os.environ.update({} if value is None else {name: value})
-
-
-class OnlyThisPage:
-    """ASGI middleware that accepts only requests that the demo's page sends.
+def only_this_page(app: "ASGIApp", host: str) -> "ASGIApp":
+    """Return an ASGI app that passes on only the requests that the demo's page sends.
 
     Otherwise, a foreign page in a visitor's browser could send requests to the demo, with its own name (DNS rebinding)
-    or from its own origin.
+    or from its own origin, and gradio would fetch URLs in paths.
 
     Args:
         host: the address that is served. If it stands for all addresses, the host of a request can be any IP address.
     """
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
 
-    def __init__(self, app: "ASGIApp", host: str) -> None:
-        self.app, self.all_addresses = app, host in ("0.0.0.0", "::")
-        self.names = {"localhost", "127.0.0.1", "::1", host.lower(), socket.gethostname().lower()}
+    names = {"localhost", "127.0.0.1", "::1", host.lower(), socket.gethostname().lower()}
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Pass a request on, or refuse it."""
-        from starlette.datastructures import Headers
-        from starlette.responses import PlainTextResponse
-
-        app, headers = self.app, Headers(scope=scope) if scope["type"] == "http" else None
-        if headers and not (self._is_own(headers) and self._is_needed(scope["method"], scope["path"])):
-            app = PlainTextResponse("This request does not come from the page of the demo.", 403)
-        await app(scope, receive, send)
-
-    def _is_own(self, headers: "Headers") -> bool:
-        """Return whether a request is for this server, and not from a page of another one."""
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
+    def is_from_page(scope: "Scope") -> bool:
+        headers = Headers(scope=scope)
+        served, origin = headers.get("host", "").lower(), headers.get("origin")
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            is_known = name in self.names or (self.all_addresses and bool(ipaddress.ip_address(name)))
-            return is_known and (origin is None or urlsplit(origin).netloc.lower() == host)
+            name = urlsplit(f"//{served}").hostname or ""
+            is_known = name in names or (host in ("0.0.0.0", "::") and bool(ipaddress.ip_address(name)))
+            is_same = origin is None or urlsplit(origin).netloc.lower() == served
         except ValueError:  # not an address
             return False
+        is_needed = scope["method"] in ("GET", "HEAD") or POSTS.fullmatch(scope["path"])
+        return is_known and is_same and bool(is_needed) and "://" not in scope["path"]
 
-    def _is_needed(self, method: str, path: str) -> bool:
-        """Return whether the page sends such requests. Gradio fetches URLs in paths."""
-        return "://" not in path and (method in ("GET", "HEAD") or POSTS.fullmatch(path) is not None)
+    async def answer(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        is_accepted = scope["type"] != "http" or is_from_page(scope)
+        refusal = PlainTextResponse("This request does not come from the page of the demo.", 403)
+        await (app if is_accepted else refusal)(scope, receive, send)
+
+    return answer
 
 
 def build_page(
@@ -296,15 +274,10 @@ def choose(
 
 def _command() -> None:
     paths, overrides, _ = cli.parse("demo", __doc__)
-    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    with handled(ends, _stop), serving(paths, overrides) as address:
+    ends = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGHUP]
+    with interrupting(ends), serving(paths, overrides) as address:
         print(f"Open {address} in a browser. Press Ctrl-C to stop.", flush=True)
         threading.Event().wait()
-
-
-def _stop(number: int, frame: Any) -> None:
-    """Leave the context of the page, which removes the uploads."""
-    raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
 
 
 def main() -> None:

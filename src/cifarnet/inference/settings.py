@@ -46,14 +46,7 @@ class Settings:
 
 
 def prepare(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose and check the settings of a command as `compose` does, and suppress messages of libraries."""
-    config = compose(command, overrides)
-    quiet()
-    return config
-
-
-def compose(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose and check the settings of a command.
+    """Compose and check the settings of a command, and suppress messages of libraries.
 
     The settings are those of `configs/<command>.yaml`, without the section `data` (see `test_images`).
 
@@ -63,15 +56,11 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     config = cli.compose(command, overrides)
     cli.check_keys(command, config)
     check_settings(config, Settings)
-    return config
-
-
-def quiet() -> None:
-    """Suppress messages of libraries."""
     from cifarnet.system.log_output import quiet_libraries  # imports Lightning and TensorBoard, which takes seconds
 
     quiet_libraries()
     hardware.keep_freed_memory()
+    return config
 
 
 def without_data(overrides: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from cifarnet.errors import Interrupted
 from cifarnet.system import hardware
 from cifarnet.system.output import optional_output
-from cifarnet.system.signals import handled
+from cifarnet.system.signals import handled, interrupting
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WORKER = "CIFARNET_WORKER"  # an environment variable of worker processes
@@ -121,12 +121,3 @@ def forwarded_signals(stop_file: Path, command: str) -> Iterator[None]:
                 raise
     if received:
         raise Interrupted(f"Stopped by {signal.Signals(received[0]).name}.", 128 + received[0], command)
-
-
-def interrupting(numbers: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    """Raise `Interrupted` on these signals."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
-
-    return handled(numbers, interrupt)

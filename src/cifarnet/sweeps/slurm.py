@@ -33,6 +33,7 @@ from cifarnet.records.tables import Run, read_run
 from cifarnet.sweeps import jobs, multirun, parallel, task
 from cifarnet.sweeps.summary import resume_command
 from cifarnet.system import distributed, files
+from cifarnet.system.signals import interrupting
 
 NAMES = "slurm.json"  # in the sweep's folder: SLURM's name for each job
 LONGEST = 30  # seconds between two queries of the queue
@@ -104,7 +105,7 @@ class Slurm(SlurmLauncher):
         if names:
             print(f"Already in SLURM's queue: {', '.join(names.values())}", flush=True)
         try:
-            with parallel.interrupting(parallel.SIGNALS):
+            with interrupting(parallel.SIGNALS):
                 signal.pthread_sigmask(signal.SIG_BLOCK, parallel.SIGNALS)  # until the names are recorded
                 names |= self._submit({number: work for number, work in tasks.items() if number not in names})
                 files.write(path, json.dumps(recorded | {str(number): name for number, name in names.items()}))
@@ -183,7 +184,7 @@ class Task:
 
     def _run(self) -> None:
         try:
-            with parallel.interrupting([signal.SIGTERM, signal.SIGUSR2]):  # submitit's handler would end a step midway
+            with interrupting([signal.SIGTERM, signal.SIGUSR2]):  # submitit's handler would end a step midway
                 distributed.run_ranks(self.work, self.train_run)
         except Interrupted as stopped:
             raise Interrupted(f"{stopped.what} {self._queue_again()}", stopped.status) from None

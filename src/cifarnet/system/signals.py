@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from cifarnet.errors import Interrupted
+
 
 @contextlib.contextmanager
 def handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
@@ -16,3 +18,12 @@ def handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], A
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+def interrupting(numbers: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Raise `Interrupted` on these signals."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 128 + number)
+
+    return handled(numbers, interrupt)
