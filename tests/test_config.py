@@ -121,7 +121,7 @@ keep_freed_memory
 logger.tensorboard._target_ logger.tensorboard.default_hp_metric logger.tensorboard.name
 logger.tensorboard.save_dir logger.tensorboard.version
 model._target_ model.drop_rate model.hidden model.widths
-module._target_ module.scheduler_interval module.tta module.tta_share
+module._target_ module.tta module.tta_share
 name
 objective._target_ objective.label_smoothing objective.reduction
 optimizer._target_ optimizer.fused optimizer.lr optimizer.momentum optimizer.nesterov optimizer.weight_decay

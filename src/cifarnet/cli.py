@@ -30,6 +30,7 @@ from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted, MachineFault, UserError, printable
 from cifarnet.schema import did_you_mean
 from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
+from cifarnet.system.files import DISK_ERRORS
 from cifarnet.system.output import optional_output
 
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search"}  # packages of sweeps, and the extra with each
@@ -305,8 +306,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of a full or failing disk that caused this error, or None."""
-    reasons = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
-    return next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in reasons), None)
+    return next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in DISK_ERRORS), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -180,7 +180,7 @@ def test_schedules_of_torch(tmp_path, pool, tally, draw):
         number, (name, fields, interval) = case
         section = {"_target_": f"torch.optim.lr_scheduler.{name}", **fields}
         settings = ["~scheduler", f"+scheduler={written(section)}", f"trainer.max_epochs={EPOCHS}"]
-        settings += ["module.scheduler_interval=epoch"] if interval == "epoch" else []
+        settings += ["+module.scheduler_interval=epoch"] if interval == "epoch" else []
         run, file = f"run{number}", worker.folder / f"rates{number}"
         start = ["train", *RUN, *settings, f"hydra.run.dir={run}-whole"]
         outcome, message = worker.run(start[0], start[1:], {"rates": str(file)})

@@ -1,8 +1,10 @@
 """Transforms of torchvision, which are applied to one image after the other."""
 
+import random
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
@@ -93,6 +95,22 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(config, tmp_path):
     resumed.callbacks.signal = None
     train(resumed, checkpoint)
     assert_same_weights(*(tmp_path / folder / "checkpoints/last.ckpt" for folder in ("whole", "stopped")))
+
+
+class Noise:
+    """Draws from the generators of Python and NumPy, as RandomChoice of torchvision's first version does."""
+
+    def __call__(self, image):
+        return image ^ (random.randrange(256) ^ np.random.randint(256))  # noqa: NPY002
+
+
+def test_every_generator_is_seeded_and_restored(images):
+    before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = (torch.cat([batch.images for batch in batches(images, PerImage("x", Noise()))]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(set(map(int, (first ^ torch.cat([b.images for b in batches(images)]))[:, 0, 0, 0]))) > COUNT / 2
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
 
 
 @pytest.mark.parametrize(

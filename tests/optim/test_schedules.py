@@ -52,7 +52,7 @@ def test_settings_out_of_range_are_refused(config, overrides):
     assert str(error.value).startswith(overrides[1])
 
 
-EPOCH = "module.scheduler_interval=epoch"
+EPOCH = "+module.scheduler_interval=epoch"
 TORCH = "torch.optim.lr_scheduler."
 
 

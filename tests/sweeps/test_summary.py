@@ -149,10 +149,12 @@ def test_notes_of_libraries_are_not_printed(command, tmp_path):
     log = (tmp_path / "sweep/0/train.log").read_text("utf-8")
     assert "Epoch 2/2" in log
     assert "a warning: ±" in log
-    assert "a note" not in log
+    assert "a note of a user's module" in log
+    assert "a note of a library" not in log
 
 
 class Log(Callback):
     def on_fit_start(self, trainer, module):
-        logging.getLogger("other").info("a note")
+        logging.getLogger("other").info("a note of a user's module")
+        logging.getLogger("matplotlib.category").info("a note of a library")
         logging.getLogger("other").warning("a warning: ±")

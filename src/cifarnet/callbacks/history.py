@@ -64,7 +64,9 @@ class History(Drawing):
         classifier, optimizer = cast("Classifier", module), trainer.optimizers[0]
         interval = classifier.scheduler_interval
         total, first = planned_steps(trainer, interval)
-        if not self.sessions and classifier.make_scheduler is not None and total < math.inf:
+        libraries = {type(schedule.scheduler).__module__.partition(".")[0] for schedule in trainer.lr_scheduler_configs}
+        is_known = libraries <= {"cifarnet", "torch"}  # other schedules may need the network's parameters
+        if not self.sessions and classifier.make_scheduler is not None and is_known and total < math.inf:
             for message in warnings_about(classifier.make_scheduler, optimizer, int(total), first, interval):
                 report(message)
         self.sessions.append(session)

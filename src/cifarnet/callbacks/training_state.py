@@ -37,6 +37,7 @@ class TrainingState(Callback):
         self.loader: BatchLoader | None = None
         self.module: Classifier | None = None
         self.restored: dict[str, Any] | None = None
+        self.is_checked = False  # whether the states of all callbacks can be saved
         self.ended: int | None = None  # the maximum number of epochs, once training has ended
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -48,7 +49,7 @@ class TrainingState(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored and self.restored.get("ended") == trainer.max_epochs:
-            trainer.should_stop = True  # also if a callback ended it before
+            trainer.should_stop = True  # even if a callback ended training early
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -56,9 +57,6 @@ class TrainingState(Callback):
             remedy = "use cifarnet.data.InMemoryLoader(images, labels, batch_size, train=True)"
             raise UserError(f"{type(loader).__name__} is not a loader that yields {BATCH}: {remedy}.")
         self.module, self.loader = pl_module, loader
-        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:
-            check_state(part)
         if self.restored is None:
             return
         self.loader.restore(self.restored["loader"])
@@ -80,6 +78,11 @@ class TrainingState(Callback):
         self.restored = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.is_checked:  # once, after all callbacks have started
+            callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:
+                check_state(part)
+            self.is_checked = True
         loader: Any = trainer.train_dataloader
         if self.loader is not None and loader is not self.loader:  # trainer.reload_dataloaders_every_n_epochs
             loader.restore(self.loader.position())
@@ -129,6 +132,10 @@ class TrainingState(Callback):
             "train_sums": self.module.total("train"),
             "generators": [dict(zip(states, one_rank, strict=True)) for one_rank in zip(*states.values(), strict=True)],
         }
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.ended is not None:  # Lightning has already counted the next epoch
+            checkpoint["epoch"] -= 1
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._validate_first(checkpoint)

@@ -1,9 +1,12 @@
 """The interfaces of recipes that change images, whose random numbers are drawn for a whole epoch at once."""
 
+import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cifarnet.errors import UserError
@@ -39,7 +42,7 @@ class Transform(Protocol):
 class PerImage:
     """Applies a transform that has no `draw`, such as torchvision's, to one image after the other on the CPU.
 
-    Before each call, torch's generator is seeded as a function of (seed, epoch, name, index).
+    Before each call, the generators of torch, Python and NumPy are seeded as a function of (seed, epoch, name, index).
 
     Args:
         name: the name in `data.transforms`.
@@ -64,9 +67,11 @@ class PerImage:
             UserError: the transform fails, or does not return an image of the same type and shape.
         """
         changed = []
-        with torch.random.fork_rng(devices=[]):
+        with isolate_rng(include_cuda=False):
             for image, seed in zip(images.cpu(), seeds.tolist(), strict=True):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+                random.seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002, transforms use the global generator
                 changed.append(self._apply(image))
         return torch.stack(changed).to(images.device)
 

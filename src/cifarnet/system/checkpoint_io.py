@@ -55,14 +55,14 @@ def check_state(part: Any) -> None:
     Raises:
         UserError: the state contains an object of a class.
     """
-    file = io.BytesIO()
+    state, file = part.state_dict(), io.BytesIO()
     try:
-        torch.save(part.state_dict(), file)
+        torch.save(state, file)
         file.seek(0)
         torch.load(file, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         reason = str(error).partition(". ")[0]
         raise UserError(
-            f"{type(part).__name__}: a run with this state could not be resumed: {reason}. Return only numbers, texts, "
-            "tensors, lists and dictionaries from state_dict()."
+            f"{type(part).__name__}: a run with this state could not be resumed: {reason}. Return only numbers, "
+            "strings, tensors, lists and dictionaries from state_dict()."
         ) from error

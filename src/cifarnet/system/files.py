@@ -1,6 +1,7 @@
 """Atomic writes and folder locks."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from cifarnet.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of a full or failing disk
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
@@ -98,7 +101,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError as error:
             if not (folder / ".lock").exists():
                 raise UserError(f"{folder} was removed while it was in use. Run the command again.") from error
-            error.filename = error.filename or str(folder)  # unknown if a write of TensorBoard's thread failed
+            if error.errno in DISK_ERRORS:  # without a name if a write of TensorBoard's thread failed
+                error.filename = error.filename or str(folder)
             raise
 
 
