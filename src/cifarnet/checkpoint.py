@@ -84,7 +84,10 @@ class Checkpoint:
             raise _missing(path)
         try:
             checkpoint = cls._open_hub_folder(path) if path.is_dir() else cls._open_file(path)
-            is_newer = Version(checkpoint.version) > Version(__version__)
+            if Version(checkpoint.version) > Version(__version__):
+                found = f"cifarnet {checkpoint.version}, but {__version__} is installed"
+                raise UserError(f"{path} was written by {found}: update cifarnet.")
+            return checkpoint
         except UserError:
             raise
         except Exception as error:  # a damaged file raises exceptions of any type
@@ -93,11 +96,6 @@ class Checkpoint:
             raise UserError(
                 f"{path} is not a readable cifarnet checkpoint: {reason[:200]}. Use another checkpoint, or train again."
             ) from error
-        if is_newer:
-            raise UserError(
-                f"{path} was written by cifarnet {checkpoint.version}, but {__version__} is installed: update cifarnet."
-            )
-        return checkpoint
 
     @classmethod
     def _open_file(cls, path: Path) -> "Checkpoint":
@@ -229,10 +227,8 @@ class Checkpoint:
 
     def has_classes(self, class_names: Sequence[str]) -> bool:
         """Whether the network was trained on these classes, in this order, in any Unicode form of their names."""
-        found, expected = (
-            [unicodedata.normalize("NFC", name) for name in names] for names in (class_names, self.class_names)
-        )
-        return found == expected
+        forms = [[unicodedata.normalize("NFC", name) for name in names] for names in (class_names, self.class_names)]
+        return forms[0] == forms[1]
 
     def check_image_size(self, image_size: int, name: str = "the network") -> None:
         """Check that images have the size that the network was trained on.

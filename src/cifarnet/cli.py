@@ -182,9 +182,8 @@ def _raise_errors() -> Iterator[bool]:
         yield previous == "1"
     finally:
         logging.raiseExceptions, threading.excepthook = raise_exceptions, hook
-        if previous is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if previous is not None:
             os.environ["HYDRA_FULL_ERROR"] = previous
 
 

@@ -138,15 +138,15 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
 
 def _check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
     """Check that Lightning's callbacks work, and that they monitor metrics that a run computes."""
+    packages = {type(callback).__module__.partition(".")[0] for callback in callbacks}
+    may_log_others = not packages <= {"cifarnet", "lightning"}
     for callback in callbacks:
-        if (remedy := UNSUPPORTED.get(type(callback))) is not None:
-            raise UserError(f"callbacks: {type(callback).__name__} is not supported. {remedy}")
-    if any(type(callback).__module__.partition(".")[0] not in ("cifarnet", "lightning") for callback in callbacks):
-        return  # it may log metrics
-    for callback in callbacks:
+        kind, monitor = type(callback), getattr(callback, "monitor", None)
+        if kind in UNSUPPORTED:
+            raise UserError(f"callbacks: {kind.__name__} is not supported. {UNSUPPORTED[kind]}")
         names = [*metrics, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else metrics
-        if (monitor := getattr(callback, "monitor", None)) is not None and monitor not in names:
-            problem = f"callbacks: {type(callback).__name__} monitors {monitor}, which this run does not compute."
+        if monitor not in (None, *names) and not may_log_others:
+            problem = f"callbacks: {kind.__name__} monitors {monitor}, which this run does not compute."
             raise UserError(f"{problem} Choose one of these: {', '.join(names)}.")
 
 
@@ -157,9 +157,7 @@ def _loggers(config: DictConfig) -> list[Logger]:
         for kind, key, refused in REFUSED:
             value = str(section.get(key))
             if section["_target_"].endswith(kind) and (found := sorted(set(value) & set(refused))):
-                raise UserError(
-                    f"{key}={value}: {kind} cannot use {' '.join(found)} in it. Choose another name or folder."
-                )
+                raise UserError(f"{key}={value}: {kind} cannot use {' '.join(found)}. Choose another name or folder.")
     return [instantiate(logger) for logger in chosen]
 
 

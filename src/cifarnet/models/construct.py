@@ -58,16 +58,12 @@ def limited(weights: Mapping[str, Tensor]) -> Iterator[None]:
         if left < 0 or next(parts, None) is None:
             raise ValueError("it is larger than its weights")
 
-    hooks = [
+    with (
         modules.register_module_buffer_registration_hook(count),
         modules.register_module_module_registration_hook(count),
         modules.register_module_parameter_registration_hook(count),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
