@@ -40,8 +40,6 @@ class Output:
 def optional_output() -> Iterator[None]:
     """Complete a command although its output or error stream is closed, now (`>&-`) or later. Characters that the
     encoding of the output lacks are escaped."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # ± in an ASCII terminal
     out, error = (Output(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # pyright: ignore[reportArgumentType]
         try:
