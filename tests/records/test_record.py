@@ -41,10 +41,6 @@ def test_unknown_keys_are_ignored_and_optional_ones_may_be_missing(tmp_path):
     assert Record.read(tmp_path / "metrics.json").partial is None
 
 
-def nested(levels: int) -> dict:
-    return {"inner": nested(levels - 1)} if levels else {}
-
-
 RECORD = RECORD | {"sessions": [session()]}
 UNREADABLE = {
     "empty": "",
@@ -55,7 +51,6 @@ UNREADABLE = {
     "huge": json.dumps(RECORD | {"val_accuracy": 10**400}),
     "huge seed": json.dumps(RECORD | {"seed": -(10**400)}),
     "huge exponent": json.dumps(RECORD | {"test_cross_entropy": 1.5}).replace("1.5", "1e999"),
-    "levels": json.dumps(RECORD | {"config": nested(60)}),
     "list": "[1]",
     "number": "3",
     "without history": json.dumps({key: RECORD[key] for key in RECORD if key != "history"}),

@@ -164,7 +164,8 @@ def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
         )
     header = f"{CACHE_FORMAT} {files.size} {folder}"
     cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
-    lines = [f"{path} {_version(path)}" for path in files.paths]
+    stats = ((path, os.stat(path)) for path in files.paths if os.path.exists(path))  # no dangling links
+    lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
     fingerprint = _sha256("\n".join([header, *lines]))
     images = _load(cache, fingerprint, files.shape)
     if images is None:
@@ -172,15 +173,6 @@ def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
         if writes:
             _save(cache, {"fingerprint": fingerprint, "images": images})
     return images
-
-
-def _version(path: str) -> str:
-    """Return a file's size and modification time; an empty text for a dangling link, which cannot be decoded either."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return ""
-    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _class_files(folder: Path, left_out: list[str]) -> dict[str, list[str]]:

@@ -37,11 +37,6 @@ def save(figure: Figure, path: Path) -> None:
 @contextlib.contextmanager
 def plain_text(figure: Figure) -> Iterator[None]:
     """Draw a figure without reading its texts as mathematics: they contain names that users have chosen."""
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            if isinstance(axis.get_major_formatter(), LogFormatter):  # matplotlib writes powers as mathematics
-                axis.set_major_formatter(LogFormatter())
-                axis.set_minor_formatter(LogFormatter())
     for text in figure.findobj(Text):
         cast("Text", text).set(parse_math=False, usetex=False)
     with warnings.catch_warnings():
@@ -128,6 +123,7 @@ def _place(axis: Axes, values: Sequence[str]) -> Sequence[float | str]:
     if all(abs(number) < LARGEST for number in numbers):
         if 0 < 10 * min(numbers) <= max(numbers):
             axis.set_xscale("log")
+            axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # not as mathematics
         if len(set(values)) <= 8 and max(map(len, values)) <= 8:
             ticks = dict(zip(numbers, values, strict=True))
             axis.set_xticks([*ticks], [*ticks.values()])

@@ -15,7 +15,6 @@ from cifarnet.system import files
 T = TypeVar("T", bound="JsonFile")
 Content = TypeVar("Content")
 MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
-MOST_LEVELS = 50  # of nested lists and objects
 LARGEST = 1e100  # the squares of larger numbers exceed the range of floats
 UNREADABLE = (OSError, ValueError, TypeError, RecursionError, TypeCheckError, yaml.YAMLError)
 
@@ -48,12 +47,6 @@ def _check_number(number: float) -> float:
     return number
 
 
-def _num_levels(content: object) -> int:
-    """Return the number of levels of nested lists and objects."""
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return 1 + max(map(_num_levels, parts), default=0)
-
-
 class JsonFile:
     """Base class of dataclasses that are stored as JSON files, with a key for each field.
 
@@ -76,8 +69,6 @@ class JsonFile:
                 "parse_constant": lambda _: None,
             }
             values = {name: value for name, value in dict(json.loads(text, **hooks)).items() if name in hints}
-            if _num_levels(values) > MOST_LEVELS:
-                raise ValueError(f"it has more than {MOST_LEVELS} levels")
             nulls = {name for name, value in values.items() if value is None and hints[name] is float}
             if missing := [name for name in hints if name not in values and not hasattr(cls, name)]:
                 raise ValueError(f"it has no {', '.join(missing)}")

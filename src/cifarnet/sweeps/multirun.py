@@ -6,9 +6,8 @@ Resuming reuses the recorded overrides, which can run code: resume only your own
 import argparse
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +15,7 @@ from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.allowlist import refuse_foreign_classes
+from cifarnet.allowlist import leaves, refuse_foreign_classes
 from cifarnet.config import SweepSettings, effect
 from cifarnet.errors import UserError
 from cifarnet.records.json_file import read
@@ -25,6 +24,11 @@ from cifarnet.system import files
 
 RECORD = "multirun.yaml"
 CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+LAYOUT = {  # a sweep is reported and resumed by the numbers of its jobs, which are the names of their folders
+    "hydra.sweep.subdir": "${hydra.job.num}",
+    "hydra.output_subdir": ".hydra",
+    "output_dir": "${hydra:runtime.output_dir}",
+}
 FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
 
 
@@ -39,24 +43,18 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
     """
     check_settings(config.sweep, SweepSettings, "sweep.")
     folder = Path(config.hydra.sweep.dir)
-    for text in _texts([OmegaConf.to_container(config.hydra.launcher, resolve=True), os.path.abspath(folder)]):
-        if re.search(CONTROLS, text):  # in sbatch's script, the rest of a broken line would run as a command
-            raise UserError(
-                f"{text!r} contains a control character, which launchers could pass to a shell. Remove it from name, "
-                "hydra.sweep.dir or hydra.launcher."
-            )
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    for key, text in leaves({"hydra.launcher": launcher, "hydra.sweep.dir": os.path.abspath(folder)}):
+        if re.search(CONTROLS, key + text):  # in sbatch's script, the rest of a broken line would run as a command
+            problem = "contains a control character, which launchers could pass to a shell. Remove it"
+            raise UserError(f"{f'{key}={text}'!r} {problem} (or remove it from name).")
     files.refuse_links(folder, folder.glob("*"))  # such as a study.journal, to which a search would append
-    written: Any = OmegaConf.to_container(config, resolve=False)
-    layout = {  # a sweep is reported and resumed by the numbers of its jobs, which are the names of their folders
-        "hydra.sweep.subdir": (written["hydra"]["sweep"]["subdir"], "${hydra.job.num}"),
-        "hydra.output_subdir": (written["hydra"]["output_subdir"], ".hydra"),
-        "output_dir": ("…" if "output_dir" in keys else written["output_dir"], "${hydra:runtime.output_dir}"),
-    }
-    for key, (value, expected) in layout.items():
-        if value != expected:
+    written = dict(leaves(OmegaConf.to_container(config, resolve=False)))
+    for key, expected in LAYOUT.items():
+        if key in keys or written.get(key) != expected:
             raise UserError(
-                f"{key}={value}: a sweep is resumed by its jobs' folders, which are named 0, 1, 2, … Remove {key}. "
-                "(sweep.csv lists the settings of each folder.)"
+                f"{key}={written.get(key)}: a sweep is resumed by its jobs' folders, which are named 0, 1, 2, … Remove "
+                f"{key}. (sweep.csv lists the settings of each folder.)"
             )
     chosen = [key for key in keys if key != "seed"]
     if chosen and config.data.get("val_fraction") == 0:
@@ -67,17 +65,6 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
                 f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy. Set "
                 "aside validation images with data.val_fraction=0.1. (A sweep over only the seed does not need them.)"
             )
-
-
-def _texts(setting: Any) -> Iterator[str]:
-    """Yield the texts in a nested setting, including its keys."""
-    if isinstance(setting, dict):
-        setting = [*setting, *setting.values()]
-    if not isinstance(setting, list):
-        yield str(setting)
-        return
-    for part in setting:
-        yield from _texts(part)
 
 
 def begin(config: DictConfig, folder: Path) -> None:

@@ -23,7 +23,7 @@ from cifarnet import cli
 from cifarnet.config import check_section, effect
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_sweep
-from cifarnet.schema import Range, check_settings, has_target
+from cifarnet.schema import Range, check, check_settings
 from cifarnet.sweeps import jobs, multirun, search_figures
 from cifarnet.sweeps.space import search_space
 from cifarnet.sweeps.summary import resume_command, summarize
@@ -70,11 +70,8 @@ class Search(Sweeper):
         from optuna import pruners, samplers
 
         check_settings(vars(self), Search, "hydra.sweeper.")
-        for name, kind in {"sampler": samplers.BaseSampler, "pruner": pruners.BasePruner}.items():
-            if not isinstance(value := getattr(self, name), kind | None):
-                raise UserError(
-                    f"hydra.sweeper.{name} is {value!r}: expected a class of optuna.{name}s. See hydra/sweeper=search."
-                )
+        check("hydra.sweeper.sampler", self.sampler, samplers.BaseSampler | None)
+        check("hydra.sweeper.pruner", self.pruner, pruners.BasePruner | None)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
@@ -84,9 +81,7 @@ class Search(Sweeper):
                 "the same command in several terminals, with threads=… to limit each process to its share of the cores."
             )
         self.uses_slurm = launcher == "Slurm"
-        for name in ("sampler", "pruner"):
-            if has_target(part := config.hydra.sweeper.get(name)):
-                check_section(f"hydra.sweeper.{name}", part)
+        check_section("hydra.sweeper", config.hydra.sweeper)
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
 
