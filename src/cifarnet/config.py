@@ -95,8 +95,8 @@ def validate(config: DictConfig) -> None:
             raise UserError(
                 f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists the choices."
             )
-    for section in ("callbacks", "recipe", "logger"):
-        parts = config.get(section) or {}
+    for section in ("callbacks", "recipe", "logger", "data.transforms"):
+        parts = OmegaConf.select(config, section) or {}
         if not isinstance(parts, DictConfig | dict):
             example = f"{section}.mine={{_target_: …}}"
             raise UserError(f"{section}={parts} must map names to components, such as {example}.")

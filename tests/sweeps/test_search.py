@@ -200,7 +200,7 @@ def test_a_trial_without_a_folder_ran_here(run, tmp_path):
         ([RATE, "hydra.sweeper.pruner=5"], "hydra.sweeper.pruner=5 is not valid: expected optuna.pruners"),
         (
             [RATE, "hydra.sweeper.pruner._target_=optuna.samplers.RandomSampler"],
-            "hydra.sweeper.pruner=<optuna.sampl",
+            "hydra.sweeper.pruner=RandomSampler",
         ),
         ([RATE, "+hydra.sweeper.pruner._partial_=true"], "hydra.sweeper.pruner="),
         (

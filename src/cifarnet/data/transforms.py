@@ -51,10 +51,6 @@ class PerImage:
 
     def __init__(self, name: str, function: Callable[[Tensor], Any]) -> None:
         self.name, self.function = name, function
-        if not callable(function):
-            raise UserError(
-                f"data.transforms.{name}={function} is not a transform: add data.transforms.{name}._target_"
-            )
 
     def draw(self, count: int, size: int, seed: int, epoch: int) -> tuple[Tensor]:
         """Return the seed of each image, int64 [count]."""

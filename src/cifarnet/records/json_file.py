@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
-import yaml
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, check_type
 
 from cifarnet.errors import UserError
 from cifarnet.system import files
@@ -16,7 +15,6 @@ T = TypeVar("T", bound="JsonFile")
 Content = TypeVar("Content")
 MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
 LARGEST = 1e100  # the squares of larger numbers exceed the range of floats
-UNREADABLE = (OSError, ValueError, TypeError, RecursionError, TypeCheckError, yaml.YAMLError)
 
 
 def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Content:
@@ -36,7 +34,7 @@ def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Conte
         if len(content) > MOST_BYTES:
             raise ValueError("it is larger than 64 MB")
         return parse(content.decode())
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can raise many types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}{remedy}.") from error
 

@@ -116,14 +116,8 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     allowed = (cli.value_of("classes", arguments) or "").strip("[]").replace(" ", "").split(",")
     parser = OverridesParser.create()
     for override in parser.parse_overrides([*kept, *params]):
-        if isinstance(override.value(), ChoiceSweep):
-            texts = override.sweep_string_iterator()
-        elif override.is_sweep_override():  # a sweep over numbers or config files
-            continue
-        else:
-            texts = [override.get_value_element_as_str()]
-        name = override.key_or_group.rpartition(".")[2]
-        for text in texts:
+        name, is_choice = override.key_or_group.rpartition(".")[2], isinstance(override.value(), ChoiceSweep)
+        for text in override.sweep_string_iterator() if is_choice else [override.get_value_element_as_str()]:
             refuse_foreign_classes({name: parser.parse_override(f"{name}={text}").value()}, folder / RECORD, allowed)
     quoted = cli.literal(str(folder))
     config_dir = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
@@ -143,9 +137,10 @@ def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:
         raise UserError(
             f"sweep.resume={folder}: {path} is missing. Specify the folder of a sweep, such as …/multirun_<date_time>."
         )
-    record = read(path, yaml.safe_load)
-    try:
-        overrides, params = record["hydra"]["overrides"], record["hydra"]["sweeper"].get("params") or {}
+
+    def parse(text: str) -> tuple[list[str], list[str]]:
+        recorded = yaml.safe_load(text)["hydra"]
+        overrides, params = recorded["overrides"], recorded["sweeper"].get("params") or {}
         return [*overrides["hydra"], *overrides["task"]], [f"{key}={value}" for key, value in params.items()]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: it is not the record of a sweep. Start the sweep again.") from error
+
+    return read(path, parse, ". Start the sweep again")

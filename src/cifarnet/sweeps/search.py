@@ -23,7 +23,7 @@ from cifarnet import cli
 from cifarnet.config import check_section, effect
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_sweep
-from cifarnet.schema import Range, check, check_settings
+from cifarnet.schema import Range, check, check_settings, has_target
 from cifarnet.sweeps import jobs, multirun, search_figures
 from cifarnet.sweeps.space import search_space
 from cifarnet.sweeps.summary import resume_command, summarize
@@ -81,7 +81,9 @@ class Search(Sweeper):
                 "the same command in several terminals, with threads=… to limit each process to its share of the cores."
             )
         self.uses_slurm = launcher == "Slurm"
-        check_section("hydra.sweeper", config.hydra.sweeper)
+        for name in ("sampler", "pruner"):
+            if has_target(part := config.hydra.sweeper.get(name)):
+                check_section(f"hydra.sweeper.{name}", part)
         self.config, self.hydra_context = config, hydra_context
         self.task: Callable[..., Any] = task_function
 
