@@ -106,7 +106,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
         return network, 0.0
     for layer in network.modules():
         if isinstance(layer, Normalize):
-            layer.fit(*data.channel_statistics)
+            layer.fit(*data.source.channel_statistics)
     start, fit = time.perf_counter(), getattr(network, "fit", None)
     if callable(fit):
         fit(data.sample())

@@ -429,7 +429,7 @@ def test_validation_images_in_val_are_used_with_a_val_fraction_of_0(tree):
 def test_channel_statistics_are_exact(tree):
     data = read(tree)
     scaled = data.source.train.images.double() / 255
-    mean, std = data.channel_statistics
+    mean, std = data.source.channel_statistics
     torch.testing.assert_close(mean, scaled.mean((0, 2, 3)))
     torch.testing.assert_close(std, scaled.std((0, 2, 3), correction=0))
 
@@ -453,7 +453,7 @@ def test_streamed_batches_equal_those_from_memory(tree, cache, workers):
                 assert all(torch.equal(*pair) for pair in pairs)
     assert torch.equal(torch.get_rng_state(), state)  # so that dropout does not change
     assert streamed.describe() == kept.describe() | {"sha256": None}
-    for one, other in zip(kept.channel_statistics, streamed.channel_statistics, strict=True):
+    for one, other in zip(kept.source.channel_statistics, streamed.source.channel_statistics, strict=True):
         assert torch.equal(one, other)
 
 

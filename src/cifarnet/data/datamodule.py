@@ -207,11 +207,6 @@ class ImageDataModule(L.LightningDataModule):
         """The height and width in pixels."""
         return self.source.train.images.shape[-1]
 
-    @property
-    def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of each channel of the training images, for values from 0 to 1."""
-        return self.source.channel_statistics
-
     def sample(self, count: int = 5000) -> Tensor:
         """Return `count` training images (or all, if fewer), uint8 [N, 3, H, W]; they do not depend on the seed."""
         train = self.source.train
@@ -236,7 +231,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
         if self.augment.cutout:
-            self.augment.fill = (255 * self.channel_statistics[0]).round()  # zero after normalization
+            self.augment.fill = (255 * self.source.channel_statistics[0]).round()  # zero after normalization
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:

@@ -101,10 +101,6 @@ class ImageFolder(ImageDataModule):
         self.size, self.in_memory = image_size, in_memory
         self.workers = workers
 
-    @property
-    def validates(self) -> bool:
-        return self.val_fraction > 0 or (self.root / "val").is_dir()
-
     def read(self) -> Source:
         left_out: list[str] = []
         try:

@@ -117,6 +117,8 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     parser = OverridesParser.create()
     for override in parser.parse_overrides([*kept, *params]):
         name, is_choice = override.key_or_group.rpartition(".")[2], isinstance(override.value(), ChoiceSweep)
+        if override.is_sweep_override() and not is_choice:  # a sweep over numbers or config files
+            continue
         for text in override.sweep_string_iterator() if is_choice else [override.get_value_element_as_str()]:
             refuse_foreign_classes({name: parser.parse_override(f"{name}={text}").value()}, folder / RECORD, allowed)
     quoted = cli.literal(str(folder))
