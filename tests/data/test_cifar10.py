@@ -145,5 +145,5 @@ def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path, server, monkeypat
 @pytest.mark.parametrize("root", ["file", "file/below"])
 def test_a_file_instead_of_the_folder_is_refused(tmp_path, root):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be (created|stored)"):
+    with pytest.raises(UserError, match=r"cannot be (created|stored)"):
         assert CIFAR10(root=str(tmp_path / root)).source

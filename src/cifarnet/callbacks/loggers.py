@@ -56,20 +56,11 @@ def log_picture(trainer: L.Trainer, name: str, pixels: np.ndarray) -> None:
     files.write(Path(trainer.default_root_dir, f"{name.rpartition('/')[2]}.png"), content.getbuffer())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_png(logger, name, trainer.current_epoch, content.getvalue(), *pixels.shape)
+            logger.experiment.add_image(name, pixels, trainer.current_epoch, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels])
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(logger.run_id, pixels, f"{name}.png")
-
-
-def _log_png(logger: TensorBoardLogger, name: str, epoch: int, png: bytes, height: int, width: int, chans: int) -> None:
-    """Log an encoded image; `add_image` would encode the pixels a second time."""
-    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-    image = Summary.Image(height=height, width=width, colorspace=chans, encoded_image_string=png)
-    summary = Summary(value=[Summary.Value(tag=name, image=image)])
-    logger.experiment._get_file_writer().add_summary(summary, epoch)  # private: it reopens a closed file
 
 
 def log_results(record: Record, trainer: L.Trainer, classifier: Classifier) -> None:

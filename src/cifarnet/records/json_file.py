@@ -27,7 +27,7 @@ def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Conte
         UserError: the file cannot be read or parsed.
     """
     try:
-        if files.is_special(path):
+        if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

@@ -48,18 +48,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def is_special(path: Path) -> bool:
-    """Whether a path is that of a folder, a device, a pipe or a socket."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
 def check_output(path: Path) -> None:
     """Check that a path is that of a new or a regular file: the rename would replace a device or a pipe.
 
     Raises:
         UserError: the path is that of a folder, a device or a pipe.
     """
-    if is_special(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} cannot be written: it is not a regular file. Choose another path.")
 
 
