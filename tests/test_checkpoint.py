@@ -12,6 +12,7 @@ from cifarnet import __version__
 from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS, Checkpoint, find
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, SpeedNet, construct
+from cifarnet.models.convmixer import ConvMixer
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import CustomNetwork
@@ -452,14 +453,46 @@ def test_compressed_and_overlapping_entries_are_refused(run, tmp_path):
         Checkpoint.open(path)
 
 
-def test_weights_that_share_their_values_are_not_larger_than_the_file(changed):
-    def alter(content, count):
-        shared = torch.zeros(10**6)
-        content["state_dict"] = {f"network.{place}": shared for place in range(count)}
+def test_a_network_may_share_its_layers_but_is_not_larger_than_the_file(changed):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in ConvMixer(width=512, depth=50).state_dict().items()}
+    shared = torch.zeros(512 * 512)
 
-    assert len(Checkpoint.open(changed(lambda content: alter(content, 2))).weights) == 2  # tied
-    with pytest.raises(UserError, match="has fewer values than its shape"):
-        Checkpoint.open(changed(lambda content: alter(content, 100)))
+    def alter(content):  # 50 layers that have the same values
+        content["hyper_parameters"]["model"] = {
+            "_target_": "cifarnet.models.convmixer.ConvMixer",
+            "width": 512,
+            "depth": 50,
+        }
+        weights = {f"network.{name}": shared[: shape.numel()].view(shape) for name, shape in shapes.items()}
+        content["state_dict"] = weights
+
+    with pytest.raises(UserError, match="larger than its weights"):
+        Checkpoint.open(changed(alter)).network()
+
+
+class SharedLayers(nn.Module):
+    """Uses one layer eight times: its state has eight names for the same values."""
+
+    def __init__(self, num_classes, image_size=32):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3 * image_size**2, 3 * image_size**2)] * 8)
+        self.head = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.head(x)
+
+
+def test_a_network_that_uses_a_layer_several_times_can_be_loaded(config, tmp_path):
+    own = ["~model", "+model={_target_: test_checkpoint.SharedLayers}"]
+    train(config(*own, without="model"))
+    network = Checkpoint.open(tmp_path / "run").network([SharedLayers])
+    layers = [layer for name, layer in network.named_modules(remove_duplicate=False) if name.endswith(".blocks.7")]
+    assert len(layers) == 1
+    assert layers[0] is network.get_submodule(f"{'network.' if hasattr(network, 'network') else ''}blocks.0")
 
 
 @pytest.mark.parametrize("name", ["pipe.ckpt", "zero.ckpt", "hub"])

@@ -105,13 +105,13 @@ def _builds_a_part(name: str, section: str) -> bool:
     from lightning.pytorch.loggers import Logger
     from lightning.pytorch.profilers import Profiler
 
+    place, _, last = name.rpartition(".")
     try:
-        found = pydoc.locate(name)
-    except pydoc.ErrorDuringImport:
+        found = getattr(importlib.import_module(place), last, None)
+    except (ImportError, ValueError):  # ValueError: a name without a dot
         return False
-    module = (
-        getattr(found, "__module__", None) or ""
-    )  # where it is defined: `cifarnet.models.cnn.torch.load` is torch's
+    # where it is defined: `cifarnet.models.cnn.torch.load` is a function of torch
+    module = getattr(found, "__module__", None) or ""
     if section == "data":
         return isinstance(found, type) and module.startswith(DATA)
     if isinstance(found, type) and issubclass(found, L.Trainer | L.Callback | Logger | Profiler | torch.nn.Module):

@@ -136,7 +136,7 @@ def exchange(rank: int, folder: Path) -> None:
         for run in runs:
             distributed.send_run(run, folder)
             assert not (folder / "run.json").exists()
-        distributed.send_end()
+        distributed._broadcast("")  # there are no more runs
     else:
         assert [distributed.receive_run() for _ in range(3)] == [*runs, None]
 

@@ -47,9 +47,12 @@ def construct(make: Callable[..., nn.Module], num_classes: int, image_size: int,
 
 @contextlib.contextmanager
 def limited(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop the construction of a network with a ValueError if it has far more layers or values than these weights."""
+    """Stop the construction of a network with a ValueError if it has far more layers or values than these weights,
+    several of which may share their values."""
     parts = iter(range(1000 + 10 * len(weights)))
-    left = 10**7 + 2 * sum(value.numel() for value in weights.values())
+    storages = ((value.untyped_storage(), value.itemsize) for value in weights.values())
+    stored = {storage.data_ptr(): storage.nbytes() // itemsize for storage, itemsize in storages}
+    left = 10**7 + 2 * sum(stored.values())
 
     def count(layer: nn.Module, name: str, part: Any) -> None:
         nonlocal left

@@ -163,7 +163,7 @@ def run_ranks(command: Callable[[], Any], train_run: Callable[[dict[str, Any]], 
             except SystemExit as end:  # such as --help; after an error, torchrun ends the others
                 if end.code:
                     raise
-            send_end()
+            _broadcast("")  # there are no more runs
         else:
             with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
                 while (run := receive_run()) is not None:
@@ -176,11 +176,6 @@ def send_run(run: Mapping[str, Any], folder: Path) -> None:
         with _run_file(run, folder) as file:
             _broadcast(str(file.resolve()))
             _broadcast("")  # the other ranks have read the file
-
-
-def send_end() -> None:
-    """Under torchrun or srun, tell the other ranks that there are no more runs."""
-    _broadcast("")
 
 
 def receive_run() -> Any:
