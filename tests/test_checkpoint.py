@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cifarnet import __version__
-from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS, Checkpoint, find
+from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS, Checkpoint, checkpoint_path
 from cifarnet.errors import UserError
 from cifarnet.models import Normalize, SpeedNet, construct
 from cifarnet.models.convmixer import ConvMixer
@@ -72,9 +72,9 @@ def test_a_checkpoint_holds_what_loading_needs(run):
 def test_a_run_without_validation_has_its_last_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    assert find(tmp_path) == tmp_path / "checkpoints/last.ckpt"
+    assert checkpoint_path(tmp_path) == tmp_path / "checkpoints/last.ckpt"
     (tmp_path / "checkpoints/best.ckpt").touch()
-    assert find(tmp_path) == tmp_path / "checkpoints/best.ckpt"
+    assert checkpoint_path(tmp_path) == tmp_path / "checkpoints/best.ckpt"
 
 
 def test_commands_write_into_the_run_or_beside_the_file(run, tmp_path):

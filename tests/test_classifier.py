@@ -22,6 +22,8 @@ from cifarnet.recipes.focal import FocalLoss
 from cifarnet.seeding import generator
 
 DECAY = 0.03
+ENDLESS = {"train_dataloader": [], "num_training_batches": 5, "max_epochs": -1, "max_steps": -1}  # of a trainer
+ENDLESS |= {"callbacks": [], "accumulate_grad_batches": 1}
 
 
 def small_classifier(weight_decay: float, smoothing: float = 0.0) -> Classifier:
@@ -31,7 +33,7 @@ def small_classifier(weight_decay: float, smoothing: float = 0.0) -> Classifier:
         nn.init.normal_(parameter, std=0.3)
     objective = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
     module = Classifier(network, partial(torch.optim.SGD, lr=0.1, weight_decay=weight_decay), objective=objective)
-    module._trainer = SimpleNamespace(train_dataloader=[], estimated_stepping_batches=math.inf, max_epochs=-1)
+    module._trainer = SimpleNamespace(**ENDLESS)
     module._trainer.optimizers = [module.configure_optimizers()["optimizer"]]
     return module
 
@@ -253,7 +255,7 @@ def test_a_schedule_gets_the_number_of_steps_and_is_stepped_after_each(batch):
     trainer.fit(module, unequal_batches(batch))
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**4
     assert module.total_steps == 4
-    module._trainer = SimpleNamespace(train_dataloader=[], estimated_stepping_batches=math.inf, max_epochs=-1)
+    module._trainer = SimpleNamespace(**ENDLESS)
     module.configure_optimizers()
     assert planned == [4, 0]  # 0: the run has no end
     assert module.total_steps == math.inf

@@ -69,17 +69,18 @@ class Checkpoint:
     content: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, last: bool = False) -> "Checkpoint":
         """Read a checkpoint and verify its content.
 
         Args:
             path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, or
                 a folder in Hugging Face's format.
+            last: use the last checkpoint of a run's folder, as resuming does.
 
         Raises:
             UserError: the checkpoint does not exist, cannot be read, or was written by a newer version of cifarnet.
         """
-        path = find(path)
+        path = checkpoint_path(path, last)
         if not path.is_dir() and not path.is_file():  # a pipe would never end
             raise _missing(path)
         try:
@@ -290,15 +291,15 @@ class Checkpoint:
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def find(path: str | Path) -> Path:
+def checkpoint_path(path: str | Path, last: bool = False) -> Path:
     """Return the path of a checkpoint: for a run's folder, the best one, or the last one if nothing was validated.
 
     The path of a file, or of a folder in Hugging Face's format, is returned unchanged."""
     path = Path(path).expanduser()
     if not path.is_dir() or (path / HUB_WEIGHTS).is_file():
         return path
-    best, last = path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"
-    return last if last.is_file() and not best.is_file() else best
+    best, newest = path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"
+    return newest if last or (newest.is_file() and not best.is_file()) else best
 
 
 def _is_plain(value: Any, most: float) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import leaves, locate, refuse_foreign_classes
-from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
+from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import effect
 from cifarnet.errors import UserError
 from cifarnet.schema import accepts, has_target
@@ -43,9 +43,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     Raises:
         UserError: the checkpoint does not exist or names a forbidden class, or an override affects the weights.
     """
-    path = Path(path).expanduser()
-    is_run = path.is_dir() and not (path / HUB_WEIGHTS).is_file()
-    checkpoint = Checkpoint.open(path / "checkpoints" / "last.ckpt" if is_run else path)
+    checkpoint = Checkpoint.open(path, last=True)
     if "optimizer_states" not in checkpoint.content:
         raise UserError(f"{path} contains no training state: use it with model=trained model.checkpoint={path}.")
     parsed = _parse(overrides)
