@@ -136,7 +136,7 @@ def output_folder(config: DictConfig) -> Path:
     """
     try:
         return Path(config.output_dir)
-    except InterpolationResolutionError as error:
+    except (InterpolationResolutionError, TypeError) as error:  # or null
         raise UserError("output_dir is not set: add output_dir=<folder> to the overrides of compose().") from error
 
 
