@@ -230,7 +230,7 @@ def test_a_resumed_sweep_accepts_only_settings_that_do_not_affect_results(comman
     [
         "+callbacks.x={_target_: os.mkdir, path: exploded}",
         "+callbacks.x._target_=os.mkdir",
-        "++callbacks.x._target_=torch.load,os.mkdir",
+        "++callbacks.x._target_=torch.nn.Identity,os.mkdir",
         "+recipe.a.b=[{_target_: os.mkdir, path: exploded}]",
         "model=choice(cnn,{_target_: os.mkdir})",
         "+hydra.callbacks.x={_target_: os.mkdir, path: exploded}",
