@@ -33,7 +33,7 @@ from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
 from cifarnet.system.files import DISK_ERRORS
 from cifarnet.system.output import optional_output
 
-EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search"}  # packages of sweeps, and the extra with each
+EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo"}  # packages and their extras
 
 
 class Arguments(NamedTuple):

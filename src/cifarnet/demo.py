@@ -63,10 +63,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     host = config.host.strip("[]")
     _check_address(host, config.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise UserError("cifarnet.demo needs gradio: pip install 'cifarnet[demo]'") from error
+    import gradio as gr
     from starlette.middleware import Middleware
 
     from cifarnet.inference import test_images
@@ -217,9 +214,8 @@ def build_page(
 
 def titles(models: "Mapping[str, Trained]") -> list[str]:
     """Return the name of each run or network, and the path of its run if the names are not unique."""
-    records = [model.run_record() for model in models.values()]
-    networks = [type(model.network).__name__ for model in models.values()]
-    names = [record.name if record else network for record, network in zip(records, networks, strict=True)]
+    pairs = [(model.run_record(), model.checkpoint.network_name) for model in models.values()]
+    names = [record.name if record else network for record, network in pairs]
     if len(set(names)) < len(names):
         names = [f"{name} ({run})" for name, run in zip(names, models, strict=True)]
     return [f"{name}, epoch {model.checkpoint.epoch}" for name, model in zip(names, models.values(), strict=True)]

@@ -45,9 +45,9 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
     folder = Path(config.hydra.sweep.dir)
     launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     for key, text in leaves({"hydra.launcher": launcher, "hydra.sweep.dir": os.path.abspath(folder)}):
-        if re.search(CONTROLS, key + text):  # in sbatch's script, the rest of a broken line would run as a command
-            problem = "contains a control character, which launchers could pass to a shell. Remove it"
-            raise UserError(f"{f'{key}={text}'!r} {problem} (or remove it from name).")
+        setting, problem = f"{key}={text}", "contains a control character, which launchers could pass to a shell"
+        if re.search(CONTROLS, setting):  # in sbatch's script, the rest of a broken line would run as a command
+            raise UserError(f"{setting!r} {problem}. Remove it. (It may come from name.)")
     files.refuse_links(folder, folder.glob("*"))  # such as a study.journal, to which a search would append
     written = dict(leaves(OmegaConf.to_container(config, resolve=False)))
     for key, expected in LAYOUT.items():

@@ -24,7 +24,7 @@ from cifarnet.config import check_section, effect
 from cifarnet.errors import UserError
 from cifarnet.records.tables import read_sweep
 from cifarnet.schema import Range, check, check_settings, has_target
-from cifarnet.sweeps import jobs, multirun, search_figures
+from cifarnet.sweeps import jobs, multirun
 from cifarnet.sweeps.space import search_space
 from cifarnet.sweeps.summary import resume_command, summarize
 from cifarnet.system import hardware
@@ -94,6 +94,7 @@ class Search(Sweeper):
             UserError: the study cannot be used, or a trial failed (the others still run).
             Interrupted: a signal stopped the search; the message contains the command that resumes it.
         """
+        from cifarnet.sweeps import search_figures  # imports matplotlib
         from cifarnet.sweeps.trials import Trials
 
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]

@@ -4,17 +4,18 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from optuna import Study
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from cifarnet.errors import printable
+from cifarnet.records import figures
 from cifarnet.records.tables import Run, grouped
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from optuna import Study
 
-
-def draw(study: "Study", runs: Mapping[str, Run], keys: Sequence[str], folder: Path) -> None:
+def draw(study: Study, runs: Mapping[str, Run], keys: Sequence[str], folder: Path) -> None:
     """Write `history.png`, `importances.png` and `slices.png` into a folder, if at least two trials are complete.
 
     Args:
@@ -24,20 +25,14 @@ def draw(study: "Study", runs: Mapping[str, Run], keys: Sequence[str], folder: P
     runs = {number: run for number, run in runs.items() if run.status == "done"}
     if len(runs) < 2:
         return
-    from cifarnet.records import figures
-
     scores = {int(number) + 1: run.score for number, run in runs.items()}  # trials count from 1
     figures.save(_history(scores), folder / "history.png")
     figures.save(_importances(study), folder / "importances.png")
     figures.save(figures.sweep(grouped(list(runs.values()), "val_accuracy"), keys), folder / "slices.png")
 
 
-def _history(scores: Mapping[int, float]) -> "Figure":
+def _history(scores: Mapping[int, float]) -> Figure:
     """Draw the score of each trial, and the best score so far."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    from cifarnet.records import figures
-
     figure, axis = figures.panel("trial", "val accuracy")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -50,13 +45,8 @@ def _history(scores: Mapping[int, float]) -> "Figure":
     return figure
 
 
-def _importances(study: "Study") -> "Figure":
+def _importances(study: Study) -> Figure:
     """Draw the importance of each setting for the score (PED-ANOVA, Watanabe et al., 2023)."""
-    from matplotlib.ticker import PercentFormatter
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    from cifarnet.records import figures
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the evaluator is experimental
         importances = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
