@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_a_checkpoint_holds_what_loading_needs(run):
     assert checkpoint.model["widths"] == [8, 8, 8]
     assert (checkpoint.tta, checkpoint.tta_share) == ("mirror", 0.3)
     assert (checkpoint.precision, checkpoint.channels_last) == ("32-true", True)
+    assert checkpoint.network_name == "SpeedNet"
     network = checkpoint.network()
     assert isinstance(network, SpeedNet)
     assert not network.training
@@ -92,6 +94,7 @@ def test_a_folder_that_is_a_link_out_of_the_run_is_refused(run, tmp_path):
     try:
         with pytest.raises(UserError, match=r"predictions is a link to a place outside"):
             Checkpoint.open(run).folder_for("predictions")
+        assert Checkpoint.open(run).folder_for("exported") == run / "exported"
     finally:
         (run / "predictions").unlink()
 
@@ -146,6 +149,7 @@ def test_no_path_and_no_url_is_taken_from_a_file(changed):
 
 def test_the_file_that_training_started_from_is_not_read(changed):
     checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"checkpoint": "/etc/passwd"})))
+    assert checkpoint.network_name == "LibraryModel shufflenet_v2_x0_5"
     make, arguments = checkpoint.architecture()
     assert {"_target_": f"{make.__module__}.{make.__name__}"} | arguments == LIBRARY | {"checkpoint": None}
 
@@ -153,9 +157,12 @@ def test_the_file_that_training_started_from_is_not_read(changed):
 def test_a_missing_checkpoint_is_reported_with_a_run_nearby(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}/a\.ckpt: no checkpoint found\. Specify a run's folder"):
         Checkpoint.open(tmp_path / "a.ckpt")
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"no checkpoint found\. Did you mean {tmp_path}/run\?"):
-        Checkpoint.open(tmp_path)
+    for name, time in [("first", 1), ("latest", 3), ("second", 2)]:
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        os.utime(tmp_path / name / "checkpoints", (time, time))
+    for path in (tmp_path, tmp_path / "checkpoints/best.ckpt"):
+        with pytest.raises(UserError, match=rf"no checkpoint found\. Did you mean {tmp_path}/latest\?"):
+            Checkpoint.open(path)
 
 
 def truncate(content: bytes) -> bytes:
@@ -316,6 +323,13 @@ def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
         Checkpoint.open(tmp_path)
     (tmp_path / HUB_SETTINGS).write_text("{")
     with pytest.raises(UserError, match=rf"{tmp_path} is not a readable cifarnet checkpoint"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_hub_folder_needs_a_library(tmp_path, monkeypatch):
+    save_file({"network.x": torch.zeros(1)}, tmp_path / HUB_WEIGHTS)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match=rf"^{tmp_path} needs safetensors: pip install"):
         Checkpoint.open(tmp_path)
 
 

@@ -1,12 +1,14 @@
 import errno
 import os
+import pickle
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from cifarnet.errors import UserError
-from cifarnet.system.checkpoint_io import CheckpointIO
+from cifarnet.system.checkpoint_io import CheckpointIO, check_state
 
 
 def test_content_that_was_read_is_handed_out_once(tmp_path):
@@ -16,6 +18,15 @@ def test_content_that_was_read_is_handed_out_once(tmp_path):
     checkpoints.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
     assert checkpoints.load_checkpoint(tmp_path / "last.ckpt") is content
     assert checkpoints.load_checkpoint(tmp_path / "last.ckpt") == {"step": 2}
+
+
+def test_arguments_are_passed_on_when_a_file_is_read(tmp_path):
+    checkpoints, path = CheckpointIO(), tmp_path / "last.ckpt"
+    torch.save({"weight": torch.ones(3)}, path)
+    assert checkpoints.load_checkpoint(path, "meta")["weight"].device.type == "meta"
+    torch.save({"class": Path}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoints.load_checkpoint(path, weights_only=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path, monkeypatch):
@@ -62,3 +73,21 @@ def test_only_regular_files_are_removed(tmp_path, monkeypatch, folder):
     assert sorted(os.listdir()) == ["folder.ckpt", "link.ckpt", "mine.ckpt"]
     CheckpointIO(folder=folder).remove_checkpoint("mine.ckpt")
     assert not os.path.exists("mine.ckpt")
+
+
+class Part:
+    """A callback with this state."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize("value", [Path, Part(0), lambda: 0, threading.Lock()], ids=["class", "object", "code", "lock"])
+def test_a_state_that_contains_an_object_is_refused(value):
+    with pytest.raises(UserError, match=r"^Part: .* resumed: \w.*tensors.* state_dict\(\)\.$") as refusal:
+        check_state(Part({"x": [value]}))
+    assert "\n" not in str(refusal.value)
+    check_state(Part({"x": [1, 2.0, "text", None, True], "y": {"z": torch.zeros(2)}}))
