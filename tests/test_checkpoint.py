@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import sys
@@ -306,25 +307,29 @@ def test_other_weights_are_refused(changed, change):
 
 
 def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
+    folder = tmp_path / "hub.v2"
+    folder.mkdir()
     recorded = Checkpoint.open(run)
     names = ("class_names", "image_size", "model", "tta", "precision")
     settings = {name: getattr(recorded, name) for name in names} | {"cifarnet": __version__, "epoch": 7}
-    (tmp_path / HUB_SETTINGS).write_text(json.dumps(settings))
+    (folder / HUB_SETTINGS).write_text(json.dumps(settings))
     weights = {f"network.{name}": value.contiguous() for name, value in recorded.weights.items()}
-    save_file(weights, tmp_path / HUB_WEIGHTS)
-    checkpoint = Checkpoint.open(tmp_path)
+    save_file(weights, folder / HUB_WEIGHTS)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.folder_for("exported") == tmp_path / "hub.v2_exported"
+    assert checkpoint.sha256() == hashlib.sha256((folder / HUB_WEIGHTS).read_bytes()).hexdigest()
     assert (checkpoint.epoch, checkpoint.step, checkpoint.content) == (7, 0, {})
     assert (checkpoint.data, checkpoint.tta_share) == ({}, 1.0)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert torch.equal(checkpoint.network()(images), recorded.network()(images))
     with pytest.raises(UserError, match=r"contains no training state: use .*model\.checkpoint="):
-        resume(tmp_path)
-    (tmp_path / HUB_SETTINGS).write_text(json.dumps(settings | {"image_size": "large"}))
-    with pytest.raises(UserError, match=rf"^{tmp_path}: image_size=large"):
-        Checkpoint.open(tmp_path)
-    (tmp_path / HUB_SETTINGS).write_text("{")
-    with pytest.raises(UserError, match=rf"{tmp_path} is not a readable cifarnet checkpoint"):
-        Checkpoint.open(tmp_path)
+        resume(folder)
+    (folder / HUB_SETTINGS).write_text(json.dumps(settings | {"image_size": "large"}))
+    with pytest.raises(UserError, match=rf"^{folder}: image_size=large"):
+        Checkpoint.open(folder)
+    (folder / HUB_SETTINGS).write_text("{")
+    with pytest.raises(UserError, match=rf"{folder} is not a readable cifarnet checkpoint"):
+        Checkpoint.open(folder)
 
 
 def test_a_hub_folder_needs_a_library(tmp_path, monkeypatch):

@@ -91,4 +91,6 @@ def test_a_state_that_contains_an_object_is_refused(value, monkeypatch):
     with pytest.raises(UserError, match=r"^Part: .* resumed: \w.*tensors.* state_dict\(\)\.$") as refusal:
         check_state(Part({"x": [value]}))
     assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"resumed: .*pickle.*lock"):
+        check_state(Part(threading.Lock()))
     check_state(Part({"x": [1, 2.0, "text", None, True], "y": {"z": torch.zeros(2)}}))
