@@ -1,3 +1,4 @@
+import sys
 import textwrap
 from pathlib import Path
 
@@ -170,6 +171,24 @@ def test_parts_of_a_run_are_not_foreign(name):
 def test_functions_of_libraries_that_read_write_or_run_are_foreign(name):
     with pytest.raises(UserError, match=r"names the class .*classes=\["):
         refuse_foreign_classes({"parts": [{"_target_": name}]}, FILE)
+
+
+def test_a_module_outside_the_libraries_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_in_a_test.py").write_text("from cifarnet.data import Synthetic\nfrom cifarnet.models import CNN")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evil_in_a_test.Synthetic", "evil_in_a_test.CNN"):
+        for refuse in (refuse_foreign_classes, refuse_foreign_data):
+            with pytest.raises(UserError, match=rf"names .*{name}"):
+                refuse({"_target_": name}, FILE)
+    assert "evil_in_a_test" not in sys.modules
+
+
+def test_a_module_that_cannot_be_imported_is_foreign(tmp_path, monkeypatch):
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins/broken_in_a_test.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"names the class hydra_plugins\.broken_in_a_test\.Net"):
+        refuse_foreign_classes({"_target_": "hydra_plugins.broken_in_a_test.Net"}, FILE)
 
 
 def test_data_may_name_only_data_sets_recipes_and_transforms():

@@ -27,6 +27,7 @@ def test_arguments_are_passed_on_when_a_file_is_read(tmp_path):
     torch.save({"class": Path}, path)
     with pytest.raises(pickle.UnpicklingError):
         checkpoints.load_checkpoint(path, weights_only=True)
+    assert checkpoints.load_checkpoint(path, weights_only=False) == {"class": Path}
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path, monkeypatch):
