@@ -319,7 +319,7 @@ def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
     assert checkpoint.folder_for("exported") == tmp_path / "hub.v2_exported"
     assert checkpoint.sha256() == hashlib.sha256((folder / HUB_WEIGHTS).read_bytes()).hexdigest()
     assert (checkpoint.epoch, checkpoint.step, checkpoint.content) == (7, 0, {})
-    assert (checkpoint.data, checkpoint.tta_share) == ({}, 1.0)
+    assert (checkpoint.data, checkpoint.tta_share, checkpoint.channels_last) == ({}, 1.0, True)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert torch.equal(checkpoint.network()(images), recorded.network()(images))
     with pytest.raises(UserError, match=r"contains no training state: use .*model\.checkpoint="):
@@ -360,8 +360,11 @@ def test_data_for_another_task_are_refused(run):
     checkpoint = Checkpoint.open(run)
     names = checkpoint.class_names
     checkpoint.check_task(names, 32)
-    with pytest.raises(UserError, match=r"The data has the classes a, b; the teacher was trained on .*Use data"):
+    message = rf"The data has the classes a, b; the teacher was trained on {', '.join(names)}\. Use data"
+    with pytest.raises(UserError, match=message):
         checkpoint.check_task(["a", "b"], 32, "the teacher")
+    with pytest.raises(UserError, match=r"images are 24 pixels wide; the teacher was trained on"):
+        checkpoint.check_task(names, 24, "the teacher")
     with pytest.raises(UserError, match=r"trained on"):
         checkpoint.check_task(names[::-1], 32)
     with pytest.raises(
