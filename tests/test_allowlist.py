@@ -177,9 +177,9 @@ def test_a_module_outside_the_libraries_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "evil_in_a_test.py").write_text("from cifarnet.data import Synthetic\nfrom cifarnet.models import CNN")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("evil_in_a_test.Synthetic", "evil_in_a_test.CNN"):
-        for refuse in (refuse_foreign_classes, refuse_foreign_data):
+        for section in ("model", "data"):
             with pytest.raises(UserError, match=rf"names .*{name}"):
-                refuse({"_target_": name}, FILE)
+                refuse_foreign_classes({section: {"_target_": name}}, FILE)
     assert "evil_in_a_test" not in sys.modules
 
 

@@ -225,7 +225,7 @@ def pictures(tmp_path):
 
 def test_a_data_set_smaller_than_a_batch_trains(command, pictures, tmp_path):
     status, printed, error = command(
-        "data=folder", "data.root=pictures", "trainer=cpu", "threads=1", "hydra.run.dir=run"
+        "data=folder", "data.root=pictures", "trainer=cpu", "threads=1", "hydra.run.dir=run", "optimizer.lr=0.01"
     )
     assert status == 0, error
     assert re.search(r"data\.batch_size=128: .*72 images", printed)
