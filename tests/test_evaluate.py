@@ -125,7 +125,7 @@ def test_command_prints_its_results(run, command):
     assert status == 0
     record = json.loads((run / "evaluation/metrics.json").read_text())
     for figure in (record["test"]["accuracy"], *record["test"]["interval"], record["test_accuracy_one_view"]):
-        assert f"{figure:.2%}" in printed
+        assert f"{figure:.1%}" in printed  # 300 images
     assert f"temperature {record['temperature']:.3f}" in printed
     assert "report.html" in printed
     assert record["tta"] == "mirror"

@@ -108,7 +108,7 @@ def _builds_a_part(name: str, section: str) -> bool:
     place, _, last = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(place), last, None)
-    except (ImportError, ValueError):  # ValueError: a name without a dot
+    except Exception:  # a module may raise any type
         return False
     # where it is defined: `cifarnet.models.cnn.torch.load` is a function of torch
     module = getattr(found, "__module__", None) or ""

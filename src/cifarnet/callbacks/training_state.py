@@ -81,7 +81,8 @@ class TrainingState(Callback):
         if not self.is_checked:  # once, after all callbacks have started
             callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
             for part in [*callbacks, *(config.scheduler for config in trainer.lr_scheduler_configs)]:
-                check_state(part)
+                if part is not self:
+                    check_state(part)
             self.is_checked = True
         loader: Any = trainer.train_dataloader
         if self.loader is not None and loader is not self.loader:  # trainer.reload_dataloaders_every_n_epochs
