@@ -279,10 +279,10 @@ def test_sizes_that_do_not_fit_the_weights_take_no_memory(changed, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*parse")
+@pytest.mark.parametrize("size", [(65536, 65536, 3, 3), (8,)])
 @pytest.mark.parametrize("kind", ["expanded", "meta", "sparse"])
-def test_weights_without_values_are_refused(changed, kind):
+def test_weights_without_values_are_refused(changed, kind, size):
     """A small file could claim weights of any size, and thereby a network of that size."""
-    size = (65536, 65536, 3, 3)
     weight = {
         "expanded": lambda: torch.zeros(1).expand(size),
         "meta": lambda: torch.zeros(size, device="meta"),
@@ -439,6 +439,8 @@ def test_large_numbers_for_networks_of_this_project_are_refused(changed):
     for settings in ({"depth": 10**6 + 1}, {"sizes": [{"x": [-(10**9)]}]}, {"rate": 1e300}):
         with pytest.raises(UserError, match="is not plain data"):
             Checkpoint.open(changed(alter_settings(model=LIBRARY | settings))).architecture()
+    largest = changed(alter_settings(model=LIBRARY | {"depth": 10**6}))
+    assert Checkpoint.open(largest).architecture()[1]["depth"] == 10**6
 
 
 def same_list_many_times():
@@ -463,6 +465,15 @@ def test_settings_that_grow_when_they_are_read_are_refused(changed, key, make):
     path = changed(alter)
     with pytest.raises(UserError, match=rf"^{path} is not a readable .*too many or nested too deeply"):
         Checkpoint.open(path)
+
+
+def test_settings_may_be_nested_in_20_levels(changed):
+    value = []
+    for _ in range(17):
+        value = [value]  # 18 lists, in the arguments of the network, in the settings
+    assert Checkpoint.open(changed(alter_model(x=value))).model["x"] == value
+    with pytest.raises(UserError, match="nested too deeply"):
+        Checkpoint.open(changed(alter_model(x=[value])))
 
 
 def test_compressed_and_overlapping_entries_are_refused(run, tmp_path):
@@ -518,12 +529,16 @@ def test_a_network_that_uses_a_layer_several_times_can_be_loaded(config, tmp_pat
     assert layers[0] is network.get_submodule(f"{'network.' if hasattr(network, 'network') else ''}blocks.0")
 
 
-@pytest.mark.parametrize("name", ["pipe.ckpt", "zero.ckpt", "hub"])
-def test_a_pipe_and_a_device_are_not_read(tmp_path, name):
+@pytest.mark.parametrize("name", ["pipe.ckpt", "zero.ckpt", "hub", "large"])
+def test_a_pipe_a_device_and_a_large_file_are_not_read(tmp_path, name):
     os.mkfifo(tmp_path / "pipe.ckpt")
     (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
     (tmp_path / "hub").mkdir()
     os.mkfifo(tmp_path / "hub" / HUB_SETTINGS)
-    save_file({"network.x": torch.zeros(1)}, tmp_path / "hub" / HUB_WEIGHTS)
+    (tmp_path / "large").mkdir()
+    with (tmp_path / "large" / HUB_SETTINGS).open("wb") as file:
+        file.truncate(2**26 + 1)
+    for folder in ("hub", "large"):
+        save_file({"network.x": torch.zeros(1)}, tmp_path / folder / HUB_WEIGHTS)
     with pytest.raises(UserError, match=r"no checkpoint found|not a regular file"):
         Checkpoint.open(tmp_path / name)
