@@ -14,6 +14,7 @@ from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
 from cifarnet.schema import Range, check
 from cifarnet.system import distributed
+from cifarnet.system.log_output import quiet_fabric
 
 
 class Batches(Sized, Iterable[Batch], Protocol):
@@ -63,7 +64,8 @@ class Predictor:
         check("tta_share", tta_share, Annotated[float, Range(0, 1)])
         try:
             plugins = [distributed.environment()]  # or else Fabric warns wherever srun is installed
-            fabric = Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=plugins)  # pyright: ignore[reportArgumentType]
+            with quiet_fabric():
+                fabric = Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=plugins)  # pyright: ignore[reportArgumentType]
         except Exception as error:  # Lightning raises many types for unsupported settings
             raise UserError(
                 f"accelerator={accelerator} precision={precision}: {error} Try accelerator=cpu or precision=32-true."

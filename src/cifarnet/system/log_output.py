@@ -1,11 +1,14 @@
 """Log output: suppress library messages that a user cannot act on, and write the lines of a run to its log."""
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from lightning_utilities.core import rank_zero
 from tensorboard.compat import tf
 
 from cifarnet.errors import printable
@@ -33,6 +36,17 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message)
     # advice about workers, logging intervals, resumable loaders, reduction over ranks and srun, which does not apply
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+
+
+@contextlib.contextmanager
+def quiet_fabric() -> Iterator[None]:
+    """Suppress the message of Lightning's Fabric about the precision that was chosen."""
+    before = rank_zero.log.level  # the level depends on the part of Lightning that was imported last
+    rank_zero.log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        rank_zero.log.setLevel(before)
 
 
 def disable_tensorflow() -> None:
