@@ -147,14 +147,15 @@ def quoted(key: str, value: str) -> str:
 
 def without_resolvers(config: DictConfig, *kept: str) -> dict[str, Any]:
     """Return a config as plain data for another process: `${hydra:…}`, `${now:…}` and other resolvers are replaced with
-    their values; `${key}` is kept, and so are the sections `kept`."""
+    their values; `${key}` is kept. In the sections `kept`, only `${hydra:…}` and `${now:…}` are replaced."""
 
-    def plain(parent: Any, key: Any, raw: Any) -> Any:
+    def plain(parent: Any, key: Any, raw: Any, keeps: bool = False) -> Any:
         if isinstance(raw, dict):
-            return {name: value if name in kept else plain(parent[key], name, value) for name, value in raw.items()}
+            return {name: plain(parent[key], name, value, keeps or name in kept) for name, value in raw.items()}
         if isinstance(raw, list):
-            return [plain(parent[key], place, value) for place, value in enumerate(raw)]
-        if isinstance(raw, str) and re.search(r"\$\{\w[\w.]*:", raw) and "total_steps" not in raw:
+            return [plain(parent[key], place, value, keeps) for place, value in enumerate(raw)]
+        resolvers = set(re.findall(r"\$\{(\w[\w.]*):", str(raw)))
+        if resolvers and "total_steps" not in str(raw) and (not keeps or resolvers <= {"hydra", "now"}):
             value = parent[key]
             if isinstance(value, str):
                 return value.replace("${", r"\${")  # a value is not resolved again

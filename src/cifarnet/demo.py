@@ -106,7 +106,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Check that the page can be served at an address; gradio would try for minutes.
+    """Check that the page can be served at an address; Gradio would retry for minutes.
 
     Raises:
         UserError: the host is not an address of this machine, or the port is in use.
@@ -150,7 +150,8 @@ def only_this_page(app: "ASGIApp", host: str) -> "ASGIApp":
 
     async def answer(scope: "Scope", receive: "Receive", send: "Send") -> None:
         is_accepted = scope["type"] != "http" or is_from_page(scope)
-        refusal = PlainTextResponse("This request does not come from the page of the demo.", 403)
+        remedy = "Open the address that the demo printed, or set host=."
+        refusal = PlainTextResponse(f"This request does not come from the page of the demo. {remedy}", 403)
         await (app if is_accepted else refusal)(scope, receive, send)
 
     return answer

@@ -17,7 +17,7 @@ def on_one_line(text: str) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """Put an apostrophe before a text that spreadsheets would run as a formula.
+    """Put an apostrophe before a text that spreadsheets would evaluate as a formula.
 
     See https://owasp.org/www-community/attacks/CSV_Injection. Numbers are not changed."""
     if not str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")):

@@ -111,8 +111,9 @@ def _evaluates(key: str, text: str) -> str:
 
 def _reaches_out(folder: Path, key: str, text: str) -> str:
     """Return a problem if a setting names a path outside the run's folder, or starts too many processes or threads."""
-    if _is_in(key, COUNTS) and any(int(number) > max(64, cores()) for number in re.findall(r"\d{1,18}", text)):
-        return f"exceeds the {cores()} cores of this machine"
+    limit = max(64, cores())
+    if _is_in(key, COUNTS) and any(int(number) > limit for number in re.findall(r"\d{1,18}", text)):
+        return f"exceeds {limit}"
     if key.startswith(READ) or (key.startswith("logger.") and SERVER.match(text)):
         return ""
     reads_objects = "filename" in key and "[" in text  # a format that reads attributes of objects

@@ -97,7 +97,7 @@ def check(name: str, value: Any, hint: Any) -> None:
         shown = "null" if value is None else value
         remedy = ""
         if isinstance(plain, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", plain):  # from the environment
-            remedy = " The value is text: use a number without quotes, or ${oc.decode:${oc.env:NAME}}."
+            remedy = " The value is a string: remove the quotes, or use ${oc.decode:${oc.env:NAME}}."
         raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.{remedy}")
     is_list = isinstance(plain, list | tuple)
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]

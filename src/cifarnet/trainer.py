@@ -52,7 +52,7 @@ def make_trainer(
     """Build Lightning's Trainer with callbacks and loggers; `validates` says whether there are validation images."""
     folder = output_folder(config)
     all_callbacks = [*_callbacks(config, validates), *callbacks]
-    _check_callbacks(all_callbacks, METRICS if validates else TRAIN_METRICS)
+    _check_callbacks(config, all_callbacks, METRICS if validates else TRAIN_METRICS)
     bars = [callback for callback in all_callbacks if isinstance(callback, ProgressBar)]
     shows_bar = config.trainer.get("enable_progress_bar") is not False
     for bar in bars if not shows_bar else []:
@@ -136,14 +136,15 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     return first + callbacks
 
 
-def _check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
+def _check_callbacks(config: DictConfig, callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
     """Check that Lightning's callbacks work, and that they monitor metrics that a run computes."""
-    packages = {type(callback).__module__.partition(".")[0] for callback in callbacks}
-    may_log_others = not packages <= {"cifarnet", "lightning"}
+    modules = [config.module._target_, *(type(callback).__module__ for callback in callbacks)]
+    may_log_others = not {module.partition(".")[0] for module in modules} <= {"cifarnet", "lightning"}
     for callback in callbacks:
         kind, monitor = type(callback), getattr(callback, "monitor", None)
-        if kind in UNSUPPORTED:
-            raise UserError(f"callbacks: {kind.__name__} is not supported. {UNSUPPORTED[kind]}")
+        for unsupported, remedy in UNSUPPORTED.items():
+            if isinstance(callback, unsupported):
+                raise UserError(f"callbacks: {kind.__name__} is not supported. {remedy}")
         names = [*metrics, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else metrics
         if monitor not in (None, *names) and not may_log_others:
             problem = f"callbacks: {kind.__name__} monitors {monitor}, which this run does not compute."

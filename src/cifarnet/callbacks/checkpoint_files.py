@@ -40,12 +40,12 @@ def check_names(trainer: L.Trainer) -> None:
         except (ValueError, LookupError, AttributeError) as error:
             raise UserError(f"ModelCheckpoint: filename={name} is not valid: {error}. Correct it.") from error
         if folder(trainer) not in file.parents:
-            problem = f"the file {file} is outside the run's folder of checkpoints, {folder(trainer)}"
+            problem = f"the file {file} is outside {folder(trainer)}. Remove dirpath, and .. from filename"
         elif len(os.fsencode(file.name)) > LONGEST:
             problem = f"the name has more than {LONGEST} bytes"
         elif file in names or (file.parent == folder(trainer) and not has_name.get(file.name, True)):
             problem = f"another checkpoint replaces {file.name}"
-        elif file == later and callback.save_top_k not in (0, 1):
+        elif file == later and "{" not in str(name) and callback.save_top_k not in (0, 1):
             problem = f"save_top_k={callback.save_top_k} needs a name for each epoch. Add {{epoch}} to the name"
         elif callback.save_on_exception:
             problem = "save_on_exception saves within a batch, where a run cannot be resumed exactly. Remove it"

@@ -39,8 +39,8 @@ class CIFAR10(ImageDataModule):
         folder = self.root / Published.base_folder
         if self.read_only and not folder.exists():
             raise NoImages(
-                f"{folder} does not exist, and data.read_only=true forbids downloading it: a checkpoint chose this "
-                "data. Set data.root to its parent folder, or allow the download with data.read_only=false."
+                f"{folder} does not exist, and data that a checkpoint chooses is not downloaded. Set data.root to its "
+                "parent folder, or allow the download with data.read_only=false."
             )
         try:
             if not folder.exists():

@@ -88,7 +88,8 @@ def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
 def warnings_about(
     make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, total: int, first: int, interval: Interval
 ) -> Iterator[str]:
-    """Step a copy of a schedule through the whole run, and yield a message if it hardly changes the learning rate.
+    """Step a copy of a schedule through the run, and yield a message if the learning rate stays constant or the
+    schedule ends in the first epoch.
 
     Args:
         make: creates the schedule from an optimizer and the number of steps.
