@@ -266,9 +266,12 @@ def test_arguments_that_the_class_does_not_take_are_refused(changed, tmp_path, m
 
 def test_nested_classes_in_free_arguments_are_refused(changed):
     """LibraryModel passes any further argument on to the library."""
-    checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"extra": {"x": {"_target_": "os.mkdir"}}})))
-    with pytest.raises(UserError, match=r"model\.extra=.* plain data"):
-        checkpoint.network()
+    for extra in ({"_target_": "os.mkdir"}, {"x": {"_target_": "os.mkdir"}}, {"x": [{"_partial_": True}]}):
+        checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"extra": extra})))
+        with pytest.raises(UserError, match=r"model\.extra=.* plain data"):
+            checkpoint.network()
+    checkpoint = Checkpoint.open(changed(alter_settings(model=LIBRARY | {"extra": {"x": [{"y": 1}]}})))
+    assert checkpoint.architecture()[1]["extra"] == {"x": [{"y": 1}]}
 
 
 def test_sizes_that_do_not_fit_the_weights_take_no_memory(changed, monkeypatch):
