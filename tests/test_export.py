@@ -233,7 +233,7 @@ def test_shared_temperature(run, tmp_path):
 
 def test_card_has_the_results(run, tmp_path):
     card = export(run, ["format=hub", f"output={tmp_path}/hub"]).joinpath("README.md").read_text()
-    assert f"test accuracy: {record(run)['test_accuracy']:.2%}" in card
+    assert f"test accuracy: {record(run)['test_accuracy']:.0%}" in card  # 50 images
     assert "95% interval" in card
     assert "SpeedNet" in card
     assert "Synthetic, 270 training and 30 validation images" in card
