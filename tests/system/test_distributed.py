@@ -142,6 +142,7 @@ def exchange(rank: int, folder: Path) -> None:
         distributed._broadcast("")  # there are no more runs
     else:
         assert [distributed.receive_run() for _ in range(3)] == [*runs, None]
+    torch.distributed.destroy_process_group()
 
 
 def test_under_torchrun_the_other_ranks_read_a_run_from_a_file(tmp_path):
