@@ -243,3 +243,11 @@ def published(archive, monkeypatch):
     monkeypatch.setattr(cls, "test_list", [[name, members[name]] for name, _ in cls.test_list])
     monkeypatch.setattr(cls, "meta", cls.meta | {"md5": members["batches.meta"]})
     return cls
+
+
+def alter(path: Path, change) -> Path:
+    """Change the content of a checkpoint file."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    return path

@@ -27,7 +27,7 @@ from cifarnet.inference.trained import load
 from cifarnet.predict import predict
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import picture, small
+from conftest import alter, picture, small
 
 WRITES = {"os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.rename": 1, "os.symlink": 1, "os.link": 1, "os.truncate": 0}
 FETCHES = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
@@ -81,13 +81,6 @@ def run(trained, tmp_path, monkeypatch):
     """A copy of a finished run, in an otherwise empty folder, which is the current one."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def alter(path: Path, change) -> Path:
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-    return path
 
 
 def recorded(run: Path, **sections: Any) -> None:

@@ -5,14 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at, small
+from conftest import ALLOW_SIGNAL, alter, assert_same_weights, signal_at, small
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +25,6 @@ def trained(tmp_path_factory):
 def run(trained, tmp_path):
     """A copy of a finished run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def alter(path: Path, change) -> Path:
-    """Change the content of a checkpoint file."""
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-    return path
 
 
 def test_a_folder_stands_for_its_last_checkpoint_and_gives_the_recorded_config(run):
