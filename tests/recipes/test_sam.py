@@ -2,6 +2,7 @@ import json
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -101,10 +102,9 @@ def test_weights_are_restored_bit_by_bit():
         assert torch.equal(value, before[name]), name
 
 
-def ascent(batch: Batch, gradient: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
+def ascent(network: nn.Module, batch: Batch, gradient: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
     """Return the gradients by which SAM steps on one rank, whose gradient at w is `gradient`."""
-    torch.manual_seed(0)
-    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)).double(), partial(torch.optim.SGD, lr=1.0))
+    module = Classifier(network, partial(torch.optim.SGD, lr=1.0))
     module._trainer = SimpleNamespace(
         train_dataloader=SimpleNamespace(batch_size=batch_size), precision_plugin=Precision()
     )
@@ -121,8 +121,11 @@ def ascent(batch: Batch, gradient: list[torch.Tensor], batch_size: int) -> list[
 
 def test_ranks_step_with_the_mean_gradient_of_the_whole_batch(monkeypatch):
     """Two threads are two ranks with 9 and 7 images; DDP has averaged the gradient at w."""
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(12, 10)).double()]
+    networks += [deepcopy(networks[0]) for _ in range(2)]
     batch, gradient = one_batch(), []
-    expected = ascent(batch, gradient, 16)
+    expected = ascent(networks[0], batch, gradient, 16)
     monkeypatch.setattr(sam, "world_size", lambda: 2)
     monkeypatch.setattr(classifier, "world_size", lambda: 2)
     barrier, sent = threading.Barrier(2, timeout=60), []
@@ -135,7 +138,7 @@ def test_ranks_step_with_the_mean_gradient_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     parts = [Batch(*(member[place] for member in batch[:3])) for place in (slice(0, 9), slice(9, 16))]
     with ThreadPoolExecutor(2) as ranks:
-        made = list(ranks.map(lambda part: ascent(part, list(gradient), 16), parts))
+        made = list(ranks.map(lambda network, part: ascent(network, part, list(gradient), 16), networks[1:], parts))
     for rank in made:
         for one, other in zip(rank, expected, strict=True):
             torch.testing.assert_close(one, other)
