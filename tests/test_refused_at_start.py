@@ -46,6 +46,13 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
             [f"+callbacks.prune={{_target_: {CALLBACKS}.ModelPruning, pruning_fn: l1_unstructured}}"],
             "ModelPruning.*torch.nn.utils.prune",
         ),
+        (
+            [
+                f"+callbacks.{name}={{_target_: {CALLBACKS}.ModelCheckpoint, monitor: val/accuracy}}"
+                for name in ("one", "two")
+            ],
+            "^callbacks: two callbacks have the same settings: ModelCheckpoint",
+        ),
         (["+module.teacher=5"], r"^module\.teacher=5.*_target_"),
         (["model.hidden='16'"], r"^model\.hidden=16 .*oc\.decode"),
         (["trainer.precision=7"], r"64, 32, 16, transformer-engine, .*or null\.$"),
@@ -73,6 +80,12 @@ def test_a_config_from_python_needs_a_folder():
 def test_lightnings_way_of_loading_names_ours(run):
     with pytest.raises(UserError, match=r"cifarnet\.load\('.*best\.ckpt'\)"):
         Classifier.load_from_checkpoint(run / "checkpoints/best.ckpt")
+
+
+def test_a_name_with_an_interpolation_as_text(command):
+    status, _, error = command(*SMALL, r"name='\${oc.env:HOME}'")
+    assert (status, error.count("\n")) == (1, 1), error
+    assert "Check the name" in error
 
 
 @pytest.mark.parametrize("setting", ["optimizer.lr = 0.1", "optimizer.lr"])

@@ -267,6 +267,8 @@ def explain(error: BaseException) -> str | None:
         module = _raising_module(error)
         if module.startswith("hydra."):  # such as scheduler=null
             return " ".join(str(error).split())
+        if module == "logging.config":  # such as a run's folder whose name contains ${
+            return f"hydra.job_logging: {error}: {error.__cause__} Check the name and the folder of the run."
         if module.startswith("lightning.pytorch."):  # a setting that Lightning checks when training starts
             return " ".join(f"trainer: {error}".split())
     return None

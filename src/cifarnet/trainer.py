@@ -149,6 +149,9 @@ def _check_callbacks(config: DictConfig, callbacks: Sequence[Callback], metrics:
         if monitor not in (None, *names) and not may_log_others:
             problem = f"callbacks: {kind.__name__} monitors {monitor}, which this run does not compute."
             raise UserError(f"{problem} Choose one of these: {', '.join(names)}.")
+    keys = [callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict]
+    if repeated := [key for key in keys if keys.count(key) > 1]:  # a checkpoint would have only one of their states
+        raise UserError(f"callbacks: two callbacks have the same settings: {repeated[0]}. Change one, or remove it.")
 
 
 def _loggers(config: DictConfig) -> list[Logger]:
