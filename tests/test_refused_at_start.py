@@ -60,6 +60,7 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
         (["optimizer=muon", "+optimizer.bias.foo=1"], "bias has no setting foo.*momentum"),
         (["+model.num_classes=3"], "num_classes=3.*10 classes"),
         (["+start.sha256=x"], "^start=.*model=trained"),
+        (["++start=3"], "^start=3 .*model=trained"),
         (["total_steps=5"], r"^total_steps=5.*max_steps"),
         (["output_dir=/proc/x"], "/proc/x cannot be created"),
     ],

@@ -107,8 +107,8 @@ def validate(config: DictConfig) -> None:
                 component = next((other for other, settings in parts.items() if has_target(settings)), "mine")
                 example = f"{section}.{component}.{name}={part}"
                 raise UserError(f"{problem} For a setting of a component, write {example}.")
-    start = config.get("start") or {}
-    if start and not {"checkpoint", "sha256"} <= {*start}:
+    start = config.get("start")
+    if start and not (isinstance(start, DictConfig) and {"checkpoint", "sha256"} <= {*start}):
         raise UserError(f"start={start} is written by model=trained model.checkpoint=RUN. Remove it.")
     if (steps := config.get("total_steps")) not in (None, 0):
         raise UserError(f"total_steps={steps} is computed from the data. Remove it, or set +trainer.max_steps={steps}.")
