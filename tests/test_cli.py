@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
         (["+data.batchsize=7"], "data.batchsize=7", "Did you mean batch_size?"),
         (["+experimnt=baseline"], "experimnt", "Did you mean experiment?"),
         (["+sweep.resum=x"], "sweep.resum", "Did you mean resume?"),
+        (["name=it's"], "name=it's cannot be parsed", "quote it: 'name="),
         (["optimizer.lr=nan"], "optimizer.lr=nan", "finite"),
         (["+trainer.gradient_clip_val=inf"], "trainer.gradient_clip_val=inf", "finite"),
         (["+trainer.gradient_clip_val=-0.5"], "trainer.gradient_clip_val=-0.5", "above 0"),

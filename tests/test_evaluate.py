@@ -198,6 +198,13 @@ def test_bad_settings(run, command, overrides, message):
     assert error.count("\n") == 1
 
 
+def test_the_record_of_a_run_is_not_replaced(run, tmp_path):
+    before = (run / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match=rf"^output_dir={run} is the folder of a run, whose record would be lost"):
+        evaluate(run, [*QUICK, f"output_dir={run}"])
+    assert (run / "metrics.json").read_bytes() == before
+
+
 def test_one_checkpoint_at_a_time(run, command):
     status, _, error = command(run, run, *QUICK)
     assert status == 1

@@ -142,7 +142,7 @@ def test_bad_settings(run, command, monkeypatch, tmp_path):
     for pipe in ("pipe", "hub/config.json"):
         os.mkfifo(tmp_path / pipe)
     for settings, message in {
-        "format=onx": "format=onx cannot be used",
+        "format=onx": "format=onx does not exist. Did you mean onnx?",
         "images=0": "images=0 is out of range: it must be at least 1.",
         "output=folder.onnx": "folder.onnx cannot be written: it is not a regular file",
         "output=pipe": "pipe cannot be written: it is not a regular file",

@@ -48,7 +48,7 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
         ),
         (
             [
-                f"+callbacks.{name}={{_target_: {CALLBACKS}.ModelCheckpoint, monitor: val/accuracy}}"
+                f"+callbacks.{name}={{_target_: {CALLBACKS}.ModelCheckpoint, monitor: val/accuracy, mode: max}}"
                 for name in ("one", "two")
             ],
             "^callbacks: two callbacks have the same settings: ModelCheckpoint",
@@ -61,6 +61,13 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
         (["+model.num_classes=3"], "num_classes=3.*10 classes"),
         (["+start.sha256=x"], "^start=.*model=trained"),
         (["++start=3"], "^start=3 .*model=trained"),
+        ([STOPPING], r"EarlyStopping monitors val/accuracy with the wrong mode\. Add mode: max"),
+        (["callbacks.best.monitor=val/cross_entropy"], r"ModelCheckpoint.*val/cross_entropy.*mode: min"),
+        ([f"+callbacks.x={{_target_: {CALLBACKS}.BaseFinetuning}}"], r"BaseFinetuning is not supported.*backbone"),
+        ([f"+callbacks.x={{_target_: {CALLBACKS}.WeightAveraging, device: -2}}"], r"callbacks\.x\.device=-2.*cpu"),
+        (["+trainer.limit_test_batches=0.5"], r"^trainer\.limit_test_batches=0\.5 of 1 batches"),
+        (["+trainer.limit_train_batches=0"], r"^scheduler needs the number of steps.*limit_train_batches"),
+        (["+objective.weight=[-1,1,1,1,1,1,1,1,1,1]"], r"^objective\.weight=.* each at least 0\.$"),
         (["total_steps=5"], r"^total_steps=5.*max_steps"),
         (["output_dir=/proc/x"], "/proc/x cannot be created"),
     ],
@@ -81,6 +88,28 @@ def test_a_config_from_python_needs_a_folder():
 def test_lightnings_way_of_loading_names_ours(run):
     with pytest.raises(UserError, match=r"cifarnet\.load\('.*best\.ckpt'\)"):
         Classifier.load_from_checkpoint(run / "checkpoints/best.ckpt")
+
+
+def test_the_results_of_another_run_are_not_replaced(config, tmp_path):
+    settings = ["trainer.max_epochs=1", "scheduler=constant"]
+    train(config(*settings))
+    before = (tmp_path / "run/metrics.json").read_text()
+    for again in (config(*settings, "seed=1"), config(*settings, "seed=1", "callbacks=lean")):
+        with pytest.raises(UserError, match=r"/run contains the results of another run.*ckpt_path=.*/run$"):
+            train(again)
+    assert (tmp_path / "run/metrics.json").read_text() == before
+
+
+def test_the_end_of_training_before_the_last_epoch_is_reported(config, capsys):
+    stopping = STOPPING.replace("val/accuracy}", "val/accuracy, mode: max, patience: 1, min_delta: 1}")
+    train(config(stopping, "trainer.max_epochs=5", "scheduler=constant"))
+    assert re.search(r"training .* images/s, ended after 2 of 5 epochs\n", capsys.readouterr().out)
+
+
+def test_an_epoch_without_validation_shows_no_accuracy(config, capsys):
+    train(config("trainer.max_epochs=3", "+trainer.check_val_every_n_epoch=2", "scheduler=constant"))
+    shown = re.findall(r"Epoch (\d)/3 .*?( val |images/s)", capsys.readouterr().out)
+    assert [(epoch, "val" in found) for epoch, found in shown] == [("1", False), ("2", True), ("3", False)]
 
 
 def test_a_name_with_an_interpolation_as_text(command):

@@ -132,6 +132,15 @@ def test_another_precision_is_reported_and_recorded(config, tmp_path, capsys, re
     assert all(session["hardware"]["device"] == "cpu" and "git_commit" in session for session in metrics["sessions"])
 
 
+def test_weights_in_float64_are_not_rounded(config, tmp_path):
+    settings = ["trainer.precision=64-true", "optimizer.lr=0.02"]
+    train(config(*settings, folder="whole"))
+    with pytest.raises(Interrupted):
+        train(config(*settings, signal_at(1, 2, signal.SIGINT), folder="parts"))
+    train(*resume(tmp_path / "parts", [ALLOW_SIGNAL]))
+    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "parts/checkpoints/last.ckpt")
+
+
 def test_missing_and_damaged_checkpoints_are_reported(run):
     with pytest.raises(UserError, match="no checkpoint found"):
         resume(run / "nothing.ckpt")

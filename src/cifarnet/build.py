@@ -21,7 +21,7 @@ from cifarnet.data.shared_images import SharedImages
 from cifarnet.errors import UserError, as_user_error
 from cifarnet.models import Normalize, check_output, construct
 from cifarnet.schema import tensor_arguments
-from cifarnet.trainer import expect, make_scheduler, make_trainer
+from cifarnet.trainer import expect, make_scheduler, make_trainer, prepare
 
 
 class Built(NamedTuple):
@@ -81,6 +81,7 @@ def build(
     )
     if (teacher := getattr(classifier, "teacher", None)) is not None:
         teacher.network = finetuning.load_teacher(teacher.checkpoint, data, config.classes)
+    prepare(trainer, classifier, data)
     return Built(trainer, classifier, data, fit_seconds)
 
 

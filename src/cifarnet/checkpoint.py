@@ -31,7 +31,7 @@ from cifarnet.models.tta import TTA
 from cifarnet.schema import Pixels, Range, check, check_arguments
 from cifarnet.system import files
 
-RUN_FILES = (".hydra/config.yaml", ".lock", "metrics.json", "train.log")  # a run writes at least one of them
+RUN_FILES = (".hydra/config.yaml", ".lock", "train.log")  # a run writes at least one of them
 HUB_WEIGHTS, HUB_SETTINGS = "model.safetensors", "config.json"  # the files of a folder for the Hugging Face Hub
 
 
@@ -269,8 +269,8 @@ class Checkpoint:
         A folder is a run if it contains `checkpoints/` and another file that only runs write.
         """
         folder = self.path.parent.parent
-        is_run = self.path.parent.name == "checkpoints" and any((folder / name).exists() for name in RUN_FILES)
-        return folder if is_run else None
+        is_of_run = is_run(folder) or (folder / "metrics.json").exists()
+        return folder if self.path.parent.name == "checkpoints" and is_of_run else None
 
     def folder_for(self, name: str) -> Path:
         """Return the folder for a command's output about this checkpoint: in the run's folder, or next to the file.
@@ -289,6 +289,24 @@ class Checkpoint:
         """The checksum of the file that holds the weights."""
         file = self.path / HUB_WEIGHTS if self.path.is_dir() else self.path
         return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder contains a file that only runs write."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def refuse_results(folder: Path) -> None:
+    """Check that a folder has no results of another run, which a new run would replace.
+
+    Raises:
+        UserError: it has.
+    """
+    if (folder / "metrics.json").exists() or (folder / "checkpoints" / "last.ckpt").exists():
+        raise UserError(
+            f"{folder} contains the results of another run. Choose another folder, remove this one, or resume the run: "
+            f"ckpt_path={folder}"
+        )
 
 
 def checkpoint_path(path: str | Path, last: bool = False) -> Path:

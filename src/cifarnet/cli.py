@@ -197,7 +197,10 @@ def run(task: Callable[[], Any]) -> None:
     """
     try:
         with _raise_errors() as show_traceback:
-            task()
+            try:
+                task()
+            finally:
+                sys.stdout.flush()  # reports a full disk here
     except Interrupted as interrupted:
         _end(str(interrupted), interrupted.status)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -231,8 +234,7 @@ def explain(error: BaseException) -> str | None:
     if (package := missing_package(error)) in EXTRAS:
         return f"This command needs {package}: pip install 'cifarnet[{EXTRAS[package]}]'"
     if (disk_error := _disk_error(error)) is not None:
-        file, kept = disk_error.filename, " The previous version was kept."
-        problem = f"{file or 'The terminal output'} cannot be written: {disk_error.strerror}.{kept if file else ''}"
+        problem = f"{disk_error.filename} cannot be written: {disk_error.strerror}. The previous version was kept."
         return f"{problem} Free disk space, or choose another disk, and try again."
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:60]}…: the name of this file or folder is too long. Choose a shorter path."
@@ -249,7 +251,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override or re.search(r"\s=|=\s", error.override):  # `optimizer.lr = 0.1`
             return f"{error.override} is not a setting. Write a setting as key=value, without spaces around the =."
-        return " ".join(f"{error.override} cannot be parsed: {error}".split())
+        key, _, value = error.override.partition("=")
+        return f"{error.override} cannot be parsed. If {value} is text, quote it: {quoted(key, value)}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher" and (package := name.partition("_")[0]) in EXTRAS:

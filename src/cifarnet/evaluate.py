@@ -17,7 +17,7 @@ from typing import Any
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
-from cifarnet.errors import printable
+from cifarnet.errors import UserError, printable
 from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
@@ -37,6 +37,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
+    from cifarnet.checkpoint import is_run
     from cifarnet.evaluation import public_sets, report, sections
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
@@ -60,6 +61,9 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         accelerator=config.accelerator,
     )
     folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
+    if is_run(folder):
+        problem = "is the folder of a run, whose record would be lost"
+        raise UserError(f"output_dir={folder} {problem}. Choose another folder.")
     files.make_folder(folder, f"output_dir={folder} cannot be created")
     about: Any = data.describe()
     run, network = classifier.run_record(), checkpoint.network_name

@@ -20,6 +20,7 @@ from cifarnet import __version__, cli
 from cifarnet.allowlist import locate
 from cifarnet.errors import NoImages, UserError, printable
 from cifarnet.inference.settings import prepare, without_data
+from cifarnet.schema import did_you_mean
 from cifarnet.system import files
 
 if TYPE_CHECKING:
@@ -94,11 +95,12 @@ def find_format(name: str) -> Any:
         UserError: there is no such format, or a package that it needs is not installed.
     """
     names = sorted(path.stem for path in Path(__file__).with_name("formats").glob("[a-z]*.py"))
+    if name not in names:
+        raise UserError(f"format={name} does not exist.{did_you_mean(name, names)} Choose one of {', '.join(names)}.")
     try:
         return importlib.import_module(f"cifarnet.formats.{name}")
     except ImportError as error:
-        remedy = f"Choose one of {', '.join(names)}, and install what it needs: pip install 'cifarnet[export]'"
-        raise UserError(f"format={name} cannot be used ({error}). {remedy}") from error
+        raise UserError(f"format={name} cannot be used ({error}). Install: pip install 'cifarnet[export]'") from error
 
 
 def _target(output: str | None, classifier: "Trained", file: str) -> Path:

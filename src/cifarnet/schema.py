@@ -92,13 +92,16 @@ def check(name: str, value: Any, hint: Any) -> None:
         UserError: the value does not fit; the message states the expected type or range.
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    hint = list[float] | None if _is_tensor(hint) else hint  # build.make_objective converts it
+    if _is_tensor(hint):  # build.make_objective converts a list, such as the weights of the classes
+        hint = list[Annotated[float, Range(0)]] | None
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
         shown = "null" if value is None else value
         remedy = ""
         if isinstance(plain, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", plain):  # from the environment
             remedy = " The value is a string: remove the quotes, or use ${oc.decode:${oc.env:NAME}}."
         raise UserError(f"{name}={shown} is not valid: expected {_describe(hint)}.{remedy}")
+    if plain is not None and "torch.device" in _names(hint):
+        _check_device(name, plain)
     is_list = isinstance(plain, list | tuple)
     numbers = [number for number in (plain if is_list else [plain]) if isinstance(number, int | float)]
     for limits in _ranges(hint):
@@ -148,9 +151,23 @@ def _signature(called: Any) -> tuple[dict[str, Any], set[str] | None]:
     return hints, None
 
 
+def _names(hint: Any) -> set[str]:
+    """Return the names of the types in a union; names, because torch imports slowly."""
+    return {inspect.formatannotation(part) for part in typing.get_args(hint) or [hint]}
+
+
 def _is_tensor(hint: Any) -> bool:
-    names = {inspect.formatannotation(part) for part in typing.get_args(hint) or [hint]}
-    return names - {"None", "NoneType"} == {"torch.Tensor"}  # the name, because torch imports slowly
+    return _names(hint) - {"None", "NoneType"} == {"torch.Tensor"}
+
+
+def _check_device(name: str, value: Any) -> None:
+    import torch
+
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name}={value} is not a device: {reason}. Set it to null, cpu or cuda.") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -51,7 +51,7 @@ def train(
     """
     from cifarnet.build import build
     from cifarnet.callbacks.loggers import log_results
-    from cifarnet.checkpoint import Checkpoint
+    from cifarnet.checkpoint import Checkpoint, refuse_results
     from cifarnet.finetuning import expand
     from cifarnet.records import collect
     from cifarnet.records.record import Record
@@ -62,6 +62,8 @@ def train(
     validate(config)
     folder, is_rank_zero = output_folder(config), distributed.placement().rank == 0
     checkpoint = Checkpoint.open(ckpt_path) if isinstance(ckpt_path, str | Path) else ckpt_path
+    if checkpoint is None:
+        refuse_results(folder)
     run = {"config": cli.without_resolvers(config), "ckpt_path": checkpoint and str(checkpoint.path)}
     if (num_processes := distributed.num_processes(config.trainer)) > 1:
         if callbacks:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import output_folder, with_total_steps
+from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError, as_user_error
 from cifarnet.recipes.freeze import Freeze
 from cifarnet.system import distributed, hardware
@@ -34,6 +35,7 @@ UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and
     library.BatchSizeFinder: "Set data.batch_size.",
     library.LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
     library.ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
+    library.BaseFinetuning: "Use recipe.backbone, as in +experiment=finetune, or a class of your own.",
     library.BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
     # a resumed run would fail, or get other weights
     library.StochasticWeightAveraging: "Use +recipe=swa.",
@@ -93,12 +95,27 @@ def make_trainer(
     return trainer
 
 
+def prepare(trainer: L.Trainer, classifier: L.LightningModule, data: ImageDataModule) -> None:
+    """Prepare the parts of a run for each other.
+
+    Raises:
+        UserError: `trainer.limit_test_batches` leaves no batches for the test, which Lightning notices after training.
+    """
+    limit, batches = trainer.limit_test_batches, len(data.test_dataloader())
+    if isinstance(limit, float) and 0 < limit * batches < 1:
+        problem = f"trainer.limit_test_batches={limit} of {batches} batches is less than one batch"
+        raise UserError(f"{problem}. Use a larger share, or a smaller data.eval_batch_size.")
+    # Lightning converts the weights to float64 after it has loaded a checkpoint, whose weights would be rounded
+    trainer.precision_plugin.convert_module(classifier)
+
+
 def make_scheduler(config: DictConfig, validates: bool) -> Callable[[Optimizer, int], LRScheduler]:
     """Return a function that builds the learning-rate schedule from the optimizer and the number of steps."""
 
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         if total_steps < 1 and "${total_steps}" in str(OmegaConf.to_container(config.scheduler)):
-            raise UserError("scheduler needs the number of steps: set trainer.max_epochs or scheduler=constant.")
+            remedy = "Set trainer.max_epochs (and trainer.limit_train_batches, if you set it), or scheduler=constant."
+            raise UserError(f"scheduler needs the number of steps, which is {total_steps}. {remedy}")
         with as_user_error(f"scheduler, planned for {total_steps} steps"):
             section: Any = OmegaConf.to_container(with_total_steps(config, total_steps).scheduler, resolve=True)
             schedule = _schedule(section, optimizer)
@@ -143,12 +160,15 @@ def _check_callbacks(config: DictConfig, callbacks: Sequence[Callback], metrics:
     for callback in callbacks:
         kind, monitor = type(callback), getattr(callback, "monitor", None)
         for unsupported, remedy in UNSUPPORTED.items():
-            if isinstance(callback, unsupported):
+            if kind is unsupported or (isinstance(callback, unsupported) and unsupported is not library.BaseFinetuning):
                 raise UserError(f"callbacks: {kind.__name__} is not supported. {remedy}")
         names = [*metrics, "epoch", "step"] if isinstance(callback, ModelCheckpoint) else metrics
         if monitor not in (None, *names) and not may_log_others:
             problem = f"callbacks: {kind.__name__} monitors {monitor}, which this run does not compute."
             raise UserError(f"{problem} Choose one of these: {', '.join(names)}.")
+        best = "max" if str(monitor).endswith("/accuracy") else "min"
+        if monitor in METRICS and getattr(callback, "mode", best) != best:
+            raise UserError(f"callbacks: {kind.__name__} monitors {monitor} with the wrong mode. Add mode: {best}.")
     keys = [callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict]
     if repeated := [key for key in keys if keys.count(key) > 1]:  # a checkpoint would have only one of their states
         raise UserError(f"callbacks: two callbacks have the same settings: {repeated[0]}. Change one, or remove it.")

@@ -1,8 +1,10 @@
 import os
+import subprocess
 import sys
 
 import pytest
 
+from cifarnet.errors import UserError
 from cifarnet.system.output import Output
 from conftest import SMALL
 
@@ -32,10 +34,21 @@ def test_output_is_discarded_from_the_first_failure_on():
         print("more", file=stream, flush=True)  # also by those who hold the stream
 
 
-def test_other_errors_of_the_output_are_raised():
+def test_other_errors_of_the_output_are_reported_once():
     with open("/dev/full", "w") as full:
         output = Output(full)
         output.write("text")
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=r"^The output cannot be written: No space left.*redirect"):
             output.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for the buffered text
+        output.write("more")
+        output.flush()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], [*SMALL, "trainer.max_epochs=1"]])
+def test_an_output_on_a_full_disk_is_reported_in_one_line(arguments, tmp_path):
+    command = [sys.executable, "-m", "cifarnet.train", *arguments]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.startswith("Error: The output cannot be written: No space left")
+    assert run.stderr.count("\n") == 1, run.stderr

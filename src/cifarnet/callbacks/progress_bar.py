@@ -26,6 +26,7 @@ class ProgressBar(TQDMProgressBar):
             self.disable()
         self._images = 0  # the number of images since `_start`, when the epoch began or was resumed
         self._start = self._images_per_second = 0.0
+        self._validation: float | None = None  # the accuracy of the last validation in this epoch
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
@@ -38,7 +39,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(_epoch(trainer))
-        self._images = 0
+        self._images, self._validation = 0, None
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -48,6 +49,10 @@ class ProgressBar(TQDMProgressBar):
         self._images_per_second = self._images / (time.perf_counter() - self._start)
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation = cast("Classifier", pl_module).means("val")["val/accuracy"]
+        super().on_validation_end(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, module)
         metrics = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
@@ -56,8 +61,8 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         means = cast("Classifier", module).means("train")
         metrics = {"loss": f"{means['train/cross_entropy']:.3f}", "accuracy": f"{means['train/accuracy']:.1%}"}
-        if "val/accuracy" in trainer.callback_metrics:
-            metrics["val"] = f"{trainer.callback_metrics['val/accuracy'].item():.1%}"
+        if self._validation is not None:
+            metrics["val"] = f"{self._validation:.1%}"
         metrics["images/s"] = f"{self._images_per_second:,.0f}"
         return metrics
 

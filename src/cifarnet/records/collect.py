@@ -113,10 +113,12 @@ def summary(record: Record, folder: str) -> str:
     epoch = f"{round(record.tested_epoch, 2):g}"  # a validation within an epoch has a fraction
     images = f"not a full run: {record.partial}" if record.partial else f"{record.data['test']:,} images"
     no_tta = "" if record.tta == "none" else f"; {one_view} without tta={record.tta}"
+    planned = record.resolved["trainer"].get("max_epochs") or -1
+    ended = f", ended after {record.epochs} of {planned} epochs" if record.epochs < planned else ""
     rows = {
         "validation accuracy": f"{validation}  (epoch {epoch} of {record.epochs})",
         "test accuracy": f"{test}  ({images}, weights of epoch {epoch}{no_tta})",
-        "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s",
+        "training": f"{record.seconds:.0f} s, {record.images_per_second:,.0f} images/s{ended}",
         "folder": os.path.relpath(folder),
     }
     return row_table(rows)

@@ -97,6 +97,7 @@ def run_job(
             (folder / "error.txt").unlink(missing_ok=True)
             score, checkpoint = _previous_session(config, folder)
             if score is None:
+                (folder / "metrics.json").unlink(missing_ok=True)  # it is damaged
                 score = train(config, checkpoint, _callbacks(config, trial), images)
             if trial is not None and math.isnan(score):
                 remedy = "Validate in at least one epoch: check trainer.limit_val_batches and check_val_every_n_epoch."

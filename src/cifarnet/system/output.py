@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+from cifarnet.errors import UserError
+
 
 class Output:
     """A stream that discards what is written after its reader has ended (`| head -1`, or a closed terminal)."""
@@ -31,9 +33,10 @@ class Output:
         try:
             output(*arguments)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for the buffered text, too
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                problem = f"The output cannot be written: {error.strerror}."
+                raise UserError(f"{problem} Free disk space, or redirect it elsewhere.") from error
 
 
 @contextlib.contextmanager
