@@ -16,8 +16,8 @@ import torch
 import cifarnet
 import common
 from cifarnet import cli
+from cifarnet.data.decoding import decode_all
 from cifarnet.data.pixels import image_files
-from cifarnet.inference.decoding import decode_all
 from cifarnet.inference.trained import Trained
 from cifarnet.system import hardware
 from cifarnet.system.log_output import quiet_libraries

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 import cifarnet
-from cifarnet.data import ImageFolder, pixels
+from cifarnet.data import ImageFolder, decoding, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
-from cifarnet.inference import decoding
 from cifarnet.inference.predictor import Predictor
 from cifarnet.predict import main
 from conftest import picture

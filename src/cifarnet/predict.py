@@ -94,8 +94,8 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
 def _list_pictures(images: Sequence[str]) -> list[str]:
     """Return the paths of the image files, including those in and below the folders."""
+    from cifarnet.data.decoding import expand_folders
     from cifarnet.data.pixels import describe_left_out
-    from cifarnet.inference.decoding import expand_folders
 
     pictures = []
     for path in images:

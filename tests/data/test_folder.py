@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifarnet.data import ImageFolder
+from cifarnet.data import ImageFolder, pixels
 from cifarnet.data import folder as folder_module
 from cifarnet.errors import UserError
 from cifarnet.recipes.mixup import Mixup
@@ -85,8 +85,8 @@ def test_grey_and_palette_images_become_rgb(tree):
 
 def test_the_cache_is_used_and_renewed(tree, cache, monkeypatch):
     decoded = []
-    original = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", lambda path, *rest: decoded.append(path) or original(path, *rest))
+    original = pixels.decode
+    monkeypatch.setattr(pixels, "decode", lambda path, *rest: decoded.append(path) or original(path, *rest))
 
     first = read(tree)
     assert len(decoded) == 38

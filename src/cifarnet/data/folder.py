@@ -4,11 +4,9 @@ import hashlib
 import math
 import os
 import sys
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import normalize
@@ -21,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
+from cifarnet.data.decoding import decode_all
 from cifarnet.data.pixels import decode, describe_left_out, image_files, shown_ending
 from cifarnet.data.streaming import LazyImages
 from cifarnet.errors import UserError, on_one_line
@@ -28,6 +27,7 @@ from cifarnet.schema import Pixels, Range, did_you_mean
 from cifarnet.system.files import atomic_file
 from cifarnet.system.hardware import cores
 
+AHEAD = 256  # the number of images to decode ahead
 CACHE_FORMAT = 4  # increase it when the content of the cache changes
 
 
@@ -46,22 +46,14 @@ class ImageFiles(LazyImages):
 
     def read(self, progress_bar: bool = False) -> Tensor:
         images = np.empty((len(self.paths), self.size, self.size, 3), np.uint8)
-        large, errors = threading.Lock(), []
-
-        def attempt(path: str) -> np.ndarray | str:
-            try:
-                return np.asarray(decode(path, self.size, large))
-            except UserError as error:
-                return on_one_line(str(error))
-
-        with ThreadPool(cores()) as pool:  # Pillow releases the GIL
-            decoded = pool.imap(attempt, self.paths, chunksize=16)
-            settings = {"unit": " images", "mininterval": 0.5, "disable": not progress_bar}
-            for i, image in enumerate(tqdm(decoded, "Decoding images", len(self.paths), **settings)):
-                if isinstance(image, str):
-                    errors.append(image)
-                else:
-                    images[i] = image
+        decoded, errors = decode_all(self.paths, self.size, AHEAD, cores()), []
+        settings = {"unit": " images", "mininterval": 0.5, "disable": not progress_bar}
+        bar = tqdm(decoded, "Decoding images", len(self.paths), **settings)
+        for image, (_, pixels) in zip(images, bar, strict=True):
+            if isinstance(pixels, str):
+                errors.append(on_one_line(pixels))
+            else:
+                image[:] = pixels
         if errors:
             raise UserError("\n".join(errors))
         return torch.from_numpy(images).permute(0, 3, 1, 2)

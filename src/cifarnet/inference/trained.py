@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cifarnet.checkpoint import HUB_SETTINGS, Checkpoint
 from cifarnet.errors import UserError
-from cifarnet.inference.decoding import Picture, decode_all, expand_folders
 from cifarnet.inference.gradcam import grad_cam
 from cifarnet.records.evaluation import Evaluation
 from cifarnet.records.json_file import JsonFile
@@ -22,7 +21,8 @@ from cifarnet.records.record import Record
 from cifarnet.schema import Range, check
 from cifarnet.system.hardware import cores
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imports Lightning, which takes seconds
+    from cifarnet.data.decoding import Picture
     from cifarnet.inference.predictor import Predictor
 
 Temperature = Annotated[float, Range(above=0)] | Literal["evaluation"] | None
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
         ranked: the classes and their probabilities, in descending order.
     """
 
-    source: Picture
+    source: "Picture"
     error: str = ""
     pixels: np.ndarray = np.empty(0)
     logits: Tensor = torch.empty(0)
@@ -94,7 +94,7 @@ class Trained(NetworkAndNames):
     checkpoint: Checkpoint
     tested: dict[str, Any]
 
-    def predict(self, images: Picture | Iterable[Picture], **settings: Any) -> list[Prediction]:
+    def predict(self, images: "Picture | Iterable[Picture]", **settings: Any) -> list[Prediction]:
         """Predict the class of each picture.
 
         Args:
@@ -120,7 +120,7 @@ class Trained(NetworkAndNames):
 
     def answers(
         self,
-        sources: Picture | Iterable[Picture],
+        sources: "Picture | Iterable[Picture]",
         *,
         batch_size: int = 256,
         workers: int | None = None,
@@ -144,6 +144,8 @@ class Trained(NetworkAndNames):
         Raises:
             UserError: a setting cannot be used, or the network's outputs are not finite.
         """
+        from cifarnet.data.decoding import decode_all, expand_folders
+
         divisor = self.temperature(temperature, settings.get("tta"))
         predictor = self.predictor(**settings)
         size = self.checkpoint.image_size

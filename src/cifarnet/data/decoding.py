@@ -1,4 +1,4 @@
-"""Decode pictures to the input size of a network, in several threads."""
+"""Decode many pictures to the input size of a network, in several threads."""
 
 import os
 import threading
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from cifarnet.data import pixels
 from cifarnet.errors import UserError
 
 CHUNK = 16  # the number of images in a task of a thread; one task per image would be slow for small images
@@ -25,14 +26,12 @@ def expand_folders(images: Picture | Iterable[Picture], left_out: list[str] | No
     Args:
         left_out: as for `image_files`.
     """
-    from cifarnet.data.pixels import image_files  # imports Lightning, which takes seconds
-
     is_single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
     pictures: Any = images if isinstance(images, Iterable) and not is_single else [images]
     for picture in pictures:
         if isinstance(picture, str | os.PathLike) and os.path.isdir(picture):
             unreadable: list[OSError] = []
-            yield from image_files(os.fspath(picture), unreadable.append, left_out)
+            yield from pixels.image_files(os.fspath(picture), unreadable.append, left_out)
             yield from (error.filename for error in unreadable)
         else:
             yield picture
@@ -47,8 +46,6 @@ def decode_all(
         ahead: the number of images to decode ahead; up to about twice this number are kept.
         workers: the number of threads; Pillow releases the GIL while decoding.
     """
-    from cifarnet.data.pixels import as_image, decode, fitted
-
     large = threading.Lock()
 
     def read(source: Picture) -> tuple[Picture, np.ndarray | str]:
@@ -56,8 +53,8 @@ def decode_all(
             if isinstance(source, str | os.PathLike):
                 if os.path.isdir(source):
                     return source, f"The folder {os.fspath(source)} cannot be read."
-                return source, np.asarray(decode(os.fspath(source), size, large))
-            return source, np.asarray(fitted(as_image(source), size))
+                return source, np.asarray(pixels.decode(os.fspath(source), size, large))
+            return source, np.asarray(pixels.fitted(pixels.as_image(source), size))
         except UserError as error:
             return source, str(error)
         except Exception as error:  # a broken image that Pillow has opened can raise many types

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from cifarnet.data import pixels
-from cifarnet.inference.decoding import CHUNK, decode_all
+from cifarnet.data.decoding import CHUNK, decode_all
 
 IMAGE = np.zeros((4, 4), np.uint8)
 
