@@ -105,13 +105,13 @@ def test_only_allowed_classes_are_used_whatever_module_a_file_names():
 
 
 def test_an_unknown_class_in_the_command_is_an_error(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no\.such\. Write it as classes=\[module\.Class\]"):
+    with pytest.raises(UserError, match=r"classes=no\.such: there is no such class or function"):
         locate(["no.such"])
-    with pytest.raises(UserError, match=r"no class or function torch\.pi"):  # not a class
+    with pytest.raises(UserError, match=r"classes=torch\.pi: there is no such class or function"):  # not a class
         locate(["torch.pi"])
     (tmp_path / "broken_module.py").write_text("import no_such_module")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"classes: broken_module\.Net cannot be imported.*no_such_module"):
+    with pytest.raises(UserError, match=r"classes=broken_module\.Net cannot be imported.*no_such_module"):
         locate(["broken_module.Net"])
 
 

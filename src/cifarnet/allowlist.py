@@ -5,12 +5,12 @@ networks and data sets of this project, and the classes that the user lists in t
 """
 
 import importlib
-import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifarnet.config import find_callable
 from cifarnet.errors import UserError
 
 PACKAGE = Path(__file__).parent
@@ -30,15 +30,7 @@ def locate(names: Sequence[str]) -> list[Any]:
     Raises:
         UserError: a class or function does not exist.
     """
-    found = []
-    for name in names:
-        try:
-            found.append(pydoc.locate(str(name)))
-        except pydoc.ErrorDuringImport as error:
-            raise UserError(f"classes: {name} cannot be imported: {error}. Check the name and PYTHONPATH.") from error
-        if not callable(found[-1]):
-            raise UserError(f"classes: there is no class or function {name}. Write it as classes=[module.Class].")
-    return found
+    return [find_callable("classes", str(name)) for name in names]
 
 
 def allowed_class(name: Any, package: str, path: Path, classes: Sequence[Any] = ()) -> Any:

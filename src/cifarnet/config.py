@@ -245,7 +245,7 @@ def check_section(name: str, node: DictConfig) -> None:
         except MissingMandatoryValue as error:
             raise UserError(f"{name}.{key} is required: add {name}.{key}=…") from error
     if "_target_" in values:
-        called = _locate(f"{name}._target_", str(values["_target_"]))
+        called = find_callable(f"{name}._target_", str(values["_target_"]))
         arguments = {key: value for key, value in values.items() if key not in HYDRA_KEYS}
         if name == "trainer" and arguments.get("precision") == "auto":  # Lightning does not know this value
             del arguments["precision"]
@@ -259,15 +259,19 @@ def check_section(name: str, node: DictConfig) -> None:
             check(f"{name}.{key}", value, Any)
 
 
-def _locate(name: str, target: str) -> Callable[..., Any]:
-    """Import the class or function that `_target_` names."""
+def find_callable(setting: str, target: str) -> Callable[..., Any]:
+    """Import the class or function that a setting names, such as `_target_`.
+
+    Raises:
+        UserError: it does not exist, or cannot be imported.
+    """
     try:
         called = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{name}={target} cannot be imported: {error.value}. Correct the module.") from error
+        raise UserError(f"{setting}={target} cannot be imported: {error.value}. Correct the module.") from error
     if not callable(called):
         library = target.partition(".")[0]
         is_missing = library.isidentifier() and importlib.util.find_spec(library) is None
         remedy = f"The package {library} is not installed: install it." if is_missing else "Check the name."
-        raise UserError(f"{name}={target}: there is no such class or function. {remedy}")
+        raise UserError(f"{setting}={target}: there is no such class or function. {remedy}")
     return called
