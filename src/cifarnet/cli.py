@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cifarnet.config import CONFIGS
-from cifarnet.errors import Interrupted, MachineFault, UserError, printable
+from cifarnet.errors import Interrupted, MachineFault, UserError, causes, printable
 from cifarnet.schema import did_you_mean
 from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
 from cifarnet.system.files import DISK_ERRORS
@@ -295,13 +295,13 @@ def _keys(config: dict[Any, Any], prefix: str = "") -> set[str]:
 
 def is_machine_fault(error: BaseException) -> bool:
     """Return whether a full disk, too little memory or a killed process caused an error, and not a run's settings."""
-    is_fault = any(isinstance(cause, MachineFault) or _is_out_of_memory(cause) for cause in _causes(error))
+    is_fault = any(isinstance(cause, MachineFault) or _is_out_of_memory(cause) for cause in causes(error))
     return is_fault or _disk_error(error) is not None
 
 
 def missing_package(error: BaseException) -> str:
     """Return the name of the module whose absence caused an error, or an empty text."""
-    names = (cause.name for cause in _causes(error) if isinstance(cause, ModuleNotFoundError))
+    names = (cause.name for cause in causes(error) if isinstance(cause, ModuleNotFoundError))
     return next(names, None) or ""
 
 
@@ -311,14 +311,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of a full or failing disk that caused this error, or None."""
-    return next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in DISK_ERRORS), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, and the errors that caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in DISK_ERRORS), None)
 
 
 def _is_instance(error: BaseException, module: str, name: str) -> bool:

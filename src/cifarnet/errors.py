@@ -71,6 +71,13 @@ class Interrupted(BaseException):
         return Interrupted, (self.what, self.status, self.command)  # a job's process sends it to the sweep's process
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and the errors that caused it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__  # inner: torch.compile
+
+
 @contextlib.contextmanager
 def as_user_error(part: str) -> Iterator[None]:
     """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""

@@ -1,7 +1,6 @@
 """torch.compile, whose duration is measured separately from training."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import BatchLoader
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, causes
 
 
 class Compile(Callback):
@@ -37,7 +36,7 @@ class Compile(Callback):
         try:
             warm_up(trainer, pl_module)
         except Exception as error:
-            if not any(isinstance(cause, CppCompileError | InvalidCxxCompiler) for cause in _causes(error)):
+            if not any(isinstance(cause, CppCompileError | InvalidCxxCompiler) for cause in causes(error)):
                 raise
             raise UserError(
                 "compile: PyTorch finds no working C++ compiler. Install g++, or set compile=false."
@@ -65,10 +64,3 @@ def warm_up(trainer: L.Trainer, module: Classifier) -> None:
     module.network.load_state_dict(state)
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes."""
-    while error is not None:
-        yield error
-        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
