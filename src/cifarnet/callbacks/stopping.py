@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 import time
 from types import FrameType
 from typing import Any
@@ -15,9 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from cifarnet import cli
 from cifarnet.callbacks.checkpoint_files import last_checkpoint
 from cifarnet.errors import Interrupted
-from cifarnet.system import distributed
-
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+from cifarnet.system import distributed, signals
 
 
 class StopOnSignal(Callback):
@@ -39,10 +36,8 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = self._agreed = None
-        # Python allows signal handlers only in the main thread
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._receive)
+        for number in signals.STOPPING if signals.can_install() else ():
+            self._previous[number] = signal.signal(number, self._receive)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_train_start(trainer, pl_module)

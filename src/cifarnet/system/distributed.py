@@ -14,10 +14,8 @@ import logging
 import math
 import os
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +28,7 @@ import psutil
 from cifarnet.errors import Interrupted, MachineFault, UserError
 from cifarnet.system import files
 from cifarnet.system.hardware import end_with_parent, slurm_tasks
-from cifarnet.system.signals import handled
+from cifarnet.system.signals import STOPPING, handled
 
 if TYPE_CHECKING:  # torch and lightning take seconds to import
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -40,7 +38,6 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import
 # set in processes that `launch` started: the process that launched them, and the file by which they find each other
 LAUNCHED, STORE = "CIFARNET_LAUNCHED", "CIFARNET_STORE"
 MACHINE_FAULT = 75  # the status that a rank reports for a fault of the machine; EX_TEMPFAIL in sysexits.h
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
 class Placement(NamedTuple):
@@ -305,8 +302,7 @@ def _resume_hint(folder: Path) -> str:
     return f" Resume the run with:\n  python -m cifarnet.train ckpt_path={shlex.quote(folder.as_posix())}"
 
 
-@contextlib.contextmanager
-def forwarded_signals() -> Iterator[None]:
+def forwarded_signals() -> contextlib.AbstractContextManager[None]:
     """Forward the signals that this process receives to its child processes, and continue to wait for them."""
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -314,11 +310,7 @@ def forwarded_signals() -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    # Python allows signal handlers only in the main thread
-    is_main = threading.current_thread() is threading.main_thread()
-    with handled(numbers, forward) if is_main else contextlib.nullcontext():
-        yield
+    return handled(STOPPING, forward)
 
 
 def world_size() -> int:

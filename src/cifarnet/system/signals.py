@@ -2,17 +2,25 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 from cifarnet.errors import Interrupted
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+
+
+def can_install() -> bool:
+    """Whether this thread may install handlers; Python allows it only in the main thread."""
+    return threading.current_thread() is threading.main_thread()
+
 
 @contextlib.contextmanager
 def handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Install a handler of signals, and restore the previous handlers at the end. Only the main thread may do so."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    """Install a handler of signals, and restore the previous handlers at the end; in another thread, do nothing."""
+    previous = {number: signal.signal(number, handler) for number in numbers if can_install()}
     try:
         yield
     finally:
