@@ -335,7 +335,7 @@ def test_altered_shared_folder_runs_no_code(run, tmp_path, target):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("{", "is not a readable cifarnet checkpoint"),
+        ("{", r"config\.json cannot be read"),
         ("[]", "is not a readable cifarnet checkpoint"),
         ({"model": 3}, "is not a readable cifarnet checkpoint"),
         ({"image_size": "x"}, "image_size=x"),
@@ -350,7 +350,7 @@ def test_damaged_shared_folder(run, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         cifarnet.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read: .* Use another checkpoint\."):
         cifarnet.load(folder)
 
 

@@ -460,7 +460,7 @@ def test_large_numbers_in_the_settings_of_a_hub_folder_are_refused(hub):
         with pytest.raises(UserError, match="hub"):
             load(hub)
     (hub / "config.json").write_text('{"model": ' + "[" * 10**5)
-    with pytest.raises(UserError, match="is not a readable cifarnet checkpoint"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         load(hub)
 
 

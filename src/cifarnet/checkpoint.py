@@ -115,10 +115,7 @@ class Checkpoint:
             from safetensors.torch import load_file
         except ImportError as error:
             raise UserError(f"{folder} needs safetensors: pip install 'cifarnet[export]'") from error
-        file = folder / HUB_SETTINGS
-        if not file.is_file() or file.stat().st_size > 2**26:
-            raise ValueError(f"{HUB_SETTINGS} is not a regular file of at most 64 MB")
-        settings = json.loads(file.read_text("utf-8"))
+        settings = files.read(folder / HUB_SETTINGS, json.loads, ". Use another checkpoint")
         return cls._verified(folder, settings, load_file(folder / HUB_WEIGHTS), {})
 
     @classmethod

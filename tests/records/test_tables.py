@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from cifarnet.errors import UserError
-from cifarnet.records import json_file, tables
+from cifarnet.records import tables
 from cifarnet.records.record import Record
 from cifarnet.records.tables import Run
+from cifarnet.system import files
 from example_record import RECORD, write_record
 
 
@@ -63,7 +64,7 @@ def test_an_unreadable_file_makes_a_job_damaged(tmp_path):
 
 def test_a_file_that_is_missing_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"x cannot be read: .*No such file.* Remove it\.$"):
-        json_file.read(tmp_path / "x", str.strip, ". Remove it")
+        files.read(tmp_path / "x", str.strip, ". Remove it")
 
 
 def test_the_best_group_comes_first_and_groups_without_a_value_last():

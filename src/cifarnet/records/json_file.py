@@ -1,42 +1,16 @@
-"""Dataclasses stored as JSON files, and a function that reads text files."""
+"""Dataclasses stored as JSON files."""
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from typeguard import CollectionCheckStrategy, check_type
 
-from cifarnet.errors import UserError
 from cifarnet.system import files
 
 T = TypeVar("T", bound="JsonFile")
-Content = TypeVar("Content")
-MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
 LARGEST = 1e100  # the squares of larger numbers exceed the range of floats
-
-
-def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Content:
-    """Return the parsed content of a text file, which must be a regular file of at most 64 MB.
-
-    Args:
-        remedy: the end of the error message, which says what the user can do.
-
-    Raises:
-        UserError: the file cannot be read or parsed.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError("it is larger than 64 MB")
-        return parse(content.decode())
-    except Exception as error:  # a damaged file can raise many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}{remedy}.") from error
 
 
 def _check_number(number: float) -> float:
@@ -75,7 +49,7 @@ class JsonFile:
             check_type(vars(content), schema, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             return content
 
-        return read(path, parse, "; delete it or repeat the run")
+        return files.read(path, parse, "; delete it or repeat the run")
 
     def write(self, path: Path) -> None:
         """Write the file. NaN and infinity, which JSON lacks, become null."""

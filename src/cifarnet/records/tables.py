@@ -14,8 +14,8 @@ import yaml
 from typeguard import CollectionCheckStrategy, check_type
 
 from cifarnet.errors import UserError
-from cifarnet.records.json_file import read
 from cifarnet.records.record import Record
+from cifarnet.system import files
 
 
 @dataclass(eq=False)
@@ -128,7 +128,7 @@ def overrides(folder: Path) -> list[str]:
         found = yaml.load(text, yaml.BaseLoader)  # reads scalars as text, and expands no merge keys
         return check_type(found or [], list[str], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
 
-    return read(path, parse) if path.exists() else []
+    return files.read(path, parse) if path.exists() else []
 
 
 def read_run(folder: Path) -> Run:
@@ -142,7 +142,7 @@ def read_run(folder: Path) -> Run:
             return Run(folder, settings, record=record, numbers=record.numbers())
         for name, status in [("pruned.txt", "pruned"), ("error.txt", "failed")]:
             if (path := folder / name).exists():
-                return Run(folder, settings, status, read(path, str.strip))
+                return Run(folder, settings, status, files.read(path, str.strip))
     except UserError as error:
         return Run(folder, settings, "damaged", str(error))
     return Run(folder, settings, "cut off")

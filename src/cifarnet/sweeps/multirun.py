@@ -18,7 +18,6 @@ from cifarnet import cli
 from cifarnet.allowlist import leaves, refuse_foreign_classes
 from cifarnet.config import SweepSettings, effect
 from cifarnet.errors import UserError
-from cifarnet.records.json_file import read
 from cifarnet.schema import check_settings
 from cifarnet.system import files
 
@@ -145,4 +144,4 @@ def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:
         overrides, params = recorded["overrides"], recorded["sweeper"].get("params") or {}
         return [*overrides["hydra"], *overrides["task"]], [f"{key}={value}" for key, value in params.items()]
 
-    return read(path, parse, ". Start the sweep again")
+    return files.read(path, parse, ". Start the sweep again")

@@ -28,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.errors import Interrupted, UserError
-from cifarnet.records.json_file import read
 from cifarnet.records.tables import Run, read_run
 from cifarnet.sweeps import jobs, multirun, parallel, task
 from cifarnet.sweeps.summary import resume_command
@@ -96,7 +95,7 @@ class Slurm(SlurmLauncher):
             return
         folder = Path(self.config.hydra.sweep.dir)
         path, queue = folder / NAMES, queued()
-        recorded = read(path, json.loads) if path.exists() else {}
+        recorded = files.read(path, json.loads) if path.exists() else {}
         names = {number: recorded[str(number)] for number in tasks if recorded.get(str(number)) in queue}
         if names and not (is_search or self.config.sweep.resume):
             raise UserError(

@@ -1,13 +1,13 @@
-"""Atomic writes and folder locks."""
+"""Atomic writes, bounded reads and folder locks."""
 
 import contextlib
 import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -15,6 +15,30 @@ from filelock import FileLock, Timeout
 from cifarnet.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of a full or failing disk
+MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
+Content = TypeVar("Content")
+
+
+def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Content:
+    """Return the parsed content of a text file, which must be a regular file of at most 64 MB.
+
+    Args:
+        remedy: the end of the error message, which says what the user can do.
+
+    Raises:
+        UserError: the file cannot be read or parsed.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError("it is larger than 64 MB")
+        return parse(content.decode())
+    except Exception as error:  # a damaged file can raise many types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}{remedy}.") from error
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:
