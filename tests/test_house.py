@@ -198,8 +198,8 @@ def test_only_build_and_trainer_instantiate():
 
 
 def test_each_format_has_one_reader():
-    # a run's checkpoint, a cache, weights; the states that a run will save
-    assert users(r"\btorch\.load\(") == {"checkpoint", "data.folder", "models.library", "system.checkpoint_io"}
+    # pretrained weights; a checkpoint, a cache, and the states that a run will save
+    assert users(r"\btorch\.load\(") == {"models.library", "system.checkpoint_io", "system.files"}
     assert users(r"metrics\.json\"\)\.read_text|json\.load\(") == set()
     # a record; the settings of a folder for Hugging Face's hub; a run for other ranks; jobs in SLURM's queue
     assert users(r"\bjson\.loads\b") == {"records.json_file", "checkpoint", "system.distributed", "sweeps.slurm"}

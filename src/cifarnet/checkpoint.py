@@ -11,7 +11,6 @@ import json
 import math
 import typing
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,13 +99,7 @@ class Checkpoint:
 
     @classmethod
     def _open_file(cls, path: Path) -> "Checkpoint":
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("its entries are compressed or overlap")  # torch.save does neither
-            damaged = archive.testzip()  # verifies the checksums that torch.save wrote
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = files.read_tensors(path)
         return cls._verified(path, content["hyper_parameters"], content["state_dict"], content)
 
     @classmethod

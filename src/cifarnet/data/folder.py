@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from cifarnet.data.pixels import decode, describe_left_out, image_files, shown_e
 from cifarnet.data.streaming import LazyImages
 from cifarnet.errors import UserError, on_one_line
 from cifarnet.schema import Pixels, Range, did_you_mean
-from cifarnet.system.files import atomic_file
+from cifarnet.system.files import atomic_file, read_tensors
 from cifarnet.system.hardware import cores
 
 AHEAD = 256  # the number of images to decode ahead
@@ -194,10 +193,7 @@ def _cache_folder() -> Path:
 def _load(cache: Path, fingerprint: str, shape: tuple[int, ...]) -> Tensor | None:
     """Return the cached images, or None if the cache is missing, outdated or damaged."""
     try:
-        with zipfile.ZipFile(cache) as archive:
-            if archive.testzip() is not None:  # verifies the checksums
-                return None
-        content = torch.load(cache, weights_only=True)
+        content = read_tensors(cache)
         images = content["images"]
         matches = content["fingerprint"] == fingerprint and images.dtype == torch.uint8 and images.shape == shape
         return images if matches else None
