@@ -4,12 +4,10 @@ python -m cifarnet.search +experiment=quickstart +search=rates
 """
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 
 from cifarnet import train
-from cifarnet.errors import UserError
 
 DEFAULTS = (
     "hydra.mode=MULTIRUN",
@@ -21,8 +19,6 @@ DEFAULTS = (
 
 def command() -> None:
     """Run `cifarnet.train` as a sweep in which Optuna chooses the jobs (`sweeps.search`)."""
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("cifarnet.search needs Optuna: pip install 'cifarnet[search]'")
     arguments = sys.argv[1:]
     train.command([*DEFAULTS, f"hydra.sweeper.study_name={study_name(arguments)}", *arguments])
 
