@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cifarnet import __version__
 from cifarnet.allowlist import allowed_class
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 from cifarnet.models import construct
 from cifarnet.models.construct import limited
 from cifarnet.models.tta import TTA
@@ -91,10 +91,10 @@ class Checkpoint:
         except UserError:
             raise
         except Exception as error:  # a damaged file raises exceptions of any type
-            reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
-            reason = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
+            found = reason(error).partition(". ")[0]
+            found = f"the entry {found} is missing" if isinstance(error, KeyError) else found
             raise UserError(
-                f"{path} is not a readable cifarnet checkpoint: {reason[:200]}. Use another checkpoint, or train again."
+                f"{path} is not a readable cifarnet checkpoint: {found[:200]}. Use another checkpoint, or train again."
             ) from error
 
     @classmethod
@@ -162,8 +162,8 @@ class Checkpoint:
             with limited(self.weights):
                 network = build()
         except (TypeError, ValueError, RuntimeError) as error:
-            problem = f"the network cannot be built: {' '.join(str(error).split()).rstrip('.')}"
-            raise UserError(f"{self.path}: {problem}. Use the library versions that trained it.") from error
+            problem = f"{self.path}: the network cannot be built: {reason(error)}."
+            raise UserError(f"{problem} Use the library versions that trained it.") from error
         self.check_weights(network)
         network.load_state_dict(self.weights)
         return network.eval()

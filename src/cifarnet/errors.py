@@ -71,6 +71,11 @@ class Interrupted(BaseException):
         return Interrupted, (self.what, self.status, self.command)  # a job's process sends it to the sweep's process
 
 
+def reason(error: BaseException) -> str:
+    """Return the message of an error on one line, without a period at its end; its type if it has no message."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, and the errors that caused it."""
     while error is not None:
@@ -86,4 +91,4 @@ def as_user_error(part: str) -> Iterator[None]:
     except ArithmeticError as error:  # the warm-up has fewer than two steps
         raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{part}: {' '.join(str(error).split()).rstrip('.')}. Change its settings.") from error
+        raise UserError(f"{part}: {reason(error)}. Change its settings.") from error

@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10 as Published
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
-from cifarnet.errors import NoImages, UserError
+from cifarnet.errors import NoImages, UserError, reason
 from cifarnet.system.files import locked
 
 SCRATCH = ".unfinished-"
@@ -48,8 +48,8 @@ class CIFAR10(ImageDataModule):
                     if not folder.exists():
                         self._fetch(self.root / Published.filename)
         except OSError as error:
-            reason = f"CIFAR-10 cannot be stored there ({error.strerror})"
-            raise UserError(f"data.root={self.root}: {reason}. Choose another data.root.") from error
+            problem = f"CIFAR-10 cannot be stored there ({error.strerror})"
+            raise UserError(f"data.root={self.root}: {problem}. Choose another data.root.") from error
         try:
             published = [Published(self.root, train=train) for train in (True, False)]
         except RuntimeError as error:  # a checksum differs
@@ -78,8 +78,7 @@ class CIFAR10(ImageDataModule):
         except Exception as error:  # urllib, http and torchvision raise many types
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"CIFAR-10 cannot be downloaded from {self.url}: {reason}. Choose one:"
+            message = f"CIFAR-10 cannot be downloaded from {self.url}: {reason(error)}. Choose one:"
             raise UserError(f"{message}\n{self._remedies()}") from error
 
     def _remedies(self) -> str:

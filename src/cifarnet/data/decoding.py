@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifarnet.data import pixels
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 
 CHUNK = 16  # the number of images in a task of a thread; one task per image would be slow for small images
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -58,7 +58,7 @@ def decode_all(
         except UserError as error:
             return source, str(error)
         except Exception as error:  # a broken image that Pillow has opened can raise many types
-            return source, f"An image cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
+            return source, f"An image cannot be read ({reason(error)})."
 
     count = max(1, min(CHUNK, ahead, len(sources) // (4 * workers)))
     pool, waiting = ThreadPoolExecutor(workers), deque()

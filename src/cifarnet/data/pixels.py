@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 
 # Pillow's formats by file extension, without PostScript, for which Pillow starts another program
 FORMATS = {
@@ -41,8 +41,8 @@ def decode(path: str, size: int, large: contextlib.AbstractContextManager | None
             with large if large and is_large else contextlib.nullcontext():
                 return fitted(image, size)
     except Exception as error:  # decoders raise many types for broken files
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}). Replace or remove it.") from None
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{path} cannot be read as an image ({problem}). Replace or remove it.") from None
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:

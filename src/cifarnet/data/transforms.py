@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 from cifarnet.seeding import generator
 
 
@@ -80,7 +80,7 @@ class PerImage:
         except Exception as error:  # a transform may raise any type
             raise UserError(
                 f"data.transforms.{self.name} ({type(self.function).__name__}) cannot be used: "
-                f"{' '.join(str(error).split()).rstrip('.')}. A transform must take and return a tensor, uint8 "
+                f"{reason(error)}. A transform must take and return a tensor, uint8 "
                 f"{[*image.shape]}; remove ToTensor, ToDtype and Normalize, because the network normalizes the images."
             ) from error
         return changed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cifarnet.data import CIFAR10, ImageDataModule, InMemoryLoader
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 from cifarnet.evaluation.robustness import SEVERITIES
 
 # the order of the labels in all of these sets
@@ -125,5 +125,5 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...] | None = 
             expected = f"{dtype.__name__} {list(shape or ['N'])}"
             raise ValueError(f"it has {array.dtype} {list(array.shape)}, expected {expected}")
     except Exception as error:  # a damaged file can raise many types
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}. Download it again.") from error
+        raise UserError(f"{path} cannot be read: {reason(error)[:200]}. Download it again.") from error
     return array

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.nn.parameter import is_lazy
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 from cifarnet.models.normalize import Normalize
 
 
@@ -82,8 +82,8 @@ def check_output(network: nn.Module, sizes: Iterable[int], num_classes: int, nam
         try:
             logits = network(blank_image(size))
         except Exception as error:  # layers may raise any type
-            problem = f"{name} fails on a {task}: {' '.join(str(error).split()).rstrip('.')}"
-            raise UserError(f"{problem}. Correct the network, or choose another size.") from error
+            problem = f"{name} fails on a {task}: {reason(error)}."
+            raise UserError(f"{problem} Correct the network, or choose another size.") from error
         if getattr(logits, "shape", None) != (1, num_classes):
             output = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             expected = f"expected logits [1, {num_classes}]. Correct the network."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 from cifarnet.models.normalize import Normalize
 from cifarnet.schema import Range, did_you_mean
 
@@ -80,8 +80,7 @@ class LibraryModel(nn.Module):
         except NotImplementedError:  # some networks cannot be built on the meta device
             raise
         except Exception as error:  # constructors and state dicts raise many types
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            problem = f"{self.library} cannot build this network ({reason})"
+            problem = f"{self.library} cannot build this network ({type(error).__name__}: {reason(error)[:300]})"
             raise UserError(f"model.name={self.name}: {problem}. Change its settings.") from error
         if self.small_stem and not fixed_size:
             _shrink_stem(network)
@@ -142,8 +141,7 @@ def read_weights(path: str) -> Weights:
         if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("it contains no state dict")
     except Exception as error:  # torch and safetensors raise many types
-        reason = " ".join(str(error).split())[:300]
-        problem = f"cannot be read as pretrained weights: {reason}"
+        problem = f"cannot be read as pretrained weights: {reason(error)[:300]}"
         raise UserError(f"model.checkpoint={path} {problem}. Use another file.") from error
     return weights
 

@@ -27,7 +27,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import Interrupted, UserError, reason
 from cifarnet.records.tables import Run, read_run
 from cifarnet.sweeps import jobs, multirun, parallel, task
 from cifarnet.sweeps.summary import resume_command
@@ -133,7 +133,7 @@ class Slurm(SlurmLauncher):
             executor.update_parameters(**{key if key in common else f"slurm_{key}": params[key] for key in params})
             array = executor.submit_array([Task(work, self._train_run, restarts or 0) for work in tasks.values()])
         except (RuntimeError, ValueError, NameError, OSError) as error:
-            raise UserError(f"hydra/launcher: {' '.join(str(error).split())}") from error
+            raise UserError(f"hydra/launcher: {reason(error)}.") from error
         names = [job.job_id for job in array]
         last = f" to {names[-1]}" if len(names) > 1 else ""
         print(f"In SLURM's queue: {names[0]}{last}. Their output: {array[0].paths.folder.parent}", flush=True)

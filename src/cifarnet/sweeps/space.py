@@ -9,7 +9,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -77,7 +77,7 @@ def distribution(override: Override) -> "BaseDistribution":
     except ArithmeticError as error:
         raise UserError(f"{override.input_line} has too many values. Use a larger step.") from error
     except ValueError as error:
-        raise UserError(f"{override.input_line}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{override.input_line}: {reason(error)}.") from error
 
 
 def _bounds(override: Override, sweep: IntervalSweep | RangeSweep) -> tuple[Decimal, Decimal, float]:

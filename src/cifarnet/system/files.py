@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 import psutil
 from filelock import FileLock, Timeout
 
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, reason
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of a full or failing disk
 MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
@@ -38,8 +38,7 @@ def read(path: Path, parse: Callable[[str], Content], remedy: str = "") -> Conte
             raise ValueError("it is larger than 64 MB")
         return parse(content.decode())
     except Exception as error:  # a damaged file can raise many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}{remedy}.") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}{remedy}.") from error
 
 
 def read_tensors(path: Path) -> Any:
