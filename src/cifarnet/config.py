@@ -9,7 +9,7 @@ import importlib.util
 import json
 import pydoc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,16 +164,10 @@ def deciding_settings(config: Mapping[str, Any], times: bool = False) -> dict[st
     duration."""
     ignored = ("nothing",) if times else ("nothing", "speed")
     callbacks = config.get("callbacks")
-    observers = {
-        f"callbacks.{name}"
-        for name, callback in (callbacks.items() if isinstance(callbacks, Mapping) else ())
-        if isinstance(callback, Mapping) and _only_observes(callback)
-    }
-    return {
-        key: value
-        for key, value in flat(config).items()
-        if effect(key) not in ignored and not any(key.startswith(f"{observer}.") for observer in observers)
-    }
+    parts = callbacks.items() if isinstance(callbacks, Mapping) else ()
+    observers = [f"callbacks.{name}" for name, part in parts if isinstance(part, Mapping) and _only_observes(part)]
+    settings = flat(config).items()
+    return {key: value for key, value in settings if effect(key) not in ignored and not is_in(key, observers)}
 
 
 def check_precision(setting: str, precision: Any) -> None:
@@ -190,9 +184,14 @@ def check_precision(setting: str, precision: Any) -> None:
 def effect(key: str) -> str:
     """Return what a setting affects: "nothing", "speed", "rounding" or "result"."""
     for name, settings in EFFECTS.items():
-        if any(f"{key}.".startswith(f"{setting}.") for setting in settings):
+        if is_in(key, settings):
             return name
     return "result"
+
+
+def is_in(key: str, sections: Sequence[str]) -> bool:
+    """Return whether a setting is one of these, or in one of these sections."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _only_observes(callback: Mapping[str, Any]) -> bool:

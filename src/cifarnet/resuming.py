@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet import cli
 from cifarnet.allowlist import leaves, locate, refuse_foreign_classes
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.config import effect
+from cifarnet.config import effect, is_in
 from cifarnet.errors import UserError
 from cifarnet.schema import accepts, has_target
 from cifarnet.system import files
@@ -98,7 +98,7 @@ def _check(config: Any, file: Path, overridden: Sequence[str], problem_of: Calla
         UserError: a setting must be replaced in the command.
     """
     for key, text in leaves(config):
-        if not _is_in(key, overridden) and (problem := problem_of(key, text)):
+        if not is_in(key, overridden) and (problem := problem_of(key, text)):
             raise UserError(
                 f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
             )
@@ -112,7 +112,7 @@ def _evaluates(key: str, text: str) -> str:
 def _reaches_out(folder: Path, key: str, text: str) -> str:
     """Return a problem if a setting names a path outside the run's folder, or starts too many processes or threads."""
     limit = max(64, cores())
-    if _is_in(key, COUNTS) and any(int(number) > limit for number in re.findall(r"\d{1,18}", text)):
+    if is_in(key, COUNTS) and any(int(number) > limit for number in re.findall(r"\d{1,18}", text)):
         return f"exceeds {limit}"
     if key.startswith(READ) or (key.startswith("logger.") and SERVER.match(text)):
         return ""
@@ -132,13 +132,9 @@ def _check_size(config: Any, file: Path) -> None:
     texts = dict(leaves(config))
     referring = [key for key, text in texts.items() if "${" in text]
     references = re.findall(r"\$\{([\w.-]+)", " ".join(texts.values()))
-    nested = [name for name in references if name[0] == "." or any(_is_in(key, [name]) for key in referring)]
+    nested = [name for name in references if name[0] == "." or any(is_in(key, [name]) for key in referring)]
     if len(nested) > 10 or len(references) * max(map(len, texts.values())) > 10**7:
         raise UserError(f"{file}: the recorded settings refer to each other too often. Use another checkpoint.")
-
-
-def _is_in(key: str, sections: Sequence[str]) -> bool:
-    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
