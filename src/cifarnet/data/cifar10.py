@@ -1,6 +1,5 @@
 """CIFAR-10, downloaded by torchvision."""
 
-import errno
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 
 from cifarnet.data.datamodule import ImageDataModule, Source, Split
 from cifarnet.errors import NoImages, UserError, reason
-from cifarnet.system.files import locked
+from cifarnet.system.files import DISK_ERRORS, locked
 
 SCRATCH = ".unfinished-"
 
@@ -76,7 +75,7 @@ class CIFAR10(ImageDataModule):
         try:
             download_url(self.url, archive.parent, archive.name, Published.tgz_md5)
         except Exception as error:  # urllib, http and torchvision raise many types
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
             message = f"CIFAR-10 cannot be downloaded from {self.url}: {reason(error)}. Choose one:"
             raise UserError(f"{message}\n{self._remedies()}") from error
