@@ -331,7 +331,7 @@ def test_a_hub_folder_is_a_checkpoint_without_training_state(run, tmp_path):
     with pytest.raises(UserError, match=rf"^{folder}: image_size=large"):
         Checkpoint.open(folder)
     (folder / HUB_SETTINGS).write_text("{")
-    with pytest.raises(UserError, match=rf"{folder} is not a readable cifarnet checkpoint"):
+    with pytest.raises(UserError, match=rf"{folder}/config\.json cannot be read"):
         Checkpoint.open(folder)
 
 
