@@ -54,11 +54,6 @@ def good(tmp_path, pool) -> Path:
     return tmp_path / "good"
 
 
-def escaped(text: str) -> str:
-    """Return a text as the value of an override, without interpolation."""
-    return literal(text).replace("${", r"\${")
-
-
 def in_turn(worker: Worker, commands: Commands, place: Path) -> str:
     """Run commands in a folder. Return "refused" if the first is refused, or the problem of the first that fails."""
     for number, (command, *arguments) in enumerate(commands):
@@ -71,7 +66,7 @@ def in_turn(worker: Worker, commands: Commands, place: Path) -> str:
 
 
 def run(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    folder, commands = place / text, [["train", *SHORT, f"hydra.run.dir={escaped(text)}"]]
+    folder, commands = place / text, [["train", *SHORT, f"hydra.run.dir={literal(text)}"]]
     commands += [["train", f"ckpt_path={literal(text)}"], ["compare", str(folder), "output=plot.png"]]
     commands += [["evaluate", str(folder), "corruptions=false"], ["predict", str(folder), "../../../picture.png"]]
     problem = in_turn(worker, commands, place)
@@ -81,7 +76,7 @@ def run(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
 
 
 def name(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    commands = [["train", *SHORT, f"name={escaped(text)}"]]
+    commands = [["train", *SHORT, f"name={literal(text)}"]]
     problem = in_turn(worker, commands, place)
     records = [json.loads(path.read_text()) for path in place.rglob("metrics.json")]
     if not problem and [record["name"] for record in records] != [text]:
@@ -90,7 +85,7 @@ def name(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
 
 
 def sweep(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
-    commands = [["train", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={escaped(text)}"]]
+    commands = [["train", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={literal(text)}"]]
     commands += [["train", f"sweep.resume={literal(text)}"], ["compare", str(place / text), "output=plot.png"]]
     problem = in_turn(worker, commands, place)
     finished = sorted(str(path.relative_to(place)) for path in place.rglob("metrics.json"))
