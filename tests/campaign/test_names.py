@@ -133,7 +133,7 @@ def checkpoint(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
     commands = [["predict", path, "../../../picture.png"], ["evaluate", path, "corruptions=false", "output_dir=out"]]
     commands += [["export", path, "format=hub", "output=hub", "images=3"]]
     finetune = [setting for setting in SHORT if not setting.startswith("model.")]
-    commands += [["train", "+experiment=finetune", *finetune, f"model.checkpoint={escaped(path)}"]]
+    commands += [["train", "+experiment=finetune", *finetune, f"model.checkpoint={literal(path)}"]]
     return in_turn(worker, commands, place), commands
 
 
@@ -148,7 +148,7 @@ def output(worker: Worker, place: Path, text: str) -> tuple[str, Commands]:
     refused = []
     for path, (*command, key) in made.items():
         chosen = path.rpartition("/")[0] or path
-        commands.append([*command, f"{key}{escaped(chosen)}"])
+        commands.append([*command, f"{key}{literal(chosen)}"])
         problem = in_turn(worker, commands[-1:], place)
         if problem == "refused":
             refused.append(command[0])
