@@ -77,9 +77,11 @@ def reason(error: BaseException) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, and the errors that caused it."""
-    while error is not None:
+    """Yield an error, and the errors that caused it. An error that is raised again can be among its own causes."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         yield error
+        seen.add(id(error))
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__  # inner: torch.compile
 
 
