@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cifarnet.data.datamodule import check_batch
 from cifarnet.data.loader import Batch
-from cifarnet.errors import UserError, as_user_error
+from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
 from cifarnet.optim.schedules import Interval, planned_steps
 from cifarnet.schema import Range
@@ -178,8 +178,10 @@ class Classifier(L.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if isinstance(scheduler, ReduceLROnPlateau):
             return
-        with as_user_error(f"scheduler: step {self.global_step}"):
+        try:
             super().lr_scheduler_step(scheduler, metric)
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(f"scheduler: step {self.global_step} failed: {error}. Change its settings.") from error
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None

@@ -90,7 +90,7 @@ def as_user_error(part: str) -> Iterator[None]:
     """Report the errors that networks, optimizers, schedules and losses raise for invalid settings."""
     try:
         yield
-    except ArithmeticError as error:  # such as a warm-up with fewer than two steps
+    except ArithmeticError as error:  # the warm-up has fewer than two steps
         raise UserError(f"{part}: {error}. Train longer, or choose scheduler=linear or scheduler=constant.") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{part}: {reason(error)}. Change its settings.") from error

@@ -155,7 +155,7 @@ def test_the_usual_schedules_are_not_reported(interval, name):
 
 
 def test_a_schedule_that_fails_in_a_later_epoch_is_refused_at_the_start(scheduled):
-    with pytest.raises(UserError, match=r"^scheduler: step 4: "):
+    with pytest.raises(UserError, match=r"^scheduler: step 4 failed"):
         train(scheduled("OneCycleLR", max_lr=0.1, total_steps=3))
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from cifarnet.errors import as_user_error
+from cifarnet.errors import UserError
 from cifarnet.schema import Range
 
 Interval = Literal["step", "epoch"]
@@ -115,8 +115,10 @@ def warnings_about(
         warnings.simplefilter("ignore")  # the optimizer makes no steps
         for step in range(min(total, MOST_STEPS)):
             rates.append([float(group["lr"]) for group in groups])
-            with as_user_error(f"scheduler: step {step + 1}"):
+            try:
                 schedule.step()
+            except (ValueError, ArithmeticError) as error:
+                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
     last = max((step for step in range(1, len(rates)) if rates[step] != rates[step - 1]), default=0)
     remedy = " If its settings count epochs, add +module.scheduler_interval=epoch." if interval == "step" else ""
     if last == 0 and not isinstance(schedule, ConstantLR):
