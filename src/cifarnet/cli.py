@@ -252,7 +252,10 @@ def explain(error: BaseException) -> str | None:
         if "=" not in error.override or re.search(r"\s=|=\s", error.override):  # `optimizer.lr = 0.1`
             return f"{error.override} is not a setting. Write a setting as key=value, without spaces around the =."
         key, _, value = error.override.partition("=")
-        return f"{error.override} cannot be parsed. If {value} is text, quote it: {quoted(key, value)}"
+        found = re.sub(r"Error parsing override .*|Lexer.*| +\^|See https.*", "", str(error)).split()
+        problem = " ".join([f"cannot be parsed{':' * bool(found)}", *found])
+        text = shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+        return f"{error.override} {problem}. If the value is text, quote it: {text}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher" and (package := name.partition("_")[0]) in EXTRAS:
