@@ -44,7 +44,7 @@ def test_a_run_with_class_weights_matches_its_resumed_one(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("[1,2]", "all 10 classes"), ("5", "list"), ("[a,b]", "list"), ("[nan,1,1,1,1,1,1,1,1,1]", "not finite")],
+    [("[1,2]", "all 10 classes"), ("5", "list"), ("[a,b]", "list"), ("[nan,1,1,1,1,1,1,1,1,1]", "at least 0")],
 )
 def test_other_class_weights_are_refused(config, value, message):
     with pytest.raises(UserError, match=rf"^objective.*{message}"):

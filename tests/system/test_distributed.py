@@ -192,7 +192,9 @@ def test_a_signal_stops_all_ranks_and_the_resumed_run_equals_an_uninterrupted_on
     runs, config, tmp_path, rank, to_parent
 ):
     settings = [*TWO, *RECIPE, in_rank(rank, 1, 1, signal.SIGTERM, to_parent), ALLOW]
-    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM after batch \d of epoch 2.*\n.* ckpt_path=/") as stopped:
+    # the parent may forward the signal after the last batch of the epoch
+    message = r"Stopped by SIGTERM after (batch \d of )?epoch 2.*\n.* ckpt_path=/"
+    with pytest.raises(Interrupted, match=message) as stopped:
         train(config(*settings, without="trainer=cpu"))
     assert stopped.value.status == 143
     assert Checkpoint.open(tmp_path / "run/checkpoints/last.ckpt").step > 0
