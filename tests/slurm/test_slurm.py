@@ -178,7 +178,7 @@ def test_jobs_continue_when_the_sweep_is_interrupted_and_use_their_cores(cluster
     status, printed = finish(process)
     assert status == 130
     array = name(tmp_path / "sweep", 0).partition("_")[0]
-    assert f"scancel {array} " in printed
+    assert f"scancel {array}." in printed
     status, printed = finish(start(tmp_path, "cifarnet.train", "sweep.resume=sweep"))
     assert status == 0
     assert f"Already in SLURM's queue: {array}_0, {array}_1" in printed
