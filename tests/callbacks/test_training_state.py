@@ -112,18 +112,19 @@ def test_sums_and_generators_of_a_gpu_are_restored(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", {device: state}.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state}))
     saved = run.callback.state_dict()
-    saved["train_sums"] = SimpleNamespace(to={device: "moved"}.__getitem__)
+    saved["train_sums"] = [SimpleNamespace(to={device: "moved"}.__getitem__)]
     assert Run(state=saved).module.sums["train"] == "moved"
     assert list(restored) == [device]
     assert torch.equal(restored[device], state)
 
 
-def test_each_rank_gets_its_generator_and_rank_0_the_sums(monkeypatch):
+def test_each_rank_gets_its_generator_and_its_sums(monkeypatch):
     run = Run()
     run.train(1, batches=2)
     state = run.callback.state_dict()
-    sums = state["train_sums"].tolist()
+    (sums,) = state["train_sums"]
     assert sums[2] == 10  # images
+    state["train_sums"] = [sums, 2 * sums]
     generators = [torch.Generator().manual_seed(seed).get_state() for seed in (11, 12)]
     state["generators"] = [{"cpu": generator} for generator in generators]
     for rank, seed in [(0, 11), (1, 12), (2, derive(0, 1, "torch2"))]:  # rank 2 did not exist before
@@ -131,7 +132,11 @@ def test_each_rank_gets_its_generator_and_rank_0_the_sums(monkeypatch):
             monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         resumed = Run(state=state)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
-        assert resumed.module.sums["train"].tolist() == (sums if rank == 0 else [0, 0, 0])
+        assert torch.equal(resumed.module.sums["train"], 3 * sums if rank == 0 else 0 * sums)  # one rank, or three
+        monkeypatch.setattr(training_state, "world_size", lambda: 2)
+        if rank < 2:
+            assert torch.equal(Run(state=state).module.sums["train"], state["train_sums"][rank])
+        monkeypatch.undo()
 
 
 def test_each_rank_gets_its_accumulated_gradients(monkeypatch):

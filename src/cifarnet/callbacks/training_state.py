@@ -60,8 +60,9 @@ class TrainingState(Callback):
         if self.restored is None:
             return
         self.loader.restore(self.restored["loader"])
-        sums: Tensor = self.restored["train_sums"]  # summed over all ranks
-        self.module.sums["train"] = sums.to(self.module.device) * (rank() == 0)
+        sums: list[Tensor] = self.restored["train_sums"]  # of each rank
+        own = sums[rank()] if len(sums) == world_size() else torch.stack(sums).sum(0) * (rank() == 0)
+        self.module.sums["train"] = own.to(self.module.device)
         generators = self.restored["generators"]
         if rank() < len(generators):
             torch.set_rng_state(generators[rank()]["cpu"].cpu())
@@ -130,7 +131,7 @@ class TrainingState(Callback):
             "saved_steps": {callback.state_key: callback._last_global_step_saved for callback in saving},
             "gradients": {name: all_gather(value.grad) for name, value in parameters if value.grad is not None},
             "loader": self.loader.position(),
-            "train_sums": self.module.total("train"),
+            "train_sums": all_gather(self.module.sums["train"]),
             "generators": [dict(zip(states, one_rank, strict=True)) for one_rank in zip(*states.values(), strict=True)],
         }
 
