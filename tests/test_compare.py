@@ -92,7 +92,7 @@ def test_a_difference_that_is_not_significant(run, compared):
     assert "not statistically significant" in printed
     assert "is better" not in printed
     # d = 0.01/0.0129 = 0.775: 28 each (for d = 0.8, Cohen has 26)
-    assert "about 28 seeds per group in total" in printed
+    assert "each group needs about 28 seeds" in printed
 
 
 def test_against_names_the_baseline(run, compared):

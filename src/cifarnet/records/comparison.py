@@ -160,7 +160,7 @@ def _conclusion(first: Group, second: Group, p: float, num_tested: int) -> list[
     # Bonferroni's level, which Holm's method applies to the smallest p-value
     needed = seeds_needed(difference, (first.deviation, second.deviation), LEVEL / num_tested)
     seeds = f"about {needed:,}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS:,}"
-    hint = f"  to detect a difference of this size (power {POWER:.0%}), train {seeds} seeds per group in total"
+    hint = f"  to detect a difference of this size (power {POWER:.0%}), each group needs {seeds} seeds"
     return [f"{line}: not statistically significant", hint]
 
 
