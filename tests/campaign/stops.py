@@ -49,6 +49,8 @@ def stop_and_resume(
     if status not in stopped or "Traceback" in error:
         return f"stopped by {moment}: status {status}, {error.strip()[-300:]}", [start]
     saved = (folder / "checkpoints/last.ckpt").exists()
+    if not saved and (folder / "metrics.json").exists():  # it ended before the signal, and saves no checkpoints
+        return difference(whole, folder), [start]
     again = ["train", f"ckpt_path={run}"] if saved else start
     outcome, message = worker.run(again[0], again[1:])
     if outcome == "clear" and (advice := re.search(r"classes=\[[\w.]+\]", message)):
