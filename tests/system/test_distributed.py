@@ -179,6 +179,13 @@ def test_torchrun_trains_the_jobs_of_a_sweep(runs, tmp_path):
     assert record(tmp_path / "sweep/0")["hardware"]["ranks"] == 2
 
 
+def test_a_job_of_one_process_ends_without_an_error():
+    """As in a job of SLURM with one task, which has no process group."""
+    called = []
+    distributed.run_ranks(lambda: called.append("command"), called.append)
+    assert called == ["command"]
+
+
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_is_reported_once(tmp_path):
     result = torchrun(tmp_path, "optimizer.lrr=1")
