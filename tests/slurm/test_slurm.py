@@ -162,7 +162,7 @@ def test_a_job_continues_after_its_time_limit(cluster, whole, tmp_path):
     status, printed = finish(process)
     assert status == 0
     assert "1 of 1 jobs done" in printed
-    assert "Stopped by SIGUSR2 after batch" in "".join(
+    assert "Stopped by SIGUSR2 after " in "".join(
         file.read_text() for file in (tmp_path / "sweep/.submitit").glob("*/*.err")
     )
     assert logged(cluster, rf"warning signal 12 to JobId={job}|JobId={job}.*requeue|requeue.*JobId={job}")
