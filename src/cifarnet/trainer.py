@@ -101,8 +101,8 @@ def prepare(trainer: L.Trainer, classifier: L.LightningModule, data: ImageDataMo
     Raises:
         UserError: `trainer.limit_test_batches` leaves no batches for the test, which Lightning notices after training.
     """
-    limit, batches = trainer.limit_test_batches, len(data.test_dataloader())
-    if isinstance(limit, float) and 0 < limit * batches < 1:
+    limit = trainer.limit_test_batches
+    if isinstance(limit, float) and 0 < limit < 1 and limit * (batches := len(data.test_dataloader())) < 1:
         problem = f"trainer.limit_test_batches={limit} of {batches} batches is less than one batch"
         raise UserError(f"{problem}. Use a larger share, or a smaller data.eval_batch_size.")
     # Lightning converts the weights to float64 after it has loaded a checkpoint, whose weights would be rounded
