@@ -256,7 +256,7 @@ class Checkpoint:
     def run_folder(self) -> Path | None:
         """The folder of the run that the checkpoint belongs to; None for a file outside a run.
 
-        A folder is a run if it contains `checkpoints/` and another file that only runs write.
+        A folder is a run if it contains `checkpoints/` and another file that a run writes.
         """
         folder = self.path.parent.parent
         is_of_run = is_run(folder) or (folder / "metrics.json").exists()
