@@ -121,6 +121,8 @@ def offline_records(file):
             place += left
             continue
         size, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        if place + 7 + size > len(content):  # not yet written to its end
+            return
         part += content[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # a complete record, or its last part
