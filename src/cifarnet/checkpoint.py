@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import torch
 from packaging.version import Version
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cifarnet import __version__
+from cifarnet import __version__, trained
 from cifarnet.allowlist import allowed_class
 from cifarnet.errors import UserError, reason
 from cifarnet.models import construct
@@ -72,8 +73,9 @@ class Checkpoint:
         """Read a checkpoint and verify its content.
 
         Args:
-            path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, or
-                a folder in Hugging Face's format.
+            path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, a
+                folder in Hugging Face's format, or the name of a trained network of this package. An existing path
+                takes precedence over a name.
             last: use the last checkpoint of a run's folder, as resuming does.
 
         Raises:
@@ -104,10 +106,6 @@ class Checkpoint:
 
     @classmethod
     def _open_hub_folder(cls, folder: Path) -> "Checkpoint":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise UserError(f"{folder} needs safetensors: pip install 'cifarnet[export]'") from error
         settings = files.read(folder / HUB_SETTINGS, json.loads, ". Use another checkpoint")
         return cls._verified(folder, settings, load_file(folder / HUB_WEIGHTS), {})
 
@@ -263,7 +261,8 @@ class Checkpoint:
         return folder if self.path.parent.name == "checkpoints" and is_of_run else None
 
     def folder_for(self, name: str) -> Path:
-        """Return the folder for a command's output about this checkpoint: in the run's folder, or next to the file.
+        """Return the folder for a command's output about this checkpoint: in the run's folder, next to the file, or in
+        lightning_logs/trained for a trained network of this package.
 
         Raises:
             UserError: the folder is a link to a place outside the run's folder.
@@ -272,6 +271,8 @@ class Checkpoint:
             folder = self.run_folder / name
             files.refuse_links(self.run_folder, [folder])
             return folder
+        if self.path.parent == trained.FOLDER:  # the package may be installed where it cannot be written to
+            return Path("lightning_logs", "trained", self.path.name, name)
         path = self.path.resolve()  # the path may be "."
         return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 
@@ -302,7 +303,10 @@ def refuse_results(folder: Path) -> None:
 def checkpoint_path(path: str | Path, last: bool = False) -> Path:
     """Return the path of a checkpoint: for a run's folder, the best one, or the last one if nothing was validated.
 
-    The path of a file, or of a folder in Hugging Face's format, is returned unchanged."""
+    The path of a file, or of a folder in Hugging Face's format, is returned unchanged. The name of a trained network of
+    this package is replaced with its folder."""
+    if str(path) in trained.names() and not Path(path).exists():
+        return trained.FOLDER / path
     path = Path(path).expanduser()
     if not path.is_dir() or (path / HUB_WEIGHTS).is_file():
         return path
@@ -339,5 +343,6 @@ def _missing(path: Path) -> UserError:
     runs = sorted(folder.glob("*/checkpoints"), key=lambda found: found.stat().st_mtime)
     suggestion = f" Did you mean {runs[-1].parent}?" if runs else ""
     return UserError(
-        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, or a file in <run>/checkpoints/."
+        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, a file in <run>/checkpoints/, or a trained "
+        f"network of this package: {', '.join(trained.names())}."
     )

@@ -26,6 +26,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from cifarnet import trained
 from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted, MachineFault, UserError, causes, printable
 from cifarnet.schema import did_you_mean
@@ -58,10 +59,11 @@ def parse(
         arguments: the arguments; None uses the arguments of this process.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
+    networks = f"\n\ntrained networks of this package, to use in place of a run: {', '.join(trained.names())}"
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
-        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings),
+        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings) + ("" if against else networks),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="paths and settings (see below)")

@@ -1,0 +1,138 @@
+"""Write the trained networks of the package, src/cifarnet/trained/<name>: `python benchmarks/ladder.py --ship`.
+
+The weights are those of the row's first seed, in float16. Its test accuracy must be that of the run's own weights.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+import ladder_pages
+from cifarnet import trained
+from cifarnet.checkpoint import HUB_SETTINGS, HUB_WEIGHTS
+from cifarnet.evaluate import evaluate
+from cifarnet.export import export
+from cifarnet.records.record import Record
+from ladder_pages import Row
+
+NAMES = ("baseline", "resnet20", "speedrun")
+TOLERANCE = 0.0002  # the largest difference that float16 may make to the test accuracy
+CARD = """\
+---
+library_name: cifarnet
+pipeline_tag: image-classification
+tags: [image-classification, pytorch]
+---
+# {name}: {description}
+
+## Use
+
+```bash
+python -m cifarnet.predict {name} picture.jpg
+python -m cifarnet.evaluate {name} data=cifar10
+python -m cifarnet.train +experiment=finetune model.checkpoint={name} data.root=pictures
+```
+
+```python
+import cifarnet
+
+classifier = cifarnet.load("{name}")
+print(classifier.predict("picture.jpg")[0].label)
+```
+
+## Results
+
+On the 10,000 test images of CIFAR-10 (20 of them from a JPEG copy):
+
+| | |
+| --- | --- |
+| test accuracy of these weights | {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}; tta={tta}) |
+| without test-time augmentation | {one_view:.2%} |
+| cross-entropy, expected calibration error | {cross_entropy:.4f}, {ece:.2%} |
+| test accuracy of the recipe | {row}: mean ± standard deviation (number of seeds) |
+
+The weights are stored in float16. The difference from the run's test accuracy in float32 is {difference:.2%}.
+
+## Training
+
+```text
+command: python -m cifarnet.train {command} seed={seed}
+images: {images}
+commit: {commit}
+hardware: {machine}
+```
+
+## Limits
+
+The network knows ten classes of small photographs: {classes}. It scales and crops each picture to
+{size}×{size} pixels. For pictures of anything else, its probabilities are meaningless. Its accuracy is lower on noisy,
+blurred or unusually framed pictures; `python -m cifarnet.evaluate {name} data=cifar10` measures this.
+"""
+
+
+def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Sequence[str]) -> None:
+    """Write the folder of each row's network, from the run in the corresponding folder.
+
+    Raises:
+        SystemExit: the weights are less accurate in float16.
+    """
+    for row, run in zip(rows, folders, strict=True):
+        folder = trained.FOLDER / row.name
+        with tempfile.TemporaryDirectory() as temporary:
+            draft = Path(temporary, row.name)
+            data = [*overrides, "corruptions=false", "tta_share=1"]
+            exact = evaluate(run, [*data, f"output_dir={temporary}/float32"])
+            export(run, ["format=hub", f"output={draft}", *overrides])
+            weights = load_file(draft / HUB_WEIGHTS)
+            halves = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+            save_file(halves, draft / HUB_WEIGHTS, {"format": "pt"})
+            shipped = evaluate(draft, [*data, f"output_dir={temporary}/float16"])
+            difference = shipped["test"]["accuracy"] - exact["test"]["accuracy"]
+            if abs(difference) > TOLERANCE:
+                raise SystemExit(
+                    f"{row.name}: float16 changes the test accuracy by {difference:.2%}. Nothing is written."
+                )
+            settings = json.loads((draft / HUB_SETTINGS).read_text("utf-8"))
+            settings |= {"data": {"_target_": "cifarnet.data.CIFAR10"}, "images": row.images}
+            (draft / HUB_SETTINGS).write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n", "utf-8")
+            (draft / "README.md").write_text(
+                card(root, row, Record.read(run / "metrics.json"), shipped, difference), "utf-8"
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(draft, folder)
+
+
+def card(root: Path, row: Row, record: Record, shipped: dict[str, Any], difference: float) -> str:
+    """Return the model card.
+
+    Args:
+        shipped: the evaluation of the weights in float16.
+        difference: its test accuracy minus that of the weights in float32.
+    """
+    test = shipped["test"]
+    low, high = test["interval"]
+    return CARD.format(
+        name=row.name,
+        description=ladder_pages.description(ladder_pages.experiment(root, row.name)),
+        accuracy=test["accuracy"],
+        low=low,
+        high=high,
+        tta=shipped["tta"],
+        one_view=shipped["test_accuracy_one_view"],
+        cross_entropy=test["cross_entropy"],
+        ece=test["ece"],
+        row=row.accuracy(),
+        difference=difference,
+        command=row.command,
+        seed=record.seed,
+        images=row.images,
+        commit=record.git_commit,
+        machine=row.machine,
+        classes=", ".join(shipped["class_names"]),
+        size=32,
+    )
