@@ -1,6 +1,7 @@
 """Serve a page that predicts the class of a picture and shows which parts of it support the prediction.
 
 examples:
+  python -m cifarnet.demo speedrun                     a trained network of this package
   python -m cifarnet.demo lightning_logs/baseline/<date_time>
   python -m cifarnet.demo <run> <another run>          side by side
   python -m cifarnet.demo <run> data.root=pictures     other test pictures to choose from

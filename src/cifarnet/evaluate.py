@@ -1,6 +1,7 @@
 """Evaluate a trained network: write an HTML report on its accuracy, calibration, mistakes and robustness.
 
 examples:
+  python -m cifarnet.evaluate speedrun data=cifar10                    a trained network of this package
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes

@@ -4,6 +4,7 @@ The exported network is compared with the original on test images, or on random 
 available. It is kept only if their logits agree.
 
 examples:
+  python -m cifarnet.export speedrun                    a trained network of this package
   python -m cifarnet.export lightning_logs/baseline/<date_time>
   python -m cifarnet.export <run> format=torch_export output=cnn.pt2
   python -m cifarnet.export <run> format=hub            for the Hugging Face Hub, with a model card
