@@ -1,5 +1,7 @@
-"""Write the ladder's results into docs/zoo.md, README.md, the experiments' files and a figure."""
+"""Write the results of the ladder and of two other benchmarks into docs/zoo.md, README.md, the experiments' files and
+a figure."""
 
+import json
 import re
 import statistics
 from collections import defaultdict
@@ -63,7 +65,7 @@ def write(root: Path, results: Iterable[Result]) -> None:
     rows = rows_of(results)
     shown = most_seeds(rows)
     replace(root / "docs/zoo.md", zoo_table(rows))
-    replace(root / "README.md", readme_table(root, shown))
+    replace(root / "README.md", [*readme_table(root, shown), *speedrun_table(), *throughput_table()])
     for name, row in shown.items():
         write_header(experiment(root, name), row)
     save(figure(rows), root / "docs/images/ladder.png")
@@ -112,6 +114,39 @@ def readme_table(root: Path, rows: Mapping[str, Row]) -> list[str]:
     for name, row in sorted(rows.items(), key=lambda item: item[1].mean("test_accuracy") or 0):
         lines.append(f"| `{name}`: {description(experiment(root, name))} | {row.accuracy()} | {row.shown('seconds')} |")
     return lines
+
+
+def speedrun_table() -> list[str]:
+    """Return the last result of benchmarks/speedrun.py; its first variant is the one that the ratios refer to."""
+    result = read_result("speedrun")
+    accuracies, base = result["facts"]["accuracies"], next(iter(result["medians"].values()))
+    lines = ["", f"`benchmarks/speedrun.py`, measured alternately, with {machine_of(result)}:", ""]
+    lines += ["| | test accuracy (seeds) | seconds with the test, median | ratio |", "| --- | ---: | ---: | ---: |"]
+    for name, seconds in result["medians"].items():
+        tested = f"{common.mean_and_deviation(accuracies[name])}% ({len(accuracies[name])})"
+        lines.append(f"| `{name}` | {tested} | {seconds:,.0f} | {seconds / base:.2f} |")
+    return lines
+
+
+def throughput_table() -> list[str]:
+    """Return the last results of benchmarks/throughput.py, one line per machine."""
+    lines = ["", "`benchmarks/throughput.py`: images/s while training the baseline:", ""]
+    lines += ["| | plain PyTorch | Keras on TensorFlow | cifarnet | ratios |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name in ("throughput", "throughput_zen4"):
+        result = read_result(name)
+        plain, keras, cifarnet = (result["medians"][side] for side in ("plain PyTorch", "keras", "cifarnet"))
+        ratios = f"{cifarnet / plain:.2f}, {cifarnet / keras:.2f}"
+        lines.append(f"| {machine_of(result)} | {plain:,.0f} | {keras:,.0f} | {cifarnet:,.0f} | {ratios} |")
+    return lines
+
+
+def read_result(name: str) -> dict[str, Any]:
+    return json.loads((common.RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def machine_of(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['name']}, {machine['threads']} threads, torch {result['versions']['torch']}, {result['date']}"
 
 
 def experiment(root: Path, name: str) -> Path:

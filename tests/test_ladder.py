@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,24 @@ def test_the_table_shows_the_results(ladder):
     file = (ladder.ROOT / "configs/experiment/a.yaml").read_text()
     machine = "A chip, 2 threads, bf16-mixed, torch 2.14.1"
     assert f"# small. B.\n# Result: 85.00 ± 1.41% (2) on {machine}, 150 s per run (docs/zoo.md)\ndefaults" in file
+
+
+def test_the_pages_agree_with_the_recorded_results(monkeypatch, tmp_path):
+    """README.md, docs/zoo.md and the experiments' files are as `python benchmarks/ladder.py --write` writes them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import ladder
+
+    root = BENCHMARKS.parent
+    pages = [Path("README.md"), Path("docs/zoo.md")]
+    pages += [file.relative_to(root) for file in (root / "configs/experiment").glob("*.yaml")]
+    (tmp_path / "docs/images").mkdir(parents=True)
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / page, tmp_path / page)
+    monkeypatch.setattr(ladder, "ROOT", tmp_path)
+    ladder.write(json.loads(ladder.RESULTS.read_text("utf-8")))
+    for page in pages:
+        assert (tmp_path / page).read_text("utf-8") == (root / page).read_text("utf-8")
 
 
 def test_runs_that_were_not_timed_have_no_seconds(ladder):
