@@ -1,6 +1,7 @@
 """Write the trained networks of the package, src/cifarnet/trained/<name>: `python benchmarks/ladder.py --ship`.
 
-The weights are those of the row's first seed, in float16. Its test accuracy must be that of the run's own weights.
+The weights are those of the row's first seed, in float16. Computed in float32, the test accuracy must be that of the run's own
+weights.
 """
 
 import json
@@ -51,12 +52,12 @@ On the 10,000 test images of CIFAR-10 (20 of them from a JPEG copy):
 
 | | |
 | --- | --- |
-| test accuracy of these weights | {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}; tta={tta}) |
-| without test-time augmentation | {one_view:.2%} |
+| test accuracy of these weights | {accuracy:.2%} (95% interval {low:.2%} to {high:.2%}; tta={tta}, {precision}) |
+| without test-time augmentation | {no_tta:.2%} |
 | cross-entropy, expected calibration error | {cross_entropy:.4f}, {ece:.2%} |
 | test accuracy of the recipe | {row}: mean ± standard deviation (number of seeds) |
 
-The weights are stored in float16. The difference from the run's test accuracy in float32 is {difference:.2%}.
+The weights are stored in float16. Computed in float32, this changes the test accuracy by {difference:+.2%}.
 
 ## Training
 
@@ -69,9 +70,9 @@ hardware: {machine}
 
 ## Limits
 
-The network knows ten classes of small photographs: {classes}. It scales and crops each picture to
-{size}×{size} pixels. For pictures of anything else, its probabilities are meaningless. Its accuracy is lower on noisy,
-blurred or unusually framed pictures; `python -m cifarnet.evaluate {name} data=cifar10` measures this.
+The network knows ten classes of small photographs: {classes}. For pictures of
+anything else, its probabilities are meaningless. It sees each picture at {size}×{size} pixels. Its accuracy is lower on noisy or
+blurred pictures; `python -m cifarnet.evaluate {name} data=cifar10` measures this.
 """
 
 
@@ -85,24 +86,26 @@ def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Se
         folder = trained.FOLDER / row.name
         with tempfile.TemporaryDirectory() as temporary:
             draft = Path(temporary, row.name)
-            data = [*overrides, "corruptions=false", "tta_share=1"]
-            exact = evaluate(run, [*data, f"output_dir={temporary}/float32"])
+            data = [*overrides, "corruptions=false"]
+            exact = evaluate(run, [*data, "precision=32-true", f"output_dir={temporary}/exact"])
             export(run, ["format=hub", f"output={draft}", *overrides])
             weights = load_file(draft / HUB_WEIGHTS)
             halves = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
             save_file(halves, draft / HUB_WEIGHTS, {"format": "pt"})
-            shipped = evaluate(draft, [*data, f"output_dir={temporary}/float16"])
-            difference = shipped["test"]["accuracy"] - exact["test"]["accuracy"]
+            rounded = evaluate(draft, [*data, "precision=32-true", f"output_dir={temporary}/rounded"])
+            difference = rounded["test"]["accuracy"] - exact["test"]["accuracy"]
             if abs(difference) > TOLERANCE:
                 raise SystemExit(
                     f"{row.name}: float16 changes the test accuracy by {difference:.2%}. Nothing is written."
                 )
+            shipped = evaluate(draft, [*data, f"output_dir={temporary}/shipped"])
             settings = json.loads((draft / HUB_SETTINGS).read_text("utf-8"))
             settings |= {"data": {"_target_": "cifarnet.data.CIFAR10"}, "images": row.images}
+            settings |= {"test_accuracy": shipped["test"]["accuracy"]}
             (draft / HUB_SETTINGS).write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n", "utf-8")
-            (draft / "README.md").write_text(
-                card(root, row, Record.read(run / "metrics.json"), shipped, difference), "utf-8"
-            )
+            (draft / HUB_WEIGHTS).chmod(0o644)
+            text = card(root, row, Record.read(run / "metrics.json"), shipped, difference)
+            (draft / "README.md").write_text(text, "utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(draft, folder)
 
@@ -112,7 +115,7 @@ def card(root: Path, row: Row, record: Record, shipped: dict[str, Any], differen
 
     Args:
         shipped: the evaluation of the weights in float16.
-        difference: its test accuracy minus that of the weights in float32.
+        difference: the test accuracy of these weights minus that of the run's own, both computed in float32.
     """
     test = shipped["test"]
     low, high = test["interval"]
@@ -123,9 +126,10 @@ def card(root: Path, row: Row, record: Record, shipped: dict[str, Any], differen
         low=low,
         high=high,
         tta=shipped["tta"],
-        one_view=shipped["test_accuracy_one_view"],
+        precision=shipped["precision"],
+        no_tta=shipped["test_accuracy_one_view"],
         cross_entropy=test["cross_entropy"],
-        ece=test["ece"],
+        ece=test["calibration_error"],
         row=row.accuracy(),
         difference=difference,
         command=row.command,
