@@ -100,11 +100,13 @@ def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Se
                 )
             shipped = evaluate(draft, [*data, f"output_dir={temporary}/shipped"])
             settings = json.loads((draft / HUB_SETTINGS).read_text("utf-8"))
-            settings |= {"data": {"_target_": "cifarnet.data.CIFAR10"}, "images": row.images}
+            record = Record.read(run / "metrics.json")
+            split = {key: record.resolved["data"][key] for key in ("val_fraction", "split_seed")}
+            settings |= {"data": {"_target_": "cifarnet.data.CIFAR10", **split}, "images": row.images}
             settings |= {"test_accuracy": shipped["test"]["accuracy"]}
             (draft / HUB_SETTINGS).write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n", "utf-8")
             (draft / HUB_WEIGHTS).chmod(0o644)
-            text = card(root, row, Record.read(run / "metrics.json"), shipped, difference)
+            text = card(root, row, record, shipped, difference)
             (draft / "README.md").write_text(text, "utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(draft, folder)

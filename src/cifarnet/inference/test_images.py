@@ -16,6 +16,7 @@ from cifarnet import build, cli
 from cifarnet.allowlist import allowed_class, class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import check_sections
+from cifarnet.data import CIFAR10
 from cifarnet.errors import NoImages
 from cifarnet.schema import accepts
 
@@ -43,8 +44,9 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         data_class = allowed_class(checkpoint.data.get("_target_"), "cifarnet.data", checkpoint.path, locate(classes))
         root = inspect.signature(data_class).parameters.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
+            remedy = "data=cifar10 to download them" if data_class is CIFAR10 else "data.root=…"
             raise NoImages(
-                f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add data.root=…"
+                f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add {remedy}."
             )
         data["_target_"] = class_path(data_class)
         data |= {"read_only": "true"} if accepts(data_class, "read_only") else {}
