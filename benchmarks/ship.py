@@ -1,7 +1,7 @@
 """Write the trained networks of the package, src/cifarnet/trained/<name>: `python benchmarks/ladder.py --ship`.
 
-The weights are those of the row's first seed, in float16. Computed in float32, the test accuracy must be that of the run's own
-weights.
+The weights are those of the row's first seed, in float16. Computed in float32, the test accuracy must be that of the
+run's own weights.
 """
 
 import json
@@ -71,8 +71,8 @@ hardware: {machine}
 ## Limits
 
 The network knows ten classes of small photographs: {classes}. For pictures of
-anything else, its probabilities are meaningless. It sees each picture at {size}×{size} pixels. Its accuracy is lower on noisy or
-blurred pictures; `python -m cifarnet.evaluate {name} data=cifar10` measures this.
+anything else, its probabilities are meaningless. It sees each picture at {size}×{size} pixels. Its accuracy is lower on
+noisy or blurred pictures; `python -m cifarnet.evaluate {name} data=cifar10` measures this.
 """
 
 

@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import cifarnet
+from cifarnet.cli import compose
 from cifarnet.train import train
+from conftest import LEARNS
 from example_record import RECORD, session
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -180,6 +185,34 @@ def test_flops_of_a_network_are_those_by_hand(ladder, config, tmp_path):
     record = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (shown["threads"], shown["images"], shown["gflop"]) == (2, "Synthetic", pytest.approx(2 * macs / 1e9))
     assert {key: shown[key] for key in ladder.FROM_RECORD} == {key: record[key] for key in ladder.FROM_RECORD}
+
+
+@pytest.fixture
+def row(ladder):
+    return ladder.ladder_pages.Row("A chip", "CIFAR10", "0", "+experiment=a", [result("+experiment=a", 0, 0.84)])
+
+
+def test_a_shipped_network_is_loaded_by_its_name(ladder, row, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder.ship.trained, "FOLDER", tmp_path / "trained")
+    ladder.ship.ship(tmp_path, [row], [run], [item for item in LEARNS if item.startswith("data")])
+    weights = load_file(tmp_path / "trained/a/model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
+    assert cifarnet.load("a").class_names == cifarnet.load(run).class_names
+    settings = json.loads((tmp_path / "trained/a/config.json").read_text())
+    assert settings["data"]["val_fraction"] == compose("train", [*LEARNS, "output_dir=run"]).data.val_fraction
+    card = (tmp_path / "trained/a/README.md").read_text()
+    assert "# a: Network a, small" in card
+    assert f"test accuracy of these weights | {settings['test_accuracy']:.2%} " in card
+    assert "84.00% (1): mean ± standard deviation" in card
+
+
+def test_a_network_that_is_less_accurate_in_float16_is_not_shipped(ladder, row, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder.ship.trained, "FOLDER", tmp_path / "trained")
+    monkeypatch.setattr(ladder.ship, "evaluate", lambda *arguments: {"test": {"accuracy": next(accuracies)}})
+    accuracies = iter([0.84, 0.8397])
+    with pytest.raises(SystemExit, match=r"float16 changes the test accuracy by -0\.03%"):
+        ladder.ship.ship(tmp_path, [row], [run], [])
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
