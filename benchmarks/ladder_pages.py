@@ -1,5 +1,5 @@
-"""Write the results of the ladder and of two other benchmarks into docs/zoo.md, README.md, the experiments' files and
-a figure."""
+"""Write the results of the ladder and of three other benchmarks into README.md, docs/zoo.md, benchmarks/README.md, the
+experiments' files and a figure."""
 
 import json
 import re
@@ -66,6 +66,7 @@ def write(root: Path, results: Iterable[Result]) -> None:
     shown = most_seeds(rows)
     replace(root / "docs/zoo.md", zoo_table(rows))
     replace(root / "README.md", [*readme_table(root, shown), *speedrun_table(), *throughput_table()])
+    replace(root / "benchmarks/README.md", ablation_table())
     for name, row in shown.items():
         write_header(experiment(root, name), row)
     save(figure(rows), root / "docs/images/ladder.png")
@@ -125,6 +126,18 @@ def speedrun_table() -> list[str]:
     for name, seconds in result["medians"].items():
         tested = f"{common.mean_and_deviation(accuracies[name])}% ({len(accuracies[name])})"
         lines.append(f"| `{name}` | {tested} | {seconds:,.0f} | {seconds / base:.2f} |")
+    return lines
+
+
+def ablation_table() -> list[str]:
+    """Return the last result of benchmarks/ablation.py, with means over its runs."""
+    result = read_result("ablation")
+    lines = [f"{machine_of(result)}:", "", "| | validation accuracy (seeds) | seconds of training | gain from TTA |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for name, runs in result["facts"]["runs"].items():
+        tested = common.mean_and_deviation([run["accuracy"] / 100 for run in runs])
+        gain = statistics.mean(run["tta"] for run in runs)
+        lines.append(f"| {name} | {tested}% ({len(runs)}) | {result['medians'][name]:,.0f} | {gain:.2f} |")
     return lines
 
 

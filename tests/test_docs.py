@@ -82,6 +82,8 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / published.filename).write_bytes(archive["bytes"])
     draw_pictures(tmp_path / "pictures")
+    for name in ("cat.jpg", "my holiday.png"):
+        picture(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     for name, code in USER_FILES.findall(page.read_text("utf-8")):

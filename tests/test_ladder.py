@@ -31,9 +31,9 @@ def ladder(tmp_path, monkeypatch):
     import ladder
     import ladder_pages
 
-    for folder in ("docs/images", "configs/experiment"):
+    for folder in ("docs/images", "configs/experiment", "benchmarks"):
         (tmp_path / folder).mkdir(parents=True)
-    for page in ("docs/zoo.md", "README.md"):
+    for page in ("docs/zoo.md", "README.md", "benchmarks/README.md"):
         (tmp_path / page).write_text(f"above\n{ladder_pages.BEGIN}\nold\n{ladder_pages.END}\nbelow\n")
     for name in ("a", "b", "quickstart"):
         header = f"# @package _global_\n# python -m cifarnet.train +experiment={name}\n# Network {name},\n# small. B.\n"
@@ -82,12 +82,12 @@ def test_the_table_shows_the_results(ladder):
 
 
 def test_the_pages_agree_with_the_recorded_results(monkeypatch, tmp_path):
-    """README.md, docs/zoo.md and the experiments' files are as `python benchmarks/ladder.py --write` writes them."""
+    """The pages and the experiments' files are as `python benchmarks/ladder.py --write` writes them."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import ladder
 
     root = BENCHMARKS.parent
-    pages = [Path("README.md"), Path("docs/zoo.md")]
+    pages = [Path("README.md"), Path("docs/zoo.md"), Path("benchmarks/README.md")]
     pages += [file.relative_to(root) for file in (root / "configs/experiment").glob("*.yaml")]
     (tmp_path / "docs/images").mkdir(parents=True)
     for page in pages:
