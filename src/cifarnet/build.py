@@ -62,7 +62,7 @@ def build(
         network=network,
         optimizer=_optimizer(config),
         scheduler=make_scheduler(config, validates) if config.get("scheduler") else None,
-        objective=make_objective(config, len(data.class_names), trainer.strategy.root_device),
+        objective=make_objective(config, data, trainer.strategy.root_device),
         channels_last=config.channels_last,
         seed=config.seed,
         hparams={
@@ -114,12 +114,14 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     return network, time.perf_counter() - start if callable(fit) else 0.0
 
 
-def make_objective(config: DictConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def make_objective(config: DictConfig, data: ImageDataModule, device: torch.device) -> Callable[..., Tensor]:
     """Build the objective, and call it on two images, because torch's losses check their settings when called.
 
     Lists of numbers become tensors if the objective takes tensors, such as `weight`; a function gets them on `device`.
     """
     settings: Any = OmegaConf.to_container(config.objective, resolve=True)
+    if settings.get("weight") == "balanced":
+        settings["weight"] = data.balanced_weights()
     names = tensor_arguments(get_object(settings["_target_"]))
     tensors = {
         name: torch.tensor(settings.pop(name), dtype=torch.float32)
@@ -130,7 +132,7 @@ def make_objective(config: DictConfig, num_classes: int, device: torch.device) -
     make = instantiate(settings, _partial_=True)
     with as_user_error("objective"):
         objective = partial(make, **tensors) if is_function else make(**tensors)
-        losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
+        losses = objective(torch.zeros(2, len(data.class_names)), torch.arange(2) % len(data.class_names))
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
             f"objective returned {losses} for two images; expected one finite loss per image. "

@@ -15,7 +15,15 @@ def shared(images: SharedImages, *overrides: str):
 
 @pytest.mark.parametrize(
     "override",
-    ["data.batch_size=10", "data.flip=none", "seed=3", "data.train_sizes=[24]", "+recipe=mixup", "data.cutout=4"],
+    [
+        "data.batch_size=10",
+        "data.flip=none",
+        "seed=3",
+        "data.train_sizes=[24]",
+        "+recipe=mixup",
+        "data.cutout=4",
+        "data.sampler=balanced",
+    ],
 )
 def test_runs_that_batch_the_same_images_differently_share_them(override):
     images = SharedImages()
@@ -26,7 +34,16 @@ def test_runs_that_batch_the_same_images_differently_share_them(override):
     assert second.source.train.images is first.source.train.images
 
 
-@pytest.mark.parametrize("override", ["data.train_size=100", "data.val_fraction=0.2", "data.split_seed=1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train_size=100",
+        "data.val_fraction=0.2",
+        "data.split_seed=1",
+        "data.train_share=0.5",
+        "data.label_noise=0.1",
+    ],
+)
 def test_other_images_are_read_anew(override):
     images = SharedImages()
     first, _ = shared(images)

@@ -20,7 +20,8 @@ from cifarnet.data import CIFAR10
 from cifarnet.errors import NoImages
 from cifarnet.schema import accepts
 
-SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data
+# settings that also apply to other data
+SPLIT = ("val_fraction", "split_seed", "folds", "fold", "batch_size", "eval_batch_size")
 
 
 def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> DictConfig:

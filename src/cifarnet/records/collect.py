@@ -29,6 +29,10 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     train, val, test = (len(split) for split in (source.train, source.validation, source.test))
     images = f"{train:,} training, {val:,} validation and {test:,} test images"
     lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
+    if data.changes_training:
+        per_class = torch.bincount(source.train.labels, minlength=len(source.class_names)).tolist()
+        sizes = f"{min(per_class):,} to {max(per_class):,} training images per class"
+        lines.append(f"{sizes}; {source.num_wrong:,} training labels differ from those of the data set")
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
     if 20 * dropped > count:  # for small data sets only

@@ -8,8 +8,17 @@ from typing import Any, TypedDict, get_type_hints
 from cifarnet.records.json_file import JsonFile
 
 
-class Data(TypedDict):
-    """The number of images of a run or an evaluation, and a checksum of all pixels and labels (None if streamed)."""
+class TrainingLabels(TypedDict, total=False):
+    """The number of training images per class, and of training labels that are not those of the data set."""
+
+    train_per_class: list[int]
+    wrong_labels: int
+
+
+class Data(TrainingLabels):
+    """The number of images of a run or an evaluation, and a checksum of all pixels and labels (None if streamed).
+
+    The labels are described if a setting changes them, or if it selects images other than those for validation."""
 
     source: str
     classes: int
