@@ -1,9 +1,10 @@
 """Tests of the difference of two means, and the number of samples that a test needs to detect it."""
 
 import math
+import statistics
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scipy import stats
@@ -31,11 +32,44 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     return *test.confidence_interval(1 - LEVEL), test.pvalue
 
 
-def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95% confidence interval of the mean (Student's t); NaN if the values do not vary."""
-    if len(set(values)) == 1:
+def overlap(folds: Iterable[tuple[str, ...]]) -> float:
+    """Return the number of validation images divided by the number of training images of `Run.fold`; 0 if no folds."""
+    return next((1 / (int(count) - 1) for count, *_ in folds), 0.0)
+
+
+def paired(differences: Sequence[float], overlap: float) -> tuple[float, float, float]:
+    """Apply the two-sided paired t-test with corrected variance to the differences of two settings on the same folds.
+
+    The training sets of folds overlap, so that the differences are correlated. The correction multiplies their variance
+    by 1/n + overlap instead of 1/n.
+
+    Source: C. Nadeau, Y. Bengio, Inference for the generalization error, Machine Learning 52 (2003).
+
+    Args:
+        overlap: the number of validation images divided by the number of training images.
+
+    Returns:
+        The low and high end of the 95% confidence interval of the mean difference, and the p-value; NaN if there are
+        fewer than two differences, or if they do not vary.
+    """
+    if len(set(differences)) < 2:
+        return math.nan, math.nan, math.nan
+    mean, width = statistics.mean(differences), interval(differences, overlap)
+    freedom = len(differences) - 1
+    error = width / stats.t.ppf(1 - LEVEL / 2, freedom)
+    return mean - width, mean + width, float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
+def interval(values: Sequence[float], overlap: float = 0.0) -> float:
+    """Return half the width of the 95% confidence interval of the mean (Student's t); NaN if the values do not vary.
+
+    Args:
+        overlap: see `paired`; 0 for independent values.
+    """
+    if len(set(values)) < 2:
         return math.nan
-    return float(stats.t.interval(1 - LEVEL, len(values) - 1, scale=stats.sem(values))[1])
+    scale = statistics.stdev(values) * math.sqrt(1 / len(values) + overlap)
+    return float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * scale)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
