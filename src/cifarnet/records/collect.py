@@ -31,8 +31,9 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
     if data.changes_training:
         per_class = torch.bincount(source.train.labels, minlength=len(source.class_names)).tolist()
-        sizes = f"{min(per_class):,} to {max(per_class):,} training images per class"
-        lines.append(f"{sizes}; {source.num_wrong:,} training labels differ from those of the data set")
+        sizes = " to ".join(f"{size:,}" for size in dict.fromkeys([min(per_class), max(per_class)]))
+        wrong = f"; {source.num_wrong:,} labels differ from those of the data set" if source.num_wrong else ""
+        lines.append(f"Training: {sizes} images per class{wrong}")
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
     if 20 * dropped > count:  # for small data sets only

@@ -33,7 +33,7 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     if (compared := [group for group in groups if group.by_fold])[1:]:
         from cifarnet.records import comparison  # scipy takes a second to import
 
-        print(printable("\n".join(f"  {line}" for line in [*comparison.conclusions(compared), ""])))
+        print(printable("\n".join(f"  {line}" for line in comparison.conclusions(compared))), end="\n\n")
     write_csv(runs, sweep_folder / "sweep.csv")
     for run in runs:
         if run.note and run.status != "pruned":
