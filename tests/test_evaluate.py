@@ -162,6 +162,14 @@ def test_other_data_is_split_like_the_runs_data(config, tmp_path):
     assert (same["data"]["train"], same["data"]["test"]) == (160, 20)
 
 
+def test_other_data_has_the_runs_fold(config, tmp_path):
+    train(config("data.folds=4", "data.fold=3", "data.label_noise=0.5"))
+    for overrides in (["data=synthetic", "data.train_size=200"], []):  # the temperature needs images not trained on
+        measured = evaluate(tmp_path / "run", [*QUICK, *overrides])
+        assert (measured["config"]["data"]["folds"], measured["config"]["data"]["fold"]) == (4, 3)
+        assert (measured["data"]["train"], measured["data"]["val"]) == (150, 50)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
