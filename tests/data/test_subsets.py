@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cifarnet.build import build, make_data
+from cifarnet.config import deciding_settings
 from cifarnet.data import InMemoryLoader, Synthetic
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.subsets import Selection, balanced, balanced_weights, long_tail, noisy
@@ -245,6 +246,14 @@ def test_a_stopped_run_equals_one_that_was_not_stopped(config, tmp_path, setting
     whole, parts = (Record.read(tmp_path / name / "metrics.json") for name in ("whole", "parts"))
     assert whole.data == parts.data
     assert whole.data.get("wrong_labels") == (40 if "data.folds=4" in settings else 0)  # round(0.3 × 15) of each class
+
+
+def test_settings_that_are_not_used_do_not_distinguish_runs(config):
+    recorded = config()
+    expected = {"_target_", "train_size", "test_size", "seed", "batch_size", "eval_batch_size", "val_fraction"}
+    expected |= {"split_seed", "crop_padding", "flip", "cutout", "hardest_share", "shuffle_seed"}  # as before
+    found = {key[5:] for key in deciding_settings(recorded) if key.startswith("data.")}
+    assert found == expected
 
 
 def test_folds_replace_the_validation_fraction(config):

@@ -45,8 +45,8 @@ class Selection:
         images_per_class: the number of images of each class to train on.
         labels: a file with the label of every training image of the data set, such as noisy labels from annotators.
         label_noise: the fraction of each class's training images whose labels are made wrong.
-        noise_type: symmetric: all other classes are equally likely; pairs: class c becomes c + 1, and the last class
-            becomes class 0 (Han et al., 2018, https://arxiv.org/abs/1804.06872).
+        noise_type: symmetric, the default: all other classes are equally likely; pairs: class c becomes c + 1, and the
+            last class becomes class 0 (Han et al., 2018, https://arxiv.org/abs/1804.06872).
 
     Files contain integers: text with one number per line, or a one-dimensional array in NumPy's format (.npy).
     """
@@ -63,7 +63,7 @@ class Selection:
         images_per_class: Annotated[int, Range(1, 10**9)] | None = None,
         labels: str | None = None,
         label_noise: Annotated[float, Range(0, below=1)] | None = None,
-        noise_type: Noise = "symmetric",
+        noise_type: Noise | None = None,
     ) -> None:
         super().__init__()
         if folds is None and fold is not None:
@@ -78,12 +78,12 @@ class Selection:
         self.val_fraction, self.split_seed, self.folds, self.fold = val_fraction, split_seed, folds, fold
         self.keep_file, self.labels_file = keep, labels
         self.imbalance, self.label_noise = imbalance, label_noise
-        self.noise_type: Noise = noise_type
+        self.noise_type: Noise = noise_type or "symmetric"
         self.train_share, self.images_per_class = train_share, images_per_class
 
     @property
     def changes_training(self) -> bool:
-        """Whether not all images remain that are not set aside, or some have other labels."""
+        """Whether a setting leaves out training images, besides those for validation, or changes training labels."""
         files, subset = (self.keep_file, self.labels_file), (self.imbalance, self.train_share, self.images_per_class)
         return any(setting is not None for setting in (*files, *subset, self.label_noise))
 
