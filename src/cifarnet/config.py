@@ -73,6 +73,15 @@ class RunSettings:
 
 
 @dataclass
+class StartSettings:
+    """The section `start` of a run's config; `finetuning.expand` adds the checksum of the checkpoint."""
+
+    checkpoint: str | None
+    optimizer: bool | None
+    sha256: str
+
+
+@dataclass
 class SweepSettings:
     """The section `sweep` of a run's config."""
 
@@ -90,6 +99,14 @@ def validate(config: DictConfig) -> None:
     _check_keys(config)
     check_settings(config, RunSettings)
     check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
+    start = {} if config.get("start") is None else config.start
+    keys = {*start} if isinstance(start, DictConfig | dict) else {"none"}
+    if not keys <= {*StartSettings.__dataclass_fields__} or (start.get("checkpoint") is None) == ("sha256" in keys):
+        remedy = "Set only start.checkpoint=RUN and start.optimizer=true, or model=trained model.checkpoint=RUN"
+        raise UserError(f"start={start} cannot be used. {remedy}.")
+    check_settings(start, StartSettings, "start.")
+    if start.get("optimizer") and "sha256" not in keys:
+        raise UserError("start.optimizer=true requires a run to start from. Add start.checkpoint=RUN.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not has_target(config.get(section)):
             raise UserError(
@@ -107,9 +124,6 @@ def validate(config: DictConfig) -> None:
                 component = next((other for other, settings in parts.items() if has_target(settings)), "mine")
                 example = f"{section}.{component}.{name}={part}"
                 raise UserError(f"{problem} For a setting of a component, write {example}.")
-    start = config.get("start")
-    if start and not (isinstance(start, DictConfig) and {"checkpoint", "sha256"} <= {*start}):
-        raise UserError(f"start={start} is written by model=trained model.checkpoint=RUN. Remove it.")
     if (steps := config.get("total_steps")) not in (None, 0):
         raise UserError(f"total_steps={steps} is computed from the data. Remove it, or set +trainer.max_steps={steps}.")
     check_sections(config)
