@@ -297,13 +297,10 @@ def test_a_trained_network_continues_with_the_state_of_its_optimizer(first, tmp_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            "optimizer=adamw",
-            r"^start\.optimizer=true: .*torch\.optim\.SGD.*torch\.optim\.AdamW.*remove start\.optimizer",
-        ),
+        ("optimizer=adamw", r"^start\.optimizer=true: .*no state of torch\.optim\.AdamW.*remove start\.optimizer"),
         ("+module.no_decay=true", r"^start\.optimizer=true: .*module\.no_decay"),
         ("start.checkpoint=nowhere", "nowhere: no checkpoint found"),
-        ("start.checkpoint=null", r"^start\.optimizer=true .*start\.checkpoint=RUN"),
+        ("start.checkpoint=null", r"^start=.*start\.checkpoint=RUN"),
         ("start.optimizer=maybe", r"^start\.optimizer=maybe is not valid"),
         ("+start.scheduler=true", r"^start=.*start\.optimizer=true"),
         ("model.hidden=32", r"do not fit the network"),
@@ -316,7 +313,7 @@ def test_a_run_that_cannot_continue_is_refused(config, first, overrides, message
 
 def test_a_checkpoint_without_the_state_of_an_optimizer_is_refused(config, changed):
     path = changed(lambda content: content.pop("optimizer_states"))
-    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*changed\.ckpt .*Remove start\.optimizer"):
+    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*changed\.ckpt .*remove start\.optimizer"):
         train(config("model=trained", f"model.checkpoint={path}", "start.optimizer=true", without="model."))
 
 

@@ -60,7 +60,7 @@ def build(
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
-        optimizer=_optimizer(config) if checkpoint else finetuning.with_state(_optimizer(config), config),
+        optimizer=_optimizer(config) if checkpoint else partial(finetuning.make_optimizer, _optimizer(config), config),
         scheduler=make_scheduler(config, validates) if config.get("scheduler") else None,
         objective=make_objective(config, len(data.class_names), trainer.strategy.root_device),
         channels_last=config.channels_last,

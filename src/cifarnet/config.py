@@ -99,14 +99,12 @@ def validate(config: DictConfig) -> None:
     _check_keys(config)
     check_settings(config, RunSettings)
     check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
-    start = {} if config.get("start") is None else config.start
-    keys = {*start} if isinstance(start, DictConfig | dict) else {"none"}
-    if not keys <= {*StartSettings.__dataclass_fields__} or (start.get("checkpoint") is None) == ("sha256" in keys):
+    start: Any = config.get("start") or {}
+    keys = {key for key in start if start[key]} if isinstance(start, DictConfig | dict) else {"none"}
+    if keys and not {"checkpoint", "sha256"} <= keys <= {*StartSettings.__dataclass_fields__}:
         remedy = "Set only start.checkpoint=RUN and start.optimizer=true, or model=trained model.checkpoint=RUN"
         raise UserError(f"start={start} cannot be used. {remedy}.")
     check_settings(start, StartSettings, "start.")
-    if start.get("optimizer") and "sha256" not in keys:
-        raise UserError("start.optimizer=true requires a run to start from. Add start.checkpoint=RUN.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not has_target(config.get(section)):
             raise UserError(

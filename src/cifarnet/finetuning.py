@@ -75,51 +75,37 @@ def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModu
     network.load_state_dict(weights)
 
 
-def with_state(
-    make_optimizer: Callable[[Iterable[Tensor]], Optimizer], config: DictConfig
-) -> Callable[[Iterable[Tensor]], Optimizer]:
-    """Return a function that makes an optimizer and, with `start.optimizer`, loads the state in `start.checkpoint`."""
-
-    def make(parameters: Iterable[Tensor]) -> Optimizer:
-        optimizer = make_optimizer(parameters)
-        transfer_state(optimizer, config)
-        return optimizer
-
-    return make if OmegaConf.select(config, "start.optimizer") else make_optimizer
-
-
-def transfer_state(optimizer: Optimizer, config: DictConfig) -> None:
-    """Copy the state of an optimizer, such as its momentum, from the checkpoint in `config.start`. The settings of the
-    optimizer, such as the learning rate, are not copied.
+def make_optimizer(
+    make: Callable[[Iterable[Tensor]], Optimizer], config: DictConfig, parameters: Iterable[Tensor]
+) -> Optimizer:
+    """Make an optimizer. With `start.optimizer`, copy its state, such as the momentum, from the checkpoint in
+    `config.start`, but not its settings, such as the learning rate.
 
     Raises:
-        UserError: the checkpoint has no such state, or it belongs to another optimizer.
+        UserError: the checkpoint has no state of such an optimizer.
     """
+    optimizer = make(parameters)
+    if not OmegaConf.select(config, "start.optimizer"):
+        return optimizer
     checkpoint = Checkpoint.open(config.start.checkpoint)
-    content, now = checkpoint.content, optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     try:
-        saved = content["optimizer_states"][0]
-        before = content["hyper_parameters"]["config"]["optimizer"]["_target_"]
-        sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], now)]
-        tensors = [(name, index, value) for index, state in saved["state"].items() for name, value in state.items()]
-        misfits = [
-            name
-            for name, index, value in tensors
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape
+        saved = checkpoint.content["optimizer_states"][0]
+        target = checkpoint.content["hyper_parameters"]["config"]["optimizer"]["_target_"]
+        sizes = [[len(group["params"]) for group in part] for part in (saved["param_groups"], groups)]
+        tensors = [
+            (key, value) for key, state in saved["state"].items() for value in state.values() if torch.is_tensor(value)
         ]
-    except (LookupError, TypeError, AttributeError) as error:
-        problem = f"{checkpoint.path} contains no readable state of an optimizer"
-        raise UserError(f"start.optimizer=true: {problem}. Remove start.optimizer.") from error
-    if before != config.optimizer._target_:
-        problem = f"{checkpoint.path} was trained with {before}, and this run uses {config.optimizer._target_}"
-        raise UserError(f"start.optimizer=true: {problem}. Choose the same optimizer, or remove start.optimizer.")
-    if sizes[0] != sizes[1] or misfits:
-        differing = misfits[0] if misfits else f"groups of {sizes[0]} parameters instead of {sizes[1]}"
-        problem = f"the optimizer's state in {checkpoint.path} does not fit this run ({differing})"
-        remedy = "Use the same module.no_decay and recipe.backbone, or remove start.optimizer"
+        fits = all(value.shape in ((), weights[key].shape) for key, value in tensors)
+    except (LookupError, TypeError, AttributeError):  # it was not saved by a run
+        target, sizes, fits = None, [], False
+    if target != config.optimizer._target_ or sizes[0] != sizes[1] or not fits:
+        problem = f"{checkpoint.path} contains no state of {config.optimizer._target_} that fits this run"
+        remedy = "Choose optimizer, module.no_decay and recipe.backbone as in that run, or remove start.optimizer"
         raise UserError(f"start.optimizer=true: {problem}. {remedy}.")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": now})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    return optimizer
 
 
 def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) -> nn.Module:

@@ -36,10 +36,11 @@ def report(
         is_done = config.sweep.resume is not None and read_run(folder / str(place)).status == "done"
         jobs.append(Run(folder / str(place), {key: value for key, _, value in pairs}, "done" if is_done else ""))
         fixed = frozenset(line for line in overrides if not line.startswith("seed="))
-        if records and not is_done and fixed not in found:  # composing a config takes a tenth of a second
+        if records and fixed not in found:  # composing a config takes a tenth of a second
             found[fixed] = records.get(_likeness(loader.load_sweep_config(config, list(overrides))), [])
-        seconds = [_duration(record) for record in found.get(fixed, [])]
-        jobs[-1].numbers = {"seconds": statistics.mean(seconds), "n": len(seconds)} if seconds and not is_done else {}
+        like = [] if is_done else found.get(fixed, [])
+        seconds = [one.fit_seconds + one.compile_seconds + one.seconds + one.test_seconds for one in like]
+        jobs[-1].numbers = {"seconds": statistics.mean(seconds), "n": len(like)} if like else {}
     cells = [number(job.numbers["seconds"], "seconds") if job.numbers else job.status or "unknown" for job in jobs]
     likes = [str(job.numbers.get("n", "")) for job in jobs]
     varied = differences(jobs)
@@ -77,8 +78,3 @@ def _likeness(config: Any) -> Likeness:
         config = OmegaConf.to_container(expand(config))
     ours = {key: value for key, value in config.items() if key not in ("hydra", "seed")}
     return frozenset(deciding_settings(ours, times=True).items())
-
-
-def _duration(record: Record) -> float:
-    """Return the seconds of a run before, during and after training that the record contains."""
-    return record.fit_seconds + record.compile_seconds + record.seconds + record.test_seconds
