@@ -135,7 +135,8 @@ output_dir
 recipe
 scheduler._target_ scheduler.cycle_momentum scheduler.max_lr scheduler.pct_start scheduler.total_steps
 seed
-start
+start.checkpoint
+start.optimizer
 sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
 threads
 total_steps

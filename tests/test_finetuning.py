@@ -16,7 +16,7 @@ from cifarnet.models import SpeedNet
 from cifarnet.recipes.backbone import head_name
 from cifarnet.resuming import resume
 from cifarnet.train import main, train
-from conftest import ALLOW_SIGNAL, LEARNS, assert_same_weights, picture, signal_at, weights
+from conftest import ALLOW_SIGNAL, LEARNS, assert_same_weights, picture, signal_at, small, weights
 
 HEAD, NORM = "network.head.weight", "network.normalize.mean"
 
@@ -211,3 +211,120 @@ def test_the_head_is_the_last_layer():
     assert head_name(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))) == "2"
     with pytest.raises(UserError, match="layer that could be its head"):
         head_name(torch.nn.ReLU())
+
+
+class Batches(Callback):
+    """Keeps the batches of a run."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append((batch.images.clone(), batch.labels.clone()))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of two epochs."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(small(f"output_dir={folder}", "scheduler=cosine", "callbacks.pictures=null"))
+    return folder
+
+
+def continuing(config, run, *overrides, folder="next"):
+    start = [f"start.checkpoint={run}", "start.optimizer=true", "scheduler=cosine", "callbacks.pictures=null"]
+    return config(*start, *overrides, folder=folder)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_new_schedule_continues_with_the_state_of_the_optimizer_as_in_plain_pytorch(config, tmp_path, optimizer):
+    first = config(f"optimizer={optimizer}", "scheduler=constant", "callbacks.pictures=null", folder="first")
+    train(first)
+    seen = Batches()
+    settings = [f"optimizer={optimizer}", "optimizer.lr=0.02", "trainer.max_epochs=3"]
+    continued = continuing(config, tmp_path / "first", *settings)
+    train(continued, callbacks=[seen])
+
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    network = Checkpoint.open(last).network().train().to(memory_format=torch.channels_last)
+    state = torch.load(last, weights_only=True)["optimizer_states"][0]["state"]
+    arguments = {key: value for key, value in first.optimizer.items() if key != "_target_"} | {"lr": 0.02}
+    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](network.parameters(), **arguments)
+    for parameter, values in zip(network.parameters(), state.values(), strict=True):
+        plain.state[parameter] = {name: value.clone() for name, value in values.items()}
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, len(seen.batches))
+    for images, labels in seen.batches:
+        plain.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        plain.step()
+        schedule.step()
+    after = weights(tmp_path / "next/checkpoints/last.ckpt")
+    assert len(seen.batches) == 3 * 5
+    for name, value in network.state_dict().items():
+        assert torch.equal(after[f"network.{name}"], value), name
+
+
+def test_a_continued_run_is_resumed_without_the_run_it_started_from(config, first, tmp_path):
+    base = shutil.copytree(first, tmp_path / "base")
+    train(continuing(config, base, folder="whole"))
+    with pytest.raises(Interrupted):
+        train(continuing(config, base, signal_at(epoch=0, batch=2, number=2), folder="stopped"))
+    shutil.rmtree(base)
+    resumed, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
+    resumed.callbacks.signal = None
+    train(resumed, checkpoint)
+    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "stopped/checkpoints/last.ckpt")
+
+
+def test_the_record_names_the_last_checkpoint_with_the_optimizer_and_the_best_one_without(config, first, capsys):
+    for overrides, file, state in [((), "last.ckpt", True), (["start.optimizer=false"], "best.ckpt", None)]:
+        checkpoint = first / "checkpoints" / file
+        start = {"checkpoint": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+        expanded = expand(continuing(config, first, *overrides))
+        assert expanded.start == start | ({"optimizer": True} if state else {})
+    train(continuing(config, first))
+    assert (
+        f"from the weights and the state of the optimizer of {first}/checkpoints/last.ckpt\n" in capsys.readouterr().out
+    )
+
+
+def test_a_trained_network_continues_with_the_state_of_its_optimizer(first, tmp_path):
+    chosen = ["model=trained", f"model.checkpoint={first}", "start.optimizer=true", f"output_dir={tmp_path}/tuned"]
+    train(small(*chosen, "optimizer.lr=0", "callbacks.pictures=null", without="model."))
+    assert_same_weights(tmp_path / "tuned/checkpoints/last.ckpt", first / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("optimizer=adamw", r"^start\.optimizer=true: .*no state of torch\.optim\.AdamW.*remove start\.optimizer"),
+        ("+module.no_decay=true", r"^start\.optimizer=true: .*module\.no_decay"),
+        ("start.checkpoint=nowhere", "nowhere: no checkpoint found"),
+        ("start.checkpoint=null", r"^start=.*start\.checkpoint=RUN"),
+        ("start.optimizer=maybe", r"^start\.optimizer=maybe is not valid"),
+        ("+start.scheduler=true", r"^start=.*start\.optimizer=true"),
+        ("model.hidden=32", r"do not fit the network"),
+    ],
+)
+def test_a_run_that_cannot_continue_is_refused(config, first, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(continuing(config, first, *overrides.split()))
+
+
+def test_a_checkpoint_without_the_state_of_an_optimizer_is_refused(config, changed):
+    path = changed(lambda content: content.pop("optimizer_states"))
+    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*changed\.ckpt .*remove start\.optimizer"):
+        train(config("model=trained", f"model.checkpoint={path}", "start.optimizer=true", without="model."))
+
+
+def test_the_state_of_an_optimizer_is_refused_for_other_classes(finetune):
+    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*other classes.*Remove start\.optimizer"):
+        train(finetune("start.optimizer=true"))
+
+
+def test_the_refusals_of_resuming_name_a_new_run_from_the_weights(first):
+    for setting in ("optimizer.lr=0.1", "trainer.max_epochs=5"):
+        with pytest.raises(UserError) as error:
+            resume(first, [setting])
+        assert f"start.checkpoint={first} start.optimizer=true" in str(error.value)
+        assert f"model=trained model.checkpoint={first}" in str(error.value)

@@ -60,7 +60,7 @@ def build(
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
-        optimizer=_optimizer(config),
+        optimizer=_optimizer(config) if checkpoint else partial(finetuning.make_optimizer, _optimizer(config), config),
         scheduler=make_scheduler(config, validates) if config.get("scheduler") else None,
         objective=make_objective(config, data, trainer.strategy.root_device),
         channels_last=config.channels_last,
@@ -102,7 +102,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     check_output(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
     if resumes:
         return network, 0.0
-    if config.get("start"):
+    if OmegaConf.select(config, "start.checkpoint") is not None:
         finetuning.transfer_weights(network, config, data)
         return network, 0.0
     for layer in network.modules():

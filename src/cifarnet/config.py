@@ -73,6 +73,15 @@ class RunSettings:
 
 
 @dataclass
+class StartSettings:
+    """The section `start` of a run's config; `finetuning.expand` adds the checksum of the checkpoint."""
+
+    checkpoint: str | None
+    optimizer: bool | None
+    sha256: str
+
+
+@dataclass
 class SweepSettings:
     """The section `sweep` of a run's config."""
 
@@ -90,6 +99,12 @@ def validate(config: DictConfig) -> None:
     _check_keys(config)
     check_settings(config, RunSettings)
     check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
+    start: Any = config.get("start") or {}
+    keys = {key for key in start if start[key]} if isinstance(start, DictConfig | dict) else {"none"}
+    if keys and not {"checkpoint", "sha256"} <= keys <= {*StartSettings.__dataclass_fields__}:
+        remedy = "Set only start.checkpoint=RUN and start.optimizer=true, or model=trained model.checkpoint=RUN"
+        raise UserError(f"start={start} cannot be used. {remedy}.")
+    check_settings(start, StartSettings, "start.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not has_target(config.get(section)):
             raise UserError(
@@ -107,9 +122,6 @@ def validate(config: DictConfig) -> None:
                 component = next((other for other, settings in parts.items() if has_target(settings)), "mine")
                 example = f"{section}.{component}.{name}={part}"
                 raise UserError(f"{problem} For a setting of a component, write {example}.")
-    start = config.get("start")
-    if start and not (isinstance(start, DictConfig) and {"checkpoint", "sha256"} <= {*start}):
-        raise UserError(f"start={start} is written by model=trained model.checkpoint=RUN. Remove it.")
     if (steps := config.get("total_steps")) not in (None, 0):
         raise UserError(f"total_steps={steps} is computed from the data. Remove it, or set +trainer.max_steps={steps}.")
     check_sections(config)

@@ -279,6 +279,15 @@ def test_each_search_has_its_own_folder(command, tmp_path):
     assert "was created with other settings: seed=2" in error
 
 
+def test_a_study_does_not_mix_trials_that_start_from_different_runs(run):
+    same = [RATE, "hydra.sweeper.trials=1", "start.checkpoint=one"]
+    status, _, error = run(*same)
+    assert (status, "one: no checkpoint found" in error) == (1, True)
+    status, _, error = run(*same, "start.checkpoint=two")
+    assert status == 1
+    assert "other settings: start.checkpoint=one, start.checkpoint=two" in error
+
+
 @pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])
 def test_an_unfinished_last_line_of_a_journal_is_removed(run, tmp_path, torn):
     lean = ["callbacks.progress=null", "trainer.max_epochs=1", RATE]

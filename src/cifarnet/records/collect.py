@@ -38,8 +38,9 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     dropped = count % min(data.batch_size, count)
     if 20 * dropped > count:  # for small data sets only
         lines.append(f"data.batch_size={data.batch_size}: each epoch drops {dropped} of {count} images at random.")
-    if fresh and config.get("start"):
-        lines.append(f"Starts from the weights of {config.start.checkpoint}")
+    if fresh and OmegaConf.select(config, "start.checkpoint") is not None:
+        state = " and the state of the optimizer" if config.start.get("optimizer") else ""
+        lines.append(f"Starts from the weights{state} of {config.start.checkpoint}")
     name, parameters = config.model._target_.rpartition(".")[2], num_parameters(built.classifier.network)
     ranks = f", on {trainer.world_size} ranks" if trainer.world_size > 1 else ""
     lines.append(f"{name}: {parameters:,} parameters, precision {trainer.precision}{ranks}")

@@ -209,8 +209,8 @@ def _builder(key: str, settings: dict[str, str]) -> str:
     return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return the settings that differ, with the value of each group."""
+def differences(groups: Sequence[Run | Group]) -> dict[str, list[str]]:
+    """Return the settings that differ, with the value of each run or group."""
     return {key: [shorten(group.settings.get(key, "none")) for group in groups] for key in varied(groups)}
 
 

@@ -59,9 +59,12 @@ def is_job() -> bool:
 
 
 def refuse_launcher() -> None:
-    """Raise a UserError if a launcher is set for a single run, which Hydra would run in this process."""
+    """Raise a UserError if a launcher or a setting of the sweeper is set for a single run, which would ignore it."""
     if (name := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
         raise UserError(f"hydra/launcher={name} launches the jobs of a sweep. Add -m. (A sweep can have a single job.)")
+    for name in ("zip", "dry_run"):
+        if HydraConfig.get().sweeper.get(name):
+            raise UserError(f"hydra.sweeper.{name}=true applies to a sweep. Add -m. (A sweep can have a single job.)")
 
 
 def uses_one_device(config: DictConfig) -> bool:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import leaves, refuse_foreign_classes
-from cifarnet.config import SweepSettings, effect
+from cifarnet.config import SweepSettings, effect, is_in
 from cifarnet.errors import UserError
 from cifarnet.schema import check_settings
 from cifarnet.system import files
@@ -28,7 +28,10 @@ LAYOUT = {  # a sweep is reported and resumed by the numbers of its jobs, which 
     "hydra.output_subdir": ".hydra",
     "output_dir": "${hydra:runtime.output_dir}",
 }
-FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
+FIXED = (  # these cannot be changed when resuming
+    *("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path"),
+    *("hydra.sweeper.zip", "hydra.sweeper.params"),  # they determine the jobs
+)
 
 
 def check(config: DictConfig, keys: Collection[str]) -> None:
@@ -128,7 +131,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 def _can_change(key: str) -> bool:
     """Whether a setting can be changed when a sweep is resumed."""
     is_hydras = key.startswith(("hydra.", "hydra/"))
-    return key not in FIXED and (is_hydras or key == "model.checkpoint" or effect(key) in ("nothing", "speed"))
+    return not is_in(key, FIXED) and (is_hydras or key == "model.checkpoint" or effect(key) in ("nothing", "speed"))
 
 
 def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:

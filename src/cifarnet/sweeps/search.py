@@ -6,6 +6,7 @@ trial, trains it, and draws the next, until there are enough. Therefore, several
 machines that can access the folder or the database, and an interrupted search continues when the command is run again.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -182,7 +183,9 @@ class Search(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", ".*is already reported.*")  # by an interrupted process
         warnings.filterwarnings("ignore", ".*[Hh]eartbeat.*")  # Optuna intends heartbeats for Study.optimize
-        deciding = [line for line in fixed if effect(cli.key_of(line)) not in ("nothing", "speed")]
+        keys = [cli.key_of(line) for line in fixed]
+        decides = [key == "start.checkpoint" or effect(key) not in ("nothing", "speed") for key in keys]
+        deciding = list(itertools.compress(fixed, decides))
         settings = [*deciding, *(f"{key} in {distribution}" for key, distribution in space.items())]
         options = {"study_name": storage.study_name, "storage": storage, "sampler": self.sampler}
         options["pruner"] = self.pruner or optuna.pruners.NopPruner()
