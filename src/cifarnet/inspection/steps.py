@@ -1,150 +1,160 @@
-"""Train a few steps to measure what a run costs, and to find a learning rate."""
+"""A few training steps, which measure what a run costs or find a learning rate."""
 
 import contextlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, OmegaConf
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from omegaconf import DictConfig
 
 from cifarnet.build import Built, build
+from cifarnet.callbacks.history import History
 from cifarnet.data.shared_images import SharedImages
 from cifarnet.errors import Diverged
+from cifarnet.optim.schedules import planned_steps
+from cifarnet.records.figures import panel
 
-WARM_UP, STEPS = 3, 10  # the first steps allocate memory and choose algorithms
-MOST_SECONDS = 60.0  # of slow steps, fewer are measured
-WINDOW = 5  # the losses whose mean decides whether a range test has diverged
-
-
-def train_steps(config: DictConfig, callback: Callback, images: SharedImages, **trainer_settings: Any) -> Built:
-    """Train a new network, with the seed of the run, until the callback stops it. Nothing is validated or written."""
-    # the other callbacks write files; GradientAccumulationScheduler changes the number of steps
-    callbacks = (config.get("callbacks") or {}).items()
-    kept = {name: part for name, part in callbacks if part and part._target_.endswith("GradientAccumulationScheduler")}
-    reduced: Any = OmegaConf.merge(config)
-    reduced.callbacks, reduced.logger = kept, {}
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    settings |= {"min_epochs": None, "min_steps": None}  # the callback stops earlier
-    built = build(reduced, [callback], images=images, **(settings | trainer_settings))
-    built.trainer.fit(built.classifier, datamodule=built.data)
-    return built
+WARM_UP, STEPS = 3, 10  # the first steps are slower
+MOST_SECONDS = 60  # of slow steps, fewer are measured
+MOST_LOSS = 1e9  # recorded for larger losses, and for NaN
 
 
-class Measure(Callback):
-    """Measures the seconds of training batches of each image size, and the memory; then it stops the run.
+class Steps(Callback):
+    """Records the loss and the seconds of each batch, and the memory, and stops the run.
+
+    Without rates, it stops after the warm-up and ten batches. With rates, it is the learning-rate range test (Smith,
+    2017, https://arxiv.org/abs/1506.01186): the first parameter group makes one optimizer step at each rate, and the
+    other groups keep their ratio to it. `max_steps` must stop the run.
 
     Attributes:
-        seconds: the seconds of the batches of each image size, in the order of training.
-        memory: the largest resident memory of this process after a forward pass, in bytes. On a GPU, the largest
-            memory that PyTorch has reserved.
+        rates, losses, seconds: of each batch; the learning rate is that of the first parameter group.
+        memory: the largest resident memory of this process after a forward pass, in bytes.
     """
 
-    def __init__(self) -> None:
-        self.seconds: dict[int, list[float]] = {}
+    def __init__(self, planned_rates: Sequence[float] = ()) -> None:
+        self.planned_rates = planned_rates
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
         self.memory = 0
-        self._start = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loader: Any = trainer.train_dataloader
-        sizes = (loader.sizes or [loader.image_size])[: trainer.max_epochs if trainer.max_epochs != -1 else None]
-        self.seconds = {size: [] for size in sizes}
-        steps = pl_module.total_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self._count = int(max(1, min(WARM_UP + STEPS, steps // len(self.seconds))))
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        first = groups[0]["lr"]
+        for group in groups if self.planned_rates else ():
+            group["lr"] = self.planned_rates[trainer.global_step] * (group["lr"] / first if first else 1)
+        self.rates.append(groups[0]["lr"])
+
+    def on_before_backward(self, *_: Any) -> None:
         self.memory = max(self.memory, psutil.Process().memory_info().rss)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            self.memory = torch.cuda.max_memory_reserved(device)
-        now = time.perf_counter()
-        seconds = self.seconds.setdefault(batch.images.shape[-1], [])
-        seconds.append(now - self._start)
-        if len(seconds) >= self._count or sum(seconds) > MOST_SECONDS:
-            left = [size for size, measured in self.seconds.items() if not measured]
-            loader: Any = trainer.train_dataloader
-            loader.sizes = left[:1]
-            trainer.should_stop = not left
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(min(MOST_LOSS, outputs["losses"].mean().item()))  # waits for the GPU
+        self.seconds.append(time.perf_counter() - self._start)
+        is_measured = len(self.seconds) == WARM_UP + STEPS or sum(self.seconds) > MOST_SECONDS
+        trainer.should_stop = is_measured and not self.planned_rates
         self._start = time.perf_counter()
 
-    def typical(self) -> dict[int, float]:
-        """Return the median seconds of a batch of each image size, without the warm-up."""
-        return {size: statistics.median(times[WARM_UP:] or times) for size, times in self.seconds.items() if times}
+
+def build_steps(config: DictConfig, steps: Steps, images: SharedImages, **trainer_settings: Any) -> Built:
+    """Build a run that trains at the full image size until `steps` stops it. It validates and writes nothing."""
+    # other callbacks write files; this one changes the number of steps
+    callbacks = (config.get("callbacks") or {}).items()
+    kept = {name: part for name, part in callbacks if part and part._target_.endswith("GradientAccumulationScheduler")}
+    reduced = config.copy()
+    reduced.callbacks, reduced.logger, reduced.data.train_sizes = kept, {}, None
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    return build(reduced, [History(), steps], images=images, min_epochs=None, **settings, **trainer_settings)
 
 
-def training_seconds(seconds: dict[int, float], sizes: Sequence[int], batches: float, epochs: float) -> float:
-    """Estimate the seconds of all training batches of a run, without validation and test.
-
-    Args:
-        seconds: the seconds of a batch of each image size.
-        sizes: the image size in each epoch; the last one applies to all later epochs.
-        batches: the number of batches in an epoch.
-        epochs: the number of epochs, of which the last may be a fraction.
-    """
-    total = 0.0
-    for epoch in range(math.ceil(epochs)):
-        total += batches * min(1.0, epochs - epoch) * seconds[sizes[min(epoch, len(sizes) - 1)]]
-    return total
-
-
-class RangeTest(Callback):
-    """The learning-rate range test (Smith, 2017, https://arxiv.org/abs/1506.01186): one optimizer step at each rate.
-
-    All parameter groups keep their ratio to the first group. The test ends early if the mean of the last losses is
-    infinite or NaN, or above four times its lowest value.
+def costs(built: Built, measured: Steps, sizes: Sequence[int] | None) -> dict[str, str]:
+    """Return the number of steps, and estimates of the seconds and the memory of a run, as text.
 
     Args:
-        rates: the learning rates of the first parameter group, in ascending order.
-
-    Attributes:
-        losses: the training loss before the step at each rate.
+        sizes: `data.train_sizes`. The seconds are assumed to be proportional to the number of pixels.
     """
-
-    def __init__(self, rates: Sequence[float]) -> None:
-        self.rates = rates
-        self.losses: list[float] = []
-        self._batches: list[float] = []  # whose gradients are accumulated
-        self._initial: list[float] = []
-        self._lowest = math.inf
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        groups = trainer.optimizers[0].param_groups
-        self._initial = self._initial or [group["lr"] for group in groups]
-        first = self._initial[0]
-        for group, initial in zip(groups, self._initial, strict=True):
-            group["lr"] = self.rates[trainer.global_step] * (1.0 if initial == first else initial / first)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._batches.append(outputs["losses"].mean().item())
-        if trainer.global_step == len(self.losses):
-            return  # the optimizer has not made a step
-        self.losses.append(statistics.mean(self._batches))
-        self._batches = []
-        recent = statistics.mean(self.losses[-WINDOW:])
-        self._lowest = min(self._lowest, recent)
-        if not recent <= 4 * self._lowest:  # true for NaN
-            trainer.should_stop = True
+    trainer, (total, per_epoch) = built.trainer, planned_steps(built.trainer, "step")
+    batches, batch_size = trainer.num_training_batches, built.data.train_dataloader().batch_size
+    times = measured.seconds[WARM_UP:] or measured.seconds
+    seconds = statistics.median(times)
+    speed = f"{seconds:.4f} s per batch, {batch_size / seconds:,.0f} images/s (median of {len(times)} batches)"
+    rows = {"epoch": f"{per_epoch:,} steps, {batches:,} batches of {batch_size} images", "speed": speed}
+    if total < math.inf:
+        shares = [(size / built.data.image_size) ** 2 for size in sizes or [built.data.image_size]]
+        epochs = sum(shares[min(step // per_epoch, len(shares) - 1)] for step in range(int(total))) / per_epoch
+        rows["training"] = f"about {epochs * batches * seconds:,.0f} s for {total:,} steps, without validation and test"
+    rows["memory"] = f"{measured.memory / 2**20:,.0f} of {psutil.virtual_memory().total / 2**20:,.0f} MiB"
+    if (device := trainer.strategy.root_device).type == "cuda":
+        used, whole = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+        rows["GPU memory"] = f"{used / 2**20:,.0f} of {whole / 2**20:,.0f} MiB"
+    return rows
 
 
-def range_test(config: DictConfig, rates: Sequence[float], images: SharedImages) -> list[float]:
-    """Return the losses of a range test on a new network with the initial weights of the run; it can end early."""
-    test = RangeTest(rates)
-    constant: Any = OmegaConf.merge(config, {"scheduler": None})
-    with contextlib.suppress(Diverged):  # this is one end of the test
-        train_steps(constant, test, images, max_epochs=-1, max_steps=len(rates), max_time=None)
-    return test.losses
+def draw_schedule(built: Built) -> Figure:
+    """Draw the learning rates of the parameter groups against the epoch; of a run without an end, in the first epoch.
+
+    ReduceLROnPlateau, which needs validations, stays at the initial rate.
+    """
+    total, per_epoch = planned_steps(built.trainer, built.classifier.scheduler_interval)
+    made, rates = built.classifier.configure_optimizers(), []
+    groups = made["optimizer"].param_groups
+    warnings.filterwarnings("ignore", ".*lr_scheduler.step.*before.*")  # the optimizer makes no steps
+    for _ in range(int(total) if total < math.inf else per_epoch):
+        rates.append([float(group["lr"]) for group in groups])
+        if "lr_scheduler" in made:
+            built.classifier.lr_scheduler_step(made["lr_scheduler"]["scheduler"], None)
+    figure, axis = panel("epoch", "learning rate")
+    names = [group.get("kind", f"group {number}") for number, group in enumerate(groups)]
+    axis.plot(np.arange(len(rates)) / per_epoch, rates, label=names)
+    if len(groups) > 1:
+        axis.set_yscale("log")
+        axis.legend(frameon=False)
+    return figure
+
+
+def range_test(config: DictConfig, rates: Sequence[float], images: SharedImages) -> Steps:
+    """Run a learning-rate range test on a new network with the initial weights of the run."""
+    steps, constant = Steps(rates), config.copy()
+    constant.scheduler = None
+    trainer, classifier, data, _ = build_steps(constant, steps, images, max_epochs=-1, max_steps=len(rates))
+    with contextlib.suppress(Diverged):
+        trainer.fit(classifier, datamodule=data)
+    return steps
+
+
+def suggest(test: Steps) -> tuple[str, Figure]:
+    """Suggest the learning rate at which the smoothed loss of a range test is lowest, and draw the test.
+
+    Smith proposes it as the highest rate of a schedule, because the loss rises or becomes ragged at higher rates. There
+    is no suggestion if the loss falls by less than the standard deviation of the losses about the smoothed loss.
+    """
+    rates, losses = test.rates[: len(test.losses)], np.array(test.losses)
+    window = np.ones(2 * (len(losses) // 14) + 1)  # a seventh of the losses; fewer at the ends
+    smoothed = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+    lowest = int(smoothed.argmin())
+    fall, noise = smoothed[0] - smoothed[lowest], (losses - smoothed)[: lowest + 1].std()
+    figure, axis = panel("learning rate", "training loss of a batch")
+    axis.semilogx(rates, losses, ".", alpha=0.5, label="losses")
+    axis.semilogx(rates, smoothed, label="smoothed")
+    axis.axvline(rates[lowest], color="gray", linestyle="--", label=f"lowest smoothed loss, at {rates[lowest]:.2g}")
+    axis.set_ylim(losses.min() - 0.05, losses[: lowest + 1].max() + 0.2)  # later losses may be huge
+    axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # not as mathematics
+    axis.legend(frameon=False, loc="lower left")
+    suggestion = f"optimizer.lr={rates[lowest]:.2g}, the rate of the lowest smoothed loss, as the peak of a schedule"
+    if fall <= noise or rates[lowest] == test.planned_rates[-1]:
+        reason = f"the loss falls by {fall:.2g} up to {rates[lowest]:.2g}, and its noise is {noise:.2g}"
+        suggestion = f"none: {reason}. Change lr_min, lr_max or lr_steps."
+    return suggestion, figure

@@ -85,37 +85,6 @@ def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
     return epochs if max_steps < 0 else math.ceil(total / steps[0]), 1
 
 
-def simulate(
-    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, total: int, steps: int
-) -> tuple[LRScheduler, list[list[float]]]:
-    """Step a copy of a schedule. Return the copy, and the learning rates of the parameter groups at each step.
-
-    ReduceLROnPlateau, which needs the results of validations, is not stepped.
-
-    Args:
-        make, optimizer, total: as in `warnings_about`.
-        steps: the number of steps.
-
-    Raises:
-        UserError: a step fails.
-    """
-    weights = [torch.zeros(1)]
-    groups: list[dict[str, Any]] = [copy.deepcopy(group | {"params": weights}) for group in optimizer.param_groups]
-    for group in groups:
-        group["lr"] = group.pop("initial_lr", group["lr"])
-    schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the optimizer makes no steps
-        for step in range(steps):
-            rates.append([float(group["lr"]) for group in groups])
-            try:
-                if not isinstance(schedule, ReduceLROnPlateau):
-                    schedule.step()
-            except (ValueError, ArithmeticError) as error:
-                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
-    return schedule, rates
-
-
 def warnings_about(
     make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, total: int, first: int, interval: Interval
 ) -> Iterator[str]:
@@ -131,13 +100,25 @@ def warnings_about(
     Raises:
         UserError: a step fails.
     """
-    schedule, rates = simulate(make, optimizer, total, min(total, MOST_STEPS))
+    weights = [torch.zeros(1)]
+    groups: list[dict[str, Any]] = [copy.deepcopy(group | {"params": weights}) for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group.pop("initial_lr", group["lr"])
+    schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []
     if isinstance(schedule, ReduceLROnPlateau):
         return
     state = schedule.state_dict()
     milestones = list(state.get("milestones") or state.get("_milestones") or [])
     if missed := [milestone for milestone in milestones if not 0 <= milestone < total]:
         yield f"scheduler: the milestones {missed} are never reached, because the run has {total} {interval}s."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer makes no steps
+        for step in range(min(total, MOST_STEPS)):
+            rates.append([float(group["lr"]) for group in groups])
+            try:
+                schedule.step()
+            except (ValueError, ArithmeticError) as error:
+                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
     last = max((step for step in range(1, len(rates)) if rates[step] != rates[step - 1]), default=0)
     remedy = " If its settings count epochs, add +module.scheduler_interval=epoch." if interval == "step" else ""
     if last == 0 and not isinstance(schedule, ConstantLR):
