@@ -68,9 +68,10 @@ def inspect(config: DictConfig) -> None:
             rows = layers.layers(copy.deepcopy(classifier.network).to(device), batch)
         report(f"\nMultiply-adds of one image, and activations of {len(batch)} images in training:")
         report(layers.table(rows, config.depth))
+        sizes, data.train_sizes = data.train_sizes, None
         trainer.fit(classifier, datamodule=data)
-        report(row_table(steps.costs(built, measured, run.data.train_sizes)))
-        data.train_sizes = run.data.train_sizes
+        report(row_table(steps.costs(built, measured, sizes)))
+        data.train_sizes = sizes
         save(steps.draw_schedule(built), folder / "learning_rate.png")
         save(draw_images(built), folder / "augmented_batches.png")
         if config.lr_find:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifarnet.build import Built, build
 from cifarnet.callbacks.history import History
@@ -70,14 +70,16 @@ class Steps(Callback):
 
 
 def build_steps(config: DictConfig, steps: Steps, images: SharedImages, **trainer_settings: Any) -> Built:
-    """Build a run that trains at the full image size until `steps` stops it. It validates and writes nothing."""
+    """Build a run that trains until `steps` stops it, and that validates and writes nothing."""
+    reduced: Any = OmegaConf.to_container(config, resolve=False)
     # other callbacks write files; this one changes the number of steps
-    callbacks = (config.get("callbacks") or {}).items()
-    kept = {name: part for name, part in callbacks if part and part._target_.endswith("GradientAccumulationScheduler")}
-    reduced = config.copy()
-    reduced.callbacks, reduced.logger, reduced.data.train_sizes = kept, {}, None
+    callbacks = (reduced.get("callbacks") or {}).items()
+    kept = {name: part for name, part in callbacks if "GradientAccumulationScheduler" in str(part)}
+    reduced |= {"callbacks": kept, "logger": {}} | ({"scheduler": None} if steps.planned_rates else {})
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    return build(reduced, [History(), steps], images=images, min_epochs=None, **settings, **trainer_settings)
+    settings |= {"min_epochs": None} | trainer_settings
+    created: Any = OmegaConf.create(reduced)
+    return build(created, [History(), steps], images=images, **settings)
 
 
 def costs(built: Built, measured: Steps, sizes: Sequence[int] | None) -> dict[str, str]:
@@ -127,9 +129,8 @@ def draw_schedule(built: Built) -> Figure:
 
 def range_test(config: DictConfig, rates: Sequence[float], images: SharedImages) -> Steps:
     """Run a learning-rate range test on a new network with the initial weights of the run."""
-    steps, constant = Steps(rates), config.copy()
-    constant.scheduler = None
-    trainer, classifier, data, _ = build_steps(constant, steps, images, max_epochs=-1, max_steps=len(rates))
+    steps = Steps(rates)
+    trainer, classifier, data, _ = build_steps(config, steps, images, max_epochs=-1, max_steps=len(rates))
     with contextlib.suppress(Diverged):
         trainer.fit(classifier, datamodule=data)
     return steps
