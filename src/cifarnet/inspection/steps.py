@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifarnet.build import Built, build
 from cifarnet.callbacks.history import History
 from cifarnet.data.shared_images import SharedImages
-from cifarnet.errors import Diverged
+from cifarnet.errors import Diverged, UserError
 from cifarnet.optim.schedules import planned_steps
 from cifarnet.records.figures import panel
 
@@ -77,7 +77,7 @@ def build_steps(config: DictConfig, steps: Steps, images: SharedImages, **traine
     kept = {name: part for name, part in callbacks if "GradientAccumulationScheduler" in str(part)}
     reduced |= {"callbacks": kept, "logger": {}} | ({"scheduler": None} if steps.planned_rates else {})
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    settings |= {"min_epochs": None} | trainer_settings
+    settings |= {"min_epochs": None, "min_steps": None} | trainer_settings
     created: Any = OmegaConf.create(reduced)
     return build(created, [History(), steps], images=images, **settings)
 
@@ -88,6 +88,8 @@ def costs(built: Built, measured: Steps, sizes: Sequence[int] | None) -> dict[st
     Args:
         sizes: `data.train_sizes`. The seconds are assumed to be proportional to the number of pixels.
     """
+    if not measured.seconds:
+        raise UserError("The run has no training batches. Set trainer.max_epochs and trainer.limit_train_batches.")
     trainer, (total, per_epoch) = built.trainer, planned_steps(built.trainer, "step")
     batches, batch_size = trainer.num_training_batches, built.data.train_dataloader().batch_size
     times = measured.seconds[WARM_UP:] or measured.seconds
@@ -118,12 +120,13 @@ def draw_schedule(built: Built) -> Figure:
         rates.append([float(group["lr"]) for group in groups])
         if "lr_scheduler" in made:
             built.classifier.lr_scheduler_step(made["lr_scheduler"]["scheduler"], None)
-    figure, axis = panel("epoch", "learning rate")
-    names = [group.get("kind", f"group {number}") for number, group in enumerate(groups)]
-    axis.plot(np.arange(len(rates)) / per_epoch, rates, label=names)
-    if len(groups) > 1:
-        axis.set_yscale("log")
-        axis.legend(frameon=False)
+    values, epochs = np.array(rates), np.arange(len(rates)) / per_epoch
+    names = [str(group.get("kind", f"group {number}")) for number, group in enumerate(groups)]
+    labels = [f"{name}: at most {most:.3g}" for name, most in zip(names, values.max(0), strict=True)]
+    several = len(groups) > 1  # whose rates can differ by orders of magnitude
+    figure, axis = panel("epoch", "learning rate, as a fraction of its maximum" if several else "learning rate")
+    axis.plot(epochs, values / np.maximum(values.max(0), 1e-99) if several else values, label=labels)
+    axis.legend(frameon=False)
     return figure
 
 
