@@ -61,7 +61,7 @@ def test_fine_tuning(command, run, tmp_path):
     [
         (["-m"], "-m", "Remove"),
         (["ckpt_path=run"], "ckpt_path=run", "Remove"),
-        (["trainer=ddp", "trainer.devices=2"], "trainer.devices=2", "trainer.devices=1"),
+        (["trainer=ddp", "trainer.devices=2"], "has 2", "trainer.devices=1"),
         (["lr_min=1", "lr_max=0.1"], "lr_min=1", "lr_max=0.1"),
         (["lr_min=0"], "lr_min=0", "above 0"),
         (["lr_steps=1"], "lr_steps=1", "at least 10"),

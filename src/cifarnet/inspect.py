@@ -57,8 +57,8 @@ def inspect(config: DictConfig) -> None:
     validate(run)
     folder, images, measured = output_folder(run), SharedImages(), steps.Steps()
     refuse_results(folder)
-    if max(distributed.num_processes(run.trainer), distributed.placement().world_size) > 1:
-        raise UserError(f"trainer.devices={run.trainer.devices}: inspect uses one device. Set trainer.devices=1.")
+    if (count := max(distributed.num_processes(run.trainer), distributed.placement().world_size)) > 1:
+        raise UserError(f"inspect runs in one process, but this run has {count}. Set trainer.devices=1.")
     with hardware.prepared_process(run):
         trainer, classifier, data, _ = built = steps.build_steps(run, measured, images)
         report(heading(run, built))

@@ -59,9 +59,8 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
         return tensor.detach()  # the tensor itself would keep a reference to its own graph
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
-    counter = FlopCounterMode(
-        display=False, custom_mapping={attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
-    )
+    formula = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    counter = FlopCounterMode(display=False, custom_mapping=formula)
     for name, module in network.named_modules():
         module.register_forward_hook(partial(note_shape, name))
     with counter, torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
@@ -71,17 +70,16 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
         path = f"{type(network).__name__}.{name}".rstrip(".")
         parameters = sum(parameter.numel() for parameter in module.parameters())
         multiply_adds = sum(flops.get(path, {}).values()) / 2 / len(images)
-        shape = shapes.get(name, ())
-        rows.append(Layer(name, type(module).__name__, shape, parameters, multiply_adds, activations[path]))
+        counts = (parameters, multiply_adds, activations[path])
+        rows.append(Layer(name, type(module).__name__, shapes.get(name, ()), *counts))
     return rows
 
 
 def table(rows: Sequence[Layer], depth: int | None) -> str:
     """Return the modules up to a depth as text; None returns all of them. The first row is the whole network."""
     cells = []
-    for name, kind, shape, *numbers in rows:
-        if name == "" or depth is None or name.count(".") < depth:
-            parameters, multiply_adds, activations = numbers
+    for name, kind, shape, parameters, multiply_adds, activations in rows:
+        if depth is None or name.count(".") < depth:
             counts = (f"{parameters:>11,}", f"{multiply_adds / 1e6:>17,.2f}", f"{activations / 2**20:>17,.1f}")
             cells.append((name or "(network)", kind, "×".join(map(str, shape)), *counts))
     return column_table(dict(zip(HEADINGS, zip(*cells, strict=True), strict=True)))

@@ -121,9 +121,9 @@ def draw_schedule(built: Built) -> Figure:
         if "lr_scheduler" in made:
             built.classifier.lr_scheduler_step(made["lr_scheduler"]["scheduler"], None)
     values, epochs = np.array(rates), np.arange(len(rates)) / per_epoch
-    names = [str(group.get("kind", f"group {number}")) for number, group in enumerate(groups)]
-    labels = [f"{name}: at most {most:.3g}" for name, most in zip(names, values.max(0), strict=True)]
-    several = len(groups) > 1  # whose rates can differ by orders of magnitude
+    kinds = [group.get("kind", f"group {number}") for number, group in enumerate(groups)]
+    labels = [f"{kind}: at most {most:.3g}" for kind, most in zip(kinds, values.max(0), strict=True)]
+    several = len(groups) > 1  # their rates can differ by orders of magnitude
     figure, axis = panel("epoch", "learning rate, as a fraction of its maximum" if several else "learning rate")
     axis.plot(epochs, values / np.maximum(values.max(0), 1e-99) if several else values, label=labels)
     axis.legend(frameon=False)
