@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
@@ -40,6 +39,8 @@ def inspect(config: DictConfig) -> None:
     Raises:
         UserError: a setting or the data cannot be used.
     """
+    import numpy as np  # these imports take seconds, and `--help` does not need them
+
     from cifarnet.checkpoint import refuse_results
     from cifarnet.data.shared_images import SharedImages
     from cifarnet.finetuning import expand
