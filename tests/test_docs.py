@@ -36,7 +36,7 @@ def commands(page: Path) -> list[list[str]]:
 def shrink(command: list[str]) -> list[str]:
     """Return the arguments of a command, with settings for a short run and with `<date_time>` replaced."""
     module, arguments = command[2], [fill_in_folder(argument) for argument in command[3:]]
-    trains = module in ("cifarnet.train", "cifarnet.search")
+    trains = module in ("cifarnet.train", "cifarnet.search", "cifarnet.inspect")
     if not trains or any("ckpt_path" in argument or "resume" in argument for argument in arguments):
         return arguments
     learns = "name=mine" in arguments  # a test checks its accuracy

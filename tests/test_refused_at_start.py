@@ -40,7 +40,7 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
         (["callbacks.best.monitor=val_accuracy"], "ModelCheckpoint monitors val_accuracy,.*val/accuracy"),
         ([STOPPING, "+trainer.limit_val_batches=0"], "monitors val/accuracy,.*train/accuracy"),
         ([STOPPING, "data.val_fraction=0"], "monitors val/accuracy,.*train/accuracy"),
-        ([f"+callbacks.finder={{_target_: {CALLBACKS}.LearningRateFinder}}"], r"LearningRateFinder.*cifarnet\.search"),
+        ([f"+callbacks.finder={{_target_: {CALLBACKS}.LearningRateFinder}}"], r"LearningRateFinder.*cifarnet\.inspect"),
         ([f"+callbacks.finder={{_target_: {CALLBACKS}.BatchSizeFinder}}"], r"BatchSizeFinder.*data\.batch_size"),
         (
             [f"+callbacks.prune={{_target_: {CALLBACKS}.ModelPruning, pruning_fn: l1_unstructured}}"],

@@ -33,7 +33,7 @@ TRAIN_METRICS = ["train/cross_entropy", "train/accuracy", "train/weight_decay", 
 METRICS = [*TRAIN_METRICS, "val/cross_entropy", "val/accuracy"]
 UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and what to use instead
     library.BatchSizeFinder: "Set data.batch_size.",
-    library.LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
+    library.LearningRateFinder: "Run a range test of learning rates: python -m cifarnet.inspect … lr_find=true.",
     library.ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
     library.BaseFinetuning: "Use recipe.backbone, as in +experiment=finetune, or a class of your own.",
     library.BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
