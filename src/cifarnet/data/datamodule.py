@@ -147,6 +147,7 @@ class ImageDataModule(L.LightningDataModule):
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.read_only = read_only
+        self.source_name = type(self).__name__  # in records
         self.workers: int | None = 0
         self.preloaded: Source | None = None  # the images and their validation split, if they were already read
 
@@ -217,7 +218,7 @@ class ImageDataModule(L.LightningDataModule):
         """Describe the images for the record: counts, and a checksum of all pixels and labels (None if streamed)."""
         splits = {"train": self.source.train, "val": self.source.validation, "test": self.source.test}
         counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
-        return {"source": type(self).__name__, **counts, "sha256": self.source.checksum}
+        return {"source": self.source_name, **counts, "sha256": self.source.checksum}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)

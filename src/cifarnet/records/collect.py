@@ -28,7 +28,7 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     data, source, trainer = built.data, built.data.source, built.trainer
     train, val, test = (len(split) for split in (source.train, source.validation, source.test))
     images = f"{train:,} training, {val:,} validation and {test:,} test images"
-    lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
+    lines = [f"{data.source_name}: {images}, {len(source.class_names)} classes"]
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
     if 20 * dropped > count:  # for small data sets only
