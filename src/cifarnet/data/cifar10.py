@@ -38,7 +38,7 @@ class CIFAR10(ImageDataModule):
     def read(self) -> Source:
         folder = self.root / self.PUBLISHED.base_folder
         missing = f"{folder} does not exist" if self.read_only else None
-        find_or_fetch(self.NAME, self.root, self.root, folder.exists, self._fetch, missing)
+        find_or_fetch(self.NAME, self.root, folder.exists, self._fetch, missing)
         try:
             published = [self.PUBLISHED(self.root, train=train) for train in (True, False)]
         except RuntimeError as error:  # a checksum differs
@@ -90,13 +90,10 @@ class CIFAR100(CIFAR10):
         self.coarse = coarse
 
     def read(self) -> Source:
-        source = super().read()
-        if not self.coarse:
-            return source
-        folder = self.root / self.PUBLISHED.base_folder  # its checksums were verified
-        meta, train, test = (
-            pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "train", "test")
-        )
-        labels = [torch.tensor(part["coarse_labels"]) for part in (train, test)]
-        splits = (Split(split.images, part) for split, part in zip((source.train, source.test), labels, strict=True))
-        return Source(meta["coarse_label_names"], *splits)
+        source, folder = super().read(), self.root / self.PUBLISHED.base_folder
+        if self.coarse:  # the checksums of the files were verified
+            files = [(folder / name).read_bytes() for name in ("meta", "train", "test")]
+            meta, train, test = (pickle.loads(content, encoding="latin1") for content in files)
+            source.class_names = meta["coarse_label_names"]
+            source.train.labels, source.test.labels = (torch.tensor(part["coarse_labels"]) for part in (train, test))
+        return source

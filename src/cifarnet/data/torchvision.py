@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cifarnet.data.datamodule import Source, Split
 from cifarnet.data.folder import ImageFolder, cached
 from cifarnet.data.pixels import as_image, fitted
 from cifarnet.data.streaming import LazyImages
-from cifarnet.errors import UserError, reason
+from cifarnet.errors import UserError, as_user_error, reason
 from cifarnet.schema import accepts, check_arguments, did_you_mean
 from cifarnet.system.files import downloading, find_or_fetch, scratch_folder
 from cifarnet.system.hardware import cores
@@ -116,7 +115,7 @@ class Torchvision(ImageFolder):
         if not {"train", "test"} <= self.parts.keys():
             raise UserError(f"data.name={name} has no training and test images. Choose another set, or data=folder.")
         missing = f"{self.root} does not contain {name}" if self.read_only else None
-        sets = find_or_fetch(name, self.root, self.root.parent, self._open, self._fetch, missing)
+        sets = find_or_fetch(name, self.root.parent, self._open, self._fetch, missing)
         splits = {part: self._split(dataset, self.parts[part]) for part, dataset in sets.items()}
         present = torch.cat([split.labels for split in splits.values()]).unique()  # EMNIST's letters start at 1
         for split in splits.values():
@@ -124,19 +123,15 @@ class Torchvision(ImageFolder):
         names = getattr(sets["train"], "classes", None) or range(int(present.max()) + 1)
         return Source([str(names[label]) for label in present.tolist()], **splits)
 
-    def _open(self, folder: Path | None = None, **download: bool) -> dict[str, Any]:
-        """Return the parts of the set in a folder, or nothing if they are not there and can be downloaded."""
-        try:
-            settings = {**self.arguments, **download}
-            return {part: self.make(folder or self.root, **split, **settings) for part, split in self.parts.items()}
-        except Exception as error:
-            is_missing = isinstance(error, RuntimeError | OSError)
-            if is_missing and download:
-                raise
-            if is_missing and accepts(self.make, "download"):
+    def _open(self) -> dict[str, Any]:
+        """Return the parts of the set, or nothing if they can be downloaded and are missing or damaged."""
+        with as_user_error(f"data.name={self.source_name} data.arguments={self.arguments}"):
+            try:
+                return {part: self.make(self.root, **self.arguments, **split) for part, split in self.parts.items()}
+            except (RuntimeError, OSError):
+                if not accepts(self.make, "download"):
+                    raise
                 return {}
-            problem = f"{self.source_name} cannot be read: {reason(error)}"
-            raise UserError(f"{problem}. Change data.root={self.root} or data.arguments={self.arguments}.") from error
 
     def _fetch(self) -> None:
         """Download the set into a scratch folder, then rename it: `root` is always complete."""
@@ -146,7 +141,8 @@ class Torchvision(ImageFolder):
         )
         with scratch_folder(self.root.parent) as scratch:
             with downloading(f"{self.source_name} cannot be downloaded", remedies):
-                self._open(scratch / self.root.name, download=True)
+                for split in self.parts.values():
+                    self.make(scratch / self.root.name, **self.arguments, **split, download=True)
             (scratch / self.root.name).rename(self.root)
 
     def _split(self, dataset: Any, selected: Mapping[str, Any]) -> Split:
@@ -164,21 +160,17 @@ def _parts(make: Any) -> dict[str, dict[str, Any]]:
     """Return the arguments of a torchvision class that select each part of its data set."""
     if accepts(make, "train"):
         return {"train": {"train": True}, "test": {"train": False}}
-    parts = {}
-    for part, names in SPLITS.items():
-        if found := [name for name in names if accepts(make, "split") and _has_split(make, name)]:
-            parts[part] = {"split": found[0]}
+    known = {part: [name for name in names if _has_split(make, name)] for part, names in SPLITS.items()}
+    parts: dict[str, dict[str, Any]] = {part: {"split": names[0]} for part, names in known.items() if names}
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
     return parts
 
 
 def _has_split(make: Any, name: str) -> bool:
-    """Whether a torchvision class knows a split; it checks the name before it looks for files."""
+    """Whether a torchvision class has a split; it checks the name before it looks for files."""
     try:
         make(os.path.join(os.devnull, "nothing"), split=name)
-    except ValueError:
-        return False
-    except (TypeError, RuntimeError, OSError):
-        pass
+    except Exception as error:  # of any type if the files are missing
+        return accepts(make, "split") and not isinstance(error, ValueError)
     return True

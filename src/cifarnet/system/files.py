@@ -175,18 +175,17 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
 
 
 def find_or_fetch(
-    name: str, root: Path, lock: Path, find: Callable[[], Content], fetch: Callable[[], object], missing: str | None
+    name: str, folder: Path, find: Callable[[], Content], fetch: Callable[[], object], missing: str | None
 ) -> Content:
     """Return what `find` returns; if that is false, call `fetch` first, unless another process does.
 
     Args:
         name: the name of the data set.
-        root: the setting `data.root`.
-        lock: the folder to lock.
-        missing: the reason not to call `fetch`, if the files may only be read.
+        folder: the folder in which `fetch` stores the files; it is locked.
+        missing: a description of the missing files, if they may not be fetched.
 
     Raises:
-        NoImages: the files may only be read, and they are missing.
+        NoImages: the files are missing, and they may not be fetched.
         UserError: the files cannot be stored.
     """
     if found := find():
@@ -197,11 +196,11 @@ def find_or_fetch(
             "parent folder, or allow the download with data.read_only=false."
         )
     try:
-        with locked(lock, f"Another process is preparing {name} in {lock}: waiting for it."):
+        with locked(folder, f"Another process is preparing {name} in {folder}: waiting for it."):
             if not find():
                 fetch()
     except OSError as error:
-        problem = f"data.root={root}: {name} cannot be stored there ({error.strerror})"
+        problem = f"{folder}: {name} cannot be stored there ({error.strerror})"
         raise UserError(f"{problem}. Choose another data.root.") from error
     return find()
 
