@@ -236,8 +236,9 @@ def test_the_download_is_complete_or_absent(tmp_path, checksums, server):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("SHVN", "data.name=SHVN is unknown. Did you mean SVHN?"),
+        ("SHVN", "data.name=SHVN is not a data set of torchvision. Did you mean SVHN?"),
         ("EuroSAT", "EuroSAT has no training and test images"),
+        ("KittiFlow", "data.name=KittiFlow data.arguments={}: Could not find the Kitti flow images"),
         ("VOCDetection", "VOCDetection has no training and test images"),
     ],
 )

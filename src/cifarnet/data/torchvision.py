@@ -71,13 +71,11 @@ class Pictures(LazyImages):
         """Read all pictures in several threads; return the tensors of `empty`."""
         content, numbers = self.empty(with_images), range(len(self.index))
 
-        def read_one(number: int) -> None:
-            image, content["labels"][number] = self.item(number)
-            if with_images:
-                content["images"][number] = image
-
         with ThreadPoolExecutor(cores()) as pool:
-            list(tqdm(pool.map(read_one, numbers), "Reading images", len(numbers), unit=" images", mininterval=0.5))
+            bar = tqdm(pool.map(self.item, numbers), "Reading images", len(numbers), unit=" images", mininterval=0.5)
+            for number, (image, label) in enumerate(bar):
+                content["labels"][number] = label
+                content["images"][number : number + 1] = image  # nothing without images
         return content
 
 
@@ -104,11 +102,9 @@ class Torchvision(ImageFolder):
         self.source_name, self.arguments = name, dict(arguments or {})
 
     def read(self) -> Source:
-        name, known = self.source_name, datasets.__all__
-        if name not in known:
-            raise UserError(
-                f"data.name={name} is unknown.{did_you_mean(name, known)} Use a class of torchvision.datasets."
-            )
+        if (name := self.source_name) not in datasets.__all__:
+            remedy = did_you_mean(name, datasets.__all__) or " Choose a class of torchvision.datasets."
+            raise UserError(f"data.name={name} is not a data set of torchvision.{remedy}")
         self.make: Any = getattr(datasets, name)
         check_arguments("data.arguments", self.make, self.arguments)
         self.parts = _parts(self.make)
@@ -128,9 +124,9 @@ class Torchvision(ImageFolder):
         with as_user_error(f"data.name={self.source_name} data.arguments={self.arguments}"):
             try:
                 return {part: self.make(self.root, **self.arguments, **split) for part, split in self.parts.items()}
-            except (RuntimeError, OSError):
+            except (RuntimeError, OSError) as error:
                 if not accepts(self.make, "download"):
-                    raise
+                    raise RuntimeError(reason(error)) from error
                 return {}
 
     def _fetch(self) -> None:
@@ -151,8 +147,7 @@ class Torchvision(ImageFolder):
         expected = pictures.empty(self.in_memory, "meta")
         key = f"{self.root} {self.source_name} {self.arguments} {selected} {self.in_memory}"
         files = (path for path in sorted(self.root.rglob("*")) if path.is_file() and path.name != ".lock")
-        read = partial(pictures.read_all, self.in_memory)
-        content = cached(key, map(str, files), expected, read, not self.read_only)
+        content = cached(key, map(str, files), expected, partial(pictures.read_all, self.in_memory), not self.read_only)
         return Split(content["images"] if self.in_memory else pictures, content["labels"])
 
 

@@ -27,10 +27,8 @@ def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     With more than `MANY` classes, the result includes the top-5 accuracy.
     """
     correct, num_classes = int((logits.argmax(1) == labels).sum()), logits.shape[1]
-    top = {
-        f"top{k}_accuracy": multiclass_accuracy(logits, labels, num_classes, average="micro", top_k=k).item()
-        for k in ([2, 5] if num_classes > MANY else [2])
-    }
+    ks = (2, 5) if num_classes > MANY else (2,)
+    top = {f"top{k}_accuracy": multiclass_accuracy(logits, labels, num_classes, "micro", k).item() for k in ks}
     return {**proportion(correct, len(labels)), **top, **calibration(logits, labels)}
 
 

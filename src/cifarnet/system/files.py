@@ -191,17 +191,14 @@ def find_or_fetch(
     if found := find():
         return found
     if missing:
-        raise NoImages(
-            f"{missing}, and data that a checkpoint chooses is not downloaded. Set data.root to its "
-            "parent folder, or allow the download with data.read_only=false."
-        )
+        remedy = "Correct data.root, or allow the download with data.read_only=false."
+        raise NoImages(f"{missing}, and data that a checkpoint chooses is not downloaded. {remedy}")
     try:
         with locked(folder, f"Another process is preparing {name} in {folder}: waiting for it."):
             if not find():
                 fetch()
     except OSError as error:
-        problem = f"{folder}: {name} cannot be stored there ({error.strerror})"
-        raise UserError(f"{problem}. Choose another data.root.") from error
+        raise UserError(f"{folder}: {name} cannot be stored there ({error.strerror}). Change data.root.") from error
     return find()
 
 
