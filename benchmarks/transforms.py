@@ -5,11 +5,16 @@
 Each variant crops and flips the same images with the baseline's batch size, without training.
 """
 
+import time
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 import common
-from loader import cifarnet
+from cifarnet.build import make_data
+from steps import compose_baseline
 
+WARMUP, BATCHES = 5, 60  # numbers of batches; the warm-up is not measured
 V2 = "torchvision.transforms.v2"
 SIDES = {
     "crop and flip only": [],
@@ -24,14 +29,20 @@ SIDES = {
 }
 
 
+def images_a_second(overrides: Sequence[str], transforms: Sequence[str]) -> float:
+    config = compose_baseline(*overrides, *transforms)
+    batches = iter(make_data(config).train_dataloader())
+    start = 0.0
+    for step, _ in enumerate(islice(batches, WARMUP + BATCHES), 1):
+        if step == WARMUP:
+            start = time.perf_counter()
+    return BATCHES * config.data.batch_size / (time.perf_counter() - start)
+
+
 def main() -> None:
-    sides = {name: partial(_images_a_second, more=settings) for name, settings in SIDES.items()}
+    sides = {name: partial(images_a_second, transforms=settings) for name, settings in SIDES.items()}
     values = common.take_turns(sides, common.parser(__doc__, turns=3).parse_args())
     common.report("transforms", "images/s", values, base="crop and flip only")
-
-
-def _images_a_second(overrides: list[str], more: list[str]) -> float:
-    return cifarnet([*overrides, *more])
 
 
 if __name__ == "__main__":
