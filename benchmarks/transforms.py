@@ -2,19 +2,22 @@
 
     python benchmarks/transforms.py
 
-Each variant crops and flips the same images with the baseline's batch size, without training.
+Each variant crops and flips the same images on one thread, with the baseline's batch size and without training. The
+variants take turns in one process, whose processor time is measured.
 """
 
+import argparse
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
+
+import torch
 
 import common
 from cifarnet.build import make_data
 from steps import compose_baseline
 
-WARMUP, BATCHES = 5, 60  # numbers of batches; the warm-up is not measured
+BATCHES = 12
 V2 = "torchvision.transforms.v2"
 SIDES = {
     "crop and flip only": [],
@@ -29,19 +32,34 @@ SIDES = {
 }
 
 
-def images_a_second(overrides: Sequence[str], transforms: Sequence[str]) -> float:
-    config = compose_baseline(*overrides, *transforms)
-    batches = iter(make_data(config).train_dataloader())
-    start = 0.0
-    for step, _ in enumerate(islice(batches, WARMUP + BATCHES), 1):
-        if step == WARMUP:
-            start = time.perf_counter()
-    return BATCHES * config.data.batch_size / (time.perf_counter() - start)
+class Side:
+    """A loader on one thread."""
+
+    def __init__(self, settings: Sequence[str]) -> None:
+        config = compose_baseline("threads=1", "data.train_size=3000", *settings)
+        self.loader, self.batch_size = make_data(config).train_dataloader(), config.data.batch_size
+
+    def images_a_second(self, epoch: int) -> float:
+        """Return the images per second of processor time, so that other processes affect the result little."""
+        self.loader.set_epoch(epoch)
+        batches = iter(self.loader)
+        next(batches)  # draws the random numbers of the epoch
+        start = time.process_time()
+        for _ in islice(batches, BATCHES):
+            pass
+        return BATCHES * self.batch_size / (time.process_time() - start)
 
 
 def main() -> None:
-    sides = {name: partial(images_a_second, transforms=settings) for name, settings in SIDES.items()}
-    values = common.take_turns(sides, common.parser(__doc__, turns=3).parse_args())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each variant")
+    turns = parser.parse_args().turns
+    torch.set_num_threads(1)
+    sides = {name: Side(settings) for name, settings in SIDES.items()}
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns):
+        for name, side in sides.items():
+            values[name].append(side.images_a_second(turn))
     common.report("transforms", "images/s", values, base="crop and flip only")
 
 
