@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
+import cifarnet
 from cifarnet.cli import compose
 from cifarnet.data import CIFAR100
 from cifarnet.errors import UserError
+from cifarnet.evaluate import evaluate
 from cifarnet.evaluation import public_sets
+from cifarnet.train import train
 
 FINE, COARSE = [f"fine{i}" for i in range(100)], [f"coarse{i}" for i in range(20)]
 
@@ -70,3 +74,21 @@ def test_human_labels_of_cifar10_are_refused(tmp_path, members):
 def test_the_experiment_trains_on_cifar100():
     config = compose("train", ["+experiment=cifar100", "output_dir=run"])
     assert (config.data._target_, config.model.depth) == ("cifarnet.data.CIFAR100", 18)
+
+
+def test_a_run_with_100_classes_and_its_evaluation(config, tmp_path, members, monkeypatch):
+    root = f"data.root={tmp_path / 'data'}"
+    train(config("data=cifar100", root, "data.batch_size=20", "data.val_fraction=0.5", without="data"))
+    record = evaluate(tmp_path / "run", ["corruptions=false", root])
+    assert (record["data"]["source"], record["data"]["classes"]) == ("CIFAR100", 100)
+    network, _ = cifarnet.load(tmp_path / "run")
+    test = data(tmp_path).source.test
+    with torch.no_grad():
+        ranked = network(test.images).argsort(1, descending=True)
+    expected = (ranked[:, :5] == test.labels[:, None]).any(1).double().mean().item()
+    assert record["test"]["top5_accuracy"] == pytest.approx(expected)
+    for name in ("confusion", "mistakes", "reliability"):
+        assert max(Image.open(tmp_path / f"run/evaluation/{name}.png").size) < 2000
+    monkeypatch.chdir(tmp_path / "run")  # without the folder data
+    with pytest.raises(UserError, match=r"Add data=cifar100 to download them"):
+        evaluate(tmp_path / "run", ["corruptions=false"])

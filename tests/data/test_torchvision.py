@@ -18,6 +18,7 @@ from scipy.io import savemat
 
 from cifarnet.data import Torchvision
 from cifarnet.errors import Interrupted, NoImages, UserError
+from cifarnet.evaluate import evaluate
 from cifarnet.resuming import resume
 from cifarnet.train import train
 from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at
@@ -266,6 +267,10 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(config, tmp_path):
     train(config(*data, folder="whole", without="data"))
     record = json.loads((tmp_path / "whole/metrics.json").read_text())["data"]
     assert (record["source"], record["classes"], record["test"]) == ("MNIST", 10, 20)
+    with pytest.raises(NoImages, match=r"Add data\.name=… data\.root=…"):
+        evaluate(tmp_path / "whole", ["corruptions=false"])
+    again = evaluate(tmp_path / "whole", ["corruptions=false", *data[1:3]])
+    assert again["data"] == record
     with pytest.raises(Interrupted):
         train(config(*data, signal_at(0, 2, signal.SIGTERM), folder="stopped", without="data"))
     resumed, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
