@@ -159,6 +159,7 @@ class ImageDataModule(Selection, L.LightningDataModule):
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.read_only = read_only
+        self.source_name = type(self).__name__  # in records
         self.workers: int | None = 0
         self.preloaded: Source | None = None  # the images and their validation split, if they were already read
 
@@ -239,7 +240,7 @@ class ImageDataModule(Selection, L.LightningDataModule):
         if self.changes_training:
             per_class = torch.bincount(self.source.train.labels, minlength=len(self.class_names))
             selected = {"train_per_class": per_class.tolist(), "wrong_labels": self.source.num_wrong}
-        return {"source": type(self).__name__, **counts, "sha256": self.source.checksum, **selected}
+        return {"source": self.source_name, **counts, "sha256": self.source.checksum, **selected}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)

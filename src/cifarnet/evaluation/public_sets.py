@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.data import CIFAR10, ImageDataModule, InMemoryLoader
+from cifarnet.data import CIFAR10, CIFAR100, ImageDataModule, InMemoryLoader
 from cifarnet.errors import UserError, reason
 from cifarnet.evaluation.robustness import SEVERITIES
 
@@ -36,7 +36,7 @@ def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, ci
     Raises:
         UserError: a file is missing or has another format, or the network has other classes than a set.
     """
-    if cifar10h is not None and not isinstance(data, CIFAR10):
+    if cifar10h is not None and (not isinstance(data, CIFAR10) or isinstance(data, CIFAR100)):
         raise UserError(
             f"cifar10h={cifar10h} requires CIFAR-10's test images in the official order; the data is "
             f"{type(data).__name__}. Choose data=cifar10 data.root=<folder of the archive>."

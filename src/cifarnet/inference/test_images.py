@@ -43,9 +43,12 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         raise NoImages(f"{checkpoint.path} does not specify its data. Choose data=cifar10, or data=folder data.root=…")
     else:
         data_class = allowed_class(checkpoint.data.get("_target_"), "cifarnet.data", checkpoint.path, locate(classes))
-        root = inspect.signature(data_class).parameters.get("root")
+        arguments = inspect.signature(data_class).parameters
+        root = arguments.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
-            remedy = "data=cifar10 to download them" if data_class is CIFAR10 else "data.root=…"
+            remedy = " ".join(f"data.{name}=…" for name in ("name", "root") if name in arguments)
+            if issubclass(data_class, CIFAR10):
+                remedy = f"data={data_class.__name__.lower()} to download them"
             raise NoImages(
                 f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add {remedy}."
             )

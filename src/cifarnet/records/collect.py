@@ -28,7 +28,7 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     data, source, trainer = built.data, built.data.source, built.trainer
     train, val, test = (len(split) for split in (source.train, source.validation, source.test))
     images = f"{train:,} training, {val:,} validation and {test:,} test images"
-    lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
+    lines = [f"{data.source_name}: {images}, {len(source.class_names)} classes"]
     if data.changes_training:
         per_class = torch.bincount(source.train.labels, minlength=len(source.class_names)).tolist()
         sizes = " to ".join(f"{size:,}" for size in dict.fromkeys([min(per_class), max(per_class)]))
