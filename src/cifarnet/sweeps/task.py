@@ -15,6 +15,7 @@ from cifarnet.system import files
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cifarnet.data.shared_images import SharedImages
+    from cifarnet.records.record import Record
 
 
 class Task:
@@ -24,7 +25,7 @@ class Task:
         train: `train.train`.
     """
 
-    def __init__(self, train: Callable[..., float]) -> None:
+    def __init__(self, train: "Callable[..., Record]") -> None:
         self.train = train
         self.images: SharedImages | None = None  # images of the previous job
         self.called = False
@@ -47,7 +48,7 @@ class Task:
             self.error = error
 
 
-def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
+def run_hydra(train: "Callable[..., Record]", arguments: Sequence[str]) -> None:
     """Compose a config from arguments and train, as `@hydra.main` does with the arguments of the process.
 
     Raises:
