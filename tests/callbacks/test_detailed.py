@@ -1,4 +1,5 @@
 import csv
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 import cifarnet
 from cifarnet.build import build, make_trainer
-from cifarnet.errors import UserError
+from cifarnet.errors import Interrupted, UserError
+from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import assert_same_weights
+from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at
 
 SETTINGS = ["callbacks=detailed", "callbacks.embeddings.count=30", "scheduler=constant"]
 
@@ -120,3 +122,12 @@ def test_a_network_that_cannot_be_traced(config, monkeypatch):
     monkeypatch.setattr(SummaryWriter, "add_graph", fail)
     with pytest.raises(UserError, match=r"callbacks\.graph.*no trace.*callbacks\.graph=null"):
         train(config("callbacks=detailed"))
+
+
+def test_a_stopped_run_is_resumed_exactly(detailed, config, tmp_path):
+    folder, _, _ = detailed
+    with pytest.raises(Interrupted):
+        train(config(*SETTINGS, signal_at(1, 1, signal.SIGTERM)))
+    train(*resume(tmp_path / "run", [ALLOW_SIGNAL]))
+    assert_same_weights(folder / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+    assert (tmp_path / "run/00000/test/tensors.tsv").read_bytes() == (folder / "00000/test/tensors.tsv").read_bytes()

@@ -35,8 +35,7 @@ class Graph(Callback):
                     warnings.simplefilter("ignore")  # branches of the network that depend on the image size
                     writer.add_graph(network, image)
         except RuntimeError as error:
-            problem = f"callbacks.graph: torch.jit.trace cannot trace the network: {reason(error)}"
-            raise UserError(f"{problem}. Remove the graph: callbacks.graph=null") from error
+            raise UserError(f"callbacks.graph: tracing failed: {reason(error)}. Set callbacks.graph=null.") from error
 
 
 class Histograms(Callback):
@@ -56,9 +55,10 @@ class GradientNorm(Callback):
     """Logs the norm of all gradients before clipping, at each step or every `trainer.log_every_n_steps` steps."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        pl_module.log("train/gradient_norm", norm, on_step=True, on_epoch=False)
+        every: int = cast("Any", trainer).log_every_n_steps
+        for writer in writers(trainer) if every and trainer.global_step % every == 0 else ():
+            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            writer.add_scalar("train/gradient_norm", torch.nn.utils.get_total_norm(gradients), trainer.global_step)
 
 
 class PRCurves(Drawing):
