@@ -113,7 +113,7 @@ def test_a_recorded_config_with_a_list_of_callbacks_is_read():
 SETTINGS = """
 callbacks.best._target_ callbacks.best.dirpath callbacks.best.enable_version_counter callbacks.best.filename
 callbacks.best.mode callbacks.best.monitor callbacks.history._target_ callbacks.last._target_ callbacks.last.dirpath
-callbacks.last.enable_version_counter callbacks.last.filename callbacks.pictures._target_
+callbacks.last.enable_version_counter callbacks.last.filename callbacks.nan._target_ callbacks.pictures._target_
 callbacks.progress._target_ callbacks.stop._target_
 channels_last
 ckpt_path

@@ -80,9 +80,9 @@ def test_a_setting_that_cannot_work_is_refused(config, overrides, message):
 
 def test_a_config_from_python_needs_a_folder():
     with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
-        build(compose("train", SMALL))
-    with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
         build(compose("train", [*SMALL, "output_dir=null"]))
+    with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
+        build(compose("train", [*SMALL, "output_dir='${hydra:runtime.output_dir}'"]))  # as with Hydra's own compose
 
 
 def test_lightnings_way_of_loading_names_ours(run):

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 import hydra
@@ -102,7 +103,9 @@ def is_setting(argument: str) -> bool:
 
 
 def compose(command: str, settings: Sequence[str]) -> DictConfig:
-    """Compose `configs/<command>.yaml` with these overrides."""
+    """Compose `configs/<command>.yaml` with these overrides. A run gets a new folder, unless they set `output_dir`."""
+    if command == "train":  # as `hydra.run.dir` in configs/train.yaml
+        settings = [f"output_dir=lightning_logs/${{name}}/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}", *settings]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(command, list(settings))
 

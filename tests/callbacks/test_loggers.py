@@ -45,22 +45,43 @@ def test_a_picture_that_fails_does_not_cost_the_record(config, tmp_path, monkeyp
     assert Record.read(tmp_path / "run/metrics.json").epochs == 2
 
 
-def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):
-    """The columns are those that TensorBoard's own backend finds."""
-    for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
-        train(config(*varied, folder=f"runs/{number}"))
+def hparams(folder):
+    """The columns of the HParams tab, as TensorBoard's own backend finds them, and the groups of all other tags."""
     multiplexer = EventMultiplexer()
-    multiplexer.AddRunsFromDirectory(str(tmp_path / "runs"))
+    multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(folder))))
     rows = context.hparams_metadata(RequestContext(), "")
     found = context.experiment_from_metadata(RequestContext(), "", True, rows, [])
+    tags = {tag for run in multiplexer.Runs().values() for tag in run["tensors"] if not tag.startswith("_hparams_")}
+    return found, sorted({tag.partition("/")[0] for tag in tags})
+
+
+COLUMNS = ["accuracy_test", "accuracy_val", "cross_entropy_test", "seconds"]
+
+
+def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):
+    for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
+        train(config(*varied, folder=f"runs/{number}"))
+    found, groups = hparams(tmp_path / "runs")
     assert [info.name for info in found.hparam_infos if info.differs] == ["model.hidden"]
     assert {"data.mix.alpha", "optimizer.lr", "seed"} < {info.name for info in found.hparam_infos}
-    assert sorted(info.name.tag for info in found.metric_infos) == sorted(f"whole_run/{key}" for key in RESULTS)
-    tags = {tag for run in multiplexer.Runs().values() for tag in run["tensors"] if not tag.startswith("_hparams_")}
-    groups = {tag.partition("/")[0] for tag in tags}
-    assert sorted(groups) == ["train", "val", "whole_run"]  # the order in which TensorBoard shows them
+    assert [info.name.tag for info in found.metric_infos] == [f"whole_run/{name}" for name in COLUMNS]
+    assert groups == ["train", "val", "whole_run"]  # the order in which TensorBoard shows them
+
+
+def test_the_hparams_tab_of_a_sweep_shows_the_settings_of_the_command(command, tmp_path):
+    varied = ["model.hidden=8,16", "scheduler=linear,constant"]
+    assert command(*SMALL, "threads=1", *varied, "-m", "hydra.sweep.dir=sweep")[0] == 0
+    found, _ = hparams(tmp_path / "sweep")
+    names = {setting.partition("=")[0] for setting in [*SMALL, "threads=1", *varied]}
+    assert {info.name for info in found.hparam_infos} == names
+    assert {info.name for info in found.hparam_infos if info.differs} == {"model.hidden", "scheduler"}
+    assert sorted(next(info for info in found.hparam_infos if info.name == "scheduler").domain_discrete) == [
+        "constant",
+        "linear",
+    ]
+    assert [info.name.tag for info in found.metric_infos] == [f"whole_run/{name}" for name in COLUMNS]
 
 
 def test_several_loggers_log_everything(config, tmp_path):

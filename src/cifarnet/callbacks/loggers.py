@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cifarnet.classifier import Classifier
-from cifarnet.config import deciding_settings, with_total_steps
+from cifarnet.cli import key_of
+from cifarnet.config import deciding_settings, effect, with_total_steps
 from cifarnet.records.record import Record
 from cifarnet.records.tables import parse_number
 from cifarnet.system import files
@@ -72,12 +73,25 @@ def log_results(record: Record, trainer: L.Trainer, classifier: Classifier) -> N
     results = {f"whole_run/{key}": getattr(record, key) for key in RESULTS}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(record.config, times=True), results)
+            # TensorBoard sorts the columns by name: accuracies first
+            columns = {f"whole_run/{'_'.join(reversed(key.split('_', 1)))}": getattr(record, key) for key in RESULTS}
+            _log_hparams(Path(logger.log_dir, "hparams"), _varied(record), columns)
         else:
             logger.log_metrics(results, step=record.epochs)
         logger.finalize("success")
         if isinstance(logger, WandbLogger):  # otherwise the next job of a sweep would log to the same run
             logger.experiment.finish()
+
+
+def _varied(record: Record) -> dict[str, str]:
+    """Return the settings in the command of a run that affect its result or duration; without a command, all settings.
+
+    A sweep's jobs name the settings that vary. The columns of constant settings would hide the results.
+    """
+    settings = deciding_settings(record.config, times=True)
+    chosen = {key_of(override): override.partition("=")[2] for override in record.overrides}
+    named = {key: settings.get(key, text) for key, text in chosen.items() if effect(key) != "nothing"}
+    return named or settings
 
 
 def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str, float]) -> None:

@@ -29,9 +29,11 @@ def check_batch(batch: Any) -> Batch:
     Raises:
         UserError: it is not a `Batch`.
     """
-    if not isinstance(batch, Batch):
+    is_batch = isinstance(batch, Batch)
+    if not is_batch or batch.images.dtype != torch.uint8:
+        found = f"images of type {batch.images.dtype}" if is_batch else type(batch).__name__
         remedy = "Use cifarnet.data.InMemoryLoader(images, labels, batch_size)."
-        raise UserError(f"The loader yields {type(batch).__name__}: expected {BATCH}. {remedy}")
+        raise UserError(f"The loader yields {found}: expected {BATCH}. {remedy}")
     return batch
 
 
@@ -251,6 +253,9 @@ class ImageDataModule(Selection, L.LightningDataModule):
 
     def test_dataloader(self) -> BatchLoader:
         return self._loader(self.source.test, self.eval_batch_size)
+
+    def predict_dataloader(self) -> BatchLoader:
+        return self.test_dataloader()
 
     def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
         if self.augment.cutout:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, get_type_hints
 
 from cifarnet.records.json_file import JsonFile
@@ -75,17 +75,17 @@ class Record(JsonFile):
     parameters: int
     seed: int
     precision: str
-    hardware: dict[str, Any]
-    versions: dict[str, str]
+    hardware: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
     git_commit: str | None
-    sessions: list[Session]
+    sessions: list[Session] = field(repr=False)
     data: Data
     finished: str
     overrides: list[str]
-    config: dict[str, Any]
-    resolved: dict[str, Any]
-    history: Sequence[Mapping[str, float | None]]
-    within_epochs: Sequence[Mapping[str, float | None]]
+    config: dict[str, Any] = field(repr=False)
+    resolved: dict[str, Any] = field(repr=False)
+    history: Sequence[Mapping[str, float | None]] = field(repr=False)
+    within_epochs: Sequence[Mapping[str, float | None]] = field(repr=False)
 
     def numbers(self) -> dict[str, float]:
         """Return the finite numbers of the record, by name. Runs can be compared by these numbers."""

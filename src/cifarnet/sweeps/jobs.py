@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from cifarnet.checkpoint import Checkpoint
     from cifarnet.data.shared_images import SharedImages
+    from cifarnet.records.record import Record
 
 
 class Outcome(NamedTuple):
@@ -74,7 +75,7 @@ def uses_one_device(config: DictConfig) -> bool:
 
 def run_job(
     config: DictConfig,
-    train: Callable[..., float],
+    train: "Callable[..., Record]",
     trial: "Trial | None" = None,
     images: "SharedImages | None" = None,
 ) -> Outcome:
@@ -101,7 +102,7 @@ def run_job(
             score, checkpoint = _previous_session(config, folder)
             if score is None:
                 (folder / "metrics.json").unlink(missing_ok=True)  # it is damaged
-                score = train(config, checkpoint, _callbacks(config, trial), images)
+                score = train(config, checkpoint, _callbacks(config, trial), images).val_accuracy
             if trial is not None and math.isnan(score):
                 remedy = "Validate in at least one epoch: check trainer.limit_val_batches and check_val_every_n_epoch."
                 raise UserError(f"The run has no validation accuracy, by which a search compares its trials. {remedy}")
