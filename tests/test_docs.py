@@ -21,7 +21,8 @@ from cifarnet.models import construct
 from conftest import picture
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPRODUCE = ROOT / "docs/reproduce.md"  # its commands take hours
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {REPRODUCE})]
 COMMAND_PAGES = [page for page in PAGES if page.stem != "python"]  # test_python.py runs that page
 RUN_PAGES = [page for page in COMMAND_PAGES if page.stem != "extending"]
 USER_FILES = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.S)  # files that the reader of a page creates
@@ -206,6 +207,7 @@ def test_readme_is_short():
 
 
 OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md")]
+OTHER_PAGES.append(REPRODUCE)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}_{page.stem}")

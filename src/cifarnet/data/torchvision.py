@@ -117,7 +117,8 @@ class Torchvision(ImageFolder):
         for split in splits.values():
             split.labels = torch.searchsorted(present, split.labels)
         names = getattr(sets["train"], "classes", None) or range(int(present.max()) + 1)
-        return Source([str(names[label]) for label in present.tolist()], **splits)
+        class_names = [str(names[label]) for label in present.tolist()]
+        return Source(class_names, splits["train"], splits["test"], splits.get("val"))
 
     def _open(self) -> dict[str, Any]:
         """Return the parts of the set, or nothing if they can be downloaded and are missing or damaged."""
