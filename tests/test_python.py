@@ -110,7 +110,6 @@ class Dictionaries(TensorDataset):
 LOADERS = {
     "list": DataLoader(TensorDataset(IMAGES, LABELS), batch_size=10),
     "dict": DataLoader(Dictionaries(IMAGES, LABELS), batch_size=10),
-    "torch.float32": InMemoryLoader(IMAGES, LABELS, 10, train=True),
 }
 
 
@@ -118,6 +117,12 @@ LOADERS = {
 @pytest.mark.parametrize("found", [*LOADERS])
 def test_other_batches_are_refused(config, stage, found):
     trainer, classifier, *_ = build(config())
-    found = "DataLoader" if stage == "fit" and found != "torch.float32" else found
-    with pytest.raises(UserError, match=rf"{found}.*uint8.*InMemoryLoader"):
-        getattr(trainer, stage)(classifier, LOADERS.get(found, LOADERS["list"]))
+    expected = "DataLoader" if stage == "fit" else found
+    with pytest.raises(UserError, match=rf"{expected}.*uint8.*InMemoryLoader"):
+        getattr(trainer, stage)(classifier, LOADERS[found])
+
+
+def test_float_images_in_memory_are_refused(config):
+    trainer, classifier, *_ = build(config())
+    with pytest.raises(UserError, match=r"float32 images.*torch\.uint8"):
+        trainer.fit(classifier, InMemoryLoader(IMAGES, LABELS, 10, train=True))

@@ -91,7 +91,8 @@ class TrainingState(Callback):
             self.loader = loader
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        check_batch(batch)  # before a callback draws it
+        if (found := check_batch(batch).images.dtype) != torch.uint8:
+            raise UserError(f"The loader yields {found} images. Convert them: (255 * images).round().to(torch.uint8)")
         # Lightning does not call GradientAccumulationScheduler if a run resumes within an epoch
         trainer.accumulate_grad_batches = batches_per_step(trainer, trainer.current_epoch)
 

@@ -29,11 +29,9 @@ def check_batch(batch: Any) -> Batch:
     Raises:
         UserError: it is not a `Batch`.
     """
-    is_batch = isinstance(batch, Batch)
-    if not is_batch or batch.images.dtype != torch.uint8:
-        found = f"images of type {batch.images.dtype}" if is_batch else type(batch).__name__
+    if not isinstance(batch, Batch):
         remedy = "Use cifarnet.data.InMemoryLoader(images, labels, batch_size)."
-        raise UserError(f"The loader yields {found}: expected {BATCH}. {remedy}")
+        raise UserError(f"The loader yields {type(batch).__name__}: expected {BATCH}. {remedy}")
     return batch
 
 
