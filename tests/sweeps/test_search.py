@@ -186,6 +186,8 @@ def test_a_trial_without_a_folder_ran_here(run, tmp_path):
     ("arguments", "named"),
     [
         ([], "The search space is empty"),
+        ([RATE, "data.folds=5", "data.fold=range(5)"], "data.fold: a search would choose the easiest validation"),
+        (["++data.split_seed=0,1"], "data.split_seed: a search would choose the easiest validation images"),
         ([RATE, "hydra/launcher=parallel"], "one trial at a time"),
         ([RATE, "data.val_fraction=0", "hydra.sweeper.trials=1"], "Sweeping optimizer.lr with data.val_fraction=0"),
         ([RATE, "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0 is out of range"),

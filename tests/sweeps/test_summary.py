@@ -64,6 +64,19 @@ def test_folds_are_paired(tmp_path, capsys):
     assert "Nadeau" in printed
 
 
+def test_a_search_and_a_single_fold_have_no_comparison(tmp_path, capsys):
+    for name, folds, trials in [("search", range(3), {}), ("single", [1], None)]:
+        for number, (rate, fold) in enumerate((rate, fold) for rate in (0.1, 0.2) for fold in folds):
+            overrides = ["data.folds=3", f"data.fold={fold}", f"optimizer.lr={rate}"]
+            job, score = make_job(tmp_path / name, number, overrides), rate + fold / 10
+            data = {"folds": 3, "fold": fold, "split_seed": 0}
+            write_record(job, **{"val_accuracy": score, "resolved.data": data})
+        summary.summarize(tmp_path / name, 6, "resume", trials)
+        printed = capsys.readouterr().out
+        assert "jobs done" in printed
+        assert " - " not in printed
+
+
 def test_control_characters_are_escaped_and_links_are_not_followed(folder, tmp_path, capsys):
     (folder / "4/error.txt").write_text("a\x1b[2Jb")
     make_job(folder, 5, ['"optimizer.lr=\\e]0;x"'], 0.5)

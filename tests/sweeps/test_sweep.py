@@ -124,6 +124,17 @@ def test_wrong_settings_are_refused(command, arguments, named):
     assert named in error
 
 
+@pytest.mark.parametrize("folds", [["data.folds=4", "data.fold=range(4)"], ["data.folds=3,4", "data.fold=2"]])
+def test_folds_are_swept_without_a_validation_fraction(command, tmp_path, folds):
+    status, printed, error = command("-m", *TINY, "data.val_fraction=0", *folds, "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    assert re.search(r"(\d) of \1 jobs done", printed)
+    alone = ["data.val_fraction=0", "data.folds=4", "data.fold=2", "hydra.run.dir=alone"]
+    assert command(*TINY, *alone)[0] == 0
+    job = 2 if "range" in folds[1] else 1
+    assert_same_weights(tmp_path / "alone/checkpoints/last.ckpt", tmp_path / f"sweep/{job}/checkpoints/last.ckpt")
+
+
 def test_seeds_can_be_swept_without_validation(command):
     status, printed, error = command("-m", *TINY, "data.val_fraction=0", "seed=range(2)", "hydra.sweep.dir=sweep")
     assert status == 0, error

@@ -77,10 +77,8 @@ class Search(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
         if launcher not in ("BasicLauncher", "Slurm"):
-            raise UserError(
-                "A search runs one trial at a time in each process. To run several, remove hydra/launcher and start "
-                "the same command in several terminals, with threads=… to limit each process to its share of the cores."
-            )
+            problem = "A search runs one trial at a time in each process. To run several, remove hydra/launcher, and"
+            raise UserError(f"{problem} start it in several terminals, each with a share of the cores: threads=…")
         self.uses_slurm = launcher == "Slurm"
         for name in ("sampler", "pruner"):
             if has_target(part := config.hydra.sweeper.get(name)):
@@ -198,8 +196,6 @@ class Search(Sweeper):
             if SETTINGS not in study.user_attrs:
                 study.set_user_attr(SETTINGS, settings)
         if differing := sorted(set(settings) ^ set(study.user_attrs[SETTINGS])):
-            raise UserError(
-                f"The study {study.study_name} was created with other settings: {', '.join(differing)}. Use the same "
-                "settings, or choose another hydra.sweeper.study_name."
-            )
+            problem = f"The study {study.study_name} was created with other settings: {', '.join(differing)}"
+            raise UserError(f"{problem}. Use the same settings, or choose another hydra.sweeper.study_name.")
         return study

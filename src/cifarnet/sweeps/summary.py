@@ -30,7 +30,8 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     for number, group in enumerate(groups):
         group.label = tables.letter(number)
     print(printable(f"\n{table(groups)}\n"))
-    if (compared := [group for group in groups if group.by_fold])[1:]:
+    is_search = trials is not None
+    if (compared := [group for group in groups if len(group.by_fold) > 1 and not is_search])[1:]:
         from cifarnet.records import comparison  # scipy takes a second to import
 
         print(printable("\n".join(f"  {line}" for line in comparison.conclusions(compared))), end="\n\n")
@@ -38,7 +39,6 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     for run in runs:
         if run.note and run.status != "pruned":
             print(printable(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}"))
-    is_search = trials is not None
     if (keys := tables.varied(groups)) and groups[0].values and not is_search:
         from cifarnet.records import figures
 
@@ -74,7 +74,7 @@ def resume_command(sweep_folder: Path) -> str:
 
 def table(groups: Sequence[Group]) -> str:
     """Return a table of the groups, in the given order."""
-    columns = {"": [group.label for group in groups]} if any(group.by_fold for group in groups) else {}
+    columns = {"": [group.label for group in groups]} if any(len(group.by_fold) > 1 for group in groups) else {}
     columns |= {"val accuracy": [group.result() or group.runs[0].status for group in groups]}
     for metric in ("test_accuracy", "seconds"):
         columns[metric.replace("_", " ")] = [replace(group, metric=metric).result() for group in groups]
