@@ -51,7 +51,7 @@ def test_the_estimate_is_the_mean_over_runs_that_differ_only_in_the_seed(command
     assert rows(printed)[4:] == [["4", "0.03", "7", "unknown"], ["5", "0.03", "8", "unknown"]]
     assert f"{2 * first + 2 * second:.2f} s" in printed
     assert "4 of 6 jobs" in printed
-    assert "No estimate for job 4, 5: lightning_logs contains no run" in printed
+    assert "No estimate for jobs 4, 5: lightning_logs contains no run" in printed
     assert "model.hidden=16" in printed
     assert sorted(tmp_path.rglob("*")) == before
 

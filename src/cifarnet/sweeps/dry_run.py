@@ -1,4 +1,4 @@
-"""A dry run of a sweep: its jobs, their settings, and an estimate of their durations from the records of like runs."""
+"""A dry run of a sweep: its jobs, their settings, and an estimate of their durations from records of matching runs."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cifarnet.records.record import Record
 from cifarnet.records.tables import Run, column_table, differences, number, read_run
 
 RECORDS = Path("lightning_logs")  # the folder of all runs
-Likeness = frozenset[tuple[str, str]]  # the settings that affect a run's result or duration, except for the seed
+Settings = frozenset[tuple[str, str]]  # those that affect a run's result or duration, except for the seed
 
 
 def report(
@@ -32,46 +32,47 @@ def report(
     found: dict[frozenset[str], list[Record]] = {}
     jobs: list[Run] = []
     for place, overrides in enumerate(job_overrides):
-        pairs = [line.partition("=") for line in overrides if not line.startswith(("hydra.", "sweep."))]
+        pairs = (line.partition("=") for line in overrides if not line.startswith(("hydra.", "sweep.")))
         is_done = config.sweep.resume is not None and read_run(folder / str(place)).status == "done"
-        jobs.append(Run(folder / str(place), {key: value for key, _, value in pairs}, "done" if is_done else ""))
+        job = Run(folder / str(place), {key: value for key, _, value in pairs}, "done" if is_done else "unknown")
+        jobs.append(job)
         fixed = frozenset(line for line in overrides if not line.startswith("seed="))
         if records and fixed not in found:  # composing a config takes a tenth of a second
-            found[fixed] = records.get(_likeness(loader.load_sweep_config(config, list(overrides))), [])
-        like = [] if is_done else found.get(fixed, [])
-        seconds = [one.fit_seconds + one.compile_seconds + one.seconds + one.test_seconds for one in like]
-        jobs[-1].numbers = {"seconds": statistics.mean(seconds), "n": len(like)} if like else {}
-    cells = [number(job.numbers["seconds"], "seconds") if job.numbers else job.status or "unknown" for job in jobs]
-    likes = [str(job.numbers.get("n", "")) for job in jobs]
+            found[fixed] = records.get(_settings(loader.load_sweep_config(config, list(overrides))), [])
+        if not is_done and (matching := found.get(fixed)):
+            seconds = [run.fit_seconds + run.compile_seconds + run.seconds + run.test_seconds for run in matching]
+            job.numbers = {"seconds": statistics.mean(seconds), "n": len(matching)}
     varied = differences(jobs)
-    columns = {"job": [job.folder.name for job in jobs], **varied, "seconds": cells, "like runs": likes}
+    columns = {"job": [job.folder.name for job in jobs], **varied}
+    columns["seconds"] = [number(job.numbers["seconds"], "seconds") if job.numbers else job.status for job in jobs]
+    columns["matching runs"] = [str(job.numbers.get("n", "")) for job in jobs]
     print(printable(f"\n{column_table(columns)}\n"))
     print(printable(f"  All jobs: {' '.join(f'{k}={v}' for k, v in jobs[0].settings.items() if k not in varied)}"))
     if known := [job.numbers["seconds"] for job in jobs if job.numbers]:
-        machines = {str(record.hardware.get("name")) for like in found.values() for record in like}
+        machines = {str(record.hardware.get("name")) for matching in found.values() for record in matching}
         total = f"{number(sum(known), 'seconds')} s of training and testing for {len(known)} of {len(jobs)} jobs"
-        print(printable(f"  Estimate: {total}, from like runs on {', '.join(sorted(machines))}."))
+        print(printable(f"  Estimate: {total}, from matching runs on {', '.join(sorted(machines))}."))
         print(f"  {num_workers} jobs run at a time.\n" if num_workers > 1 else "", end="")
-    if unknown := [job.folder.name for job in jobs if not job.numbers and not job.status]:
-        which = "any job" if len(unknown) == len(jobs) else f"job {', '.join(unknown)}"
+    if unknown := [job.folder.name for job in jobs if not job.numbers and job.status == "unknown"]:
+        which = "any job" if len(unknown) == len(jobs) else f"job{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
         print(f"  No estimate for {which}: {RECORDS} contains no run with the same settings (with any seed).")
     print("  Nothing was run. To run the jobs, remove hydra.sweeper.dry_run.")
 
 
-def _records(*folders: Path) -> dict[Likeness, list[Record]]:
+def _records(*folders: Path) -> dict[Settings, list[Record]]:
     """Read the records of all runs in folders, except for those that cannot be read."""
-    records: dict[Likeness, list[Record]] = {}
+    records: dict[Settings, list[Record]] = {}
     for path in sorted({path.resolve() for folder in folders for path in folder.rglob("metrics.json")}):
         try:
             record = Record.read(path)
         except UserError:  # such as the metrics of an evaluation
             continue
-        records.setdefault(_likeness(record.config), []).append(record)
+        records.setdefault(_settings(record.config), []).append(record)
     return records
 
 
-def _likeness(config: Any) -> Likeness:
-    """Return the settings by which runs are alike. A composed config is completed as a run completes it."""
+def _settings(config: Any) -> Settings:
+    """Return the settings that matching runs share. A composed config is completed as a run completes it."""
     if OmegaConf.is_config(config):
         from cifarnet.finetuning import expand  # imports torch
 
