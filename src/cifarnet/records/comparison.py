@@ -12,7 +12,7 @@ from cifarnet.config import deciding_settings, flat
 from cifarnet.errors import UserError
 from cifarnet.records import tables
 from cifarnet.records.record import NUMBERS, Record
-from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, overlap, paired, seeds_needed, welch
+from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, paired, seeds_needed, welch
 from cifarnet.records.tables import Group, Run, column_table, differences, grouped, is_time, number, sort_key, unit
 
 PAIRED = "paired t-test with a variance corrected for the overlap of the folds' training sets (Nadeau and Bengio, 2003)"
@@ -138,18 +138,19 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
         return ["There is only one group, so there is nothing to compare. Add runs, or use --against."]
     compared = [_compare(first, second) for first, second in pairs]
     corrected = holm([difference.p for difference in compared])
-    num_tested = sum(map(math.isfinite, corrected))
+    tested = [difference for difference in compared if math.isfinite(difference.p)]
     lines = []
     for (first, second), difference, p in zip(pairs, compared, corrected, strict=True):
-        lines += _conclusion(first, second, difference._replace(p=p), num_tested)
-    if num_tested:
-        correction = f", corrected for {num_tested} comparisons by Holm's method; the intervals are not corrected"
-        tests = dict.fromkeys(PAIRED if difference.num_folds else "Welch's t-test" for difference in compared)
-        lines.append(f"p: {' and '.join(tests)}, two-sided{correction if num_tested > 1 else ''}.")
+        lines += _conclusion(first, second, difference._replace(p=p), len(tested))
+    if tested:
+        correction = f", corrected for {len(tested)} comparisons by Holm's method; the intervals are not corrected"
+        paired_test = PAIRED if any(group.overlap for group in groups) else "paired t-test"
+        tests = dict.fromkeys(paired_test if one.num_folds else "Welch's t-test" for one in tested)
+        lines.append(f"p: {' and '.join(tests)}, two-sided{correction if len(tested) > 1 else ''}.")
     if len(others) > 1 and len(pairs) > 1:
         lines.append(
             f"{groups[0].label} was chosen as the best of {len(others)} groups from these same results, which makes it "
-            "look better than it is. Repeat the comparison with new seeds."
+            "look better than it is. Repeat the comparison with new seeds or splits."
         )
     return lines
 
@@ -161,7 +162,7 @@ def _compare(first: Group, second: Group) -> Difference:
     shared = [fold for fold in first.by_fold if fold in second.by_fold]
     differences = [first.by_fold[fold] - second.by_fold[fold] for fold in shared]
     mean = statistics.mean(differences or [first.mean - second.mean])
-    return Difference(mean, *paired(differences, overlap(shared)), num_folds=len(shared))
+    return Difference(mean, *paired(differences, first.overlap), num_folds=len(shared))
 
 
 def _conclusion(first: Group, second: Group, compared: Difference, num_tested: int) -> list[str]:
@@ -174,12 +175,12 @@ def _conclusion(first: Group, second: Group, compared: Difference, num_tested: i
         needed = "seeds per group" if num_folds is None else "folds that both groups have"
         return [f"{line}; no interval: at least 2 {needed} are needed, with different values"]
     if "accuracy" in metric and max(-low, high) > 1:
-        line += ", 95% interval wider than -100 to +100: train more seeds"
+        line += ", 95% interval wider than -100 to +100: train more seeds or splits"
     else:
         line += f", 95% interval {number(low, metric, '+', images)} to {number(high, metric, '+', images)}"
     line += f", p = {p:.2g}" if num_folds is None else f", paired over {num_folds} folds, p = {p:.2g}"
     if p <= LEVEL:
-        better = min(first, second, key=lambda group: sort_key(group.mean, metric))
+        better = first if sort_key(difference, metric) < 0 else second
         return [f"{line}: {better.label} is better"]
     if num_folds is not None:
         hint = "  to detect smaller differences, repeat the folds with other splits: 'data.split_seed=range(3)'"

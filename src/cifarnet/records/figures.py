@@ -71,7 +71,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
 
     The labels show the first three settings that differ.
     """
-    from cifarnet.records.significance import interval, overlap  # scipy takes a second to import
+    from cifarnet.records.significance import interval  # scipy takes a second to import
 
     shown = list(differences(groups).items())[:3]
     labels = []
@@ -82,7 +82,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
     width = len(groups) * max(2.5, 0.09 * longest)  # inches, so that the labels do not overlap
     figure = Figure(figsize=(min(max(8, width), 400), 5), dpi=150, layout="constrained")  # PNG: up to 65,535 pixels
     axis = figure.subplots()
-    widths = [interval([*group.by_fold.values()] or group.values, overlap(group.by_fold)) for group in groups]
+    widths = [interval([*group.by_fold.values()] or group.values, group.overlap) for group in groups]
     _draw(axis, labels, groups, widths)
     if "accuracy" in groups[0].metric:
         low, high = axis.get_ylim()

@@ -45,11 +45,11 @@ class Run:
         return self.numbers.get("val_accuracy", math.nan)
 
     @functools.cached_property
-    def fold(self) -> tuple[str, ...]:
-        """The number of folds, the seed of the split, and the fold; empty if the run has no folds."""
-        settings = flat({"data": self.record.resolved.get("data")}) if self.record else self.settings
+    def fold(self) -> tuple[int, ...]:
+        """The number of folds, the seed of the split, and the fold; empty if the run has no folds or no record."""
+        settings = flat(self.record.resolved) if self.record else {}
         names = ("data.folds", "data.split_seed", "data.fold")
-        return tuple(settings.get(name, "") for name in names) if names[0] in settings else ()
+        return tuple(int(settings[name]) for name in names) if names[0] in settings else ()
 
 
 @dataclass(eq=False)
@@ -84,12 +84,22 @@ class Group:
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     @functools.cached_property
-    def by_fold(self) -> dict[tuple[str, ...], float]:
-        """The value of each fold, a mean over its seeds; empty if there are no folds."""
-        values: dict[tuple[str, ...], list[float]] = {}
+    def by_fold(self) -> dict[tuple[int, ...], float]:
+        """The value of each fold, a mean over its seeds; empty if there are no folds, or for times."""
+        values: dict[tuple[int, ...], list[float]] = {}
         for run, value in zip(self.counted, self.values, strict=True):
-            values.setdefault(run.fold, []).append(value)
+            values.setdefault(() if is_time(self.metric) else run.fold, []).append(value)
         return {} if () in values else {fold: statistics.mean(found) for fold, found in values.items()}
+
+    @property
+    def overlap(self) -> float:
+        """The number of validation images of a fold divided by its training images; 0 if the metric is not measured on
+        the validation images. See `significance.paired`.
+
+        It is the same for runs on a subset of the training images: the subsets of all folds overlap as the folds do.
+        """
+        is_validation = self.metric.startswith("val_")
+        return next((1 / (folds - 1) for folds, *_ in self.by_fold if is_validation), 0.0)
 
     @property
     def images(self) -> int | None:
