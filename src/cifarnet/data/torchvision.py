@@ -110,6 +110,8 @@ class Torchvision(ImageFolder):
         self.parts = _parts(self.make)
         if not {"train", "test"} <= self.parts.keys():
             raise UserError(f"data.name={name} has no training and test images. Choose another set, or data=folder.")
+        for key in self.arguments.keys() & {"root", "download", "transform"}.union(*self.parts.values()):
+            raise UserError(f"data.arguments.{key} cannot be set. Remove it, or use data.root or data.transforms.")
         missing = f"{self.root} does not contain {name}" if self.read_only else None
         sets = find_or_fetch(name, self.root.parent, self._open, self._fetch, missing)
         splits = {part: self._split(dataset, self.parts[part]) for part, dataset in sets.items()}
@@ -117,7 +119,8 @@ class Torchvision(ImageFolder):
         for split in splits.values():
             split.labels = torch.searchsorted(present, split.labels)
         names = getattr(sets["train"], "classes", None) or range(int(present.max()) + 1)
-        class_names = [str(names[label]) for label in present.tolist()]
+        found = (names[label] for label in present.tolist())
+        class_names = [str(name[0] if isinstance(name, tuple) else name) for name in found]  # of ImageNet's synonyms
         return Source(class_names, splits["train"], splits["test"], splits.get("val"))
 
     def _open(self) -> dict[str, Any]:
@@ -126,12 +129,15 @@ class Torchvision(ImageFolder):
             try:
                 return {part: self.make(self.root, **self.arguments, **split) for part, split in self.parts.items()}
             except (RuntimeError, OSError) as error:
-                if not accepts(self.make, "download"):
+                if isinstance(error.__context__, ImportError) or not accepts(self.make, "download"):  # such as h5py
                     raise RuntimeError(reason(error)) from error
                 return {}
 
     def _fetch(self) -> None:
         """Download the set into a scratch folder, then rename it: `root` is always complete."""
+        if self.root.is_dir() and any(self.root.iterdir()):
+            problem = f"data.root={self.root} contains files, but not all of {self.source_name} {self.arguments or ''}"
+            raise UserError(f"{problem.rstrip()}. Set data.root to a new folder, to which the set is downloaded.")
         remedies = (
             f"  - manually: run this command on a computer with a network connection, and copy {self.root} from there\n"
             "  - offline: data=synthetic (or +experiment=quickstart) generates pictures"
