@@ -136,7 +136,7 @@ def test_hyperparameters_are_recorded_resolved_and_the_config_as_written(run):
     assert hparams["data"]["shuffle_seed"] == 0
     assert hparams["num_images"] == 270
     assert hparams.keys() == {
-        *("cifarnet", "class_names", "image_size", "num_images", "model", "data"),
+        *("cifarnet", "class_names", "image_size", "num_images", "files_sha256", "model", "data"),
         *("tta", "tta_share", "precision", "channels_last", "config"),
     }
 

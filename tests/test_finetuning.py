@@ -1,6 +1,7 @@
 import hashlib
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from cifarnet import cli
+from cifarnet.build import build
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import UserError
 from cifarnet.finetuning import expand, transfer_weights
 from cifarnet.models import SpeedNet
 from cifarnet.recipes.backbone import head_name
 from cifarnet.resuming import resume
 from cifarnet.train import main, train
-from conftest import ALLOW_SIGNAL, LEARNS, assert_same_weights, picture, signal_at, small, weights
+from conftest import LEARNS, assert_same_weights, picture, small, weights
 
 HEAD, NORM = "network.head.weight", "network.normalize.mean"
 
@@ -131,17 +133,10 @@ def test_the_head_is_not_kept_if_only_the_number_of_classes_is_the_same(run):
         assert torch.equal(network.normalize.mean, weights(run / "checkpoints/best.ckpt")[NORM])
 
 
-def test_a_run_can_be_resumed_and_loaded_without_the_checkpoint_it_started_from(finetune, base, tmp_path):
-    two = ["trainer.max_epochs=2"]
-    train(finetune(*two, folder="whole"))
-    with pytest.raises(Interrupted):
-        train(finetune(*two, signal_at(epoch=0, batch=2, number=2), folder="stopped"))
-    shutil.rmtree(base)
-    config, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
-    config.callbacks.signal = None
-    train(config, checkpoint)
-    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "stopped/checkpoints/last.ckpt")
-    tuned = Checkpoint.open(tmp_path / "stopped")
+def test_a_run_can_be_resumed_and_loaded_without_the_checkpoint_it_started_from(resumed_run, finetune, base, tmp_path):
+    remove = partial(shutil.rmtree, base)
+    resumed_run("trainer.max_epochs=2", compose=finetune, moment=(0, 2), meanwhile=remove)
+    tuned = Checkpoint.open(tmp_path / "parts")
     assert tuned.class_names == ["blue", "red"]
     assert tuned.network()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
@@ -231,9 +226,12 @@ def first(tmp_path_factory):
     return folder
 
 
-def continuing(config, run, *overrides, folder="next"):
-    start = [f"start.checkpoint={run}", "start.optimizer=true", "scheduler=cosine", "callbacks.pictures=null"]
-    return config(*start, *overrides, folder=folder)
+def start(run) -> list[str]:
+    return [f"start.checkpoint={run}", "start.optimizer=true", "scheduler=cosine", "callbacks.pictures=null"]
+
+
+def continuing(config, run, *overrides):
+    return config(*start(run), *overrides, folder="next")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -264,16 +262,44 @@ def test_a_new_schedule_continues_with_the_state_of_the_optimizer_as_in_plain_py
         assert torch.equal(after[f"network.{name}"], value), name
 
 
-def test_a_continued_run_is_resumed_without_the_run_it_started_from(config, first, tmp_path):
+def test_a_continued_run_is_resumed_without_the_run_it_started_from(resumed_run, first, tmp_path):
     base = shutil.copytree(first, tmp_path / "base")
-    train(continuing(config, base, folder="whole"))
-    with pytest.raises(Interrupted):
-        train(continuing(config, base, signal_at(epoch=0, batch=2, number=2), folder="stopped"))
-    shutil.rmtree(base)
-    resumed, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
-    resumed.callbacks.signal = None
-    train(resumed, checkpoint)
-    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "stopped/checkpoints/last.ckpt")
+    resumed_run(*start(base), moment=(0, 2), meanwhile=partial(shutil.rmtree, base))
+
+
+@pytest.mark.parametrize("source", ["start.checkpoint", "model.checkpoint"])
+def test_build_starts_from_the_last_checkpoint_as_train_does(config, first, source):
+    model = ["model=trained", "start.checkpoint=null"] if source == "model.checkpoint" else []
+    settings = ["start.optimizer=true", "scheduler=cosine", *model, f"{source}={first}"]
+    built = build(config(*settings, without="model." if model else "-"))
+    expected = weights(first / "checkpoints/last.ckpt")
+    assert all(torch.equal(value, expected[name]) for name, value in built.classifier.state_dict().items())
+    sha256 = hashlib.sha256((first / "checkpoints/last.ckpt").read_bytes()).hexdigest()
+    assert built.classifier.hparams["config"]["start"]["sha256"] == sha256
+
+
+def test_the_state_of_adafactor_is_smaller_than_the_weights(config, tmp_path):
+    adafactor = ["~optimizer", "+optimizer={_target_: torch.optim.Adafactor, lr: 0.01}", "scheduler=constant"]
+    train(config(*adafactor, "trainer.max_epochs=1", folder="first"))
+    continued = [f"start.checkpoint={tmp_path}/first", "start.optimizer=true"]
+    train(config(*adafactor, "trainer.max_epochs=1", *continued, folder="next"))
+    states = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        for name in ("first", "next")
+    ]
+    assert [float(state[0]["step"]) for state in states] == [5, 10]
+    assert "row_var" in states[0][0]
+
+
+def test_training_images_that_become_validation_images_are_reported(config, first, capsys):
+    for settings, differs in [
+        ([], None),
+        (["data.folds=4", "data.fold=0"], "data.folds"),
+        (["data.split_seed=1"], "data.split_seed"),
+    ]:
+        build(config(f"start.checkpoint={first}", *settings))
+        reported = f"may have been trained on validation images of this run: {differs} differs."
+        assert (reported in capsys.readouterr().out) == bool(differs)
 
 
 def test_the_record_names_the_last_checkpoint_with_the_optimizer_and_the_best_one_without(config, first, capsys):

@@ -51,6 +51,7 @@ def build(
         UserError: a setting or the data cannot be used.
     """
     L.seed_everything(config.seed, verbose=False)
+    config = finetuning.expand(config)
     data = make_data(config)
     if images is not None:
         images.share(config.data, data)
@@ -70,6 +71,7 @@ def build(
             "class_names": list(data.class_names),
             "image_size": data.image_size,
             "num_images": len(data.source.train),
+            "files_sha256": data.source.selection.get("files_sha256"),
             "model": resolved["model"],
             "data": resolved["data"],
             "tta": resolved["module"].get("tta", "none"),

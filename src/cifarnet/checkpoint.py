@@ -193,12 +193,10 @@ class Checkpoint:
         """
         expected = {name: value.shape for name, value in network.state_dict().items()}
         found = {name: value.shape for name, value in (weights or self.weights).items()}
-        differing = [name for name in expected | found if expected.get(name) != found.get(name)]
-        if differing:
-            raise UserError(
-                f"The weights in {self.path} do not fit the network: {len(differing)} differ, such as {differing[0]}. "
-                "The network's code or settings have changed since it was trained; use the version that trained it."
-            )
+        wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+        if wrong:
+            problem = f"The weights in {self.path} do not fit the network: {len(wrong)} differ, such as {wrong[0]}"
+            raise UserError(f"{problem}. Its code or settings have changed; use the version that trained it.")
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:
         """Check that the data has the classes and the image size that the network was trained on.
@@ -207,10 +205,9 @@ class Checkpoint:
             UserError: they differ.
         """
         if not self.has_classes(class_names):
-            raise UserError(
-                f"The data has the classes {', '.join(class_names)}; {name} was trained on "
-                f"{', '.join(self.class_names)}. Use data with these classes, in folders with these names."
-            )
+            found, expected = (", ".join(names) for names in (class_names, self.class_names))
+            problem = f"The data has the classes {found}; {name} was trained on {expected}"
+            raise UserError(f"{problem}. Use data with these classes, in folders with these names.")
         self.check_image_size(image_size, name)
 
     def has_classes(self, class_names: Sequence[str]) -> bool:
@@ -225,10 +222,8 @@ class Checkpoint:
             UserError: the size differs.
         """
         if image_size != self.image_size:
-            raise UserError(
-                f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size} pixels. "
-                f"With data=folder, set data.image_size={self.image_size}."
-            )
+            problem = f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size}"
+            raise UserError(f"{problem} pixels. Set data.image_size={self.image_size} (data=folder, data=torchvision).")
 
     def check_images(self, hparams: Mapping[str, Any]) -> None:
         """Check that a run, described by its hyperparameters, uses the images that this checkpoint was trained on.
@@ -237,12 +232,12 @@ class Checkpoint:
             UserError: they differ.
         """
         recorded = self.content["hyper_parameters"]
-        for name in ("class_names", "image_size", "num_images"):
-            now = hparams[name]
-            if not (self.has_classes(now) if name == "class_names" else recorded[name] == now):
+        for name in ("class_names", "image_size", "num_images", "files_sha256"):
+            before, now = recorded.get(name), hparams[name]
+            if not (self.has_classes(now) if name == "class_names" else before == now):
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {now}. "
-                    "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
+                    f"{self.path} was trained on other images: {name} was {before} and is now {now}. Set data.root=…, "
+                    "data.keep=… and data.labels=… to the images and files of that run, or start a new run."
                 )
 
     @property
@@ -294,10 +289,8 @@ def refuse_results(folder: Path) -> None:
         UserError: it has.
     """
     if (folder / "metrics.json").exists() or (folder / "checkpoints" / "last.ckpt").exists():
-        raise UserError(
-            f"{folder} contains the results of another run. Choose another folder, remove this one, or resume the run: "
-            f"ckpt_path={folder}"
-        )
+        remedy = f"Choose another folder, remove this one, or resume the run: ckpt_path={folder}"
+        raise UserError(f"{folder} contains the results of another run. {remedy}")
 
 
 def checkpoint_path(path: str | Path, last: bool = False) -> Path:

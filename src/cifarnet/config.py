@@ -40,6 +40,7 @@ EFFECTS = {
         *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
         *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
     ],
+    "content": ["data.keep", "data.labels"],  # files that can have moved when a run is resumed; it checks their content
     "rounding": [  # these affect the weights only by rounding: they can be changed when a run is resumed
         *("trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"),
     ],
@@ -194,7 +195,7 @@ def check_precision(setting: str, precision: Any) -> None:
 
 
 def effect(key: str) -> str:
-    """Return what a setting affects: "nothing", "speed", "rounding" or "result"."""
+    """Return what a setting affects: "nothing", "speed", "content", "rounding" or "result"."""
     for name, settings in EFFECTS.items():
         if is_in(key, settings):
             return name

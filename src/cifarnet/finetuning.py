@@ -15,6 +15,8 @@ from cifarnet.errors import UserError
 from cifarnet.models import check_output
 from cifarnet.recipes.backbone import head_name
 
+DIVISION = ("val_fraction", "split_seed", "folds", "fold")  # settings of `data` that determine the validation images
+
 
 def expand(config: DictConfig) -> DictConfig:
     """Record the checkpoint that a run starts from in `start`, with its checksum. Replace `model=trained
@@ -35,9 +37,7 @@ def expand(config: DictConfig) -> DictConfig:
     if is_trained and OmegaConf.is_missing(model, "checkpoint"):
         raise UserError("model.checkpoint is required: set it to a run's folder, model.checkpoint=RUN.")
     if is_trained and (path := start.get("checkpoint")):
-        raise UserError(
-            f"start.checkpoint={path}: model=trained starts from model.checkpoint. Remove start.checkpoint."
-        )
+        raise UserError(f"start.checkpoint={path} cannot be set with model=trained. Remove start.checkpoint.")
     source = model.checkpoint if is_trained else start.get("checkpoint")
     if source is None or "sha256" in start:
         return config
@@ -57,7 +57,8 @@ def expand(config: DictConfig) -> DictConfig:
 def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModule) -> None:
     """Copy the weights and the statistics of the images from the checkpoint in `config.start` into a network.
 
-    If the checkpoint was trained on other classes, the head keeps its initial weights.
+    If the checkpoint was trained on other classes, the head keeps its initial weights. If it was validated on other
+    images of the same data set, it may have been trained on validation images of this run, which is reported.
 
     Raises:
         UserError: the checkpoint was trained on images of another size, or its weights do not fit.
@@ -71,6 +72,11 @@ def transfer_weights(network: nn.Module, config: DictConfig, data: ImageDataModu
             raise UserError(f"start.optimizer=true: {problem}. Remove start.optimizer.")
         kept = {key: value for key, value in initial.items() if key.startswith(f"{head}.")}
         weights = {key: value for key, value in weights.items() if key not in kept} | kept
+    elif checkpoint.data.get("_target_") == OmegaConf.select(config, "data._target_"):
+        differing = [name for name in DIVISION if checkpoint.data.get(name) != config.data.get(name)]
+        if differing:
+            problem = "may have been trained on validation images of this run"
+            print(f"{checkpoint.path} {problem}: data.{differing[0]} differs.", flush=True)
     checkpoint.check_weights(network, weights)
     network.load_state_dict(weights)
 
@@ -94,11 +100,10 @@ def make_optimizer(
         saved = checkpoint.content["optimizer_states"][0]
         target = checkpoint.content["hyper_parameters"]["config"]["optimizer"]["_target_"]
         sizes = [[len(group["params"]) for group in part] for part in (saved["param_groups"], groups)]
-        tensors = [
-            (key, value) for key, state in saved["state"].items() for value in state.values() if torch.is_tensor(value)
-        ]
-        fits = all(value.shape in ((), weights[key].shape) for key, value in tensors)
-    except (LookupError, TypeError, AttributeError):  # it was not saved by a run
+        states = [(weights[key].shape, state.values()) for key, state in saved["state"].items()]
+        shapes = [(shape, value.shape) for shape, state in states for value in state if torch.is_tensor(value)]
+        fits = all(torch.broadcast_shapes(*pair) == pair[0] for pair in shapes)  # Adafactor has means of rows
+    except (LookupError, TypeError, AttributeError, RuntimeError):  # it was not saved by a run
         target, sizes, fits = None, [], False
     if target != config.optimizer._target_ or sizes[0] != sizes[1] or not fits:
         problem = f"{checkpoint.path} contains no state of {config.optimizer._target_} that fits this run"

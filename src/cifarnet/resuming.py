@@ -99,9 +99,7 @@ def _check(config: Any, file: Path, overridden: Sequence[str], problem_of: Calla
     """
     for key, text in leaves(config):
         if not is_in(key, overridden) and (problem := problem_of(key, text)):
-            raise UserError(
-                f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
-            )
+            raise UserError(f"{file}: the recorded setting {key}={text[:200]} {problem}. Set {key}=… in the command.")
 
 
 def _evaluates(key: str, text: str) -> str:

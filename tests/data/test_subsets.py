@@ -1,6 +1,7 @@
 import math
-import signal
+import shutil
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,11 @@ from cifarnet.build import build, make_data
 from cifarnet.config import deciding_settings
 from cifarnet.data import InMemoryLoader, Synthetic
 from cifarnet.data.augmentation import Augment
-from cifarnet.data.subsets import Selection, balanced, balanced_weights, long_tail, noisy
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.data.subsets import Selection, balanced, balanced_weights, long_tail, noisy, read_integers
+from cifarnet.errors import UserError
 from cifarnet.recipes.mixup import Mixup
-from cifarnet.records.record import Record
 from cifarnet.resuming import resume
 from cifarnet.train import train
-from conftest import SignalAt, assert_same_weights
 
 SIZES = [9, 13, 24, 5, 30]  # images of each class
 LABELS = torch.cat([torch.full((size,), label) for label, size in enumerate(SIZES)])[
@@ -71,7 +70,11 @@ def test_folds_are_as_large_as_those_of_scikit_learn():
         ({"fold": 1}, r"data\.fold=1 .*data\.folds=5"),
         ({"folds": 6, "fold": 0}, r"data\.folds=6: the smallest class has 5 .*at most 5"),
         ({"train_share": 0.1, "images_per_class": 3}, r"data\.train_share=0\.1 and data\.images_per_class=3.*Remove"),
-        ({"images_per_class": 6, "val_fraction": 0}, r"data\.images_per_class=6: the smallest class has 5 .*at most 5"),
+        (
+            {"images_per_class": 6, "val_fraction": 0},
+            r"data\.images_per_class=6: the smallest class has 5 .*Select more",
+        ),
+        ({"noise_type": "pairs"}, r"data\.noise_type=pairs .*data\.label_noise="),
     ],
 )
 def test_settings_that_select_nothing_are_refused(settings, message):
@@ -82,7 +85,7 @@ def test_settings_that_select_nothing_are_refused(settings, message):
 def test_smaller_shares_are_subsets_of_larger_ones():
     previous: set = set()
     for share in (0.05, 0.2, 0.5, 1):
-        train, val, _ = select(train_share=share)
+        train, val, *_ = select(train_share=share)
         of_class = [round(size * 0.1) for size in SIZES]
         expected = [max(1, round((size - held) * share)) for size, held in zip(SIZES, of_class, strict=True)]
         assert counts(LABELS[train]) == expected
@@ -117,21 +120,21 @@ def test_noise_changes_the_labels_of_a_share_of_each_class(share):
 
 
 def test_only_training_labels_are_changed(tmp_path):
-    given = np.random.default_rng(0).integers(0, 10, 100)
-    np.savetxt(tmp_path / "labels.txt", given, "%d")
-    np.save(tmp_path / "labels.npy", given)
+    noisy_labels = np.random.default_rng(0).integers(0, 10, 100)
+    np.savetxt(tmp_path / "labels.txt", noisy_labels, "%d")
+    np.save(tmp_path / "labels.npy", noisy_labels)
     true = torch.arange(100) % 10
     for file in ("labels.txt", "labels.npy"):
         data = Synthetic(train_size=100, test_size=20, val_fraction=0.2, labels=str(tmp_path / file))
         index = data.source.train_index
         assert index is not None
-        assert data.source.train.labels.tolist() == given[index].tolist()
+        assert data.source.train.labels.tolist() == noisy_labels[index].tolist()
         assert data.source.validation.labels.bincount().tolist() == [2] * 10
         whole = Synthetic(train_size=100, test_size=20, val_fraction=0).source.train
         assert torch.equal(pixels(data.source.train), pixels(whole)[index])  # which `train_index` describes
         described = data.describe()
-        assert described["wrong_labels"] == sum(given[index] != true[index].numpy())
-        assert described["train_per_class"] == np.bincount(given[index], minlength=10).tolist()
+        assert described["wrong_labels"] == sum(noisy_labels[index] != true[index].numpy())
+        assert described["train_per_class"] == np.bincount(noisy_labels[index], minlength=10).tolist()
     noisy = Synthetic(train_size=100, test_size=20, val_fraction=0.2, label_noise=0.5)
     assert noisy.describe()["wrong_labels"] == 40
     assert torch.equal(noisy.source.validation.labels, data.source.validation.labels)
@@ -169,6 +172,37 @@ def test_all_folds_have_one_checksum():
     folds = [Synthetic(train_size=100, test_size=20, folds=4, fold=fold).describe()["sha256"] for fold in range(4)]
     assert len({*folds}) == 1
     assert folds[0] != Synthetic(train_size=101, test_size=20, folds=4, fold=0).describe()["sha256"]
+
+
+def test_all_selections_have_the_checksum_of_the_data_set(tmp_path):
+    (tmp_path / "keep.txt").write_text("\n".join(map(str, range(50))))
+    (tmp_path / "labels.txt").write_text("\n".join(["3"] * 100))
+    files: Any = {"keep": str(tmp_path / "keep.txt"), "labels": str(tmp_path / "labels.txt")}
+    plain = Synthetic(train_size=100, test_size=20).describe()["sha256"]
+    changes: list[Any] = [{"train_share": 0.5}, {"label_noise": 0.3}, {"imbalance": 3}, {"keep": files["keep"]}, files]
+    assert {Synthetic(train_size=100, test_size=20, **change).describe()["sha256"] for change in changes} == {plain}
+
+
+def test_the_content_of_the_files_is_identified(tmp_path):
+    def described(**settings: Any) -> str:
+        return Synthetic(train_size=100, test_size=20, **settings).describe()["files_sha256"]
+
+    labels = [number % 7 for number in range(100)]
+    text, array, other, keep = (str(tmp_path / name) for name in ("a.txt", "a.npy", "b.txt", "keep.txt"))
+    np.savetxt(text, labels, "%d")
+    np.save(array, labels)
+    np.savetxt(other, [*labels[:-1], 9], "%d")
+    np.savetxt(keep, range(60), "%d")
+    assert described(labels=text) == described(labels=array, folds=2, fold=1) == described(labels=text, label_noise=0.1)
+    different = [{"labels": text}, {"labels": other}, {"labels": text, "keep": keep}, {"keep": keep}]
+    assert len({described(**settings) for settings in different}) == 4
+    assert "files_sha256" not in Synthetic(train_size=100, test_size=20, train_share=0.5).describe()
+
+
+def test_paths_may_be_relative_to_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "keep.txt").write_text("3\n5\n")
+    assert read_integers("data.keep", "~/keep.txt", 10).tolist() == [3, 5]
 
 
 def test_an_epoch_of_the_balanced_sampler():
@@ -227,30 +261,49 @@ def test_ranks_share_the_batches_of_the_balanced_sampler():
         assert torch.equal(one.images, torch.cat([half.images for half in halves]))
 
 
-def test_the_balanced_sampler_needs_all_images():
-    with pytest.raises(
-        UserError, match=r"data\.sampler=balanced and data\.hardest_share=0\.5.*Set data.hardest_share=1"
-    ):
-        Synthetic(sampler="balanced", hardest_share=0.5)
+@pytest.mark.parametrize("settings", [{"hardest_share": 0.5}, {"flip": "alternating"}])
+def test_settings_that_the_balanced_sampler_excludes(settings):
+    [(name, value)] = settings.items()
+    message = rf"data\.sampler=balanced .*data\.{name}={value}.*Set data\.hardest_share=1 and data\.flip=random"
+    with pytest.raises(UserError, match=message):
+        Synthetic(sampler="balanced", **settings)
 
 
 SETTINGS = [
-    ["data.folds=4", "data.fold=2", "data.label_noise=0.3", "data.noise_type=pairs"],
-    ["data.imbalance=4", "data.sampler=balanced", "+recipe=mixup", "data.train_share=0.8"],
+    (["data.folds=4", "data.fold=2", "data.label_noise=0.3", "data.noise_type=pairs"], 40),  # round(0.3 × 15) of each
+    (["data.imbalance=4", "data.sampler=balanced", "+recipe=mixup", "data.train_share=0.8"], 0),
+    (["data.images_per_class=9"], 0),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_stopped_run_equals_one_that_was_not_stopped(config, tmp_path, settings):
-    settings = ["data.batch_size=16", *settings]
-    train(config(*settings, folder="whole"))
-    with pytest.raises(Interrupted):
-        train(config(*settings, folder="parts"), callbacks=[SignalAt(1, 2, signal.SIGTERM)])
-    train(*resume(tmp_path / "parts"))
-    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "parts/checkpoints/last.ckpt")
-    whole, parts = (Record.read(tmp_path / name / "metrics.json") for name in ("whole", "parts"))
-    assert whole.data == parts.data
-    assert whole.data.get("wrong_labels") == (40 if "data.folds=4" in settings else 0)  # round(0.3 × 15) of each class
+@pytest.mark.parametrize(("settings", "num_wrong"), SETTINGS)
+def test_a_stopped_run_equals_one_that_was_not_stopped(resumed_run, settings, num_wrong):
+    assert resumed_run("data.batch_size=16", *settings).data.get("wrong_labels") == num_wrong
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write files of labels, of which ten are wrong, and of 150 positions, for the 200 images of `config`."""
+    labels = Synthetic(train_size=200, test_size=50, val_fraction=0).source.train.labels
+    labels[:10] = (labels[:10] + 1) % 10
+    np.savetxt(tmp_path / "labels.txt", labels, "%d")
+    np.save(tmp_path / "keep.npy", np.arange(150))
+    return [f"data.labels={tmp_path}/labels.txt", f"data.keep={tmp_path}/keep.npy", "data.batch_size=16"]
+
+
+def test_a_stopped_run_needs_the_content_of_its_files(resumed_run, files, tmp_path):
+    moved = f"data.labels={tmp_path}/moved.txt"
+    move = partial(shutil.move, tmp_path / "labels.txt", tmp_path / "moved.txt")
+    record = resumed_run(*files, meanwhile=move, changes=[moved])
+    assert 5 <= record.data["wrong_labels"] <= 10  # a tenth is validated on
+    np.savetxt(tmp_path / "moved.txt", np.zeros(200), "%d")
+    with pytest.raises(UserError, match=r"trained on other images: files_sha256 was \w+ and is now .*data\.labels=…"):
+        train(*resume(tmp_path / "parts", [moved]))
+
+
+def test_two_ranks_train_on_the_same_images_and_labels(sharded_run, files):
+    selected = ["data.folds=4", "data.fold=1", "data.imbalance=2", "data.train_share=0.9", "data.label_noise=0.2"]
+    sharded_run(*files, *selected, "data.sampler=balanced", "data.noise_type=pairs")
 
 
 def test_settings_that_are_not_used_do_not_distinguish_runs(config):
@@ -274,7 +327,7 @@ def test_folds_of_a_data_set_with_validation_images_are_refused(config):
             source.val = source.test
             return source
 
-    with pytest.raises(UserError, match=r"data\.folds=2.*remove data\.folds"):
+    with pytest.raises(UserError, match=r"data\.folds=2.*data\.folds=null data\.fold=null"):
         _ = Divided(train_size=40, test_size=20, folds=2, fold=0).source
     subset = Divided(train_size=40, test_size=20, images_per_class=2).source
     assert [len(subset.train), len(subset.validation)] == [20, 20]

@@ -1,11 +1,12 @@
 """Data sets of torchvision, from small files in their official formats."""
 
+import bz2
 import csv
 import hashlib
 import http.server
 import json
-import signal
 import struct
+import sys
 import threading
 from functools import partial
 
@@ -17,11 +18,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from cifarnet.data import Torchvision
-from cifarnet.errors import Interrupted, NoImages, UserError
+from cifarnet.errors import NoImages, UserError
 from cifarnet.evaluate import evaluate
-from cifarnet.resuming import resume
-from cifarnet.train import train
-from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at
 
 RANDOM = np.random.default_rng(0)
 
@@ -35,8 +33,9 @@ def photograph(path, size=(40, 30)):
 
 
 def idx(array) -> bytes:
-    """Return an array of bytes in MNIST's format."""
-    return struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    """Return an array of bytes, or of int32, in MNIST's format."""
+    kind = {np.dtype(np.uint8): 8, np.dtype(">i4"): 12}[array.dtype]
+    return struct.pack(f">BBBB{array.ndim}i", 0, 0, kind, array.ndim, *array.shape) + array.tobytes()
 
 
 def mnist(root, name="MNIST", prefix=("train", "t10k"), first=0, classes=10):
@@ -84,6 +83,32 @@ def test_letters_of_emnist(tmp_path):
         read("EMNIST", tmp_path)
     with pytest.raises(UserError, match=r"data\.arguments\.splitt.*Did you mean split"):
         read("EMNIST", tmp_path, arguments={"splitt": "letters"})
+
+
+def test_qmnist(tmp_path):
+    (tmp_path / "QMNIST/raw").mkdir(parents=True)
+    for part, count in {"train": 40, "test": 20}.items():
+        pixels = RANDOM.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = np.stack([np.arange(count) % 10, *RANDOM.integers(0, 99, (7, count))], 1).astype(">i4")  # and writers
+        (tmp_path / f"QMNIST/raw/qmnist-{part}-images-idx3-ubyte").write_bytes(idx(pixels))
+        (tmp_path / f"QMNIST/raw/qmnist-{part}-labels-idx2-int").write_bytes(idx(labels))
+    source = read("QMNIST", tmp_path, image_size=28)
+    assert source.class_names == torchvision.datasets.QMNIST.classes
+    assert torch.equal(source.test.images, torch.tensor(pixels)[:, None].expand(-1, 3, -1, -1))
+    assert source.test.labels.tolist() == [*range(10)] * 2
+
+
+def test_usps(tmp_path):
+    for file, count in {"usps.bz2": 40, "usps.t.bz2": 20}.items():
+        pixels = RANDOM.integers(0, 2, (count, 256)) * 2 - 1  # black or white
+        lines = [" ".join(f"{i + 1}:{value}" for i, value in enumerate(row)) for row in pixels]
+        text = "\n".join(f"{number % 10 + 1} {line}" for number, line in enumerate(lines))
+        (tmp_path / file).write_bytes(bz2.compress(text.encode()))
+    source = read("USPS", tmp_path, image_size=16)
+    assert source.class_names == [str(digit) for digit in range(10)]
+    expected = torch.tensor(pixels > 0).view(20, 1, 16, 16).expand(-1, 3, -1, -1) * 255
+    assert torch.equal(source.test.images, expected.to(torch.uint8))
+    assert source.test.labels.tolist() == [*range(10)] * 2
 
 
 def svhn(root):
@@ -173,7 +198,52 @@ def oxford_pets(root):
     return ["Abyssinian", "Basset Hound"], colours, [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize(("name", "write"), [("GTSRB", gtsrb), ("Food101", food101), ("OxfordIIITPet", oxford_pets)])
+def imagenette(root):
+    """Write two classes without test images, which the validation images replace; the classes have several names."""
+    for part, count in {"train": 4, "val": 2}.items():
+        names = [f"{wnid}/{i}.JPEG" for wnid in ("n01440764", "n03000684") for i in range(count)]
+        colours = [photograph(root / f"imagenette2/{part}/{name}") for name in names]
+    return ["tench", "chain saw"], colours, [0, 0, 1, 1]
+
+
+def dtd(root):
+    (root / "dtd/dtd/labels").mkdir(parents=True)
+    for part, count in {"train": 4, "val": 4, "test": 4}.items():
+        names = [f"{('banded', 'woven')[i % 2]}/{part}{i}.jpg" for i in range(count)]
+        colours = [photograph(root / f"dtd/dtd/images/{name}") for name in names]
+        (root / f"dtd/dtd/labels/{part}1.txt").write_text("\n".join(names))
+    return ["banded", "woven"], colours, [0, 1, 0, 1]
+
+
+def aircraft(root):
+    folder = root / "fgvc-aircraft-2013b/data"
+    for part, count in {"train": 4, "val": 4, "test": 4}.items():
+        colours = [photograph(folder / f"images/{part}{i}.jpg") for i in range(count)]
+        lines = [f"{part}{i} {('Boeing 707', 'A320')[i % 2]}" for i in range(count)]
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines))
+    (folder / "variants.txt").write_text("Boeing 707\nA320\n")
+    return ["Boeing 707", "A320"], colours, [0, 1, 0, 1]
+
+
+def country211(root):
+    for part, count in {"train": 2, "valid": 2, "test": 2}.items():
+        names = [f"{part}/{name}/{i}.jpg" for name in ("AD", "ZW") for i in range(count)]
+        colours = [photograph(root / "country211" / name) for name in names]
+    return ["AD", "ZW"], colours, [0, 0, 1, 1]
+
+
+PHOTOGRAPHS = [
+    ("GTSRB", gtsrb),
+    ("Food101", food101),
+    ("OxfordIIITPet", oxford_pets),
+    ("Imagenette", imagenette),
+    ("DTD", dtd),
+    ("FGVCAircraft", aircraft),
+    ("Country211", country211),
+]
+
+
+@pytest.mark.parametrize(("name", "write"), PHOTOGRAPHS)
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_sets_of_photographs(tmp_path, name, write, in_memory):
     class_names, colours, labels = write(tmp_path)
@@ -234,6 +304,40 @@ def test_the_download_is_complete_or_absent(tmp_path, checksums, server):
     assert Torchvision("SVHN", str(root), batch_size=4, val_fraction=0.25, read_only=True).source.checksum == checksum
 
 
+def test_a_folder_with_other_files_is_not_replaced(tmp_path, checksums):
+    parts, root = svhn(tmp_path / "data"), tmp_path / "data"
+    checksums(parts)
+    (root / "train_32x32.mat").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=rf"^data\.root={root} contains files, but not all of SVHN\. .* new folder"):
+        read("SVHN", root)
+    imagenette(root)
+    with pytest.raises(UserError, match=r"data contains files, but not all of Imagenette \{'size': '160px'\}\."):
+        read("Imagenette", root, arguments={"size": "160px"})
+    assert sorted(path.name for path in root.iterdir()) == ["imagenette2", "test_32x32.mat", "train_32x32.mat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("MNIST", {"download": True}),
+        ("MNIST", {"train": False}),
+        ("MNIST", {"transform": None}),
+        ("MNIST", {"root": "x"}),
+        ("Food101", {"split": "test"}),
+    ],
+)
+def test_arguments_that_other_settings_determine_are_refused(tmp_path, name, arguments):
+    mnist(tmp_path)
+    with pytest.raises(UserError, match=rf"^data\.arguments\.{next(iter(arguments))} cannot be set\. Remove it"):
+        read(name, tmp_path, arguments=arguments)
+
+
+def test_a_missing_package_is_reported_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError, match=r"^data\.name=PCAM .*pip install h5py"):
+        read("PCAM", tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -255,25 +359,25 @@ def test_labels_that_are_not_whole_numbers_are_refused(tmp_path):
         read("OxfordIIITPet", tmp_path, arguments={"target_types": ["category", "binary-category"]})
 
 
-def test_a_run_that_was_stopped_equals_one_that_was_not(config, tmp_path):
+@pytest.fixture
+def mnist_run(tmp_path):
+    """The settings of a run on a small MNIST."""
     mnist(tmp_path / "data")
-    data = [
-        "data=torchvision",
-        "data.name=MNIST",
-        f"data.root={tmp_path / 'data'}",
-        "data.batch_size=8",
-        "data.val_fraction=0.25",
-    ]
-    train(config(*data, folder="whole", without="data"))
-    record = json.loads((tmp_path / "whole/metrics.json").read_text())["data"]
+    return ["data=torchvision", "data.name=MNIST", f"data.root={tmp_path}/data", "data.batch_size=8"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_that_was_stopped_equals_one_that_was_not(resumed_run, mnist_run, tmp_path, in_memory):
+    settings = ["data.val_fraction=0.25", f"data.in_memory={in_memory}", "data.workers=0"]
+    record = resumed_run(*mnist_run, *settings, moment=(0, 2), without="data").data
     assert (record["source"], record["classes"], record["test"]) == ("MNIST", 10, 20)
-    with pytest.raises(NoImages, match=r"Add data\.name=… data\.root=…"):
+    with pytest.raises(NoImages, match=r"Add data\.name=… data\.root=… data\.arguments=…"):
         evaluate(tmp_path / "whole", ["corruptions=false"])
-    again = evaluate(tmp_path / "whole", ["corruptions=false", *data[1:3]])
-    assert again["data"] == record
-    with pytest.raises(Interrupted):
-        train(config(*data, signal_at(0, 2, signal.SIGTERM), folder="stopped", without="data"))
-    resumed, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
-    resumed.callbacks.signal = None
-    train(resumed, checkpoint)
-    assert_same_weights(*(tmp_path / folder / "checkpoints/last.ckpt" for folder in ("whole", "stopped")))
+    for chosen in ([], ["data=torchvision"]):
+        assert evaluate(tmp_path / "whole", ["corruptions=false", *chosen, *mnist_run[1:3]])["data"] == record
+
+
+def test_two_ranks_stream_and_transform_the_same_images(sharded_run, mnist_run):
+    blur = "data.transforms={blur: {_target_: torchvision.transforms.v2.GaussianBlur, kernel_size: 3}}"
+    settings = ["data.val_fraction=0.25", "data.image_size=20", "data.in_memory=false", "data.workers=0", blur]
+    sharded_run(*mnist_run, *settings, without=("data",))

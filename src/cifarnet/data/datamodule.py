@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -62,7 +62,7 @@ class Source:
     Attributes:
         train_index: the positions of the images of `train` in the training images of the data set, int64 [N]; None
             before images are selected.
-        num_wrong: the number of training labels that differ from those of the data set.
+        selection: a description of the selected training images for the record, if `Selection.changes_training`.
     """
 
     class_names: list[str]
@@ -70,7 +70,7 @@ class Source:
     test: Split
     val: Split | None = None
     train_index: Tensor | None = None
-    num_wrong: int = 0
+    selection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def validation(self) -> Split:
@@ -112,7 +112,8 @@ class ImageDataModule(Selection, L.LightningDataModule):
         train_sizes: the height and width to which training images are resized, one value per epoch; the last value is
             used for all later epochs. Small images make the first epochs faster. None: no resizing.
         sampler: balanced: an epoch has as many images as there are, and draws all classes equally often; images of
-            small classes are repeated, with another augmentation each time. None: each image occurs once.
+            small classes are repeated, with another augmentation each time, and some images of large classes are left
+            out. None: each image occurs once.
         hardest_share: the fraction of the training images that an epoch uses: first the images that were never used,
             then those with the highest loss when they were last used (StaleSB, Jiang et al., 2019,
             https://arxiv.org/abs/1910.00762). Images with wrong labels also have high losses.
@@ -151,9 +152,9 @@ class ImageDataModule(Selection, L.LightningDataModule):
         self.transforms = [part if hasattr(part, "draw") else PerImage(name, part) for name, part in named.items()]
         if mix is not None and not hasattr(mix, "draw"):
             raise UserError(f"data.mix={type(mix).__name__} has no draw. Choose +recipe=mixup or +recipe=cutmix.")
-        if sampler is not None and hardest_share < 1:
-            both = f"data.sampler={sampler} and data.hardest_share={hardest_share}"
-            raise UserError(f"{both} exclude each other: both choose the images of an epoch. Set data.hardest_share=1.")
+        if sampler is not None and (hardest_share < 1 or flip == "alternating"):  # both follow the images of an epoch
+            found = f"data.hardest_share={hardest_share} and data.flip={flip}"
+            raise UserError(f"data.sampler={sampler} excludes {found}. Set data.hardest_share=1 and data.flip=random.")
         self.sampler = sampler
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
@@ -184,9 +185,7 @@ class ImageDataModule(Selection, L.LightningDataModule):
         size = source.train.images.shape[-1]
         for name, most in {"crop_padding": size - 1, "cutout": size}.items():
             if (value := getattr(self.augment, name)) > most:
-                raise UserError(
-                    f"data.{name}={value} is too large for images of {size} pixels. Choose data.{name}={most} or less."
-                )
+                raise UserError(f"data.{name}={value} exceeds {size}-pixel images. Choose data.{name}={most} or less.")
         return source
 
     @property
@@ -198,16 +197,20 @@ class ImageDataModule(Selection, L.LightningDataModule):
         """Select the training and validation images, and the training labels."""
         if source.val is not None and self.folds is not None:
             problem = f"data.folds={self.folds}: the data set has validation images of its own"
-            raise UserError(f"{problem}. Move them to the training images, or remove data.folds and data.fold.")
-        if source.val is not None and not self.changes_training:
-            return source
+            raise UserError(f"{problem}. Move them to the training images, or set data.folds=null data.fold=null.")
         if self.folds is not None:
             _ = source.checksum  # of the undivided images, which is the same for all folds
-        true, images = source.train.labels, source.train.images
-        train, val, labels = self.select(true, len(source.class_names), sets_aside=source.val is None)
-        source.val = source.val or Split(images[val], true[val])
-        source.train, source.train_index = Split(images[train], labels[train]), train
-        source.num_wrong = int((labels[train] != true[train]).sum())
+        true = source.train.labels
+        selected = self.select(true, len(source.class_names), sets_aside=source.val is None)
+        index, labels = selected.train, selected.labels[selected.train]
+        source.val = source.val or source.train[selected.val]
+        source.train, source.train_index = source.train[selected.rest], index
+        if self.changes_training:
+            _ = source.checksum  # of all images with their true labels, as without these settings
+            source.train = Split(source.train.images[torch.searchsorted(selected.rest, index)], labels)
+            per_class = torch.bincount(labels, minlength=len(source.class_names)).tolist()
+            source.selection = {"train_per_class": per_class, "wrong_labels": int((labels != true[index]).sum())}
+            source.selection |= {"files_sha256": selected.files_sha256} if selected.files_sha256 else {}
         return source
 
     @property
@@ -232,15 +235,11 @@ class ImageDataModule(Selection, L.LightningDataModule):
     def describe(self) -> dict:
         """Describe the images for the record: counts, and a checksum of all pixels and labels (None if streamed).
 
-        The checksum of a fold includes the images of all folds before any were left out.
+        The checksum is that of the data set, before any training images are left out or labels are changed.
         """
         splits = {"train": self.source.train, "val": self.source.validation, "test": self.source.test}
         counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
-        selected = {}
-        if self.changes_training:
-            per_class = torch.bincount(self.source.train.labels, minlength=len(self.class_names))
-            selected = {"train_per_class": per_class.tolist(), "wrong_labels": self.source.num_wrong}
-        return {"source": self.source_name, **counts, "sha256": self.source.checksum, **selected}
+        return {"source": self.source_name, **counts, "sha256": self.source.checksum, **self.source.selection}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)
@@ -261,9 +260,7 @@ class ImageDataModule(Selection, L.LightningDataModule):
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:
-            raise UserError(
-                f"A batch of {least} images is too small for {size} devices. Use at most {least}, or larger batches."
-            )
+            raise UserError(f"A batch of {least} images is too small for {size} devices. Use at most {least} devices.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
         settings |= {"transforms": self.transforms, "balanced": self.sampler == "balanced"}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}
@@ -276,8 +273,6 @@ class ImageDataModule(Selection, L.LightningDataModule):
         if settings["device"].type == "cuda":
             free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
             if needed > free:
-                raise UserError(
-                    f"The images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of GPU memory are free. "
-                    "Keep them on the host: data.on_device=false."
-                )
+                sizes = f"{needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of GPU memory are free"
+                raise UserError(f"The images need {sizes}. Keep them on the host: data.on_device=false.")
         return InMemoryLoader(split.images, split.labels, batch_size, **settings)

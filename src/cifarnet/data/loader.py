@@ -119,26 +119,25 @@ class BatchLoader:
         self._resume_epoch = -1
         if start == 0:
             self._losses = self._gather_losses().to(self.labels.device, copy=True)
-        batches = self._batches()[start:]
-        with_partners = [torch.cat([index, mixing[0][index]]) for index in batches] if mixing else batches
-        shown = with_partners  # with `balanced`, the numbers so far are positions in the epoch
-        if self.balanced:
+        batches = [torch.cat([index, mixing[0][index]]) if mixing else index for index in self._batches()[start:]]
+        shown = batches
+        if self.balanced:  # the numbers so far are positions in the epoch
             drawn = subsets.balanced(self.labels.cpu(), self.seed, self.epoch).to(self.labels.device)
-            shown = [drawn[position] for position in with_partners]
+            shown = [drawn[index] for index in batches]
         size = self.sizes[min(self.epoch, len(self.sizes) - 1)] if self.sizes else self.image_size
         self._served = start
-        steps = zip(batches, with_partners, shown, self._pixels(shown), strict=True)
-        for index, needed, image, (pixels, place) in steps:
+        for index, image, (pixels, place) in zip(batches, shown, self._pixels(shown), strict=True):
             self._served += 1
-            images = self.augment(pixels, place, *(row[needed] for row in draws)) if self.augment else pixels[place]
+            images = self.augment(pixels, place, *(row[index] for row in draws)) if self.augment else pixels[place]
             images = images.permute(0, 3, 1, 2)
             for transform, rows in transforms:
-                images = transform(images, *(row[needed] for row in rows))
-            batch = Batch(resize(images, size), self.labels[image[: len(index)]], image[: len(index)])
+                images = transform(images, *(row[index] for row in rows))
+            batch = Batch(resize(images, size), self.labels[image], image)
             if self.mix is not None:
-                mixed, lam = self.mix(*batch.images.chunk(2), *(row[index] for row in mixing[1:]))
+                (first, second), (labels, partners) = batch.images.chunk(2), batch.labels.chunk(2)
+                mixed, lam = self.mix(first, second, *(row[index.chunk(2)[0]] for row in mixing[1:]))
                 mixed = mixed.contiguous(memory_format=torch.channels_last)
-                batch = Batch(mixed, batch.labels, batch.index, self.labels[image[len(index) :]], lam)
+                batch = Batch(mixed, labels, image.chunk(2)[0], partners, lam)
             yield batch.pin_memory() if self.pin else batch
 
     def _draw(self, change: Augment | Transform | Mix | None) -> list[Tensor]:

@@ -3,7 +3,10 @@
 Everything is a function of the labels, the settings and `split_seed`, and does not depend on `seed`.
 """
 
+import hashlib
+import json
 import math
+import os
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +23,9 @@ Noise = Literal["symmetric", "pairs"]
 class Selected(NamedTuple):
     train: Tensor  # the positions of the training images in the data set, int64, ascending
     val: Tensor  # the positions of the validation images
+    rest: Tensor  # the positions of all other images, of which the training images are a subset
     labels: Tensor  # the label of each image of the data set in training, int64 [N]
+    files_sha256: str | None  # the first 16 digits of a checksum of the numbers in the files; None without files
 
 
 class Selection:
@@ -34,8 +39,8 @@ class Selection:
         val_fraction: the fraction of each class's training images that is set aside for validation, if the source has
             no validation images; 0 trains on all images, without validation.
         split_seed: determines all selections. It is independent of `seed`, so that all seeds use the same images.
-        folds, fold: divide the training images into `folds` parts, and validate with the part number `fold` (from 0);
-            they replace `val_fraction`.
+        folds, fold: divide the training images into `folds` parts, and validate on the part number `fold` (from 0);
+            `val_fraction` is then ignored.
         keep: a file with the positions of the images to train on, such as a coreset. Positions count from 0 in the
             training images of the data set, before any are set aside; those that are set aside are not trained on.
         imbalance: the ratio of the largest to the smallest class in a long tail: of the C classes, class c keeps
@@ -72,11 +77,13 @@ class Selection:
             last = folds - 1
             remedy = f"Choose data.fold=0 to data.fold={last}, or train on all of them: -m 'data.fold=range({folds})'."
             raise UserError(f"data.fold={'null' if fold is None else fold} is not one of the {folds} folds. {remedy}")
+        if noise_type is not None and label_noise is None:
+            raise UserError(f"data.noise_type={noise_type} needs the share of wrong labels: add data.label_noise=0.2.")
         if train_share is not None and images_per_class is not None:
             both = f"data.train_share={train_share} and data.images_per_class={images_per_class}"
             raise UserError(f"{both} exclude each other. Remove one of them.")
         self.val_fraction, self.split_seed, self.folds, self.fold = val_fraction, split_seed, folds, fold
-        self.keep_file, self.labels_file = keep, labels
+        self.files = {"labels": labels, "keep": keep}
         self.imbalance, self.label_noise = imbalance, label_noise
         self.noise_type: Noise = noise_type or "symmetric"
         self.train_share, self.images_per_class = train_share, images_per_class
@@ -84,8 +91,8 @@ class Selection:
     @property
     def changes_training(self) -> bool:
         """Whether a setting leaves out training images, besides those for validation, or changes training labels."""
-        files, subset = (self.keep_file, self.labels_file), (self.imbalance, self.train_share, self.images_per_class)
-        return any(setting is not None for setting in (*files, *subset, self.label_noise))
+        subset = (self.imbalance, self.train_share, self.images_per_class)
+        return any(setting is not None for setting in (*self.files.values(), *subset, self.label_noise))
 
     def select(self, true: Tensor, num_classes: int, sets_aside: bool = True) -> Selected:
         """Select images by their true labels, int64 [N].
@@ -98,15 +105,15 @@ class Selection:
         """
         shuffled = torch.randperm(len(true), generator=generator(self.split_seed, 0, "split"))
         is_val = self._is_val(true[shuffled]) if sets_aside else torch.zeros(len(true), dtype=torch.bool)
-        train, val = shuffled[~is_val], shuffled[is_val]
-        file = self.labels_file
-        labels = true if file is None else read_integers("data.labels", file, num_classes)
+        train, val, rest = shuffled[~is_val], shuffled[is_val].sort().values, shuffled[~is_val].sort().values
+        limits = {"labels": num_classes, "keep": len(true)}
+        files = {name: read_integers(f"data.{name}", path, limits[name]) for name, path in self.files.items() if path}
+        labels = files.get("labels", true)
         if len(labels) != len(true):
-            problem = f"data.labels={file} has {len(labels):,} labels for {len(true):,} training images"
+            problem = f"data.labels={self.files['labels']} has {len(labels):,} labels for {len(true):,} training images"
             raise UserError(f"{problem}. Use a file with one label for each image, before any are set aside.")
-        if self.keep_file is not None:
-            kept = read_integers("data.keep", self.keep_file, len(true))
-            train = train[torch.isin(train, kept)]
+        if "keep" in files:
+            train = train[torch.isin(train, files["keep"])]
         if self.imbalance is not None:
             largest = int(torch.bincount(true[train], minlength=1).max())
             train = _first(train, true, torch.tensor(long_tail(largest, self.imbalance, num_classes)))
@@ -116,16 +123,17 @@ class Selection:
         if (wanted := self.images_per_class) is not None:
             if wanted > (least := int(counts.min())):
                 problem = f"data.images_per_class={wanted}: the smallest class has {least} training images"
-                raise UserError(f"{problem}. Use at most {least}." if least else f"{problem}. Add some to data.keep.")
+                raise UserError(f"{problem}. Select more images of this class, or use fewer of each.")
             train = _first(train, true, torch.full((num_classes,), wanted))
         if len(train) == 0:
-            raise UserError(f"data.keep={self.keep_file} leaves no image for training. Add positions of other images.")
+            raise UserError(f"data.keep={self.files['keep']} leaves no training images. Add positions of others.")
         train = train.sort().values
         if self.label_noise is not None:
             labels = labels.clone()
             noise = generator(self.split_seed, 0, "label noise")
             labels[train] = noisy(labels[train], self.label_noise, self.noise_type, num_classes, noise)
-        return Selected(train, val.sort().values, labels)
+        content = json.dumps({name: values.tolist() for name, values in files.items()})
+        return Selected(train, val, rest, labels, hashlib.sha256(content.encode()).hexdigest()[:16] if files else None)
 
     def _is_val(self, labels: Tensor) -> Tensor:
         """Return which of the shuffled images with these labels are set aside for validation, bool [N]."""
@@ -140,11 +148,9 @@ class Selection:
             return is_val
         is_val = ranks(labels) < (counts.double() * self.val_fraction).round()[labels]
         if self.val_fraction and (is_val.all() or not is_val.any()):
-            raise UserError(
-                f"data.val_fraction={self.val_fraction} leaves none of {len(labels)} images for "
-                f"{'training' if is_val.all() else 'validation'}. Choose another fraction, add images, or train "
-                "without validation: data.val_fraction=0."
-            )
+            part = "training" if is_val.all() else "validation"
+            problem = f"data.val_fraction={self.val_fraction} leaves none of {len(labels)} images for {part}"
+            raise UserError(f"{problem}. Choose another fraction, or train without validation: data.val_fraction=0.")
         return is_val
 
 
@@ -212,9 +218,9 @@ def read_integers(setting: str, path: str, below: int) -> Tensor:
         UserError: the file cannot be read, or contains other values.
     """
     remedy = f"Use a text file with one integer from 0 to {below - 1} per line, or such an array in a .npy file."
+    file = os.path.expanduser(path)
     try:
-        is_array = path.endswith(".npy")
-        values = np.load(path, allow_pickle=False) if is_array else np.loadtxt(path, np.int64, ndmin=1)
+        values = np.load(file, allow_pickle=False) if path.endswith(".npy") else np.loadtxt(file, np.int64, ndmin=1)
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise ValueError(f"it contains {values.dtype} {list(values.shape)}")
         if len(wrong := values[(values < 0) | (values >= below)]):

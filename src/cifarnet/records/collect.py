@@ -29,10 +29,10 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     train, val, test = (len(split) for split in (source.train, source.validation, source.test))
     images = f"{train:,} training, {val:,} validation and {test:,} test images"
     lines = [f"{data.source_name}: {images}, {len(source.class_names)} classes"]
-    if data.changes_training:
-        per_class = torch.bincount(source.train.labels, minlength=len(source.class_names)).tolist()
+    if selection := source.selection:
+        per_class, num_wrong = selection["train_per_class"], selection["wrong_labels"]
         sizes = " to ".join(f"{size:,}" for size in dict.fromkeys([min(per_class), max(per_class)]))
-        wrong = f"; {source.num_wrong:,} labels differ from those of the data set" if source.num_wrong else ""
+        wrong = f"; {num_wrong:,} labels differ from those of the data set" if num_wrong else ""
         lines.append(f"Training: {sizes} images per class{wrong}")
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)

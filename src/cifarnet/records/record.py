@@ -9,10 +9,12 @@ from cifarnet.records.json_file import JsonFile
 
 
 class TrainingLabels(TypedDict, total=False):
-    """The number of training images per class, and of training labels that are not those of the data set."""
+    """The number of training images per class, and of training labels that are not those of the data set; and the
+    first 16 digits of a checksum of the numbers in the files `data.labels` and `data.keep`."""
 
     train_per_class: list[int]
     wrong_labels: int
+    files_sha256: str
 
 
 class Data(TrainingLabels):
