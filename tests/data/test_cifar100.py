@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import pickle
 import tarfile
 
@@ -76,19 +77,29 @@ def test_the_experiment_trains_on_cifar100():
     assert (config.data._target_, config.model.depth) == ("cifarnet.data.CIFAR100", 18)
 
 
-def test_a_run_with_100_classes_and_its_evaluation(config, tmp_path, members, monkeypatch):
+def test_a_run_with_100_classes_and_its_evaluation(resumed_run, tmp_path, members, monkeypatch):
     root = f"data.root={tmp_path / 'data'}"
-    train(config("data=cifar100", root, "data.batch_size=20", "data.val_fraction=0.5", without="data"))
-    record = evaluate(tmp_path / "run", ["corruptions=false", root])
+    settings = ["data=cifar100", root, "data.batch_size=20", "data.val_fraction=0.5"]
+    resumed_run(*settings, moment=(0, 2), without="data")
+    run = tmp_path / "whole"
+    record = evaluate(run, ["corruptions=false", root])
     assert (record["data"]["source"], record["data"]["classes"]) == ("CIFAR100", 100)
-    network, _ = cifarnet.load(tmp_path / "run")
+    network, _ = cifarnet.load(run)
     test = data(tmp_path).source.test
     with torch.no_grad():
         ranked = network(test.images).argsort(1, descending=True)
     expected = (ranked[:, :5] == test.labels[:, None]).any(1).double().mean().item()
     assert record["test"]["top5_accuracy"] == pytest.approx(expected)
     for name in ("confusion", "mistakes", "reliability"):
-        assert max(Image.open(tmp_path / f"run/evaluation/{name}.png").size) < 2000
-    monkeypatch.chdir(tmp_path / "run")  # without the folder data
+        assert max(Image.open(run / f"evaluation/{name}.png").size) < 2000
+    monkeypatch.chdir(run)  # without the folder data
     with pytest.raises(UserError, match=r"Add data=cifar100 to download them"):
-        evaluate(tmp_path / "run", ["corruptions=false"])
+        evaluate(run, ["corruptions=false"])
+
+
+def test_a_run_on_the_superclasses_and_its_evaluation(config, tmp_path, members):
+    root = f"data.root={tmp_path / 'data'}"
+    train(config("data=cifar100", root, "data.coarse=true", "data.batch_size=20", without="data"))
+    record = evaluate(tmp_path / "run", ["corruptions=false", "data=cifar100", root])
+    assert record["data"] == json.loads((tmp_path / "run/metrics.json").read_text())["data"]
+    assert record["data"]["classes"] == 20

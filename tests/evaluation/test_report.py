@@ -79,7 +79,7 @@ def test_page_has_all_results(figures):
         "15 equally wide bins",
         "1,000 validation images",
         "disc 1,500 90.00% 88.00% to 92.00%",
-        "Synthetic: 9,000 training, 1,000 validation and 2,000 test images; sha256 abc",
+        "Synthetic: 1,000 validation and 2,000 test images; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
         "Training settings optimizer.lr 0.05 model.widths [4, 4]",
         "cpu: Some CPU, 2 threads, Linux",

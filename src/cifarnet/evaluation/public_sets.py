@@ -43,10 +43,8 @@ def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, ci
         )
     for setting, folder in {"cifar10_c": cifar10_c, "cifar10_1": cifar10_1}.items():
         if folder is not None and list(data.class_names) != CIFAR10_CLASSES:
-            raise UserError(
-                f"{setting}={folder} requires CIFAR-10's classes; the network has {', '.join(data.class_names)}. "
-                f"Remove {setting}."
-            )
+            problem = f"{setting}={folder} requires CIFAR-10's classes; the network has {', '.join(data.class_names)}"
+            raise UserError(f"{problem}. Remove {setting}.")
     return PublicSets(
         None if cifar10_c is None else _cifar10_c(Path(cifar10_c), data),
         None if cifar10_1 is None else _cifar10_1(Path(cifar10_1), data),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cifarnet import build, cli
@@ -20,12 +20,15 @@ from cifarnet.data import CIFAR10
 from cifarnet.errors import NoImages
 from cifarnet.schema import accepts
 
-# settings that also apply to other data
-SPLIT = ("val_fraction", "split_seed", "folds", "fold", "batch_size", "eval_batch_size")
+SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data sets
+UNUSED = ("imbalance", "train_share", "images_per_class", "label_noise", "read_only")  # those of the run do not apply
 
 
 def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> DictConfig:
     """Compose `configs/<command>.yaml` with the data of the checkpoint's run, unless the overrides choose other data.
+
+    The settings that select training images or change their labels do not apply to a test. If the overrides choose
+    another data set, only the settings of the validation split remain.
 
     Args:
         classes: names of data classes from outside this project that the checkpoint may name.
@@ -35,10 +38,12 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         UserError: a setting of the data cannot be used.
     """
     keys = [cli.key_of(override) for override in overrides]
-    data = {key: json.dumps(value) for key, value in checkpoint.data.items() if key.isidentifier() and key[0] != "_"}
+    names = [key for key in checkpoint.data if key.isidentifier() and key[0] != "_" and key not in UNUSED]
+    data = {key: json.dumps(checkpoint.data[key]) for key in names}
     data["batch_size"] = "1"  # without training, the training set may be smaller than a batch
     if "data" in keys:
-        data = {key: value for key, value in data.items() if key in SPLIT}
+        is_same = OmegaConf.select(cli.compose(command, overrides), "data._target_") == checkpoint.data.get("_target_")
+        data = {key: value for key, value in data.items() if is_same or key in SPLIT}
     elif not checkpoint.data:
         raise NoImages(f"{checkpoint.path} does not specify its data. Choose data=cifar10, or data=folder data.root=…")
     else:
@@ -46,7 +51,7 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         arguments = inspect.signature(data_class).parameters
         root = arguments.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
-            remedy = " ".join(f"data.{name}=…" for name in ("name", "root") if name in arguments)
+            remedy = " ".join(f"data.{name}=…" for name in ("name", "root", "arguments") if name in arguments)
             if issubclass(data_class, CIFAR10):
                 remedy = f"data={data_class.__name__.lower()} to download them"
             raise NoImages(
