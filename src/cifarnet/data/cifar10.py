@@ -55,9 +55,7 @@ class CIFAR10(ImageDataModule):
                     download_url(self.url, scratch, archive.name, self.PUBLISHED.tgz_md5)
                 (scratch / archive.name).rename(archive)
             elif not check_integrity(archive, self.PUBLISHED.tgz_md5):
-                raise UserError(
-                    f"{archive} differs from the published archive. Delete it, and then:\n{self._remedies()}"
-                )
+                raise UserError(f"{archive} differs from the published archive. Delete it, then:\n{self._remedies()}")
             extract_archive(archive, scratch)
             (scratch / self.PUBLISHED.base_folder).rename(self.root / self.PUBLISHED.base_folder)
 

@@ -97,10 +97,9 @@ class ImageFolder(ImageDataModule):
             names = ["train", "test", *(["val"] if (self.root / "val").is_dir() else [])]
             files = {name: _class_files(self.root / name, left_out) for name in names}
         except OSError as error:
-            raise UserError(
-                f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}). Put the images in "
-                "train/<class>/…, test/<class>/… and optionally val/<class>/…"
-            ) from error
+            problem = f"data.root={self.root}: {error.filename} cannot be read ({error.strerror})"
+            remedy = "Put the images in train/<class>/…, test/<class>/… and optionally val/<class>/…"
+            raise UserError(f"{problem}. {remedy}") from error
         if left_out:
             print(on_one_line(f"data.root={self.root}: {describe_left_out(left_out)}"), flush=True)
         class_names, folder = list(files["train"]), self.root / "train"
@@ -163,10 +162,9 @@ def cached(
     count, _, _, size = expected["images"].shape
     needed = 2 * expected["images"].numel()  # bytes; the validation split makes a copy
     if needed > (free := psutil.virtual_memory().available):
-        raise UserError(
-            f"{count:,} images of {size}×{size} pixels need {needed / 2**30:.1f} GiB of memory, "
-            f"but {free / 2**30:.1f} GiB are free. Use data.in_memory=false or a smaller data.image_size."
-        )
+        sizes = f"{needed / 2**30:.1f} GiB of memory, but {free / 2**30:.1f} GiB are free"
+        remedy = "Use data.in_memory=false or a smaller data.image_size."
+        raise UserError(f"{count:,} images of {size}×{size} pixels need {sizes}. {remedy}")
     header = f"{CACHE_FORMAT} {size} {key}"
     cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
     stats = ((path, os.stat(path)) for path in paths if os.path.exists(path))  # no dangling links

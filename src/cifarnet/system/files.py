@@ -162,10 +162,8 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
         pass  # a file system without locks
     except Timeout as error:
         if waiting is None:
-            raise UserError(
-                f"Another process is using {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… "
-                "(for a sweep: hydra.sweep.dir=…)"
-            ) from error
+            remedy = "Wait until it ends, or choose another folder: hydra.run.dir=… (for a sweep: hydra.sweep.dir=…)"
+            raise UserError(f"Another process is using {folder}. {remedy}") from error
         print(waiting, flush=True)
         lock.acquire()
     try:
