@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import math
 import pickle
 import tarfile
 
@@ -72,9 +73,12 @@ def test_human_labels_of_cifar10_are_refused(tmp_path, members):
         public_sets.read(data(tmp_path), None, None, "cifar10h-probs.npy")
 
 
-def test_the_experiment_trains_on_cifar100():
-    config = compose("train", ["+experiment=cifar100", "output_dir=run"])
-    assert (config.data._target_, config.model.depth) == ("cifarnet.data.CIFAR100", 18)
+def test_the_experiment_trains_on_cifar100(tmp_path, members):
+    small = ["+model.width=4", "data.batch_size=10", "data.val_fraction=0.5", "trainer.max_epochs=1", "trainer=cpu"]
+    folders = [f"data.root={tmp_path}/data", f"output_dir={tmp_path}/run", "trainer.precision=32-true", "threads=1"]
+    record = train(compose("train", ["+experiment=cifar100", *small, *folders]))
+    assert (record.data["source"], record.data["classes"]) == ("CIFAR100", 100)
+    assert record.history[0]["train/cross_entropy"] == pytest.approx(math.log(100), rel=0.2)
 
 
 def test_a_run_with_100_classes_and_its_evaluation(resumed_run, tmp_path, members, monkeypatch):
