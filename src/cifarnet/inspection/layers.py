@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Layer(NamedTuple):
         parameters: the number of weights.
         multiply_adds: in convolutions, matrix products and attention, for one image.
         activations: the bytes that autograd keeps for the backward pass of the batch, including copies of the weights
-            in a lower precision. Bytes that several modules use are counted in the first of them.
+            in a lower precision. Memory shared by several modules is counted in the first.
     """
 
     name: str
@@ -39,17 +38,18 @@ class Layer(NamedTuple):
 def layers(network: nn.Module, images: Tensor) -> list[Layer]:
     """Run a forward pass in training mode, and describe all modules of a network.
 
-    Pass a copy of the network: the statistics of batch norm layers change, and hooks remain.
+    Pass a copy of the network, because the statistics of batch norm layers change. (Lightning's ModelSummary counts
+    FLOPs, too, but in evaluation mode, and it includes neither activation memory nor attention on a CPU.)
 
     Args:
         images: a batch, [B, C, H, W].
     """
-    shapes: dict[str, Sequence[int]] = {}
+    shapes: dict[nn.Module, Sequence[int]] = {}
     activations: Counter[str] = Counter()
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
 
-    def note_shape(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        shapes[name] = output.shape[1:] if isinstance(output, Tensor) else ()
+    def note_shape(module: nn.Module, inputs: Any, output: Any) -> None:
+        shapes[module] = output.shape[1:] if isinstance(output, Tensor) else ()
 
     def count_bytes(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -61,17 +61,16 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
     formula = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     counter = FlopCounterMode(display=False, custom_mapping=formula)
-    for name, module in network.named_modules():
-        module.register_forward_hook(partial(note_shape, name))
-    with counter, torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
+    noting = nn.modules.module.register_module_forward_hook(note_shape)
+    with noting, counter, torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
         _logits = network.train()(images)  # its graph keeps the activations
     rows, flops = [], counter.get_flop_counts()
     for name, module in network.named_modules():
         path = f"{type(network).__name__}.{name}".rstrip(".")
         parameters = sum(parameter.numel() for parameter in module.parameters())
         multiply_adds = sum(flops.get(path, {}).values()) / 2 / len(images)
-        counts = (parameters, multiply_adds, activations[path])
-        rows.append(Layer(name, type(module).__name__, shapes.get(name, ()), *counts))
+        kind, shape = type(module).__name__, shapes.get(module, ())
+        rows.append(Layer(name, kind, shape, parameters, multiply_adds, activations[path]))
     return rows
 
 
