@@ -104,9 +104,8 @@ def is_setting(argument: str) -> bool:
 
 def compose(command: str, settings: Sequence[str]) -> DictConfig:
     """Compose `configs/<command>.yaml` with these overrides. A run gets a new folder, unless they set `output_dir`."""
-    prefixes = {"train": "", "inspect": "inspect_"}  # as in `hydra.run.dir` in their files
-    if command in prefixes:
-        folder = f"{prefixes[command]}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    if command in ("train", "inspect"):  # as `hydra.run.dir` in their files
+        folder = f"{'inspect_' * (command == 'inspect')}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         settings = [f"output_dir=lightning_logs/${{name}}/{folder}", *settings]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(command, list(settings))

@@ -61,8 +61,7 @@ def inspect(config: DictConfig) -> None:
     folder, images, measured = output_folder(run), SharedImages(), steps.Steps()
     refuse_results(folder)
     if (count := max(distributed.num_processes(run.trainer), distributed.placement().world_size)) > 1:
-        remedy = "Set trainer.devices=1, and run it without torchrun or srun"
-        raise UserError(f"inspect runs in one process, but this run has {count}. {remedy}.")
+        raise UserError(f"inspect needs one process, but has {count}. Set trainer.devices=1, without torchrun or srun.")
     with hardware.prepared_process(run):
         trainer, classifier, data, _ = built = steps.build_steps(run, measured, images)
         report(heading(run, built))

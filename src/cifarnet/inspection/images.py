@@ -12,8 +12,7 @@ from cifarnet.inference.figures import grid
 def draw_images(built: Built) -> Figure:
     """Draw the first training images of the first and of the last epoch, with their labels."""
     pictures, loader = [], built.data.train_dataloader()
-    epochs = sorted({1, max(1, built.trainer.max_epochs or 1)})
-    for epoch in epochs:
+    for epoch in (epochs := sorted({1, max(1, built.trainer.max_epochs or 1)})):
         loader.set_epoch(epoch - 1)
         batch = next(iter(loader))
         pictures += zip(batch.images[:24].cpu(), labels(batch, built.data.class_names), strict=False)
