@@ -163,7 +163,7 @@ def test_seconds_are_those_of_all_batches(config, overrides, sizes):
                 expected += 2.0 * size**2 / 32**2
                 count += (batch + 1) % per_step == 0 or batch == 4
     assert text["epoch"] == f"{2 if accumulates else 5} steps, 5 batches of 32 images"
-    assert "2.0000 s per batch, 16 images/s (median of 3 batches)" in text["speed"]
+    assert "2.0000 s per batch, 16 images/s (median, n = 3)" in text["speed"]
     assert text["training"].startswith(f"about {expected:,.0f} s for {count} steps")
 
 

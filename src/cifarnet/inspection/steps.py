@@ -93,7 +93,7 @@ def costs(built: Built, measured: Steps, sizes: Sequence[int] | None) -> dict[st
     batches, batch_size = trainer.num_training_batches, cast("Any", trainer.train_dataloader).batch_size
     times = measured.seconds[WARM_UP:] or measured.seconds
     seconds = statistics.median(times)
-    speed = f"{seconds:.4f} s per batch, {batch_size / seconds:,.0f} images/s (median of {len(times)} batches)"
+    speed = f"{seconds:.4f} s per batch, {batch_size / seconds:,.0f} images/s (median, n = {len(times)})"
     rows = {"epoch": f"{per_epoch:,} steps, {batches:,} batches of {batch_size} images", "speed": speed}
     if total < math.inf:
         shares = [(size / built.data.image_size) ** 2 for size in sizes or [built.data.image_size]]
