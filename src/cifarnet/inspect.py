@@ -67,10 +67,9 @@ def inspect(config: DictConfig) -> None:
         report(heading(run, built))
         device = trainer.strategy.root_device
         batch = data.sample(data.batch_size).to(device, memory_format=classifier.memory_format)
-        with trainer.precision_plugin.forward_context():
-            rows = layers.layers(copy.deepcopy(classifier.network).to(device), batch)
         report(f"\nMultiply-adds of one image, and activations of {len(batch)} images in training:")
-        report(layers.table(rows, config.depth))
+        with trainer.precision_plugin.forward_context():
+            report(layers.table(copy.deepcopy(classifier.network).to(device), batch, config.depth))
         drawn = draw_images(built)  # before `fit`, which moves the images to a GPU
         sizes, data.train_sizes = data.train_sizes, None
         trainer.fit(classifier, datamodule=data)
