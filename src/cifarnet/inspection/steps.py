@@ -108,25 +108,21 @@ def costs(built: Built, measured: Steps, sizes: Sequence[int] | None) -> dict[st
 
 
 def draw_schedule(built: Built) -> Figure:
-    """Draw the learning rates of the parameter groups against the epoch; of a run without an end, in the first epoch.
+    """Draw the learning rates of the parameter groups at each step, or in each epoch if the schedule counts epochs.
 
-    ReduceLROnPlateau, which needs validations, stays at the initial rate.
+    For a run without an end, the first epoch is drawn. ReduceLROnPlateau, which needs validations, stays at the initial
+    rate.
     """
-    trainer, classifier = built.trainer, built.classifier
-    total, per_epoch = planned_steps(trainer, classifier.scheduler_interval)
-    steps = int(total) if total < math.inf else per_epoch
-    make = classifier.make_scheduler or (lambda optimizer, _: LambdaLR(optimizer, lambda _: 1.0))
-    _, rates = learning_rates(make, trainer.optimizers[0], steps, steps)
-    values, epochs = np.array(rates), np.arange(steps)
-    if classifier.scheduler_interval == "step":
-        sizes = [size for _, size in islice(step_batches(trainer), steps)]
-        epochs = np.cumsum([0, *sizes[:-1]]) / trainer.num_training_batches
-    groups = trainer.optimizers[0].param_groups
-    kinds = [group.get("kind", f"group {number}") for number, group in enumerate(groups)]
+    unit, optimizer = built.classifier.scheduler_interval, built.trainer.optimizers[0]
+    total, in_epoch = planned_steps(built.trainer, unit)
+    steps = int(total) if total < math.inf else in_epoch
+    make = built.classifier.make_scheduler or (lambda optimizer, _: LambdaLR(optimizer, lambda _: 1.0))
+    values = learning_rates(make, optimizer, steps, steps)[1].numpy()
+    kinds = [group.get("kind", f"group {number}") for number, group in enumerate(optimizer.param_groups)]
     labels = [f"{kind}: at most {most:.3g}" for kind, most in zip(kinds, values.max(0), strict=True)]
-    several = len(groups) > 1  # their rates can differ by orders of magnitude
-    figure, axis = panel("epoch", "learning rate, as a fraction of its maximum" if several else "learning rate")
-    axis.plot(epochs, values / np.maximum(values.max(0), 1e-99) if several else values, label=labels)
+    several = len(labels) > 1  # their rates can differ by orders of magnitude
+    figure, axis = panel(unit, "learning rate, as a fraction of its maximum" if several else "learning rate")
+    axis.plot(values / np.maximum(values.max(0), 1e-99) if several else values, label=labels)
     axis.legend(frameon=False)
     return figure
 
@@ -166,7 +162,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     smoothed = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     lowest = int(smoothed.argmin())
     fall, noise = smoothed[0] - smoothed[lowest], (values - smoothed)[: lowest + 1].std()
-    figure, axis = panel("learning rate", "training loss of a batch")
+    figure, axis = panel("optimizer.lr", "training loss of a batch")
     axis.semilogx(rates, values, ".", alpha=0.5, label="losses")
     axis.semilogx(rates, smoothed, label="smoothed")
     axis.axvline(rates[lowest], color="gray", linestyle="--", label=f"lowest smoothed loss, at {rates[lowest]:.2g}")
@@ -174,8 +170,10 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # not as mathematics
     axis.legend(frameon=False, loc="lower left")
     if fall <= noise:
-        reason = f"the loss falls by {fall:.2g} up to {rates[lowest]:.2g}, and its noise is {noise:.2g}"
-        return f"none: {reason}. Change lr_min, lr_max or lr_steps.", figure
+        return (
+            f"none: the loss falls by {fall:.2g}, its noise is {noise:.2g}. Change lr_min, lr_max or lr_steps.",
+            figure,
+        )
     if rates[lowest] == rates[-1]:
         return f"none: the loss is still falling at lr_max={rates[-1]:.2g}. Raise lr_max.", figure
     found = f"optimizer.lr={rates[lowest]:.2g}, the rate of the lowest smoothed loss, as the highest rate of a schedule"
