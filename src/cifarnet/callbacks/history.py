@@ -88,9 +88,7 @@ class History(Drawing):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self.learning_rate = copy.deepcopy(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.images += cast("Any", trainer.train_dataloader).batch_size
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # the GPU may still be busy

@@ -30,11 +30,10 @@ class Pictures(Drawing):
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
     def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
-        if classifier.test_logits is None:  # trainer.limit_test_batches=0
+        if classifier.test_logits is None or classifier.test_index is None:  # trainer.limit_test_batches=0
             return
         datamodule = cast("Any", trainer).datamodule
         test, class_names = datamodule.source.test, datamodule.class_names
-        assert classifier.test_index is not None
         predicted, index = classifier.test_logits.argmax(1).cpu(), classifier.test_index.cpu()
         # trainer.limit_test_batches may leave fewer than all test images
         shown = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: self.count]
