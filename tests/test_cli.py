@@ -301,10 +301,12 @@ def test_arguments_are_paths_settings_or_paths_to_compare_with(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=1").mkdir()
     arguments = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
-    parsed = cli.parse("compare", "", against=True, arguments=arguments)
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+    parsed = cli.parse("compare", "", against=True)
     assert parsed == (["a=1", "b"], ["metric=seconds", "+x=1", "~y", "output=o.png"], ["c"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", "tta=mirror"])
     with pytest.raises(SystemExit):
-        cli.parse("evaluate", "", arguments=["tta=mirror"])
+        cli.parse("evaluate", "")
 
 
 TEXTS = ["a'b", 'a"b', "'x'", r"a\'b", "a\\", "a b=c,[d]", "${seed}", r"$\bad{$", "", "'", "x'"]

@@ -415,7 +415,7 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     """The folder of the pictures is never read from a checkpoint; the other settings are."""
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    with pytest.raises(UserError, match=r"does not specify the folder of its images .*Add data\.root="):
+    with pytest.raises(UserError, match=r"does not name a folder of .* images.*Add data\.root="):
         evaluate(tmp_path / "run", QUICK)
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]

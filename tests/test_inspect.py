@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from cifarnet.inspect import main
+from cifarnet.cli import compose
+from cifarnet.inspect import inspect, main
 from conftest import SMALL
 
 FAST = [*SMALL, "threads=1", "hydra.run.dir=inspected"]
@@ -31,29 +33,48 @@ def test_command_prints_and_draws_and_writes_only_its_folder(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("steps", "overrides"),
     [
-        ["+recipe=[sam,mixup,clip]"],
-        ["+recipe=[ema,cutmix,no_decay]"],
-        ["data.val_fraction=0", "~logger", "data.train_sizes=[16,32]", "data.hardest_share=0.5"],
-        ["trainer.max_epochs=-1", "scheduler=constant", "callbacks=lean", "trainer.check_val_every_n_epoch=1"],
-        ["+trainer.min_epochs=2", "+trainer.min_steps=50", "trainer.max_epochs=20"],
-        ["+trainer.fast_dev_run=true"],
+        (5, ["+recipe=[sam,mixup,clip]"]),
+        (5, ["+recipe=[ema,cutmix,no_decay]"]),
+        (3, ["data.val_fraction=0", "~logger", "data.train_sizes=[16,32]", "data.hardest_share=0.5"]),
+        (5, ["trainer.max_epochs=-1", "scheduler=constant", "callbacks=lean", "trainer.check_val_every_n_epoch=1"]),
+        (5, ["+trainer.min_epochs=2", "+trainer.min_steps=50", "trainer.max_epochs=20"]),
+        (1, ["+trainer.fast_dev_run=true"]),
     ],
     ids=str,
 )
-def test_other_settings(command, tmp_path, overrides):
+def test_other_settings(command, tmp_path, steps, overrides):
     status, printed, error = command(*FAST, *overrides, main=main)
     assert status == 0, error
-    assert "images/s" in printed
+    assert re.search(rf"^  epoch +{steps} steps, {steps} batches of 32 images$", printed, re.M)
     assert {path.name for path in (tmp_path / "inspected").glob("*.png")} == PICTURES
 
 
 def test_fine_tuning(command, run, tmp_path):
     settings = [setting for setting in FAST if not setting.startswith("model.")]
-    status, printed, error = command(*settings, "model=trained", f"model.checkpoint={run}", main=main)
+    tuned = ["+experiment=finetune", f"model.checkpoint={run}", "data=synthetic"]
+    test = ["lr_find=true", "lr_min=0.001", "lr_max=0.1", "lr_steps=10"]
+    status, printed, error = command(*settings, *tuned, *test, main=main)
     assert status == 0, error
-    assert "SpeedNet" in printed
+    assert f"Starts from the weights of {run}" in printed
+    assert "Suggestion of the range test: " in printed
+
+
+def test_use_from_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = compose("inspect", [*SMALL, "threads=1", "name=mine"])
+    inspect(config)
+    assert {path.name for path in Path(config.output_dir).iterdir()} == PICTURES
+    assert re.fullmatch(r"lightning_logs/mine/inspect_[\d_-]+", config.output_dir)
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(command, monkeypatch):
+    monkeypatch.setattr("cifarnet.inspect.distributed.placement", lambda: SimpleNamespace(world_size=2, rank=0))
+    status, _, error = command(*FAST, main=main)
+    assert status == 1
+    assert "without torchrun or srun" in error
 
 
 @pytest.mark.parametrize(
@@ -65,6 +86,7 @@ def test_fine_tuning(command, run, tmp_path):
         (["lr_min=1", "lr_max=0.1"], "lr_min=1", "lr_max=0.1"),
         (["lr_min=0"], "lr_min=0", "above 0"),
         (["lr_steps=1"], "lr_steps=1", "at least 10"),
+        (["lr_find=true", "optimizer.lr=0"], "optimizer.lr, which is 0", "Set optimizer.lr="),
         (["depth=0"], "depth=0", "at least 1"),
         (["lr_fnd=true"], "lr_fnd", "Did you mean lr_find?"),
         (["+trainer.limit_train_batches=0", "scheduler=constant"], "no training batches", "limit_train_batches"),

@@ -59,9 +59,10 @@ def test_an_unknown_name_lists_the_known_ones(shipped):
         cifarnet.load("big")
 
 
-def test_help_lists_the_names(shipped, capsys):
+def test_help_lists_the_names(shipped, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["predict", "--help"])
     with pytest.raises(SystemExit):
-        cli.parse("predict", "", arguments=["--help"])
+        cli.parse("predict", "")
     assert "trained networks of this package, to use in place of a run: small" in capsys.readouterr().out
 
 

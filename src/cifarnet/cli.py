@@ -46,9 +46,7 @@ class Arguments(NamedTuple):
     against: list[str]
 
 
-def parse(
-    command: str, description: str | None, against: bool = False, arguments: Sequence[str] | None = None
-) -> Arguments:
+def parse(command: str, description: str | None, against: bool = False) -> Arguments:
     """Parse `PATH… key=value… [--against PATH…]`; `--help` shows the description and the settings of the command.
 
     The path of an existing file or folder is a path. Any other argument is a setting if it contains `=`, or starts
@@ -57,7 +55,6 @@ def parse(
     Args:
         command: the name of the command, whose settings are in `configs/<command>.yaml`.
         against: whether the command accepts `--against`.
-        arguments: the arguments; None uses the arguments of this process.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
     networks = f"\n\ntrained networks of this package, to use in place of a run: {', '.join(trained.names())}"
@@ -71,13 +68,11 @@ def parse(
     parser.set_defaults(against=[])
     if against:
         parser.add_argument("--against", nargs="+", metavar="PATH", help="the runs to compare with")
-    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    parsed, unknown = parser.parse_known_intermixed_args()
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
         setting = f"{key.replace('-', '_')}={value or '…'}"
-        parser.error(
-            f"unknown option {unknown[0]}. Write settings without dashes: {setting} (for a file, ./{unknown[0]})"
-        )
+        parser.error(f"unknown option {unknown[0]}. Write settings without dashes: {setting} (files: ./{unknown[0]})")
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
         parser.error("a path is required: the folder of a run")
@@ -104,8 +99,9 @@ def is_setting(argument: str) -> bool:
 
 def compose(command: str, settings: Sequence[str]) -> DictConfig:
     """Compose `configs/<command>.yaml` with these overrides. A run gets a new folder, unless they set `output_dir`."""
-    if command == "train":  # as `hydra.run.dir` in configs/train.yaml
-        settings = [f"output_dir=lightning_logs/${{name}}/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}", *settings]
+    if command in ("train", "inspect"):  # as `hydra.run.dir` in their files
+        folder = f"{'inspect_' * (command == 'inspect')}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+        settings = [f"output_dir=lightning_logs/${{name}}/{folder}", *settings]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(command, list(settings))
 

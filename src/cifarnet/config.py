@@ -108,9 +108,7 @@ def validate(config: DictConfig) -> None:
     check_settings(start, StartSettings, "start.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not has_target(config.get(section)):
-            raise UserError(
-                f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists the choices."
-            )
+            raise UserError(f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists them.")
     for section in ("callbacks", "recipe", "logger", "data.transforms"):
         parts = OmegaConf.select(config, section) or {}
         if not isinstance(parts, DictConfig | dict):

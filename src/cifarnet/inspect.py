@@ -56,28 +56,29 @@ def inspect(config: DictConfig) -> None:
         raise UserError(f"lr_min={config.lr_min} must be below lr_max={config.lr_max}. Change one of them.")
     run = expand(OmegaConf.masked_copy(config, [str(key) for key in config if key not in Settings.__annotations__]))
     validate(run)
+    if config.lr_find and not run.optimizer.get("lr"):
+        raise UserError(f"lr_find=true varies optimizer.lr, which is {run.optimizer.get('lr')}. Set optimizer.lr=0.1.")
     folder, images, measured = output_folder(run), SharedImages(), steps.Steps()
     refuse_results(folder)
     if (count := max(distributed.num_processes(run.trainer), distributed.placement().world_size)) > 1:
-        raise UserError(f"inspect runs in one process, but this run has {count}. Set trainer.devices=1.")
+        raise UserError(f"inspect needs one process, but has {count}. Set trainer.devices=1, without torchrun or srun.")
     with hardware.prepared_process(run):
         trainer, classifier, data, _ = built = steps.build_steps(run, measured, images)
         report(heading(run, built))
         device = trainer.strategy.root_device
         batch = data.sample(data.batch_size).to(device, memory_format=classifier.memory_format)
-        with trainer.precision_plugin.forward_context():
-            rows = layers.layers(copy.deepcopy(classifier.network).to(device), batch)
         report(f"\nMultiply-adds of one image, and activations of {len(batch)} images in training:")
-        report(layers.table(rows, config.depth))
+        with trainer.precision_plugin.forward_context():
+            report(layers.table(copy.deepcopy(classifier.network).to(device), batch, config.depth))
+        drawn = draw_images(built)  # before `fit`, which moves the images to a GPU
         sizes, data.train_sizes = data.train_sizes, None
         trainer.fit(classifier, datamodule=data)
         report(row_table(steps.costs(built, measured, sizes)))
-        data.train_sizes = sizes
         save(steps.draw_schedule(built), folder / "learning_rate.png")
-        save(draw_images(built), folder / "augmented_batches.png")
+        save(drawn, folder / "augmented_batches.png")
         if config.lr_find:
             rates = np.geomspace(config.lr_min, config.lr_max, config.lr_steps).tolist()
-            suggestion, figure = steps.suggest(steps.range_test(run, rates, images))
+            suggestion, figure = steps.suggest(*steps.range_test(run, rates, images), run.optimizer.lr)
             save(figure, folder / "lr_find.png")
             report(f"Suggestion of the range test: {suggestion}")
 

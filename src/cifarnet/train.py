@@ -43,7 +43,7 @@ def train(
         images: the images that the previous run read.
 
     Returns:
-        The record of the run, which is also its `metrics.json`; on every rank, that of rank 0.
+        The record of the run, which is also its `metrics.json`; None on ranks other than 0.
 
     Raises:
         UserError: a setting, the data or the checkpoint cannot be used.
@@ -82,9 +82,9 @@ def train(
         epoch, step = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
         classifier.logs_test = False  # `log_results` logs the results of the run
         trainer.test(classifier, datamodule=data, verbose=False)
-        record: Any = collect.collect(config, built, epoch, step) if is_rank_zero else None
-        record = trainer.strategy.broadcast(record)
+        record: Any = None
         if is_rank_zero:
+            record = collect.collect(config, built, epoch, step)
             record.write(folder / "metrics.json")
             report(collect.summary(record, config.output_dir))
             log_results(record, trainer, classifier)

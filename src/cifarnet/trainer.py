@@ -63,7 +63,7 @@ def make_trainer(
         "default_root_dir": str(folder),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,  # for your own metrics; callbacks.history.History logs those of a run once per epoch
+        "log_every_n_steps": 1,  # for your own metrics; callbacks.history.History logs the run's metrics once per epoch
         "use_distributed_sampler": False,  # the loader divides batches among the ranks
     }
     settings = {key: value for key, value in defaults.items() if key not in config.trainer}

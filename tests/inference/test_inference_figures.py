@@ -17,19 +17,20 @@ def captions(figure):
 
 
 def test_mistakes_among_predictions_are_red():
-    figure = figures.predictions(IMAGES[:3], torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), NAMES, columns=2)
-    assert captions(figure) == [
+    images, labels, predicted = IMAGES[[0, 1, 2] * 3], torch.tensor([0, 1, 2] * 3), torch.tensor([0, 2, 2] * 3)
+    figure = figures.predictions(images, labels, predicted, NAMES)
+    assert captions(figure) == 3 * [
         ("cat", figures.RIGHT),
         ("✗ owl\n(is dog)", figures.WRONG),
         ("owl", figures.RIGHT),
     ]
-    assert "2 of 3 right" in figure.axes[0].texts[-1].get_text()
+    assert "6 of 9 right" in figure.axes[0].texts[-1].get_text()
     shown = [image.get_array() for image in figure.axes[0].images]
     places = [image.get_extent() for image in figure.axes[0].images]  # left, right, bottom, top
-    assert places[0][2:] == places[1][2:]
+    assert places[0][2:] == places[7][2:]
     assert places[0][1] < places[1][0]
-    assert places[2][:2] == places[0][:2]
-    assert places[2][3] > places[0][2]
+    assert places[8][:2] == places[0][:2]  # the ninth image begins a row
+    assert places[8][3] > places[0][2]
     assert all((IMAGES[i].permute(1, 2, 0).numpy() == shown[i]).all() for i in range(3))
 
 

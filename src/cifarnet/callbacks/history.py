@@ -23,7 +23,7 @@ from cifarnet.system import hardware
 from cifarnet.system.log_output import report
 
 SHORT = 5  # seconds; a shorter epoch is not checked for other processes on the machine
-BUSY = 0.25  # the number of threads that wait for a core, on average, from which the machine counts as busy
+BUSY = 1 / 8  # the machine is busy if the threads wait for a core for more than this share of the time
 STATE = ("epochs", "images", "learning_rate", "seconds", "sessions", "validations")  # saved in checkpoints
 
 
@@ -88,9 +88,7 @@ class History(Drawing):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self.learning_rate = copy.deepcopy(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.images += cast("Any", trainer.train_dataloader).batch_size
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # the GPU may still be busy
@@ -128,16 +126,18 @@ class History(Drawing):
     def _report_busy_machine(self, module: L.LightningModule) -> None:
         """After the first epoch of a session, report if the threads had to wait for a core.
 
-        All threads wait for the slowest one in every operation. Therefore, fewer threads are faster on a busy machine.
+        All threads wait for the slowest one in every operation. Therefore, fewer threads are faster on a busy machine:
+        at most as many as ran at a time.
         """
         begun, self._begun = self._begun, None
         threads = torch.get_num_threads()
         if begun is None or threads == 1 or module.device.type != "cpu":
             return
         seconds, waited = time.perf_counter() - begun[0], hardware.waiting_seconds() - begun[1]
-        if seconds > SHORT and waited > BUSY * seconds:
-            waits = f"in the first {seconds:.0f} s, the {threads} threads waited {waited:.0f} s for a core"
-            message = f"The machine is busy: {waits}. Fewer threads are faster on a busy machine: threads=1"
+        if seconds > SHORT and waited > BUSY * threads * seconds:
+            waits = f"in the first {seconds:.0f} s, the {threads} threads waited {waited:.0f} s in total for a core"
+            fewer = f"threads={max(1, int(threads - waited / seconds))}"
+            message = f"The machine is busy: {waits}. Fewer threads are faster on a busy machine: {fewer}"
             report(message, on_terminal=False)
             Tqdm.write(message)  # above the progress bar
 

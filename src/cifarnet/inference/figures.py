@@ -21,9 +21,7 @@ BARS = "#0969da"
 MANY = 20  # numbers in more columns of a heat map would be unreadable
 
 
-def predictions(
-    images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str], columns: int = 8
-) -> Figure:
+def predictions(images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str]) -> Figure:
     """Draw a grid of images with their predicted classes; mistakes are red and also show the true class.
 
     Args:
@@ -35,7 +33,7 @@ def predictions(
         mistake = f"✗ {class_names[guess]}\n(is {class_names[label]})"
         captions.append((class_names[guess], RIGHT) if label == guess else (mistake, WRONG))
     num_right = int((labels == predicted).sum())
-    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns)
+    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns=8)
 
 
 def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:

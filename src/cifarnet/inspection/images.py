@@ -12,12 +12,12 @@ from cifarnet.inference.figures import grid
 def draw_images(built: Built) -> Figure:
     """Draw the first training images of the first and of the last epoch, with their labels."""
     pictures, loader = [], built.data.train_dataloader()
-    for epoch in (0, max(1, built.trainer.max_epochs or 1) - 1):
-        loader.set_epoch(epoch)
+    for epoch in (epochs := sorted({1, max(1, built.trainer.max_epochs or 1)})):
+        loader.set_epoch(epoch - 1)
         batch = next(iter(loader))
         pictures += zip(batch.images[:24].cpu(), labels(batch, built.data.class_names), strict=False)
     images, captions = zip(*pictures, strict=True)
-    title = "Augmented training images of the first and of the last epoch"
+    title = f"Augmented training images of epoch {' and epoch '.join(map(str, epochs))}"
     return grid(images, [(caption, "black") for caption in captions], title, columns=8)
 
 

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +13,27 @@ from cifarnet.records.tables import column_table
 HEADINGS = ("layer", "class", "output", " parameters", "multiply-adds (M)", "activations (MiB)")
 
 
-class Layer(NamedTuple):
-    """A module of a network together with the modules in it.
+def table(network: nn.Module, images: Tensor, depth: int | None) -> str:
+    """Run a forward pass in training mode, and return a table of the modules up to a depth as text.
 
-    Attributes:
-        name: the name in the network; empty for the network itself.
-        kind: the name of the class.
-        shape: the shape of the output without the batch dimension; empty if the module is not called, or its output is
-            not a tensor.
-        parameters: the number of weights.
-        multiply_adds: in convolutions, matrix products and attention, for one image.
-        activations: the bytes that autograd keeps for the backward pass of the batch, including copies of the weights
-            in a lower precision. Bytes that several modules use are counted in the first of them.
-    """
+    Pass a copy of the network, because the statistics of batch norm layers change. (Lightning's ModelSummary counts
+    FLOPs, too, but in evaluation mode, and it includes neither activation memory nor attention on a CPU.)
 
-    name: str
-    kind: str
-    shape: Sequence[int]
-    parameters: int
-    multiply_adds: float
-    activations: int
-
-
-def layers(network: nn.Module, images: Tensor) -> list[Layer]:
-    """Run a forward pass in training mode, and describe all modules of a network.
-
-    Pass a copy of the network: the statistics of batch norm layers change, and hooks remain.
+    Each row includes the modules in the module; the first row is the whole network. The output has no batch dimension;
+    it is empty if the module is not called, or returns no tensor. Multiply-adds are those of convolutions, matrix
+    products and attention for one image. Activations are what autograd keeps for the backward pass of the batch,
+    including copies of the weights in a lower precision; memory shared by several modules is counted in the first.
 
     Args:
         images: a batch, [B, C, H, W].
+        depth: the depth of the modules in the network; None returns all of them.
     """
-    shapes: dict[str, Sequence[int]] = {}
+    shapes: dict[nn.Module, Sequence[int]] = {}
     activations: Counter[str] = Counter()
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
 
-    def note_shape(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        shapes[name] = output.shape[1:] if isinstance(output, Tensor) else ()
+    def note_shape(module: nn.Module, inputs: Any, output: Any) -> None:
+        shapes[module] = output.shape[1:] if isinstance(output, Tensor) else ()
 
     def count_bytes(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -61,25 +45,16 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
     formula = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     counter = FlopCounterMode(display=False, custom_mapping=formula)
-    for name, module in network.named_modules():
-        module.register_forward_hook(partial(note_shape, name))
-    with counter, torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
+    noting = nn.modules.module.register_module_forward_hook(note_shape)
+    with noting, counter, torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
         _logits = network.train()(images)  # its graph keeps the activations
-    rows, flops = [], counter.get_flop_counts()
+    cells, flops = [], counter.get_flop_counts()
     for name, module in network.named_modules():
-        path = f"{type(network).__name__}.{name}".rstrip(".")
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-        multiply_adds = sum(flops.get(path, {}).values()) / 2 / len(images)
-        counts = (parameters, multiply_adds, activations[path])
-        rows.append(Layer(name, type(module).__name__, shapes.get(name, ()), *counts))
-    return rows
-
-
-def table(rows: Sequence[Layer], depth: int | None) -> str:
-    """Return the modules up to a depth as text; None returns all of them. The first row is the whole network."""
-    cells = []
-    for name, kind, shape, parameters, multiply_adds, activations in rows:
         if depth is None or name.count(".") < depth:
-            counts = (f"{parameters:>11,}", f"{multiply_adds / 1e6:>17,.2f}", f"{activations / 2**20:>17,.1f}")
-            cells.append((name or "(network)", kind, "×".join(map(str, shape)), *counts))
+            path = f"{type(network).__name__}.{name}".rstrip(".")
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            multiply_adds = sum(flops.get(path, {}).values()) / 2 / len(images)
+            counts = f"{parameters:>11,}", f"{multiply_adds / 1e6:>17,.2f}", f"{activations[path] / 2**20:>17,.1f}"
+            shape = "×".join(map(str, shapes.get(module, ())))
+            cells.append((name or "(network)", type(module).__name__, shape, *counts))
     return column_table(dict(zip(HEADINGS, zip(*cells, strict=True), strict=True)))
