@@ -12,6 +12,7 @@ from cifarnet.checkpoint import HUB_WEIGHTS, Checkpoint
 from cifarnet.errors import UserError
 from cifarnet.export import export
 from cifarnet.finetuning import expand
+from conftest import CLASS_NAMES
 
 
 @pytest.fixture
@@ -62,25 +63,14 @@ def test_an_unknown_name_lists_the_known_ones(shipped):
 def test_help_lists_the_names(shipped, capsys):
     with pytest.raises(SystemExit):
         cli.parse("predict", "", arguments=["--help"])
-    assert "trained networks of this package, to use in place of a run: small" in capsys.readouterr().out
+    assert "trained networks (use a name in place of a run's folder): small" in capsys.readouterr().out
 
 
-def test_every_network_of_the_package_fits_its_card():
+def test_the_networks_of_the_package():
     for name in trained.names():
         classifier = cifarnet.load(name)
-        assert classifier.class_names == [
-            "airplane",
-            "automobile",
-            "bird",
-            "cat",
-            "deer",
-            "dog",
-            "frog",
-            "horse",
-            "ship",
-            "truck",
-        ]
+        assert classifier.class_names == CLASS_NAMES
         settings = json.loads((trained.FOLDER / name / "config.json").read_text())
-        assert settings["data"] == {"_target_": "cifarnet.data.CIFAR10"}
+        assert settings["data"] == {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0}
         assert f'cifarnet.load("{name}")' in (trained.FOLDER / name / "README.md").read_text()
     assert sum(path.stat().st_size for path in trained.FOLDER.rglob("*") if path.is_file()) < 10 * 10**6

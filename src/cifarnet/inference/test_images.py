@@ -44,7 +44,7 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         data_class = allowed_class(checkpoint.data.get("_target_"), "cifarnet.data", checkpoint.path, locate(classes))
         root = inspect.signature(data_class).parameters.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
-            remedy = "data=cifar10 to download them" if data_class is CIFAR10 else "data.root=…"
+            remedy = "data.root=…" + (", or data=cifar10 to download them" if data_class is CIFAR10 else "")
             raise NoImages(
                 f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add {remedy}."
             )
