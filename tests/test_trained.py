@@ -74,3 +74,14 @@ def test_the_networks_of_the_package():
         assert settings["data"] == {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0}
         assert f'cifarnet.load("{name}")' in (trained.FOLDER / name / "README.md").read_text()
     assert sum(path.stat().st_size for path in trained.FOLDER.rglob("*") if path.is_file()) < 10 * 10**6
+
+
+@pytest.mark.parametrize("name", trained.names())
+def test_a_network_of_the_package_classifies_photographs(name, photographs):
+    """The photographs are compressed with JPEG, which costs about three points of accuracy."""
+    images = sorted(photographs.glob("test/*/00[0-4]*"))
+    predictions = cifarnet.load(name).predict(images)
+    correct = sum(image.parent.name == found.label for image, found in zip(images, predictions, strict=True))
+    measured = json.loads((trained.FOLDER / name / "config.json").read_text())["test_accuracy"]
+    assert len(images) == 500
+    assert correct / len(images) > measured - 0.08
