@@ -1,7 +1,7 @@
 """Write the trained networks of the package, src/cifarnet/trained/<name>: `python benchmarks/ladder.py --ship`.
 
 The weights are those of the row's first seed, in float16. Computed in float32, the test accuracy must be that of the
-run's own weights.
+run's own weights. The predictions of `speedrun` become docs/images/speedrun.png, the picture in the README.
 """
 
 import json
@@ -110,6 +110,8 @@ def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Se
             (draft / "README.md").write_text(text, "utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(draft, folder)
+            if row.name == "speedrun":
+                shutil.copyfile(run / "predictions.png", root / "docs/images/speedrun.png")
 
 
 def card(root: Path, row: Row, record: Record, shipped: dict[str, Any], difference: int) -> str:
