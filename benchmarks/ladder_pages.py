@@ -152,9 +152,9 @@ def throughput_table() -> list[str]:
     """Return the last results of benchmarks/throughput.py: the files results/throughput*.json, one line each."""
     lines = [
         "",
-        "`benchmarks/throughput.py`: images/s while training the baseline with batches of 64. PyTorch and Keras use float32;",
+        "`benchmarks/throughput.py`: images/s while training the baseline with batches of 64, and the ratios of",
     ]
-    lines += ["the ratios are those of cifarnet to both:", ""]
+    lines += ["cifarnet to plain PyTorch and to Keras, which use float32:", ""]
     lines += ["| | cifarnet uses | plain PyTorch | Keras on TensorFlow | cifarnet | ratios |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for file in sorted(common.RESULTS.glob("throughput*.json")):
