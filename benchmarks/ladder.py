@@ -34,6 +34,7 @@ from cifarnet.system import files, hardware
 from ladder_pages import Result
 
 RESULTS = common.RESULTS / "ladder.json"
+UNTIMED = "untimed"  # an empty file in the folder of a run whose seconds are not recorded
 ROOT = Path(__file__).parents[1]
 SEEDS = {"speedrun_fast": 5, "speedrun": 5, "baseline": 5, "baseline_muon": 5, "resnet20": 3, "speedrun95": 3}
 SEEDS |= {"speedrun96": 1, "resnet18": 1}  # on a CPU, these take hours
@@ -50,7 +51,7 @@ FROM_RECORD = (
 def main() -> None:
     parser = common.parser(__doc__, turns=1)
     parser.add_argument("--seeds", type=int, help="runs of each experiment, instead of its usual number")
-    parser.add_argument("--untimed", action="store_true", help="record no seconds, because other programs run as well")
+    parser.add_argument("--untimed", action="store_true", help="do not record seconds: other programs are running")
     parser.add_argument("--write", action="store_true", help="write the tables and the figure without training")
     parser.add_argument("--ship", action="store_true", help="write the trained networks of the package")
     arguments = parser.parse_args()
@@ -61,14 +62,16 @@ def main() -> None:
     if arguments.write:
         return write(results)
     if arguments.ship:
-        rows = ladder_pages.most_seeds(ladder_pages.rows_of(current(results)))
-        chosen = [rows[name] for name in only or ship.NAMES]
-        return ship.ship(ROOT, chosen, [folder_of(row.runs[0]) for row in chosen], overrides)
-    try:
-        failed = train_missing(results, only, overrides, arguments.seeds, timed=not arguments.untimed)
-    finally:  # at the end, because the record of a run says whether the checkout has changes
-        files.write(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write(results)
+        rows, chosen = ladder_pages.shown(ladder_pages.rows_of(current(results))), only or ship.NAMES
+        if missing := sorted(set(chosen) - set(rows)):
+            sys.exit(f"No results of {', '.join(missing)}: python benchmarks/ladder.py --only {' '.join(missing)}")
+        return ship.ship(
+            ROOT, [rows[name] for name in chosen], [folder_of(rows[name].runs[0]) for name in chosen], overrides
+        )
+    failed = train_missing(results, only, overrides, arguments.seeds, timed=not arguments.untimed)
+    # only at the end, because the record of a run says whether the checkout has changes
+    files.write(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write(results)
     if failed:
         sys.exit(f"These runs failed and are not in the table: {', '.join(failed)}")
 
@@ -87,9 +90,14 @@ def train_missing(
         settings = [f"+experiment={name}", *overrides]
         shown = [setting for setting in settings if cli.key_of(setting) != "data.root"]
         run = {"command": " ".join(shown), "recipe": recipe(shown), "hardware": machine, "seed": seed}
+        for root in set(settings) - set(shown):
+            run["images"] = Path(root.partition("=")[2]).name
         if any(run.items() <= result.items() for result in results):
             continue
         folder = folder_of(run)
+        if not timed:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / UNTIMED).touch()
         status = train(folder, [*settings, f"seed={seed}"])
         if status in (130, 143):  # stopped after saving a checkpoint
             sys.exit(f"To continue, run the same command again: python {' '.join(sys.argv)}")
@@ -97,18 +105,18 @@ def train_missing(
             failed.append(f"{name} with seed {seed}")
             continue
         try:
-            result = run | result_of(folder)
+            results.append(run | result_of(folder))
         except UserError as error:  # the record cannot be read
             print(printable(f"Error: {error}"), file=sys.stderr)
             failed.append(f"{name} with seed {seed}")
-            continue
-        results.append(result if timed else result | {"seconds": None, "images_per_second": None})
     return failed
 
 
 def folder_of(run: Mapping[str, Any]) -> Path:
     """Return the folder of a run, which keeps its checkpoints."""
-    label = "_".join([*run["command"].split(), run["recipe"]]).removeprefix("+experiment=")
+    command = run["command"].split()
+    images = [run["images"]] if "data=folder" in command else []
+    label = "_".join([*command, *images, run["recipe"]]).removeprefix("+experiment=")
     return ROOT / "lightning_logs/ladder" / run["hardware"] / label / str(run["seed"])
 
 
@@ -142,15 +150,20 @@ def result_of(folder: Path) -> Result:
     """Return the part of a run's record that the table shows."""
     record = Record.read(folder / "metrics.json")
     root = Path(record.resolved["data"].get("root", "")).name
-    return {key: getattr(record, key) for key in FROM_RECORD} | {
-        "gflop": gflop(folder),
-        "images": root if record.data["source"] == "ImageFolder" else record.data["source"],
-        "sha256": record.data["sha256"],
-        "hardware": record.hardware["name"],
-        "threads": record.hardware["threads"],
-        "torch": record.versions["torch"],
-        "date": record.finished[:10],
-    }
+    seconds = {"seconds": None, "images_per_second": None} if (folder / UNTIMED).exists() else {}
+    return (
+        {key: getattr(record, key) for key in FROM_RECORD}
+        | seconds
+        | {
+            "gflop": gflop(folder),
+            "images": root if record.data["source"] == "ImageFolder" else record.data["source"],
+            "sha256": record.data["sha256"],
+            "hardware": record.hardware["name"],
+            "threads": record.hardware["threads"],
+            "torch": record.versions["torch"],
+            "date": record.finished[:10],
+        }
+    )
 
 
 def current(results: Sequence[Result]) -> list[Result]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
+from scipy.stats import ttest_1samp
 
 import common
 from cifarnet.records.figures import save
@@ -42,7 +43,7 @@ class Row(NamedTuple):
         return self.command.split()[0].removeprefix("+experiment=")
 
     def mean(self, key: str) -> float | None:
-        """Return the mean over the runs that were timed; None if there are none."""
+        """Return the mean over the runs that have this value; None if there are none."""
         values = [run[key] for run in self.runs if run[key] is not None]
         return statistics.mean(values) if values else None
 
@@ -63,11 +64,11 @@ class Row(NamedTuple):
 def write(root: Path, results: Iterable[Result]) -> None:
     """Write the tables, the figure and the experiments' results below the root of the project."""
     rows = rows_of(results)
-    shown = most_seeds(rows)
+    chosen = shown(rows)
     replace(root / "docs/zoo.md", zoo_table(rows))
-    replace(root / "README.md", [*readme_table(root, shown), *speedrun_table(), *throughput_table()])
+    replace(root / "README.md", [*readme_table(root, chosen), *speedrun_table(), *throughput_table()])
     replace(root / "benchmarks/README.md", ablation_table())
-    for name, row in shown.items():
+    for name, row in chosen.items():
         write_header(experiment(root, name), row)
     save(figure(rows), root / "docs/images/ladder.png")
 
@@ -82,9 +83,10 @@ def rows_of(results: Iterable[Result]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.machine, row.images, row.mean("seconds") or float("inf")))
 
 
-def most_seeds(rows: Iterable[Row]) -> dict[str, Row]:
-    """Return, for each experiment, its row with the most seeds."""
-    return {row.name: row for row in sorted(rows, key=lambda row: len(row.runs))}
+def shown(rows: Iterable[Row]) -> dict[str, Row]:
+    """Return, for each experiment, its row with the most seeds; rows that change a setting are left out."""
+    plain = [row for row in rows if all(item.startswith(("+experiment=", "data=")) for item in row.command.split())]
+    return {row.name: row for row in sorted(plain, key=lambda row: len(row.runs))}
 
 
 def replace(page: Path, lines: Sequence[str]) -> None:
@@ -111,21 +113,26 @@ def commit(run: Result) -> str:
 
 
 def readme_table(root: Path, rows: Mapping[str, Row]) -> list[str]:
-    lines = ["| `+experiment=` | test accuracy (seeds) | seconds |", "| --- | ---: | ---: |"]
+    lines = ["| `+experiment=` | test accuracy (seeds) | seconds | hardware |", "| --- | ---: | ---: | --- |"]
     for name, row in sorted(rows.items(), key=lambda item: item[1].mean("test_accuracy") or 0):
-        lines.append(f"| `{name}`: {description(experiment(root, name))} | {row.accuracy()} | {row.shown('seconds')} |")
+        cells = [f"`{name}`: {description(experiment(root, name))}", row.accuracy(), row.shown("seconds")]
+        lines.append(f"| {' | '.join(cells)} | {row.runs[0]['hardware']}, {row.runs[0]['threads']} threads |")
     return lines
 
 
 def speedrun_table() -> list[str]:
     """Return the last result of benchmarks/speedrun.py; its first variant is the one that the ratios refer to."""
     result = read_result("speedrun")
-    accuracies, base = result["facts"]["accuracies"], next(iter(result["medians"].values()))
+    facts, base = result["facts"], next(iter(result["medians"].values()))
     lines = ["", f"`benchmarks/speedrun.py`, measured alternately, with {machine_of(result)}:", ""]
-    lines += ["| | test accuracy (seeds) | seconds with the test, median | ratio |", "| --- | ---: | ---: | ---: |"]
+    lines += ["| | test accuracy (seeds) | p, mean above 94% | seconds, median | of these, test | ratio |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for name, seconds in result["medians"].items():
-        tested = f"{common.mean_and_deviation(accuracies[name])}% ({len(accuracies[name])})"
-        lines.append(f"| `{name}` | {tested} | {seconds:,.0f} | {seconds / base:.2f} |")
+        accuracies = facts["accuracies"][name]
+        cells = [f"`{name}`", f"{common.mean_and_deviation(accuracies)}% ({len(accuracies)})"]
+        cells += [f"{ttest_1samp(accuracies, 0.94, alternative='greater').pvalue:.2g}", f"{seconds:,.0f}"]
+        cells += [f"{statistics.median(facts['test_seconds'][name]):,.0f}", f"{seconds / base:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -142,14 +149,19 @@ def ablation_table() -> list[str]:
 
 
 def throughput_table() -> list[str]:
-    """Return the last results of benchmarks/throughput.py, one line per machine."""
-    lines = ["", "`benchmarks/throughput.py`: images/s while training the baseline:", ""]
-    lines += ["| | plain PyTorch | Keras on TensorFlow | cifarnet | ratios |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name in ("throughput", "throughput_zen4"):
-        result = read_result(name)
-        plain, keras, cifarnet = (result["medians"][side] for side in ("plain PyTorch", "keras", "cifarnet"))
-        ratios = f"{cifarnet / plain:.2f}, {cifarnet / keras:.2f}"
-        lines.append(f"| {machine_of(result)} | {plain:,.0f} | {keras:,.0f} | {cifarnet:,.0f} | {ratios} |")
+    """Return the last results of benchmarks/throughput.py: the files results/throughput*.json, one line each."""
+    lines = [
+        "",
+        "`benchmarks/throughput.py`: images/s while training the baseline with batches of 64, and the ratios of",
+    ]
+    lines += ["cifarnet to plain PyTorch and to Keras, which use float32:", ""]
+    lines += ["| | cifarnet uses | plain PyTorch | Keras on TensorFlow | cifarnet | ratios |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
+    for file in sorted(common.RESULTS.glob("throughput*.json")):
+        result = read_result(file.stem)
+        sides = [result["medians"][side] for side in ("plain PyTorch", "keras", "cifarnet")]
+        cells = [machine_of(result), result["facts"]["precision of cifarnet"], *(f"{side:,.0f}" for side in sides)]
+        lines.append(f"| {' | '.join(cells)} | {sides[2] / sides[0]:.2f}, {sides[2] / sides[1]:.2f} |")
     return lines
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cifarnet import cli
+from cifarnet import cli, trained
 from cifarnet.system import files
 from cifarnet.train import main
 from conftest import ALLOW_SIGNAL, SMALL, signal_at
@@ -363,6 +363,8 @@ def test_a_wheel_contains_the_configs_and_trains(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shipped = [path.parent.name for path in tmp_path.glob("site/cifarnet/trained/*/model.safetensors")]
+    assert sorted(shipped) == trained.names()
     result = subprocess.run(
         [sys.executable, "-m", "cifarnet.train", *SMALL, "hydra.run.dir=run"],
         cwd=tmp_path,

@@ -1,4 +1,5 @@
-"""All commands in the README and in docs/ run, on small data, and all settings, links and files in them exist."""
+"""All commands in the README and docs/ run, on small data, except those of docs/reproduce.md; all settings, links and
+files in the pages exist."""
 
 import importlib
 import json
@@ -21,7 +22,7 @@ from cifarnet.models import construct
 from conftest import picture
 
 ROOT = Path(__file__).parents[1]
-REPRODUCE = ROOT / "docs/reproduce.md"  # its commands take hours
+REPRODUCE = ROOT / "docs/reproduce.md"  # a table of commands that take hours
 PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {REPRODUCE})]
 COMMAND_PAGES = [page for page in PAGES if page.stem != "python"]  # test_python.py runs that page
 RUN_PAGES = [page for page in COMMAND_PAGES if page.stem != "extending"]
@@ -206,8 +207,8 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
 
 
-OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md")]
-OTHER_PAGES.append(REPRODUCE)
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md", "docs/reproduce.md")
+OTHER_PAGES = [ROOT / name for name in OTHERS]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}_{page.stem}")

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 import cifarnet
-from cifarnet.cli import compose
 from cifarnet.train import train
 from conftest import LEARNS
 from example_record import RECORD, session
@@ -75,7 +74,7 @@ def test_the_table_shows_the_results(ladder):
     assert (ladder.ROOT / "docs/images/ladder.png").stat().st_size > 1000
     lines = (ladder.ROOT / "README.md").read_text().splitlines()
     assert (lines[0], lines[-1]) == ("above", "below")
-    assert "| `a`: Network a, small | 85.00 ± 1.41% (2) | 150 |" in lines
+    assert "| `a`: Network a, small | 85.00 ± 1.41% (2) | 150 | A chip, 2 threads |" in lines
     file = (ladder.ROOT / "configs/experiment/a.yaml").read_text()
     machine = "A chip, 2 threads, bf16-mixed, torch 2.14.1"
     assert f"# small. B.\n# Result: 85.00 ± 1.41% (2) on {machine}, 150 s per run (docs/zoo.md)\ndefaults" in file
@@ -99,6 +98,21 @@ def test_the_pages_agree_with_the_recorded_results(monkeypatch, tmp_path):
         assert (tmp_path / page).read_text("utf-8") == (root / page).read_text("utf-8")
 
 
+def test_a_row_with_a_changed_setting_is_only_in_the_zoo(ladder):
+    runs = [result("+experiment=a", 0, 0.8), result("+experiment=a data=folder", 0, 0.81)]
+    runs += [result("+experiment=a data=folder trainer.max_epochs=1", seed, 0.3) for seed in range(5)]
+    ladder.write(runs)
+    assert "30.00 ± 0.00% (5)" in (ladder.ROOT / "docs/zoo.md").read_text()
+    assert "30.00" not in (ladder.ROOT / "README.md").read_text()
+    assert "# Result: 81.00% (1) on " in (ladder.ROOT / "configs/experiment/a.yaml").read_text()
+
+
+def test_every_experiment_of_the_ladder_has_a_line_for_its_result(ladder):
+    for name in set().union(*ladder.LADDER.values()):
+        text = (BENCHMARKS.parent / f"configs/experiment/{name}.yaml").read_text("utf-8")
+        assert text.count("\n# Result: ") == 1, name
+
+
 def test_runs_that_were_not_timed_have_no_seconds(ladder):
     unknown = {"seconds": None, "images_per_second": None}
     ladder.write([result("+experiment=a", 0, 0.8, **unknown), result("+experiment=b", 0, 0.9, **unknown)])
@@ -118,6 +132,53 @@ def test_the_checksum_of_a_recipe_depends_on_the_settings_that_decide_results(la
     assert ladder.recipe(settings) == ladder.recipe([*settings, "logger=csv"])
     assert ladder.recipe(settings) != ladder.recipe([*settings, "optimizer.lr=0.1"])
     assert ladder.recipe(settings) != ladder.recipe(settings[:1])
+
+
+def test_runs_on_another_folder_are_trained(ladder, monkeypatch):
+    """Results and folders of runs on images with another name are not used."""
+    folders = []
+    monkeypatch.setattr(ladder, "train", lambda folder, settings: folders.append(folder) or 0)
+    monkeypatch.setattr(ladder, "result_of", lambda folder: {})
+    results = []
+    for root in ("one/cifar10", "two/cifar10", "cifar10-jpeg"):
+        ladder.train_missing(results, ["resnet20"], ["data=folder", f"data.root={root}"], 1)
+    assert [result["images"] for result in results] == ["cifar10", "cifar10-jpeg"]
+    assert folders == [ladder.folder_of(result) for result in results]
+    assert folders[0] != folders[1]
+
+
+def test_a_run_that_was_started_untimed_stays_so(ladder, monkeypatch):
+    """It is found again after a stop, and then has no seconds either."""
+    statuses = iter([130, 0])
+    record = json.dumps(RECORD | {"sessions": [session()]})
+    monkeypatch.setattr(ladder, "gflop", lambda folder: 0.1)
+
+    def train(folder, settings):
+        (folder / "metrics.json").write_text(record)
+        return next(statuses)
+
+    monkeypatch.setattr(ladder, "train", train)
+    results = []
+    with pytest.raises(SystemExit, match="run the same command again"):
+        ladder.train_missing(results, ["resnet20"], ["trainer=cpu"], 1, timed=False)
+    assert ladder.train_missing(results, ["resnet20"], ["trainer=cpu"], 1) == []
+    assert [(result["seconds"], result["images_per_second"]) for result in results] == [(None, None)]
+
+
+def test_a_stopped_ladder_writes_no_pages(ladder, monkeypatch):
+    """Otherwise, the commits in the records of the next runs would be marked as changed."""
+    monkeypatch.setattr(ladder, "train", lambda folder, settings: 130)
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--only", "resnet20", "--", "trainer=cpu"])
+    with pytest.raises(SystemExit, match="run the same command again"):
+        ladder.main()
+    assert not ladder.RESULTS.exists()
+    assert "old" in (ladder.ROOT / "README.md").read_text()
+
+
+def test_a_network_without_a_result_is_not_shipped(ladder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--ship", "--only", "resnet20"])
+    with pytest.raises(SystemExit, match=r"No results of resnet20: python benchmarks/ladder\.py --only resnet20"):
+        ladder.main()
 
 
 def test_an_experiment_that_is_not_for_this_hardware_is_refused(ladder):
@@ -199,18 +260,21 @@ def test_a_shipped_network_is_loaded_by_its_name(ladder, row, run, tmp_path, mon
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
     assert cifarnet.load("a").class_names == cifarnet.load(run).class_names
     settings = json.loads((tmp_path / "trained/a/config.json").read_text())
-    assert settings["data"]["val_fraction"] == compose("train", [*LEARNS, "output_dir=run"]).data.val_fraction
+    assert settings["data"] == {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0}
     card = (tmp_path / "trained/a/README.md").read_text()
     assert "# a: Network a, small" in card
-    assert f"test accuracy of these weights | {settings['test_accuracy']:.2%} " in card
+    assert (
+        f"test accuracy of these weights | {json.loads((run / 'metrics.json').read_text())['test_accuracy']:.2%} "
+        in card
+    )
     assert "84.00% (1): mean ± standard deviation" in card
 
 
 def test_a_network_that_is_less_accurate_in_float16_is_not_shipped(ladder, row, run, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder.ship.trained, "FOLDER", tmp_path / "trained")
-    monkeypatch.setattr(ladder.ship, "evaluate", lambda *arguments: {"test": {"accuracy": next(accuracies)}})
-    accuracies = iter([0.84, 0.8397])
-    with pytest.raises(SystemExit, match=r"float16 changes the test accuracy by -0\.03%"):
+    results = [{"test": {"accuracy": accuracy}, "data": {"test": 10000}} for accuracy in (0.84, 0.8397)]
+    monkeypatch.setattr(ladder.ship, "evaluate", lambda *arguments: results.pop(0))
+    with pytest.raises(SystemExit, match="8,397 correct test images in float16 and 8,400 in float32"):
         ladder.ship.ship(tmp_path, [row], [run], [])
     assert not (tmp_path / "trained").exists()
 

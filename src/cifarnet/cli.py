@@ -57,7 +57,9 @@ def parse(command: str, description: str | None, against: bool = False) -> Argum
         against: whether the command accepts `--against`.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
-    networks = f"\n\ntrained networks of this package, to use in place of a run: {', '.join(trained.names())}"
+    networks = (
+        f"\n\ntrained networks of this package (use a name in place of a run's folder): {', '.join(trained.names())}"
+    )
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
@@ -75,7 +77,9 @@ def parse(command: str, description: str | None, against: bool = False) -> Argum
         parser.error(f"unknown option {unknown[0]}. Write settings without dashes: {setting} (files: ./{unknown[0]})")
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
-        parser.error("a path is required: the folder of a run")
+        parser.error(
+            "a path is required: the folder of a run" + ("" if against else ", or the name of a trained network")
+        )
     return Arguments(
         paths,
         [argument for argument in parsed.arguments + parsed.against if is_setting(argument)],

@@ -54,7 +54,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     """Serve the page for the duration of the context, and yield its address.
 
     Args:
-        runs: paths of runs' folders or checkpoint files.
+        runs: runs' folders, checkpoint files or names of trained networks.
         overrides: overrides of `configs/demo.yaml`, such as "port=8000".
 
     Raises:

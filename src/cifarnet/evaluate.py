@@ -27,7 +27,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` to the folder `evaluation`.
 
     Args:
-        path: a run's folder or a checkpoint file.
+        path: a run's folder, a checkpoint file or the name of a trained network.
         overrides: overrides of `configs/evaluate.yaml`, such as "tta=mirror".
 
     Returns:

@@ -37,7 +37,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Write a checkpoint's network in another format, and compare the two.
 
     Args:
-        path: a run's folder or a checkpoint file.
+        path: a run's folder, a checkpoint file or the name of a trained network.
         overrides: overrides of `configs/export.yaml`, such as "format=onnx".
 
     Returns:

@@ -117,7 +117,7 @@ def load_teacher(path: str, data: ImageDataModule, classes: Sequence[str] = ()) 
     """Load the trained network of a run for distillation.
 
     Args:
-        path: a run's folder or a checkpoint file.
+        path: a run's folder, a checkpoint file or the name of a trained network.
         data: the student's training images.
         classes: full names of allowed classes from outside this project.
 

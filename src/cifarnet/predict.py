@@ -41,7 +41,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     """Predict the classes of pictures, and print them or write them to a file.
 
     Args:
-        run: a run's folder or a checkpoint file.
+        run: a run's folder, a checkpoint file or the name of a trained network.
         images: paths of image files, and of folders of image files.
         overrides: overrides of `configs/predict.yaml`, such as "top=1".
 
