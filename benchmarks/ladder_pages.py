@@ -122,7 +122,8 @@ def readme_table(root: Path, rows: Mapping[str, Row]) -> list[str]:
 
 def speedrun_table() -> list[str]:
     """Return the last result of benchmarks/speedrun.py; its first variant is the one that the ratios refer to."""
-    result = read_result("speedrun")
+    if not (result := read_result("speedrun")):
+        return []
     facts, base = result["facts"], next(iter(result["medians"].values()))
     lines = ["", f"`benchmarks/speedrun.py`, measured alternately, with {machine_of(result)}:", ""]
     lines += ["| | test accuracy (seeds) | p, mean above 94% | seconds, median | of these, test | ratio |"]
@@ -138,7 +139,8 @@ def speedrun_table() -> list[str]:
 
 def ablation_table() -> list[str]:
     """Return the last result of benchmarks/ablation.py, with means over its runs."""
-    result = read_result("ablation")
+    if not (result := read_result("ablation")):
+        return ["Not measured yet."]
     lines = [f"{machine_of(result)}:", "", "| | validation accuracy (seeds) | seconds of training | gain from TTA |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     for name, runs in result["facts"]["runs"].items():
@@ -166,7 +168,9 @@ def throughput_table() -> list[str]:
 
 
 def read_result(name: str) -> dict[str, Any]:
-    return json.loads((common.RESULTS / f"{name}.json").read_text("utf-8"))
+    """Return a benchmark's last result; an empty dictionary if it was not measured yet."""
+    file = common.RESULTS / f"{name}.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def machine_of(result: Mapping[str, Any]) -> str:
