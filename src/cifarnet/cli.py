@@ -57,9 +57,7 @@ def parse(command: str, description: str | None, against: bool = False) -> Argum
         against: whether the command accepts `--against`.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
-    networks = (
-        f"\n\ntrained networks of this package (use a name in place of a run's folder): {', '.join(trained.names())}"
-    )
+    networks = f"\n\ntrained networks (use a name in place of a run's folder): {', '.join(trained.names())}"
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
