@@ -170,10 +170,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # not as mathematics
     axis.legend(frameon=False, loc="lower left")
     if fall <= noise:
-        return (
-            f"none: the loss falls by {fall:.2g}, its noise is {noise:.2g}. Change lr_min, lr_max or lr_steps.",
-            figure,
-        )
+        reason = f"the loss falls by {fall:.2g}, which is less than its noise of {noise:.2g}"
+        return f"none: {reason}. Change lr_min, lr_max or lr_steps.", figure
     if rates[lowest] == rates[-1]:
         return f"none: the loss is still falling at lr_max={rates[-1]:.2g}. Raise lr_max.", figure
     found = f"optimizer.lr={rates[lowest]:.2g}, the rate of the lowest smoothed loss, as the highest rate of a schedule"
