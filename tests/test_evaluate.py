@@ -171,6 +171,7 @@ def test_other_data_is_split_like_the_runs_data(config, tmp_path):
         (["data=cifar100"], {"folds": 5, "fold": 1, "coarse": True, "read_only": None}),
         (["data=cifar100", "data.coarse=false", "data.fold=2"], {"folds": 5, "fold": 2, "coarse": False}),
         (["data.root=x"], {"folds": 5, "fold": 1, "coarse": True, "read_only": True}),
+        (["data.root=x", "data.folds=null", "data.fold=null"], {"folds": None, "fold": None}),
     ],
 )
 def test_the_settings_of_the_run_that_apply_to_the_test(changed, chosen, expected):

@@ -17,6 +17,8 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
+from cifarnet.cli import compose
+from cifarnet.config import validate
 from cifarnet.data import Torchvision
 from cifarnet.errors import NoImages, UserError
 from cifarnet.evaluate import evaluate
@@ -109,6 +111,13 @@ def test_usps(tmp_path):
     expected = torch.tensor(pixels > 0).view(20, 1, 16, 16).expand(-1, 3, -1, -1) * 255
     assert torch.equal(source.test.images, expected.to(torch.uint8))
     assert source.test.labels.tolist() == [*range(10)] * 2
+
+
+def test_arguments_on_the_command_line():
+    settings = ["data=torchvision", "data.name=EMNIST", "data.arguments={split: letters}", "output_dir=run"]
+    config = compose("train", settings)
+    validate(config)
+    assert config.data.arguments == {"split": "letters"}
 
 
 def svhn(root):
