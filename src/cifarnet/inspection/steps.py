@@ -117,7 +117,7 @@ def draw_schedule(built: Built) -> Figure:
     total, in_epoch = planned_steps(built.trainer, unit)
     steps = int(total) if total < math.inf else in_epoch
     make = built.classifier.make_scheduler or (lambda optimizer, _: LambdaLR(optimizer, lambda _: 1.0))
-    values = learning_rates(make, optimizer, steps, steps)[1].numpy()
+    values = np.array(learning_rates(make, optimizer, steps, steps)[1])
     kinds = [group.get("kind", f"group {number}") for number, group in enumerate(optimizer.param_groups)]
     labels = [f"{kind}: at most {most:.3g}" for kind, most in zip(kinds, values.max(0), strict=True)]
     several = len(labels) > 1  # their rates can differ by orders of magnitude

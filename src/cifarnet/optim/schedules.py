@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -17,6 +16,7 @@ from cifarnet.errors import UserError
 from cifarnet.schema import Range
 
 Interval = Literal["step", "epoch"]
+Rates = list[list[float]]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]  # the integer is the number of steps of the whole run
 
 MOST_STEPS = 10_000  # of a longer run, only these are checked; they take 0.1 seconds
@@ -87,7 +87,7 @@ def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
     return epochs if max_steps < 0 else math.ceil(total / steps[0]), 1
 
 
-def learning_rates(make: MakeSchedule, optimizer: Optimizer, total: int, count: int) -> tuple[LRScheduler, Tensor]:
+def learning_rates(make: MakeSchedule, optimizer: Optimizer, total: int, count: int) -> tuple[LRScheduler, Rates]:
     """Make a schedule for a copy of an optimizer with its initial learning rates, and step it.
 
     Args:
@@ -96,7 +96,7 @@ def learning_rates(make: MakeSchedule, optimizer: Optimizer, total: int, count: 
         count: the number of steps to make. ReduceLROnPlateau, which needs validations, is not stepped.
 
     Returns:
-        The schedule, and the learning rates of the parameter groups before each step, float64 [count, groups].
+        The schedule, and for each step the learning rates of the parameter groups before it.
 
     Raises:
         UserError: a step fails.
@@ -116,7 +116,7 @@ def learning_rates(make: MakeSchedule, optimizer: Optimizer, total: int, count: 
                 schedule.step()
             except (ValueError, ArithmeticError) as error:
                 raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
-    return schedule, torch.tensor(rates, dtype=torch.float64)
+    return schedule, rates
 
 
 def warnings_about(make: MakeSchedule, optimizer: Optimizer, total: int, first: int, unit: Interval) -> Iterator[str]:
@@ -137,7 +137,7 @@ def warnings_about(make: MakeSchedule, optimizer: Optimizer, total: int, first: 
     milestones = list(state.get("milestones") or state.get("_milestones") or [])
     if missed := [milestone for milestone in milestones if not 0 <= milestone < total]:
         yield f"scheduler: the milestones {missed} are never reached, because the run has {total} {unit}s."
-    last = max((rates.diff(dim=0).any(-1).nonzero() + 1).flatten().tolist(), default=0)
+    last = max((step for step in range(1, len(rates)) if rates[step] != rates[step - 1]), default=0)
     remedy = " If its settings count epochs, add +module.scheduler_interval=epoch." if unit == "step" else ""
     if last == 0 and not isinstance(schedule, ConstantLR):
         yield f"scheduler: the learning rate never changes within the {total} {unit}s of the run.{remedy}"
