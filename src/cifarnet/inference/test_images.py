@@ -53,7 +53,7 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
             remedy = " ".join(f"data.{name}=…" for name in ("name", "root", "arguments") if name in arguments)
             if issubclass(data_class, CIFAR10):
-                remedy = f"data.root=…, or data={data_class.__name__.lower()} to download them"
+                remedy = f"data={data_class.__name__.lower()} to download them, or data.root=…"
             raise NoImages(f"{checkpoint.path} does not name a folder of {data_class.__name__} images. Add {remedy}.")
         data["_target_"] = class_path(data_class)
         data |= {"read_only": "true"} if accepts(data_class, "read_only") else {}
