@@ -49,7 +49,7 @@ PARTS = {
     "no label smoothing": ["objective.label_smoothing=0"],
     "all epochs at 32x32": ["data.train_sizes=null"],
     "all images in every epoch": ["data.hardest_share=1"],
-    "all images in 4 epochs": ["data.hardest_share=1", "trainer.max_epochs=4", "data.train_sizes=[24,28,32]"],
+    "all images in 3 epochs": ["data.hardest_share=1", "trainer.max_epochs=3", "data.train_sizes=[24,24,32]"],
     "batches of 2,000, rates as in airbench94_muon": [
         *("data.batch_size=2000", "optimizer.lr=0.24", "optimizer.bias.lr=106", "optimizer.matrix.lr=0.02"),
     ],

@@ -1,6 +1,6 @@
 """Two processes with one thread each compared with one process with two threads, on one CPU.
 
-    python benchmarks/ranks.py [data=folder data.root=<the JPEG copy of CIFAR-10>]
+    python benchmarks/ranks.py [data=folder data.root=…]
 
 This also prints the time to exchange the gradients: an all-reduce with as many numbers as the network has parameters.
 On a machine with several GPUs: `python benchmarks/ranks.py trainer.accelerator=gpu` compares one GPU with two.

@@ -21,7 +21,10 @@ from PIL import Image
 from torch import nn
 
 from cifarnet.cli import compose
+from cifarnet.errors import Interrupted
 from cifarnet.models import Normalize
+from cifarnet.records.record import Record
+from cifarnet.resuming import resume
 from cifarnet.train import main, train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # of several workers, each uses one core
@@ -96,6 +99,17 @@ def assert_same_weights(one: Path, other: Path):
         assert torch.equal(first[name], second[name]), name
 
 
+def assert_close_weights(first: Path, second: Path) -> None:
+    """Compare the last checkpoints of two runs, except for rounding."""
+    one, other = (weights(folder / "checkpoints/last.ckpt") for folder in (first, second))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """Use an empty cache."""
@@ -114,6 +128,43 @@ def small(*overrides: str, without: str | tuple[str, ...] = "-"):
 def config(tmp_path):
     """Compose a small run in a temporary folder: config("optimizer.lr=0.1", …, folder="run")."""
     return lambda *overrides, folder="run", **settings: small(f"output_dir={tmp_path / folder}", *overrides, **settings)
+
+
+@pytest.fixture
+def resumed_run(config, tmp_path):
+    """Check that a run that is stopped and resumed equals one that is not: resumed_run("optimizer.lr=0.1", …).
+
+    `moment` is an epoch and a batch, after which the run is stopped; `meanwhile` is then called. `changes` are
+    the settings with which it is resumed. It returns the record of the run, whose folder is `whole`.
+    """
+
+    def check(*overrides, compose=config, moment=(1, 2), meanwhile=lambda: None, changes=(), **settings) -> Record:
+        train(compose(*overrides, folder="whole", **settings))
+        with pytest.raises(Interrupted):
+            train(compose(*overrides, folder="parts", **settings), callbacks=[SignalAt(*moment, signal.SIGTERM)])
+        meanwhile()
+        train(*resume(tmp_path / "parts", changes))
+        assert_same_weights(*(tmp_path / name / "checkpoints/last.ckpt" for name in ("whole", "parts")))
+        whole, parts = (Record.read(tmp_path / name / "metrics.json") for name in ("whole", "parts"))
+        assert whole.data == parts.data
+        return whole
+
+    return check
+
+
+@pytest.fixture
+def sharded_run(config, tmp_path):
+    """Check that a run on two ranks equals one on a single rank, except for rounding: sharded_run("seed=1", …)."""
+
+    def check(*overrides: str, without: tuple[str, ...] = ()) -> None:
+        train(config(*overrides, "threads=1", folder="one", without=without))
+        train(config(*overrides, *TWO, "threads=1", folder="two", without=("trainer=cpu", *without)))
+        assert_close_weights(tmp_path / "one", tmp_path / "two")
+        one, two = (Record.read(tmp_path / name / "metrics.json") for name in ("one", "two"))
+        assert two.hardware["ranks"] == 2
+        assert one.data == two.data
+
+    return check
 
 
 @pytest.fixture(scope="module")

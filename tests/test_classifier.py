@@ -203,9 +203,12 @@ def test_the_trainer_receives_the_metrics_of_the_last_epoch(batch):
     expected |= {"train/weight_decay": decay, "train/objective": expected["train/cross_entropy"] + decay}
     assert {name: value.item() for name, value in trainer.callback_metrics.items()} == pytest.approx(expected)
 
+    assert logger.logged == []  # History writes
+
     trainer.test(module, unequal_batches(part(batch, slice(3))), verbose=False)
+    logger.logged.clear()
     shuffled = part(batch, torch.randperm(16, generator=torch.Generator().manual_seed(0)))
-    trainer.test(module, unequal_batches(shuffled), verbose=False)
+    [tested] = trainer.test(module, unequal_batches(shuffled), verbose=False)
     with torch.no_grad():
         one_view, mirrored = module(shuffled.images), module(shuffled.images.flip(3))
     least_confident = one_view.softmax(1).amax(1).argsort()[:8]
@@ -216,7 +219,7 @@ def test_the_trainer_receives_the_metrics_of_the_last_epoch(batch):
         metrics("test", final, shuffled.labels)
     )
     assert module.means("one_view") == pytest.approx(metrics("one_view", one_view, shuffled.labels))
-    assert logger.logged == []  # History writes
+    assert logger.logged[0] == pytest.approx(tested | {"epoch": 2})
     assert module.hparams == {"plain": "data"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cifarnet import cli
+from cifarnet import cli, trained
 from cifarnet.system import files
 from cifarnet.train import main
 from conftest import ALLOW_SIGNAL, SMALL, signal_at
@@ -301,10 +301,12 @@ def test_arguments_are_paths_settings_or_paths_to_compare_with(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=1").mkdir()
     arguments = ["a=1", "b", "metric=seconds", "+x=1", "~y", "--against", "c", "output=o.png"]
-    parsed = cli.parse("compare", "", against=True, arguments=arguments)
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+    parsed = cli.parse("compare", "", against=True)
     assert parsed == (["a=1", "b"], ["metric=seconds", "+x=1", "~y", "output=o.png"], ["c"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", "tta=mirror"])
     with pytest.raises(SystemExit):
-        cli.parse("evaluate", "", arguments=["tta=mirror"])
+        cli.parse("evaluate", "")
 
 
 TEXTS = ["a'b", 'a"b', "'x'", r"a\'b", "a\\", "a b=c,[d]", "${seed}", r"$\bad{$", "", "'", "x'"]
@@ -319,7 +321,7 @@ def test_any_text_can_be_the_value_of_an_override(text):
     assert cli.value_of("name", [argument]) == text
 
 
-@pytest.mark.parametrize("command", ["train", "search", "evaluate", "compare", "predict"])
+@pytest.mark.parametrize("command", ["train", "search", "inspect", "evaluate", "compare", "predict"])
 def test_help_is_quick_and_fits_a_screen(command):
     slow = "{'torch', 'lightning', 'scipy', 'matplotlib', 'optuna', 'pandas'}"
     program = f"""import sys, time
@@ -345,7 +347,7 @@ def test_the_config_is_printed_without_torch(tmp_path):
     result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "shuffle_seed: ${seed}" in result.stdout
-    assert len(result.stdout.splitlines()) < 100
+    assert len(result.stdout.splitlines()) < 115
     assert not list(tmp_path.iterdir())
 
 
@@ -361,6 +363,8 @@ def test_a_wheel_contains_the_configs_and_trains(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shipped = [path.parent.name for path in tmp_path.glob("site/cifarnet/trained/*/model.safetensors")]
+    assert sorted(shipped) == trained.names()
     result = subprocess.run(
         [sys.executable, "-m", "cifarnet.train", *SMALL, "hydra.run.dir=run"],
         cwd=tmp_path,

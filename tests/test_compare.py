@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 
 from cifarnet.cli import CONFIGS, compose
 from cifarnet.compare import main
-from cifarnet.records import comparison, figures
-from cifarnet.records.significance import welch
+from cifarnet.records import comparison, figures, tables
+from cifarnet.records.significance import paired, welch
 from cifarnet.records.tables import varied
 from conftest import SMALL
 from example_record import session, write_record
@@ -93,6 +94,89 @@ def test_a_difference_that_is_not_significant(run, compared):
     assert "is better" not in printed
     # d = 0.01/0.0129 = 0.775: 28 each (for d = 0.8, Cohen has 26)
     assert "each group needs about 28 seeds" in printed
+
+
+def fold(number: int, folds: int = 5, split_seed: int = 0) -> dict:
+    data = {"folds": folds, "fold": number, "split_seed": split_seed}
+    config = {"_target_": "cifarnet.data.Synthetic", "root": "data", "shuffle_seed": "${seed}"}
+    counts = {"source": "Synthetic", "classes": 10, "train": 8000 + number % 2, "val": 2000 - number % 2, "test": 10**4}
+    return {"resolved.data": data, "config.data": config | data, "data": counts | {"sha256": "d01fbde4" * 8}}
+
+
+DIFFERENCES = [0.02, 0.01, 0.03, 0.00, 0.02]  # see `test_the_corrected_paired_test_equals_a_calculation_by_hand`
+
+
+def test_folds_are_paired_samples(run, compared):
+    for number, (level, difference) in enumerate(zip([0.5, 0.9, 0.3, 0.7, 0.6], DIFFERENCES, strict=True)):
+        run(f"a/{number}", number, level + difference, fold(number))  # each fold also has its own seed
+        run(f"b/{number}", 0, level, fold(number) | FASTER)
+    status, printed, _ = compared("a", "b")
+    assert status == 0
+    assert re.search(r"a +quickstart +61\.60 ± 2\d\.\d+% +5 ", printed)
+    line = (
+        "a - b: +1.60 points, 95% interval -0.52 to +3.72, paired over 5 folds, p = 0.1: not statistically significant"
+    )
+    assert line in printed
+    assert "data.split_seed=" in printed
+    assert "p: paired t-test" in printed
+    assert "Nadeau and Bengio, 2003" in printed
+    assert "Welch" not in printed
+    assert "warning" not in printed
+    for seed in (1, 2):  # several seeds in a fold are averaged, and are not more samples
+        run(f"b/again{seed}", seed, 0.51, fold(0) | FASTER)
+    run("b/less", 3, 0.48, fold(0) | FASTER)  # the mean of 0.5, 0.51, 0.51 and 0.48 is 0.5
+    assert line in compared("a", "b")[1]
+
+
+def test_only_validation_metrics_are_corrected_for_the_overlap(run, compared):
+    for number, difference in enumerate(DIFFERENCES):
+        run(f"a/{number}", 0, 0.5 + difference, fold(number) | {"seconds": 10.0 + number})
+        run(f"b/{number}", 0, 0.5, fold(number) | FASTER | {"seconds": 20.0 + number**2})
+    _, printed, _ = compared("a", "b", "metric=test_accuracy")
+    low, high, p = paired(DIFFERENCES, 0)
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}, paired over 5 folds, p = {p:.2g}" in printed
+    assert "p: paired t-test, two-sided.\n" in printed
+    _, printed, _ = compared("a", "b", "metric=seconds")
+    _, _, p = welch([10.0 + number for number in range(5)], [20.0 + number**2 for number in range(5)])
+    assert f"p = {p:.2g}: a is better" in printed
+    assert "p: Welch's t-test, two-sided.\n" in printed
+
+
+def test_the_better_group_is_that_of_the_folds_that_both_groups_have(run, compared):
+    for number, accuracy in enumerate([0.5, 0.51, 0.52, 0.95, 0.96]):
+        run(f"a/{number}", number, accuracy, fold(number))
+        if number < 3:
+            run(f"b/{number}", number, accuracy + 0.02 + number / 10_000, fold(number) | FASTER)
+    line = r"a - b: -2\.01 points, .* paired over 3 folds, p = \S+: b is better"
+    assert re.search(line, compared("a", "b")[1])  # although the mean of a is larger
+
+
+def test_other_contents_of_the_files_are_other_settings(run):
+    """The path of the file with the labels can be the same, and the number of images, too."""
+    places = []
+    for number in range(4):
+        changes = fold(number % 2) | {"data.files_sha256": "0123456789abcdef"[number // 2 :]}
+        places.append(str(run(f"{number}", 0, 0.9, changes)))
+    groups, *_ = comparison.load(places, [], None)
+    assert varied(groups) == ["images.files_sha256"]
+    assert [len(group.by_fold) for group in groups] == [2, 2]
+
+
+def test_repeated_folds_and_missing_folds(run, compared):
+    for number in range(4):
+        run(f"a/{number}", 0, 0.9 + number / 100, fold(number % 2, 2, number // 2))
+        run(f"b/{number}", 0, 0.8 + number**2 / 1000, fold(number % 2, 2, number // 2) | FASTER)
+    _, printed, _ = compared("a", "b")
+    differences = [0.1 + number / 100 - number**2 / 1000 for number in range(4)]
+    low, high, p = paired(differences, 1)  # half of the images for training, half for validation
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}, paired over 4 folds, p = {p:.2g}" in printed
+    shutil.rmtree("a/0")
+    mean = 100 * sum(differences[1:]) / 3
+    assert re.search(rf"a - b: \+{mean:.2f} points, .* paired over 3 folds", compared("a", "b")[1])
+    run("c/0", 0, 0.5, {"config.optimizer.lr": 0.5})
+    run("c/1", 1, 0.6, {"config.optimizer.lr": 0.5})
+    assert "at least 2 folds that both groups have are needed" in compared("a", "c")[1]
+    assert "Welch" not in compared("a", "b", "c")[1]  # which was not applied
 
 
 def test_against_names_the_baseline(run, compared):
@@ -181,7 +265,7 @@ def test_interval_wider_than_the_range_of_accuracies(run, compared):
     _, printed, _ = compared("a", "b")
     low, high, p = welch([0.5, 0.8], [0.6, 0.61])
     assert (low < -1, high > 1, p > 0.05) == (True, True, True)
-    assert f"points, 95% interval wider than -100 to +100: train more seeds, p = {p:.2g}" in printed
+    assert f"points, 95% interval wider than -100 to +100: train more seeds or splits, p = {p:.2g}" in printed
 
 
 def test_values_that_do_not_vary_have_no_interval(run, compared):
@@ -444,7 +528,7 @@ def test_the_axis_of_accuracies_ends_at_100_percent(run):
 
 
 def test_letters():
-    assert [comparison.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
+    assert [tables.letter(number) for number in (0, 25, 26, 27 * 26)] == ["a", "z", "aa", "aaa"]
 
 
 @pytest.mark.parametrize(

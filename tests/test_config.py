@@ -14,6 +14,11 @@ from cifarnet.errors import UserError
         ("data.eval_batch_size", [0, 10**9]),
         ("data.val_fraction", ["nan", -0.1, 1]),
         ("data.hardest_share", ["nan", 0, 1.1]),
+        ("data.folds", [1, "nan"]),
+        ("data.imbalance", [0.5, "nan"]),
+        ("data.train_share", [0, 1.1]),
+        ("data.images_per_class", [0, 1.5]),
+        ("data.label_noise", [-0.1, 1]),
         ("data.split_seed", [-1, 2**70]),
         ("data.shuffle_seed", [-1, 2**32]),
         ("data.crop_padding", [-1, 10**6]),
@@ -108,28 +113,30 @@ def test_a_recorded_config_with_a_list_of_callbacks_is_read():
 SETTINGS = """
 callbacks.best._target_ callbacks.best.dirpath callbacks.best.enable_version_counter callbacks.best.filename
 callbacks.best.mode callbacks.best.monitor callbacks.history._target_ callbacks.last._target_ callbacks.last.dirpath
-callbacks.last.enable_version_counter callbacks.last.filename callbacks.pictures._target_
+callbacks.last.enable_version_counter callbacks.last.filename callbacks.nan._target_ callbacks.pictures._target_
 callbacks.progress._target_ callbacks.stop._target_
 channels_last
 ckpt_path
 classes
 compile
-data._target_ data.batch_size data.crop_padding data.cutout data.eval_batch_size data.flip data.hardest_share
-data.mix data.on_device data.root data.shuffle_seed data.split_seed data.train_sizes data.transforms data.url
-data.val_fraction
+data._target_ data.batch_size data.crop_padding data.cutout data.eval_batch_size data.flip data.fold data.folds
+data.hardest_share data.images_per_class data.imbalance data.keep data.label_noise data.labels data.mix
+data.noise_type data.on_device data.root data.sampler data.shuffle_seed data.split_seed data.train_share
+data.train_sizes data.transforms data.url data.val_fraction
 keep_freed_memory
 logger.tensorboard._target_ logger.tensorboard.default_hp_metric logger.tensorboard.name
 logger.tensorboard.save_dir logger.tensorboard.version
 model._target_ model.drop_rate model.hidden model.widths
 module._target_ module.tta module.tta_share
 name
-objective._target_ objective.label_smoothing objective.reduction
+objective._target_ objective.label_smoothing objective.reduction objective.weight
 optimizer._target_ optimizer.fused optimizer.lr optimizer.momentum optimizer.nesterov optimizer.weight_decay
 output_dir
 recipe
 scheduler._target_ scheduler.cycle_momentum scheduler.max_lr scheduler.pct_start scheduler.total_steps
 seed
-start
+start.checkpoint
+start.optimizer
 sweep.keep_checkpoints sweep.resume sweep.stop_at_failure
 threads
 total_steps

@@ -1,4 +1,5 @@
-"""All commands in the README and in docs/ run, on small data, and all settings, links and files in them exist."""
+"""All commands in the README and docs/ run, on small data, except those of docs/reproduce.md; all settings, links and
+files in the pages exist."""
 
 import importlib
 import json
@@ -21,7 +22,10 @@ from cifarnet.models import construct
 from conftest import picture
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPRODUCE = ROOT / "docs/reproduce.md"  # a table of commands that take hours
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {REPRODUCE})]
+COMMAND_PAGES = [page for page in PAGES if page.stem != "python"]  # test_python.py runs that page
+RUN_PAGES = [page for page in COMMAND_PAGES if page.stem != "extending"]
 USER_FILES = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)```", re.S)  # files that the reader of a page creates
 FEW_IMAGES = ["data.train_size=200", "data.test_size=50"]
 
@@ -36,7 +40,7 @@ def commands(page: Path) -> list[list[str]]:
 def shrink(command: list[str]) -> list[str]:
     """Return the arguments of a command, with settings for a short run and with `<date_time>` replaced."""
     module, arguments = command[2], [fill_in_folder(argument) for argument in command[3:]]
-    trains = module in ("cifarnet.train", "cifarnet.search")
+    trains = module in ("cifarnet.train", "cifarnet.search", "cifarnet.inspect")
     if not trains or any("ckpt_path" in argument or "resume" in argument for argument in arguments):
         return arguments
     learns = "name=mine" in arguments  # a test checks its accuracy
@@ -68,11 +72,11 @@ def draw_pictures(folder: Path) -> None:
 
 
 def test_every_page_has_commands():
-    assert [len(commands(page)) > 2 for page in PAGES] == [True] * len(PAGES)
+    assert [len(commands(page)) > 2 for page in COMMAND_PAGES] == [True] * len(COMMAND_PAGES)
     assert {command[0] for page in PAGES for command in commands(page)} <= {"python", "tensorboard"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extending"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.stem)
 def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     def run(words: list[str]) -> None:
         main = importlib.import_module(words[2]).main
@@ -82,6 +86,8 @@ def test_commands_run(page, command, tmp_path, monkeypatch, archive, published):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / published.filename).write_bytes(archive["bytes"])
     draw_pictures(tmp_path / "pictures")
+    for name in ("cat.jpg", "my holiday.png"):
+        picture(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     for name, code in USER_FILES.findall(page.read_text("utf-8")):
@@ -201,7 +207,8 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
 
 
-OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md")]
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/LOG.md", "docs/reproduce.md")
+OTHER_PAGES = [ROOT / name for name in OTHERS]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}_{page.stem}")

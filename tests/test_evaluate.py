@@ -13,10 +13,12 @@ import torch
 
 import cifarnet
 from cifarnet import cli
+from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import CONFIGS
 from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
+from cifarnet.inference import test_images
 from cifarnet.train import train
 
 # 60 steps, enough to learn some of the shapes
@@ -153,13 +155,51 @@ def test_run_without_validation_images_has_no_temperature(config, tmp_path):
 def test_other_data_is_split_like_the_runs_data(config, tmp_path):
     train(config("data.val_fraction=0.2", "data.split_seed=3", "data.eval_batch_size=30"))
     measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.train_size=300", "data.seed=1"])
-    assert (measured["data"]["train"], measured["data"]["val"], measured["data"]["test"]) == (240, 60, 2000)
+    assert (measured["data"]["train"], measured["data"]["val"], measured["data"]["test"]) == (240, 60, 50)
     data = measured["config"]["data"]
     assert (data["val_fraction"], data["split_seed"], data["eval_batch_size"]) == (0.2, 3, 30)
     measured = evaluate(tmp_path / "run", [*QUICK, "data=synthetic", "data.val_fraction=0.5", "data.train_size=100"])
     assert measured["data"]["val"] == measured["data"]["train"] == 50  # less than a training batch
     same = evaluate(tmp_path / "run", [*QUICK, "data.test_size=20"])
     assert (same["data"]["train"], same["data"]["test"]) == (160, 20)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["data=folder", "data.root=x"], {"folds": None, "fold": None, "coarse": None, "image_size": 32}),
+        (["data=cifar100"], {"folds": 5, "fold": 1, "coarse": True, "read_only": None}),
+        (["data=cifar100", "data.coarse=false", "data.fold=2"], {"folds": 5, "fold": 2, "coarse": False}),
+        (["data.root=x"], {"folds": 5, "fold": 1, "coarse": True, "read_only": True}),
+        (["data.root=x", "data.folds=null", "data.fold=null"], {"folds": None, "fold": None}),
+    ],
+)
+def test_the_settings_of_the_run_that_apply_to_the_test(changed, chosen, expected):
+    training = {"images_per_class": 400, "imbalance": 10, "label_noise": 0.2, "train_share": 0.5}
+    recorded = {"_target_": "cifarnet.data.CIFAR100", "coarse": True, "folds": 5, "fold": 1, "read_only": False}
+    path = changed(to(data=recorded | training | {"val_fraction": 0.2, "split_seed": 3}))
+    data = test_images.compose("evaluate", chosen, Checkpoint.open(path), []).data
+    expected = expected | dict.fromkeys(training) | {"val_fraction": 0.2, "split_seed": 3}
+    assert {key: data.get(key) for key in expected} == expected
+
+
+def test_the_data_of_a_run_on_a_part_of_the_training_images(config, tmp_path):
+    (tmp_path / "keep.txt").write_text("\n".join(map(str, range(100))))
+    settings = ["data.label_noise=0.5", "data.noise_type=pairs", f"data.keep={tmp_path}/keep.txt"]
+    train(config(*settings, "data.batch_size=16"))
+    trained = json.loads((tmp_path / "run/metrics.json").read_text())["data"]
+    measured = evaluate(tmp_path / "run", QUICK)["data"]
+    assert trained["train"] < measured["train"]
+    assert {key: measured[key] for key in measured if key != "train"}.items() <= trained.items()
+    assert "20 validation and 50 test images; sha256 " in (tmp_path / "run/evaluation/report.html").read_text()
+
+
+def test_other_data_has_the_runs_fold(config, tmp_path):
+    train(config("data.folds=4", "data.fold=3", "data.label_noise=0.5"))
+    for overrides in (["data=synthetic", "data.train_size=200"], []):  # the temperature needs images not trained on
+        measured = evaluate(tmp_path / "run", [*QUICK, *overrides])
+        assert (measured["config"]["data"]["folds"], measured["config"]["data"]["fold"]) == (4, 3)
+        assert (measured["data"]["train"], measured["data"]["val"]) == (150, 50)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +416,7 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     """The folder of the pictures is never read from a checkpoint; the other settings are."""
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    with pytest.raises(UserError, match=r"does not specify the folder of its images .*Add data\.root="):
+    with pytest.raises(UserError, match=r"does not name a folder of .* images.*Add data\.root="):
         evaluate(tmp_path / "run", QUICK)
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]

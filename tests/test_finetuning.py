@@ -1,6 +1,7 @@
 import hashlib
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from cifarnet import cli
+from cifarnet.build import build
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.errors import Interrupted, UserError
+from cifarnet.errors import UserError
 from cifarnet.finetuning import expand, transfer_weights
 from cifarnet.models import SpeedNet
 from cifarnet.recipes.backbone import head_name
 from cifarnet.resuming import resume
 from cifarnet.train import main, train
-from conftest import ALLOW_SIGNAL, LEARNS, assert_same_weights, picture, signal_at, weights
+from conftest import LEARNS, assert_same_weights, picture, small, weights
 
 HEAD, NORM = "network.head.weight", "network.normalize.mean"
 
@@ -131,17 +133,10 @@ def test_the_head_is_not_kept_if_only_the_number_of_classes_is_the_same(run):
         assert torch.equal(network.normalize.mean, weights(run / "checkpoints/best.ckpt")[NORM])
 
 
-def test_a_run_can_be_resumed_and_loaded_without_the_checkpoint_it_started_from(finetune, base, tmp_path):
-    two = ["trainer.max_epochs=2"]
-    train(finetune(*two, folder="whole"))
-    with pytest.raises(Interrupted):
-        train(finetune(*two, signal_at(epoch=0, batch=2, number=2), folder="stopped"))
-    shutil.rmtree(base)
-    config, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
-    config.callbacks.signal = None
-    train(config, checkpoint)
-    assert_same_weights(tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "stopped/checkpoints/last.ckpt")
-    tuned = Checkpoint.open(tmp_path / "stopped")
+def test_a_run_can_be_resumed_and_loaded_without_the_checkpoint_it_started_from(resumed_run, finetune, base, tmp_path):
+    remove = partial(shutil.rmtree, base)
+    resumed_run("trainer.max_epochs=2", compose=finetune, moment=(0, 2), meanwhile=remove)
+    tuned = Checkpoint.open(tmp_path / "parts")
     assert tuned.class_names == ["blue", "red"]
     assert tuned.network()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
@@ -211,3 +206,151 @@ def test_the_head_is_the_last_layer():
     assert head_name(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))) == "2"
     with pytest.raises(UserError, match="layer that could be its head"):
         head_name(torch.nn.ReLU())
+
+
+class Batches(Callback):
+    """Keeps the batches of a run."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append((batch.images.clone(), batch.labels.clone()))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of two epochs."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(small(f"output_dir={folder}", "scheduler=cosine", "callbacks.pictures=null"))
+    return folder
+
+
+def start(run) -> list[str]:
+    return [f"start.checkpoint={run}", "start.optimizer=true", "scheduler=cosine", "callbacks.pictures=null"]
+
+
+def continuing(config, run, *overrides):
+    return config(*start(run), *overrides, folder="next")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_new_schedule_continues_with_the_state_of_the_optimizer_as_in_plain_pytorch(config, tmp_path, optimizer):
+    first = config(f"optimizer={optimizer}", "scheduler=constant", "callbacks.pictures=null", folder="first")
+    train(first)
+    seen = Batches()
+    settings = [f"optimizer={optimizer}", "optimizer.lr=0.02", "trainer.max_epochs=3"]
+    continued = continuing(config, tmp_path / "first", *settings)
+    train(continued, callbacks=[seen])
+
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    network = Checkpoint.open(last).network().train().to(memory_format=torch.channels_last)
+    state = torch.load(last, weights_only=True)["optimizer_states"][0]["state"]
+    arguments = {key: value for key, value in first.optimizer.items() if key != "_target_"} | {"lr": 0.02}
+    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](network.parameters(), **arguments)
+    for parameter, values in zip(network.parameters(), state.values(), strict=True):
+        plain.state[parameter] = {name: value.clone() for name, value in values.items()}
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, len(seen.batches))
+    for images, labels in seen.batches:
+        plain.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        plain.step()
+        schedule.step()
+    after = weights(tmp_path / "next/checkpoints/last.ckpt")
+    assert len(seen.batches) == 3 * 5
+    for name, value in network.state_dict().items():
+        assert torch.equal(after[f"network.{name}"], value), name
+
+
+def test_a_continued_run_is_resumed_without_the_run_it_started_from(resumed_run, first, tmp_path):
+    base = shutil.copytree(first, tmp_path / "base")
+    resumed_run(*start(base), moment=(0, 2), meanwhile=partial(shutil.rmtree, base))
+
+
+@pytest.mark.parametrize("source", ["start.checkpoint", "model.checkpoint"])
+def test_build_starts_from_the_last_checkpoint_as_train_does(config, first, source):
+    model = ["model=trained", "start.checkpoint=null"] if source == "model.checkpoint" else []
+    settings = ["start.optimizer=true", "scheduler=cosine", *model, f"{source}={first}"]
+    built = build(config(*settings, without="model." if model else "-"))
+    expected = weights(first / "checkpoints/last.ckpt")
+    assert all(torch.equal(value, expected[name]) for name, value in built.classifier.state_dict().items())
+    sha256 = hashlib.sha256((first / "checkpoints/last.ckpt").read_bytes()).hexdigest()
+    assert built.classifier.hparams["config"]["start"]["sha256"] == sha256
+
+
+def test_the_state_of_adafactor_is_smaller_than_the_weights(config, tmp_path):
+    adafactor = ["~optimizer", "+optimizer={_target_: torch.optim.Adafactor, lr: 0.01}", "scheduler=constant"]
+    train(config(*adafactor, "trainer.max_epochs=1", folder="first"))
+    continued = [f"start.checkpoint={tmp_path}/first", "start.optimizer=true"]
+    train(config(*adafactor, "trainer.max_epochs=1", *continued, folder="next"))
+    states = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        for name in ("first", "next")
+    ]
+    assert [float(state[0]["step"]) for state in states] == [5, 10]
+    assert "row_var" in states[0][0]
+
+
+def test_training_images_that_become_validation_images_are_reported(config, first, capsys):
+    for settings, differs in [
+        ([], None),
+        (["data.folds=4", "data.fold=0"], "data.folds"),
+        (["data.split_seed=1"], "data.split_seed"),
+    ]:
+        build(config(f"start.checkpoint={first}", *settings))
+        reported = f"may have been trained on validation images of this run: {differs} differs."
+        assert (reported in capsys.readouterr().out) == bool(differs)
+
+
+def test_the_record_names_the_last_checkpoint_with_the_optimizer_and_the_best_one_without(config, first, capsys):
+    for overrides, file, state in [((), "last.ckpt", True), (["start.optimizer=false"], "best.ckpt", None)]:
+        checkpoint = first / "checkpoints" / file
+        start = {"checkpoint": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+        expanded = expand(continuing(config, first, *overrides))
+        assert expanded.start == start | ({"optimizer": True} if state else {})
+    train(continuing(config, first))
+    assert (
+        f"from the weights and the state of the optimizer of {first}/checkpoints/last.ckpt\n" in capsys.readouterr().out
+    )
+
+
+def test_a_trained_network_continues_with_the_state_of_its_optimizer(first, tmp_path):
+    chosen = ["model=trained", f"model.checkpoint={first}", "start.optimizer=true", f"output_dir={tmp_path}/tuned"]
+    train(small(*chosen, "optimizer.lr=0", "callbacks.pictures=null", without="model."))
+    assert_same_weights(tmp_path / "tuned/checkpoints/last.ckpt", first / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("optimizer=adamw", r"^start\.optimizer=true: .*no state of torch\.optim\.AdamW.*remove start\.optimizer"),
+        ("+module.no_decay=true", r"^start\.optimizer=true: .*module\.no_decay"),
+        ("start.checkpoint=nowhere", "nowhere: no checkpoint found"),
+        ("start.checkpoint=null", r"^start=.*start\.checkpoint=RUN"),
+        ("start.optimizer=maybe", r"^start\.optimizer=maybe is not valid"),
+        ("+start.scheduler=true", r"^start=.*start\.optimizer=true"),
+        ("model.hidden=32", r"do not fit the network"),
+    ],
+)
+def test_a_run_that_cannot_continue_is_refused(config, first, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(continuing(config, first, *overrides.split()))
+
+
+def test_a_checkpoint_without_the_state_of_an_optimizer_is_refused(config, changed):
+    path = changed(lambda content: content.pop("optimizer_states"))
+    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*changed\.ckpt .*remove start\.optimizer"):
+        train(config("model=trained", f"model.checkpoint={path}", "start.optimizer=true", without="model."))
+
+
+def test_the_state_of_an_optimizer_is_refused_for_other_classes(finetune):
+    with pytest.raises(UserError, match=r"^start\.optimizer=true: .*other classes.*Remove start\.optimizer"):
+        train(finetune("start.optimizer=true"))
+
+
+def test_the_refusals_of_resuming_name_a_new_run_from_the_weights(first):
+    for setting in ("optimizer.lr=0.1", "trainer.max_epochs=5"):
+        with pytest.raises(UserError) as error:
+            resume(first, [setting])
+        assert f"start.checkpoint={first} start.optimizer=true" in str(error.value)
+        assert f"model=trained model.checkpoint={first}" in str(error.value)

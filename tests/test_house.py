@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src/cifarnet"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # from top to bottom; modules of one level may import each other, but not in cycles
 LEVELS = [
-    {"train", "search", "evaluate", "compare", "predict", "export", "demo"},
-    {"sweeps", "evaluation", "formats"},
+    {"train", "search", "inspect", "evaluate", "compare", "predict", "export", "demo"},
+    {"sweeps", "inspection", "evaluation", "formats"},
     {"inference", "records", "callbacks"},
     {"build"},
     {"trainer", "finetuning", "resuming"},
@@ -25,7 +25,7 @@ LEVELS = [
     {"data", "models", "optim", "recipes"},
     {"config", "system"},
     {"schema"},
-    {"errors", "seeding", ""},  # "": the package itself, with its version and `load`
+    {"errors", "seeding", "trained", ""},  # "": the package itself, with its version and `load`
 ]
 TRAINING_PATH = ["train.py", "build.py", "data/loader.py", "data/augmentation.py", "models/cnn.py", "classifier.py"]
 CONSTANT = r"[A-Z_0-9]+|([A-Z][a-z]+)+|__\w+__"  # or a type alias
@@ -131,7 +131,7 @@ def test_contributing_lists_the_levels():
 
 
 def test_the_source_does_not_grow_unnoticed():
-    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 8_400
+    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 9_300
 
 
 def test_the_training_path_is_short_and_needs_few_packages():

@@ -13,7 +13,7 @@ from cifarnet.train import train
 from conftest import SignalAt, assert_same_weights
 
 WEIGHTS = [1, 2, 0.5, 1, 1, 3, 1, 1, 1, 0.25]
-LIST = f"+objective.weight={WEIGHTS}"
+LIST = f"objective.weight={WEIGHTS}"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,16 @@ def test_a_list_of_class_weights_is_a_tensor(config, overrides):
     torch.testing.assert_close(objective(logits, labels), by_hand)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_balanced_class_weights(config, name):
+    _, classifier, data, _ = build(config("data.imbalance=6", "objective.weight=balanced", f"objective={name}"))
+    counts = data.source.train.labels.bincount()
+    logits, labels = torch.randn(10, 10, generator=torch.Generator().manual_seed(0)), torch.arange(10)
+    by_hand = -logits.log_softmax(1).diagonal() * counts.sum() / (10 * counts)  # as in scikit-learn
+    by_hand = by_hand * (1 - logits.softmax(1).diagonal()) ** 2 if name == "focal" else by_hand
+    torch.testing.assert_close(classifier.objective(logits, labels), by_hand)
+
+
 def test_a_run_with_class_weights_matches_its_resumed_one(config, tmp_path):
     train(config(LIST, folder="whole"))
     with pytest.raises(Interrupted):
@@ -44,11 +54,17 @@ def test_a_run_with_class_weights_matches_its_resumed_one(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("[1,2]", "all 10 classes"), ("5", "list"), ("[a,b]", "list"), ("[nan,1,1,1,1,1,1,1,1,1]", "at least 0")],
+    [
+        ("[1,2]", "all 10 classes"),
+        ("5", "list"),
+        ("even", "list"),
+        ("[a,b]", "list"),
+        ("[nan,1,1,1,1,1,1,1,1,1]", "at least 0"),
+    ],
 )
 def test_other_class_weights_are_refused(config, value, message):
     with pytest.raises(UserError, match=rf"^objective.*{message}"):
-        train(config(f"+objective.weight={value}"))
+        train(config(f"objective.weight={value}"))
 
 
 class Unsafe(Callback):

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cifarnet.config import PACKAGE
 
@@ -22,6 +24,7 @@ FOREACH = {
 TESTED = {  # by the tests below, except for the public ones
     *("_run_hydra", "hydra._internal.utils", "_get_root", "torch._inductor.exc", "_trial_id"),
     "_last_global_step_saved",
+    "_scaled_dot_product_flash_attention_for_cpu",
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", *FOREACH),
 }
 PUBLIC = {"_replace", "_exit", "_target_"}  # of a NamedTuple, of `os`, and in Hydra's configs
@@ -123,3 +126,20 @@ def test_step_supports_amp_scaling():
     weights = [torch.nn.Parameter(torch.zeros(1))]
     assert torch.optim.SGD(weights, lr=0.1, fused=True)._step_supports_amp_scaling
     assert not getattr(torch.optim.SGD(weights, lr=0.1, fused=False), "_step_supports_amp_scaling", False)
+
+
+def test_attention_on_the_cpu():
+    """Counted by `inspection.layers`, because torch counts attention on GPUs only."""
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    called = []
+    query = torch.rand(1, 2, 3, 4)
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert operation in called
+    assert operation not in flop_registry

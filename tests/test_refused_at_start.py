@@ -40,7 +40,7 @@ def test_the_metrics_that_can_be_monitored_are_those_of_a_run(config):
         (["callbacks.best.monitor=val_accuracy"], "ModelCheckpoint monitors val_accuracy,.*val/accuracy"),
         ([STOPPING, "+trainer.limit_val_batches=0"], "monitors val/accuracy,.*train/accuracy"),
         ([STOPPING, "data.val_fraction=0"], "monitors val/accuracy,.*train/accuracy"),
-        ([f"+callbacks.finder={{_target_: {CALLBACKS}.LearningRateFinder}}"], r"LearningRateFinder.*cifarnet\.search"),
+        ([f"+callbacks.finder={{_target_: {CALLBACKS}.LearningRateFinder}}"], r"LearningRateFinder.*cifarnet\.inspect"),
         ([f"+callbacks.finder={{_target_: {CALLBACKS}.BatchSizeFinder}}"], r"BatchSizeFinder.*data\.batch_size"),
         (
             [f"+callbacks.prune={{_target_: {CALLBACKS}.ModelPruning, pruning_fn: l1_unstructured}}"],
@@ -80,9 +80,9 @@ def test_a_setting_that_cannot_work_is_refused(config, overrides, message):
 
 def test_a_config_from_python_needs_a_folder():
     with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
-        build(compose("train", SMALL))
-    with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
         build(compose("train", [*SMALL, "output_dir=null"]))
+    with pytest.raises(UserError, match="output_dir is not set: add output_dir="):
+        build(compose("train", [*SMALL, "output_dir='${hydra:runtime.output_dir}'"]))  # as with Hydra's own compose
 
 
 def test_lightnings_way_of_loading_names_ours(run):

@@ -40,6 +40,7 @@ def test_a_folder_stands_for_its_last_checkpoint_and_gives_the_recorded_config(r
     ("override", "where", "value"),
     [
         ("data.root=elsewhere", "data.root", "elsewhere"),
+        ("data.labels=moved.txt", "data.labels", "moved.txt"),
         ("threads=1", "threads", 1),
         ("trainer.precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
         ("trainer=gpu", "trainer.accelerator", "gpu"),

@@ -39,7 +39,7 @@ def events(folder: Path) -> dict[str, dict[str, list]]:
 
 
 def test_a_run_writes_its_record_pictures_checkpoints_and_logs(config, tmp_path, capsys):
-    score = train(config())
+    score = train(config()).val_accuracy
     run = tmp_path / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     rows = metrics["history"]
@@ -176,7 +176,7 @@ def test_averaged_weights_are_validated_tested_and_saved(config, tmp_path):
 
 
 def test_validations_within_epochs_are_recorded(config, tmp_path):
-    score = train(config("+trainer.val_check_interval=2", "optimizer.lr=0.02"))  # of five batches
+    score = train(config("+trainer.val_check_interval=2", "optimizer.lr=0.02")).val_accuracy  # of five batches
     run = tmp_path / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     rows = metrics["within_epochs"] + metrics["history"]
@@ -242,7 +242,7 @@ def test_the_images_of_a_folder_named_val_choose_the_checkpoint(config, pictures
     picture(pictures / "val/dog/0.png", (150, 50, 110))
     picture(pictures / "val/cat/0.png", (10, 50, 110))
     folder = ["data=folder", f"data.root={pictures}", "data.val_fraction=0", "data.batch_size=20"]
-    score = train(config(*folder, without="data"))
+    score = train(config(*folder, without="data")).val_accuracy
     assert (tmp_path / "run/checkpoints/best.ckpt").exists()
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert score == metrics["val_accuracy"] == max(row["val/accuracy"] for row in metrics["history"])
@@ -252,7 +252,7 @@ def test_lean_callbacks_give_the_same_result(config, tmp_path):
     train(config("trainer.max_epochs=3", "model.drop_rate=0.1"))
 
     lean = config("trainer.max_epochs=3", "model.drop_rate=0.1", "callbacks=lean", folder="lean")
-    score = train(lean)
+    score = train(lean).val_accuracy
     assert not (tmp_path / "lean/checkpoints").exists()
     metrics, lean_metrics = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "lean"))
     assert score == lean_metrics["val_accuracy"] == metrics["history"][-1]["val/accuracy"]
@@ -285,7 +285,7 @@ def test_the_csv_log_of_a_resumed_run_is_complete(config, tmp_path):
 )
 def test_other_choices_train(config, overrides, tmp_path):
     settings = config(*overrides)
-    score = train(settings)
+    score = train(settings).val_accuracy
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert score == metrics["val_accuracy"]
     assert 0 < metrics["test_cross_entropy"] < 3  # chance is 2.3
@@ -303,7 +303,7 @@ def test_without_a_progress_bar_a_line_per_epoch_is_printed(config, capsys):
 
 
 def test_training_on_all_images_tests_the_last_weights(config, tmp_path, capsys):
-    score = train(config("data.val_fraction=0"))
+    score = train(config("data.val_fraction=0")).val_accuracy
     assert math.isnan(score)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_accuracy"] is None

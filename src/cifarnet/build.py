@@ -51,6 +51,7 @@ def build(
         UserError: a setting or the data cannot be used.
     """
     L.seed_everything(config.seed, verbose=False)
+    config = finetuning.expand(config)
     data = make_data(config)
     if images is not None:
         images.share(config.data, data)
@@ -60,9 +61,9 @@ def build(
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     classifier = instantiate(config.module, _partial_=True)(
         network=network,
-        optimizer=_optimizer(config),
+        optimizer=_optimizer(config) if checkpoint else partial(finetuning.make_optimizer, _optimizer(config), config),
         scheduler=make_scheduler(config, validates) if config.get("scheduler") else None,
-        objective=make_objective(config, len(data.class_names), trainer.strategy.root_device),
+        objective=make_objective(config, data, trainer.strategy.root_device),
         channels_last=config.channels_last,
         seed=config.seed,
         hparams={
@@ -70,6 +71,7 @@ def build(
             "class_names": list(data.class_names),
             "image_size": data.image_size,
             "num_images": len(data.source.train),
+            "files_sha256": data.source.selection.get("files_sha256"),
             "model": resolved["model"],
             "data": resolved["data"],
             "tta": resolved["module"].get("tta", "none"),
@@ -102,7 +104,7 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     check_output(network, {data.image_size, *(data.train_sizes or [])}, len(data.class_names))
     if resumes:
         return network, 0.0
-    if config.get("start"):
+    if OmegaConf.select(config, "start.checkpoint") is not None:
         finetuning.transfer_weights(network, config, data)
         return network, 0.0
     for layer in network.modules():
@@ -114,12 +116,14 @@ def make_network(config: DictConfig, data: ImageDataModule, resumes: bool = Fals
     return network, time.perf_counter() - start if callable(fit) else 0.0
 
 
-def make_objective(config: DictConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def make_objective(config: DictConfig, data: ImageDataModule, device: torch.device) -> Callable[..., Tensor]:
     """Build the objective, and call it on two images, because torch's losses check their settings when called.
 
     Lists of numbers become tensors if the objective takes tensors, such as `weight`; a function gets them on `device`.
     """
     settings: Any = OmegaConf.to_container(config.objective, resolve=True)
+    if settings.get("weight") == "balanced":
+        settings["weight"] = data.balanced_weights()
     names = tensor_arguments(get_object(settings["_target_"]))
     tensors = {
         name: torch.tensor(settings.pop(name), dtype=torch.float32)
@@ -130,7 +134,7 @@ def make_objective(config: DictConfig, num_classes: int, device: torch.device) -
     make = instantiate(settings, _partial_=True)
     with as_user_error("objective"):
         objective = partial(make, **tensors) if is_function else make(**tensors)
-        losses = objective(torch.zeros(2, num_classes), torch.arange(2) % num_classes)
+        losses = objective(torch.zeros(2, len(data.class_names)), torch.arange(2) % len(data.class_names))
     if getattr(losses, "shape", None) != (2,) or not losses.isfinite().all():
         raise UserError(
             f"objective returned {losses} for two images; expected one finite loss per image. "

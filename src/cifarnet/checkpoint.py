@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import torch
 from packaging.version import Version
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cifarnet import __version__
+from cifarnet import __version__, trained
 from cifarnet.allowlist import allowed_class
 from cifarnet.errors import UserError, reason
 from cifarnet.models import construct
@@ -72,8 +73,9 @@ class Checkpoint:
         """Read a checkpoint and verify its content.
 
         Args:
-            path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, or
-                a folder in Hugging Face's format.
+            path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, a
+                folder in Hugging Face's format, or the name of a trained network of this package. An existing path
+                takes precedence over a name.
             last: use the last checkpoint of a run's folder, as resuming does.
 
         Raises:
@@ -104,10 +106,6 @@ class Checkpoint:
 
     @classmethod
     def _open_hub_folder(cls, folder: Path) -> "Checkpoint":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise UserError(f"{folder} needs safetensors: pip install 'cifarnet[export]'") from error
         settings = files.read(folder / HUB_SETTINGS, json.loads, ". Use another checkpoint")
         return cls._verified(folder, settings, load_file(folder / HUB_WEIGHTS), {})
 
@@ -195,12 +193,10 @@ class Checkpoint:
         """
         expected = {name: value.shape for name, value in network.state_dict().items()}
         found = {name: value.shape for name, value in (weights or self.weights).items()}
-        differing = [name for name in expected | found if expected.get(name) != found.get(name)]
-        if differing:
-            raise UserError(
-                f"The weights in {self.path} do not fit the network: {len(differing)} differ, such as {differing[0]}. "
-                "The network's code or settings have changed since it was trained; use the version that trained it."
-            )
+        wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+        if wrong:
+            problem = f"The weights in {self.path} do not fit the network: {len(wrong)} differ, such as {wrong[0]}"
+            raise UserError(f"{problem}. Its code or settings have changed; use the version that trained it.")
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:
         """Check that the data has the classes and the image size that the network was trained on.
@@ -209,10 +205,9 @@ class Checkpoint:
             UserError: they differ.
         """
         if not self.has_classes(class_names):
-            raise UserError(
-                f"The data has the classes {', '.join(class_names)}; {name} was trained on "
-                f"{', '.join(self.class_names)}. Use data with these classes, in folders with these names."
-            )
+            found, expected = (", ".join(names) for names in (class_names, self.class_names))
+            problem = f"The data has the classes {found}; {name} was trained on {expected}"
+            raise UserError(f"{problem}. Use data with these classes, in folders with these names.")
         self.check_image_size(image_size, name)
 
     def has_classes(self, class_names: Sequence[str]) -> bool:
@@ -227,10 +222,8 @@ class Checkpoint:
             UserError: the size differs.
         """
         if image_size != self.image_size:
-            raise UserError(
-                f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size} pixels. "
-                f"With data=folder, set data.image_size={self.image_size}."
-            )
+            problem = f"The images are {image_size} pixels wide; {name} was trained on images of {self.image_size}"
+            raise UserError(f"{problem} pixels. Set data.image_size={self.image_size} (data=folder, data=torchvision).")
 
     def check_images(self, hparams: Mapping[str, Any]) -> None:
         """Check that a run, described by its hyperparameters, uses the images that this checkpoint was trained on.
@@ -239,12 +232,12 @@ class Checkpoint:
             UserError: they differ.
         """
         recorded = self.content["hyper_parameters"]
-        for name in ("class_names", "image_size", "num_images"):
-            now = hparams[name]
-            if not (self.has_classes(now) if name == "class_names" else recorded[name] == now):
+        for name in ("class_names", "image_size", "num_images", "files_sha256"):
+            before, now = recorded.get(name), hparams[name]
+            if not (self.has_classes(now) if name == "class_names" else before == now):
                 raise UserError(
-                    f"{self.path} was trained on other images: {name} was {recorded[name]} and is now {now}. "
-                    "Set data.root=… to the folder of these images, or start a new run without ckpt_path."
+                    f"{self.path} was trained on other images: {name} was {before} and is now {now}. Set data.root=…, "
+                    "data.keep=… and data.labels=… to the images and files of that run, or start a new run."
                 )
 
     @property
@@ -263,7 +256,8 @@ class Checkpoint:
         return folder if self.path.parent.name == "checkpoints" and is_of_run else None
 
     def folder_for(self, name: str) -> Path:
-        """Return the folder for a command's output about this checkpoint: in the run's folder, or next to the file.
+        """Return the folder for a command's output about this checkpoint: in the run's folder, next to the file, or in
+        lightning_logs/trained for a trained network of this package.
 
         Raises:
             UserError: the folder is a link to a place outside the run's folder.
@@ -272,6 +266,8 @@ class Checkpoint:
             folder = self.run_folder / name
             files.refuse_links(self.run_folder, [folder])
             return folder
+        if self.path.parent == trained.FOLDER:  # the package may be installed where it cannot be written to
+            return Path("lightning_logs", "trained", self.path.name, name)
         path = self.path.resolve()  # the path may be "."
         return path.with_name(f"{path.name if path.is_dir() else path.stem}_{name}")
 
@@ -293,16 +289,17 @@ def refuse_results(folder: Path) -> None:
         UserError: it has.
     """
     if (folder / "metrics.json").exists() or (folder / "checkpoints" / "last.ckpt").exists():
-        raise UserError(
-            f"{folder} contains the results of another run. Choose another folder, remove this one, or resume the run: "
-            f"ckpt_path={folder}"
-        )
+        remedy = f"Choose another folder, remove this one, or resume the run: ckpt_path={folder}"
+        raise UserError(f"{folder} contains the results of another run. {remedy}")
 
 
 def checkpoint_path(path: str | Path, last: bool = False) -> Path:
     """Return the path of a checkpoint: for a run's folder, the best one, or the last one if nothing was validated.
 
-    The path of a file, or of a folder in Hugging Face's format, is returned unchanged."""
+    The path of a file, or of a folder in Hugging Face's format, is returned unchanged. The name of a trained network of
+    this package is replaced with its folder."""
+    if str(path) in trained.names() and not Path(path).exists():
+        return trained.FOLDER / path
     path = Path(path).expanduser()
     if not path.is_dir() or (path / HUB_WEIGHTS).is_file():
         return path
@@ -339,5 +336,6 @@ def _missing(path: Path) -> UserError:
     runs = sorted(folder.glob("*/checkpoints"), key=lambda found: found.stat().st_mtime)
     suggestion = f" Did you mean {runs[-1].parent}?" if runs else ""
     return UserError(
-        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, or a file in <run>/checkpoints/."
+        f"{path}: no checkpoint found.{suggestion} Specify a run's folder, a file in <run>/checkpoints/, or a trained "
+        f"network of this package: {', '.join(trained.names())}."
     )

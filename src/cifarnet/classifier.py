@@ -14,6 +14,7 @@ from cifarnet.data.datamodule import check_batch
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.optim.decay import decay_groups
 from cifarnet.optim.schedules import Interval, planned_steps
 from cifarnet.schema import Range
 from cifarnet.seeding import derive
@@ -81,6 +82,7 @@ class Classifier(L.LightningModule):
         self.sums = {stage: torch.zeros(3) for stage in ("train", "val", "test", "one_view")}
         self._totals: dict[str, Tensor] = {}  # the sums over all ranks, once the epoch has ended
         self.total_steps = 0.0  # the steps of the schedule in the whole run; infinite if it has no end
+        self.logs_test = True  # whether the metrics of a test are sent to the loggers
         self.test_logits: Tensor | None = None  # [N, num_classes], after the test
         self.test_index: Tensor | None = None  # the indices of their images, int64 [N]
 
@@ -126,6 +128,9 @@ class Classifier(L.LightningModule):
         self._test_labels.append(batch.labels)
         self._test_index.append(batch.index)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self(check_batch(batch).images)
+
     @torch.no_grad()
     def _count(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Update the sums on the device: reading a number in every step would make the host wait for the GPU."""
@@ -159,7 +164,7 @@ class Classifier(L.LightningModule):
         return metrics | {"train/weight_decay": decay, "train/objective": metrics["train/cross_entropy"] + decay}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._parameter_groups() if self.no_decay else self.network.parameters())
+        optimizer = self.make_optimizer(decay_groups(self.network) if self.no_decay else self.network.parameters())
         self.total_steps, _ = planned_steps(self.trainer, self.scheduler_interval)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
@@ -167,13 +172,6 @@ class Classifier(L.LightningModule):
         schedule = {"scheduler": self.make_scheduler(optimizer, int(self.total_steps) if is_finite else 0)}
         schedule |= {"interval": self.scheduler_interval, "reduce_on_plateau": False}  # on_validation_epoch_end does
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return a group of parameters with weight decay and a group without."""
-        parameters = list(self.network.parameters())
-        decayed = [parameter for parameter in parameters if parameter.ndim > 1]
-        others = [parameter for parameter in parameters if parameter.ndim <= 1]
-        return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -231,7 +229,7 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._totals["val"] = self.total("val")
-        self.log_dict(self.means("val"), logger=False)
+        self.log_dict(self.means("val"), logger=self.trainer.state.fn == "validate")  # not during training
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
             scheduler.step(self.means("val")["val/accuracy" if scheduler.mode == "max" else "val/cross_entropy"])
@@ -244,4 +242,4 @@ class Classifier(L.LightningModule):
         self._totals |= {stage: self.total(stage) for stage in ("test", "one_view")}
         self.test_logits = torch.cat(all_gather(torch.cat(answers)))
         self.test_index = torch.cat(all_gather(torch.cat(self._test_index)))
-        self.log_dict(self.means("test"), logger=False)
+        self.log_dict(self.means("test"), logger=self.logs_test)

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 import hydra
@@ -26,6 +27,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from cifarnet import trained
 from cifarnet.config import CONFIGS
 from cifarnet.errors import Interrupted, MachineFault, UserError, causes, printable
 from cifarnet.schema import did_you_mean
@@ -44,9 +46,7 @@ class Arguments(NamedTuple):
     against: list[str]
 
 
-def parse(
-    command: str, description: str | None, against: bool = False, arguments: Sequence[str] | None = None
-) -> Arguments:
+def parse(command: str, description: str | None, against: bool = False) -> Arguments:
     """Parse `PATH… key=value… [--against PATH…]`; `--help` shows the description and the settings of the command.
 
     The path of an existing file or folder is a path. Any other argument is a setting if it contains `=`, or starts
@@ -55,29 +55,29 @@ def parse(
     Args:
         command: the name of the command, whose settings are in `configs/<command>.yaml`.
         against: whether the command accepts `--against`.
-        arguments: the arguments; None uses the arguments of this process.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
+    networks = f"\n\ntrained networks (use a name in place of a run's folder): {', '.join(trained.names())}"
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
-        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings),
+        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings) + ("" if against else networks),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="paths and settings (see below)")
     parser.set_defaults(against=[])
     if against:
         parser.add_argument("--against", nargs="+", metavar="PATH", help="the runs to compare with")
-    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    parsed, unknown = parser.parse_known_intermixed_args()
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
         setting = f"{key.replace('-', '_')}={value or '…'}"
-        parser.error(
-            f"unknown option {unknown[0]}. Write settings without dashes: {setting} (for a file, ./{unknown[0]})"
-        )
+        parser.error(f"unknown option {unknown[0]}. Write settings without dashes: {setting} (files: ./{unknown[0]})")
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
-        parser.error("a path is required: the folder of a run")
+        parser.error(
+            "a path is required: the folder of a run" + ("" if against else ", or the name of a trained network")
+        )
     return Arguments(
         paths,
         [argument for argument in parsed.arguments + parsed.against if is_setting(argument)],
@@ -100,7 +100,10 @@ def is_setting(argument: str) -> bool:
 
 
 def compose(command: str, settings: Sequence[str]) -> DictConfig:
-    """Compose `configs/<command>.yaml` with these overrides."""
+    """Compose `configs/<command>.yaml` with these overrides. A run gets a new folder, unless they set `output_dir`."""
+    if command in ("train", "inspect"):  # as `hydra.run.dir` in their files
+        folder = f"{'inspect_' * (command == 'inspect')}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+        settings = [f"output_dir=lightning_logs/${{name}}/{folder}", *settings]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(command, list(settings))
 

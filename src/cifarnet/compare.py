@@ -1,7 +1,7 @@
 """Compare groups of runs, and test whether their differences are statistically significant.
 
-Runs that differ only in the seed form a group. The means of the groups are compared with Welch's t-test. All results
-come from the runs' `metrics.json`.
+Runs that differ only in the seed or the fold form a group. The means of the groups are compared with Welch's t-test;
+groups of folds, with a paired t-test. All results come from the runs' `metrics.json`.
 
 examples:
   python -m cifarnet.compare lightning_logs/quickstart

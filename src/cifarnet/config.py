@@ -40,6 +40,7 @@ EFFECTS = {
         *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
         *("data.in_memory", "data.workers", "data.on_device", "model.side_by_side"),
     ],
+    "content": ["data.keep", "data.labels"],  # files that can have moved when a run is resumed; it checks their content
     "rounding": [  # these affect the weights only by rounding: they can be changed when a run is resumed
         *("trainer.precision", "compile", "channels_last", "module.tta", "module.tta_share"),
     ],
@@ -73,6 +74,15 @@ class RunSettings:
 
 
 @dataclass
+class StartSettings:
+    """The section `start` of a run's config; `finetuning.expand` adds the checksum of the checkpoint."""
+
+    checkpoint: str | None
+    optimizer: bool | None
+    sha256: str
+
+
+@dataclass
 class SweepSettings:
     """The section `sweep` of a run's config."""
 
@@ -90,11 +100,15 @@ def validate(config: DictConfig) -> None:
     _check_keys(config)
     check_settings(config, RunSettings)
     check_settings(config.get("sweep") or {}, SweepSettings, "sweep.")
+    start: Any = config.get("start") or {}
+    keys = {key for key in start if start[key]} if isinstance(start, DictConfig | dict) else {"none"}
+    if keys and not {"checkpoint", "sha256"} <= keys <= {*StartSettings.__dataclass_fields__}:
+        remedy = "Set only start.checkpoint=RUN and start.optimizer=true, or model=trained model.checkpoint=RUN"
+        raise UserError(f"start={start} cannot be used. {remedy}.")
+    check_settings(start, StartSettings, "start.")
     for section in ("data", "model", "optimizer", "objective", "trainer", "module"):
         if not has_target(config.get(section)):
-            raise UserError(
-                f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists the choices."
-            )
+            raise UserError(f"{section} has no _target_. Choose one: python -m cifarnet.train --help lists them.")
     for section in ("callbacks", "recipe", "logger", "data.transforms"):
         parts = OmegaConf.select(config, section) or {}
         if not isinstance(parts, DictConfig | dict):
@@ -107,9 +121,6 @@ def validate(config: DictConfig) -> None:
                 component = next((other for other, settings in parts.items() if has_target(settings)), "mine")
                 example = f"{section}.{component}.{name}={part}"
                 raise UserError(f"{problem} For a setting of a component, write {example}.")
-    start = config.get("start")
-    if start and not (isinstance(start, DictConfig) and {"checkpoint", "sha256"} <= {*start}):
-        raise UserError(f"start={start} is written by model=trained model.checkpoint=RUN. Remove it.")
     if (steps := config.get("total_steps")) not in (None, 0):
         raise UserError(f"total_steps={steps} is computed from the data. Remove it, or set +trainer.max_steps={steps}.")
     check_sections(config)
@@ -182,7 +193,7 @@ def check_precision(setting: str, precision: Any) -> None:
 
 
 def effect(key: str) -> str:
-    """Return what a setting affects: "nothing", "speed", "rounding" or "result"."""
+    """Return what a setting affects: "nothing", "speed", "content", "rounding" or "result"."""
     for name, settings in EFFECTS.items():
         if is_in(key, settings):
             return name

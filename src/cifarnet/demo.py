@@ -1,6 +1,7 @@
 """Serve a page that predicts the class of a picture and shows which parts of it support the prediction.
 
 examples:
+  python -m cifarnet.demo speedrun                     a trained network of this package
   python -m cifarnet.demo lightning_logs/baseline/<date_time>
   python -m cifarnet.demo <run> <another run>          side by side
   python -m cifarnet.demo <run> data.root=pictures     other test pictures to choose from
@@ -53,7 +54,7 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
     """Serve the page for the duration of the context, and yield its address.
 
     Args:
-        runs: paths of runs' folders or checkpoint files.
+        runs: runs' folders, checkpoint files or names of trained networks.
         overrides: overrides of `configs/demo.yaml`, such as "port=8000".
 
     Raises:

@@ -1,6 +1,7 @@
 """Evaluate a trained network: write an HTML report on its accuracy, calibration, mistakes and robustness.
 
 examples:
+  python -m cifarnet.evaluate speedrun data=cifar10                    a trained network of this package
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
@@ -26,7 +27,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` to the folder `evaluation`.
 
     Args:
-        path: a run's folder or a checkpoint file.
+        path: a run's folder, a checkpoint file or the name of a trained network.
         overrides: overrides of `configs/evaluate.yaml`, such as "tta=mirror".
 
     Returns:

@@ -4,6 +4,7 @@ The exported network is compared with the original on test images, or on random 
 available. It is kept only if their logits agree.
 
 examples:
+  python -m cifarnet.export speedrun                    a trained network of this package
   python -m cifarnet.export lightning_logs/baseline/<date_time>
   python -m cifarnet.export <run> format=torch_export output=cnn.pt2
   python -m cifarnet.export <run> format=hub            for the Hugging Face Hub, with a model card
@@ -36,7 +37,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Write a checkpoint's network in another format, and compare the two.
 
     Args:
-        path: a run's folder or a checkpoint file.
+        path: a run's folder, a checkpoint file or the name of a trained network.
         overrides: overrides of `configs/export.yaml`, such as "format=onnx".
 
     Returns:

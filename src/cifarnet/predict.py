@@ -1,9 +1,10 @@
 """Predict the class of each picture. Pictures can have any size and any format that Pillow reads.
 
-The first path is a run's folder or a checkpoint file; the others are pictures. The exit status is 0, or 1 after an
-error, for example if a picture cannot be read.
+The first path is a run's folder, a checkpoint file or the name of a trained network; the others are pictures. The exit
+status is 0, or 1 after an error, for example if a picture cannot be read.
 
 examples:
+  python -m cifarnet.predict speedrun cat.jpg
   python -m cifarnet.predict lightning_logs/baseline/<date_time> cat.jpg 'my holiday.png' pictures
   python -m cifarnet.predict <run> pictures top=1 tta=mirror output=predictions.csv
   python -m cifarnet.predict <run> cat.jpg explain=true                  draw a Grad-CAM map of each picture
@@ -40,7 +41,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     """Predict the classes of pictures, and print them or write them to a file.
 
     Args:
-        run: a run's folder or a checkpoint file.
+        run: a run's folder, a checkpoint file or the name of a trained network.
         images: paths of image files, and of folders of image files.
         overrides: overrides of `configs/predict.yaml`, such as "top=1".
 

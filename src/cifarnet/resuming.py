@@ -46,7 +46,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     checkpoint = Checkpoint.open(path, last=True)
     if "optimizer_states" not in checkpoint.content:
         raise UserError(f"{path} contains no training state: use it with model=trained model.checkpoint={path}.")
-    parsed = _parse(overrides)
+    parsed = _parse(overrides, path)
     allowed: Any = next((override.value() for override in parsed if override.key_or_group == "classes"), [])
     written = checkpoint.content["hyper_parameters"]["config"]
     refuse_foreign_classes(written, checkpoint.path, list(map(str, allowed)))
@@ -59,7 +59,7 @@ def resume(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig,
     config = _with_overrides(recorded, parsed)
     resolved = OmegaConf.to_container(config, resolve=True)
     _check(resolved, checkpoint.path, overridden, partial(_reaches_out, Path(config.output_dir)))
-    _check_max_epochs(recorded, config)
+    _check_max_epochs(recorded, config, path)
     return config, checkpoint
 
 
@@ -99,9 +99,7 @@ def _check(config: Any, file: Path, overridden: Sequence[str], problem_of: Calla
     """
     for key, text in leaves(config):
         if not is_in(key, overridden) and (problem := problem_of(key, text)):
-            raise UserError(
-                f"{file}: the recorded setting {key}={text[:200]} {problem}. Set it in the command: {key}=…"
-            )
+            raise UserError(f"{file}: the recorded setting {key}={text[:200]} {problem}. Set {key}=… in the command.")
 
 
 def _evaluates(key: str, text: str) -> str:
@@ -137,7 +135,7 @@ def _check_size(config: Any, file: Path) -> None:
         raise UserError(f"{file}: the recorded settings refer to each other too often. Use another checkpoint.")
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def _parse(overrides: Sequence[str], path: str | Path) -> list[Override]:
     """Parse overrides, and check that they do not affect the weights."""
     if flags := [override for override in overrides if override.startswith("-")]:
         raise UserError(f"ckpt_path=… resumes one run: remove {' '.join(flags)}.")
@@ -153,7 +151,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise UserError(
                 f"{override.input_line}: when you resume a run, you can change only settings that do not affect the "
                 "weights, such as data.root, threads, logger, trainer.precision or module.tta, and trainer.max_epochs "
-                "if the schedule does not depend on it. Remove the setting, or start a new run without ckpt_path."
+                f"if the schedule does not depend on it. Remove the setting, or {_start_from(path)}"
             )
     return parsed
 
@@ -179,7 +177,16 @@ def _with_overrides(recorded: DictConfig, overrides: Sequence[Override]) -> Dict
     return config
 
 
-def _check_max_epochs(recorded: DictConfig, config: DictConfig) -> None:
+def _start_from(path: str | Path) -> str:
+    """Return the part of a message that says how a new run continues from a checkpoint with other settings."""
+    start, model = (cli.quoted(f"{section}.checkpoint", str(path)) for section in ("start", "model"))
+    return (
+        f"start a new run: +experiment=… {start} start.optimizer=true (from its weights and optimizer state), "
+        f"or model=trained {model} (from its weights)."
+    )
+
+
+def _check_max_epochs(recorded: DictConfig, config: DictConfig, path: str | Path) -> None:
     """Check that the number of epochs is unchanged if the learning-rate schedule depends on it."""
     schedule: Any = OmegaConf.to_container(recorded, resolve=False)
     schedule = schedule.get("scheduler") or {}
@@ -187,6 +194,6 @@ def _check_max_epochs(recorded: DictConfig, config: DictConfig) -> None:
     if depends and config.trainer.max_epochs != recorded.trainer.max_epochs:
         raise UserError(
             f"trainer.max_epochs={config.trainer.max_epochs}: the schedule {schedule['_target_']} was planned for "
-            f"{recorded.trainer.max_epochs} epochs. Remove the setting, or start a new run; only a run with "
-            "scheduler=constant can be extended."
+            f"{recorded.trainer.max_epochs} epochs. Remove the setting (only a run with scheduler=constant can be "
+            f"extended), or {_start_from(path)}"
         )

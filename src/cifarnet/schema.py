@@ -93,7 +93,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if _is_tensor(hint):  # build.make_objective converts a list, such as the weights of the classes
-        hint = list[Annotated[float, Range(0)]] | None
+        hint = list[Annotated[float, Range(0)]] | (Literal["balanced"] if name == "objective.weight" else None) | None
     if not (_fits(plain, hint) or (isinstance(plain, list) and _fits(tuple(plain), hint))):
         shown = "null" if value is None else value
         remedy = ""

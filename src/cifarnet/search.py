@@ -7,7 +7,8 @@ import hashlib
 import sys
 from collections.abc import Sequence
 
-from cifarnet import train
+from cifarnet import cli, train
+from cifarnet.errors import UserError
 
 DEFAULTS = (
     "hydra.mode=MULTIRUN",
@@ -20,6 +21,9 @@ DEFAULTS = (
 def command() -> None:
     """Run `cifarnet.train` as a sweep in which Optuna chooses the jobs (`sweeps.search`)."""
     arguments = sys.argv[1:]
+    for key in ("hydra.sweeper.zip", "hydra.sweeper.dry_run"):
+        if cli.value_of(key, arguments) is not None:
+            raise UserError(f"{key} applies to a sweep (python -m cifarnet.train -m …). Remove it.")
     train.command([*DEFAULTS, f"hydra.sweeper.study_name={study_name(arguments)}", *arguments])
 
 

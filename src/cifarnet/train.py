@@ -4,7 +4,6 @@ python -m cifarnet.train +experiment=baseline
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # torch and lightning take seconds to import, and `--help` do
     from cifarnet.build import Built
     from cifarnet.checkpoint import Checkpoint
     from cifarnet.data.shared_images import SharedImages
+    from cifarnet.records.record import Record
 
 
 def train(
@@ -33,17 +33,17 @@ def train(
     ckpt_path: "str | Path | Checkpoint | None" = None,
     callbacks: "Sequence[Callback]" = (),
     images: "SharedImages | None" = None,
-) -> float:
+) -> "Record":
     """Train a network, test its best checkpoint once, and write `metrics.json` into the run's folder.
 
     Args:
-        config: a config composed from `configs/train.yaml`; outside `python -m cifarnet.train`, set `output_dir`.
+        config: a config composed from `configs/train.yaml`, as `cifarnet.cli.compose` returns it.
         ckpt_path: the checkpoint from which to resume a run with this config (`resuming.resume` returns both).
         callbacks: callbacks in addition to the callbacks of the config; they require a single device.
         images: the images that the previous run read.
 
     Returns:
-        The validation accuracy of the tested weights, from 0 to 1; NaN without validation, and on ranks other than 0.
+        The record of the run, which is also its `metrics.json`; None on ranks other than 0.
 
     Raises:
         UserError: a setting, the data or the checkpoint cannot be used.
@@ -69,7 +69,7 @@ def train(
         if callbacks:
             raise UserError(f"Callbacks cannot be passed to {num_processes} processes: add them to the config.")
         distributed.launch(run, folder, num_processes)
-        return Record.read(folder / "metrics.json").val_accuracy
+        return Record.read(folder / "metrics.json")
     with files.exclusive(folder) if is_rank_zero else contextlib.nullcontext(), hardware.prepared_process(config):
         trainer, classifier, data, _ = built = build(config, callbacks, checkpoint, images)
         if checkpoint is not None:
@@ -80,14 +80,15 @@ def train(
             distributed.send_run(run, folder)
         trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint and checkpoint.path, weights_only=True)
         epoch, step = load_best(built)  # on rank 0, which sends its weights to the other ranks when the test begins
+        classifier.logs_test = False  # `log_results` logs the results of the run
         trainer.test(classifier, datamodule=data, verbose=False)
-        if not is_rank_zero:
-            return math.nan
-        record = collect.collect(config, built, epoch, step)
-        record.write(folder / "metrics.json")
-        report(collect.summary(record, config.output_dir))
-        log_results(record, trainer, classifier)
-        return record.val_accuracy
+        record: Any = None
+        if is_rank_zero:
+            record = collect.collect(config, built, epoch, step)
+            record.write(folder / "metrics.json")
+            report(collect.summary(record, config.output_dir))
+            log_results(record, trainer, classifier)
+        return record
 
 
 def load_best(built: "Built") -> tuple[int, int]:

@@ -33,7 +33,7 @@ TRAIN_METRICS = ["train/cross_entropy", "train/accuracy", "train/weight_decay", 
 METRICS = [*TRAIN_METRICS, "val/cross_entropy", "val/accuracy"]
 UNSUPPORTED = {  # Lightning's callbacks that do not work with this project, and what to use instead
     library.BatchSizeFinder: "Set data.batch_size.",
-    library.LearningRateFinder: "Search for a learning rate: python -m cifarnet.search … +search=rates.",
+    library.LearningRateFinder: "Run a range test of learning rates: python -m cifarnet.inspect … lr_find=true.",
     library.ModelPruning: "Prune the trained network: torch.nn.utils.prune with cifarnet.load(…).network.",
     library.BaseFinetuning: "Use recipe.backbone, as in +experiment=finetune, or a class of your own.",
     library.BackboneFinetuning: "Use recipe.backbone, as in +experiment=finetune.",
@@ -63,7 +63,7 @@ def make_trainer(
         "default_root_dir": str(folder),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "log_every_n_steps": 10**6,  # callbacks.history.History logs the metrics once per epoch
+        "log_every_n_steps": 1,  # for your own metrics; callbacks.history.History logs the run's metrics once per epoch
         "use_distributed_sampler": False,  # the loader divides batches among the ranks
     }
     settings = {key: value for key, value in defaults.items() if key not in config.trainer}
@@ -137,7 +137,8 @@ def _schedule(settings: dict[str, Any], optimizer: Optimizer) -> LRScheduler:
 
 def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     """Build the callbacks of a config, recipes first, so that checkpoints contain the changes that recipes make."""
-    sections = [*(config.get("recipe") or {}).values(), *(config.get("callbacks") or {}).values()]
+    named = {"nan": OmegaConf.create({"_target_": DIVERGENCE}), **(config.get("callbacks") or {})}
+    sections = [named.pop("nan"), *(config.get("recipe") or {}).values(), *named.values()]
     chosen = [section for section in sections if section]
     if not validates:  # there is no metric by which to choose a checkpoint
         selects = ".ModelCheckpoint val/"
@@ -147,7 +148,7 @@ def _callbacks(config: DictConfig, validates: bool) -> list[Callback]:
     if len(averages) > 1:
         names = " and ".join(averages)
         raise UserError(f"{names} both replace the network's weights with an average. Use only one of them.")
-    first = [instantiate({"_target_": target}) for target in (STATE, DIVERGENCE)]
+    first = [instantiate({"_target_": STATE})]
     if config.compile:
         first.append(instantiate({"_target_": COMPILE, "mode": config.compile}))
     return first + callbacks

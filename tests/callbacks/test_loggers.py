@@ -24,12 +24,17 @@ from cifarnet.train import train
 from conftest import ALLOW_SIGNAL, SMALL, signal_at
 
 PICTURES = ["train/augmented_batch", "whole_run/confusion_matrix", "whole_run/predictions"]
-RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")
+RESULTS = {  # in the order in which TensorBoard shows them
+    "accuracy_test": "test_accuracy",
+    "accuracy_val": "val_accuracy",
+    "cross_entropy_test": "test_cross_entropy",
+    "seconds": "seconds",
+}
 
 
 def results(folder) -> dict[str, float]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    return {f"whole_run/{key}": pytest.approx(metrics[key]) for key in RESULTS}
+    return {f"whole_run/{name}": pytest.approx(metrics[key]) for name, key in RESULTS.items()}
 
 
 @pytest.mark.parametrize("picture", ["accuracy", "predictions"])
@@ -45,22 +50,55 @@ def test_a_picture_that_fails_does_not_cost_the_record(config, tmp_path, monkeyp
     assert Record.read(tmp_path / "run/metrics.json").epochs == 2
 
 
-def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):
-    """The columns are those that TensorBoard's own backend finds."""
-    for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
-        train(config(*varied, folder=f"runs/{number}"))
+def hparams(folder):
+    """The columns of the HParams tab, as TensorBoard's own backend finds them, and the groups of all other tags."""
     multiplexer = EventMultiplexer()
-    multiplexer.AddRunsFromDirectory(str(tmp_path / "runs"))
+    multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(folder))))
     rows = context.hparams_metadata(RequestContext(), "")
     found = context.experiment_from_metadata(RequestContext(), "", True, rows, [])
-    assert [info.name for info in found.hparam_infos if info.differs] == ["model.hidden"]
-    assert {"data.mix.alpha", "optimizer.lr", "seed"} < {info.name for info in found.hparam_infos}
-    assert sorted(info.name.tag for info in found.metric_infos) == sorted(f"whole_run/{key}" for key in RESULTS)
     tags = {tag for run in multiplexer.Runs().values() for tag in run["tensors"] if not tag.startswith("_hparams_")}
-    groups = {tag.partition("/")[0] for tag in tags}
-    assert sorted(groups) == ["train", "val", "whole_run"]  # the order in which TensorBoard shows them
+    return found, sorted({tag.partition("/")[0] for tag in tags})
+
+
+def test_the_hparams_tab_shows_varied_settings_and_results(config, tmp_path):
+    for number, varied in enumerate([[], ["model.hidden=8"], ["+recipe=mixup"]]):
+        train(config(*varied, folder=f"runs/{number}"))
+    found, groups = hparams(tmp_path / "runs")
+    assert [info.name for info in found.hparam_infos if info.differs] == ["model.hidden"]
+    names = {info.name for info in found.hparam_infos}
+    assert {"data.mix.alpha", "optimizer.lr", "seed"} < names
+    assert not [name for name in names if name.startswith("callbacks")]
+    assert [info.name.tag for info in found.metric_infos] == [f"whole_run/{name}" for name in RESULTS]
+    assert groups == ["train", "val", "whole_run"]  # the order in which TensorBoard shows them
+
+
+def test_the_hparams_tab_shows_no_choice_of_callbacks(command, tmp_path):
+    detailed = ["callbacks=detailed", *(f"callbacks.{name}=null" for name in ("graph", "embeddings", "pr_curves"))]
+    stopping = (
+        "+callbacks.early={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/accuracy, mode: max}"
+    )
+    varied = [*SMALL, "threads=1", "trainer.max_epochs=1", "scheduler=constant"]
+    assert command(*varied, *detailed, "hydra.run.dir=runs/0")[0] == 0
+    assert command(*varied, stopping, "+callbacks.early.patience=5", "hydra.run.dir=runs/1")[0] == 0
+    found, _ = hparams(tmp_path / "runs")
+    names = {setting.partition("=")[0] for setting in varied}
+    assert {info.name for info in found.hparam_infos} == {*names, "callbacks.early.patience"}
+
+
+def test_the_hparams_tab_of_a_sweep_shows_the_settings_of_the_command(command, tmp_path):
+    varied = ["model.hidden=8,16", "scheduler=linear,constant"]
+    assert command(*SMALL, "threads=1", *varied, "-m", "hydra.sweep.dir=sweep")[0] == 0
+    found, _ = hparams(tmp_path / "sweep")
+    names = {setting.partition("=")[0] for setting in [*SMALL, "threads=1", *varied]}
+    assert {info.name for info in found.hparam_infos} == names
+    assert {info.name for info in found.hparam_infos if info.differs} == {"model.hidden", "scheduler"}
+    assert sorted(next(info for info in found.hparam_infos if info.name == "scheduler").domain_discrete) == [
+        "constant",
+        "linear",
+    ]
+    assert [info.name.tag for info in found.metric_infos] == [f"whole_run/{name}" for name in RESULTS]
 
 
 def test_several_loggers_log_everything(config, tmp_path):

@@ -110,10 +110,10 @@ def test_two_first_starts_share_one_download(tmp_path, server, monkeypatch, caps
     url, _ = server
     fetch, working = CIFAR10._fetch, []
 
-    def slowly(self, archive):
+    def slowly(self):
         working.append(self)
         time.sleep(0.5)
-        fetch(self, archive)
+        fetch(self)
 
     monkeypatch.setattr(CIFAR10, "_fetch", slowly)
     first, second = data(tmp_path, url("whole")), data(tmp_path, url("whole"))

@@ -9,6 +9,7 @@ from cifarnet.data import InMemoryLoader
 from cifarnet.data.augmentation import Augment
 from cifarnet.data.loader import Batch
 from cifarnet.data.streaming import LazyImages, StreamingLoader
+from cifarnet.data.transforms import resize
 from cifarnet.seeding import generator
 
 
@@ -121,7 +122,7 @@ class OnGPU(torch.Tensor):
 
 
 def test_images_on_a_gpu_are_scaled_as_floats(images):
-    scaled = loader(images, sizes=[6])._scale(images.as_subclass(OnGPU)).as_subclass(torch.Tensor)
+    scaled = resize(images.as_subclass(OnGPU), 6).as_subclass(torch.Tensor)
     assert scaled.dtype == torch.uint8
     assert torch.equal(scaled, F.interpolate(images.float(), (6, 6), mode="bilinear", antialias=True).round().byte())
 

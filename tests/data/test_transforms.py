@@ -2,7 +2,6 @@
 
 import random
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -14,11 +13,8 @@ from cifarnet.build import build, make_data
 from cifarnet.config import validate
 from cifarnet.data import InMemoryLoader
 from cifarnet.data.transforms import PerImage
-from cifarnet.errors import Interrupted, UserError
-from cifarnet.resuming import resume
+from cifarnet.errors import UserError
 from cifarnet.seeding import generator
-from cifarnet.train import train
-from conftest import ALLOW_SIGNAL, assert_same_weights, signal_at
 
 COUNT = 24
 JITTER = v2.ColorJitter(0.5, 0.5)
@@ -87,15 +83,9 @@ def test_transforms_in_a_config(config, kind):
         assert torch.equal(image, data.source.train.images[index].flip(-1))
 
 
-def test_a_run_that_was_stopped_equals_one_that_was_not(config, tmp_path):
+def test_a_run_that_was_stopped_equals_one_that_was_not(resumed_run):
     jitter = "data.transforms={mine: {_target_: torchvision.transforms.v2.ColorJitter, brightness: 0.5}}"
-    train(config(jitter, folder="whole"))
-    with pytest.raises(Interrupted):
-        train(config(jitter, signal_at(0, 2, signal.SIGTERM), folder="stopped"))
-    resumed, checkpoint = resume(tmp_path / "stopped", [ALLOW_SIGNAL])
-    resumed.callbacks.signal = None
-    train(resumed, checkpoint)
-    assert_same_weights(*(tmp_path / folder / "checkpoints/last.ckpt" for folder in ("whole", "stopped")))
+    resumed_run(jitter, moment=(0, 2))
 
 
 class Noise:

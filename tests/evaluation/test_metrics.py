@@ -143,3 +143,13 @@ def test_against_humans_by_hand():
     expected = 2 * expected + math.log(squares)
     assert figures["cross_entropy_with_temperature"] == pytest.approx(expected, abs=1e-6)
     assert figures["entropy"] == pytest.approx(math.log(2) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [20, 21])
+def test_top5_accuracy_of_many_classes(num_classes):
+    logits = torch.randn(200, num_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % num_classes
+    ranked = logits.argsort(1, descending=True).tolist()
+    expected = sum(label in row[:5] for row, label in zip(ranked, labels.tolist(), strict=True)) / 200
+    found = metrics.summary(logits, labels).get("top5_accuracy")
+    assert found is None if num_classes == 20 else found == pytest.approx(expected)

@@ -79,7 +79,7 @@ def test_page_has_all_results(figures):
         "15 equally wide bins",
         "1,000 validation images",
         "disc 1,500 90.00% 88.00% to 92.00%",
-        "Synthetic: 9,000 training, 1,000 validation and 2,000 test images; sha256 abc",
+        "Synthetic: 1,000 validation and 2,000 test images; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
         "Training settings optimizer.lr 0.05 model.widths [4, 4]",
         "cpu: Some CPU, 2 threads, Linux",
@@ -155,3 +155,25 @@ def test_incomplete_evaluation():
     del evaluation.finished
     with pytest.raises(UndefinedError, match="finished"):
         report.render(evaluation, {})
+
+
+def test_many_classes_show_the_hardest_and_the_most_frequent_mistakes(figures):
+    counts = [[0] * 30 for _ in range(30)]
+    for label in range(30):
+        counts[label][label], counts[label][(label + 1) % 30] = 100 - 3 * label, 3 * label
+    rows = [{"name": f"c{i}", "images": 100, "accuracy": 1 - 0.03 * i, "interval": [0, 1]} for i in range(30)]
+    evaluation = replace(
+        EVALUATION,
+        class_names=[row["name"] for row in rows],
+        confusion=counts,
+        classes=rows,
+        test={**TEST, "top5_accuracy": 0.99},
+    )
+    html = report.render(evaluation, figures("confusion"))
+    page, details = words(html), words(html[html.index("<details>") :])
+    assert "top-2 accuracy 97.00% top-5 accuracy 99.00%" in page
+    assert "The ten hardest classes class images accuracy 95% interval c29 100 13%" in page
+    assert "The most frequent mistakes class predicted class images of the class c29 c0 87 87% c28 c29 84 84%" in page
+    assert "c19 100" not in page.replace(details, "")  # only the ten hardest of 30
+    assert all(f"c{i} 100" in details for i in range(30))
+    assert "Accuracy by class" not in page

@@ -17,19 +17,20 @@ def captions(figure):
 
 
 def test_mistakes_among_predictions_are_red():
-    figure = figures.predictions(IMAGES[:3], torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), NAMES, columns=2)
-    assert captions(figure) == [
+    images, labels, predicted = IMAGES[[0, 1, 2] * 3], torch.tensor([0, 1, 2] * 3), torch.tensor([0, 2, 2] * 3)
+    figure = figures.predictions(images, labels, predicted, NAMES)
+    assert captions(figure) == 3 * [
         ("cat", figures.RIGHT),
         ("✗ owl\n(is dog)", figures.WRONG),
         ("owl", figures.RIGHT),
     ]
-    assert "2 of 3 right" in figure.axes[0].texts[-1].get_text()
+    assert "6 of 9 right" in figure.axes[0].texts[-1].get_text()
     shown = [image.get_array() for image in figure.axes[0].images]
     places = [image.get_extent() for image in figure.axes[0].images]  # left, right, bottom, top
-    assert places[0][2:] == places[1][2:]
+    assert places[0][2:] == places[7][2:]
     assert places[0][1] < places[1][0]
-    assert places[2][:2] == places[0][:2]
-    assert places[2][3] > places[0][2]
+    assert places[8][:2] == places[0][:2]  # the ninth image begins a row
+    assert places[8][3] > places[0][2]
     assert all((IMAGES[i].permute(1, 2, 0).numpy() == shown[i]).all() for i in range(3))
 
 
@@ -72,3 +73,24 @@ def test_names_are_drawn_as_they_are():
 def test_drawing_needs_no_torch():
     program = "import sys; import cifarnet.inference.figures; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_confusion_of_many_classes_is_readable():
+    for count, step in [(21, 1), (100, 1), (400, 4)]:
+        figure = figures.confusion(torch.eye(count, dtype=torch.long), [f"class number {i}" for i in range(count)])
+        assert max(figure.get_size_inches() * figure.dpi) < 2000  # pixels
+        (axis,) = figure.axes
+        assert not axis.texts
+        names = axis.get_xticklabels()
+        assert [name.get_text() for name in names] == [f"class number {i}" for i in range(0, count, step)]
+        points = 72 * figure.get_size_inches()[0] * axis.get_position().width / len(names)
+        assert 5 <= names[0].get_fontsize() <= points  # names do not overlap
+
+
+def test_long_names_do_not_overlap():
+    names = ["spaghetti_carbonara_with_bacon", "cat"]
+    figure = figures.predictions(IMAGES[:2], torch.tensor([0, 1]), torch.tensor([1, 1]), names)
+    figures.as_image(figure)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts[:2]]
+    assert boxes[0].x1 < boxes[1].x0
+    assert boxes[0].width < 1.35 * figure.dpi

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from cifarnet.records import significance
-from cifarnet.records.significance import holm, interval, power, seeds_needed, welch
+from cifarnet.records.significance import holm, interval, paired, power, seeds_needed, welch
 
 
 def two_tails(t: float, freedom: float) -> float:
@@ -36,6 +36,22 @@ def test_welch_is_nan_without_variation(first, second):
 def test_welch_with_one_constant_sample():
     _, _, p = welch([0.9, 0.9, 0.9], [0.8, 0.7])  # error = deviation/√2 = 0.05, one degree of freedom: arctan
     assert p == pytest.approx(1 - 2 / math.pi * math.atan(0.15 / 0.05))
+
+
+def test_the_corrected_paired_test_equals_a_calculation_by_hand():
+    # mean 0.016; squares of the deviations 16 + 36 + 196 + 256 + 16 = 520 (× 1e-6), variance 520/4 = 130;
+    # error √((1/5 + 1/4) × 130e-6) = 0.0076485; t = 0.016 / 0.0076485 = 2.09191, 4 degrees of freedom
+    differences = [0.02, 0.01, 0.03, 0.00, 0.02]
+    low, high, p = paired(differences, 1 / 4)  # 10,000 images for validation, 40,000 for training
+    assert p == pytest.approx(two_tails(2.09191, 4), abs=1e-5)
+    assert low + high == pytest.approx(0.032)
+    assert two_tails((high - 0.016) / 0.0076485, 4) == pytest.approx(0.05, abs=1e-5)
+    assert paired(differences, 0)[2] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)  # without correction
+    assert paired(differences, 0)[2] < 0.05 < p
+    assert all(map(math.isnan, paired([0.01, 0.01], 1 / 4)))
+    assert 0.92 - 0.90 != 0.12 - 0.10  # except for rounding
+    assert all(map(math.isnan, paired([0.92 - 0.90, 0.12 - 0.10], 1 / 4)))
+    assert all(map(math.isnan, paired([], 0)))
 
 
 def test_holm_equals_a_textbook_example():

@@ -186,6 +186,8 @@ def test_a_trial_without_a_folder_ran_here(run, tmp_path):
     ("arguments", "named"),
     [
         ([], "The search space is empty"),
+        ([RATE, "data.folds=5", "data.fold=range(5)"], "data.fold: a search would choose the easiest validation"),
+        (["++data.split_seed=0,1"], "data.split_seed: a search would choose the easiest validation images"),
         ([RATE, "hydra/launcher=parallel"], "one trial at a time"),
         ([RATE, "data.val_fraction=0", "hydra.sweeper.trials=1"], "Sweeping optimizer.lr with data.val_fraction=0"),
         ([RATE, "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0 is out of range"),
@@ -277,6 +279,15 @@ def test_each_search_has_its_own_folder(command, tmp_path):
     status, printed, error = command(*lean, RATE, "seed=2", "hydra.sweeper.study_name=mine", main=search.main)
     assert (status, printed) == (1, "")  # no table of the other study
     assert "was created with other settings: seed=2" in error
+
+
+def test_a_study_does_not_mix_trials_that_start_from_different_runs(run):
+    same = [RATE, "hydra.sweeper.trials=1", "start.checkpoint=one"]
+    status, _, error = run(*same)
+    assert (status, "one: no checkpoint found" in error) == (1, True)
+    status, _, error = run(*same, "start.checkpoint=two")
+    assert status == 1
+    assert "other settings: start.checkpoint=one, start.checkpoint=two" in error
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code":5,"worker', b"\0" * 100, b"{"])

@@ -1,6 +1,7 @@
 import csv
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,33 @@ def test_jobs_that_differ_only_by_seed_are_one_row(folder):
     assert lines[0].split() == ["val", "accuracy", "test", "accuracy", "seconds", "n", "optimizer.lr", "job"]
     assert " ".join(lines[1].split()) == "85.00 ± 7.07% 84.00 ± 7.07% 2.00 ± 0.00 2 0.1 0,1"
     assert lines[3].split() == ["failed", "0", "0.3", "4"]
+
+
+def test_folds_are_paired(tmp_path, capsys):
+    for number in range(10):
+        rate, fold = (0.1, 0.2)[number // 5], number % 5
+        score = [0.5, 0.9, 0.3, 0.7, 0.6][fold] + [0.02, 0.01, 0.03, 0.00, 0.02][fold] * (rate == 0.1)
+        job = make_job(tmp_path, number, ["data.folds=5", f"data.fold={fold}", f"optimizer.lr={rate}"], score)
+        data = {"folds": 5, "fold": fold, "split_seed": 0}
+        write_record(job, **{"val_accuracy": score, "resolved.data": data})
+    summary.summarize(tmp_path, 10, "resume")
+    printed = capsys.readouterr().out
+    assert re.search(r"a +61\.6\d* .* 5 +0\.1 +0,1,2,3,4\n +b +60\.0\d* .* 5 +0\.2 +5,6,7,8,9\n", printed)
+    assert re.search(r"a - b: \+1\.6\d* points, .* paired over 5 folds, p = 0\.1: not statistically", printed)
+    assert "Nadeau" in printed
+
+
+def test_a_search_and_a_single_fold_have_no_comparison(tmp_path, capsys):
+    for name, folds, trials in [("search", range(3), {}), ("single", [1], None)]:
+        for number, (rate, fold) in enumerate((rate, fold) for rate in (0.1, 0.2) for fold in folds):
+            overrides = ["data.folds=3", f"data.fold={fold}", f"optimizer.lr={rate}"]
+            job, score = make_job(tmp_path / name, number, overrides), rate + fold / 10
+            data = {"folds": 3, "fold": fold, "split_seed": 0}
+            write_record(job, **{"val_accuracy": score, "resolved.data": data})
+        summary.summarize(tmp_path / name, 6, "resume", trials)
+        printed = capsys.readouterr().out
+        assert "jobs done" in printed
+        assert " - " not in printed
 
 
 def test_control_characters_are_escaped_and_links_are_not_followed(folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.sweeps.multirun import resume_arguments
 from cifarnet.system import files
-from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, signal_at
+from conftest import ALLOW_SIGNAL, SMALL, assert_same_weights, signal_at, weights
 
 TINY = [*SMALL, "trainer.max_epochs=1", "scheduler=constant", "callbacks.pictures=null", "~logger"]
 
@@ -82,6 +82,31 @@ def test_a_wrong_choice_is_reported_before_any_job_begins(command, tmp_path):
     assert not (tmp_path / "a/0").exists()
 
 
+def test_zipped_lists_give_the_jobs_of_a_loop_over_pairs(command, tmp_path):
+    rates, seeds = ["0.01", "0.02", "0.05"], ["3", "4", "5"]
+    lists = ["optimizer.lr=" + ",".join(rates), "seed=range(3,6)", "+hydra.sweeper.params={data.crop_padding: '0,1,2'}"]
+    status, printed, error = command("-m", *TINY, *lists, "hydra.sweeper.zip=true", "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    assert "3 of 3 jobs done" in printed
+    for job, (rate, seed) in enumerate(zip(rates, seeds, strict=True)):
+        settings = [*TINY, f"data.crop_padding={job}"]
+        settings += [f"optimizer.lr={rate}", f"seed={seed}"]
+        assert command(*settings, f"hydra.run.dir=alone{job}")[0] == 0
+        assert_same_weights(
+            tmp_path / f"alone{job}/checkpoints/last.ckpt", tmp_path / f"sweep/{job}/checkpoints/last.ckpt"
+        )
+
+    before = weights(tmp_path / "sweep/1/checkpoints/last.ckpt")
+    shutil.rmtree(tmp_path / "sweep/1")
+    status, _, error = command("sweep.resume=sweep", "hydra.sweeper.zip=false")
+    assert (status, "Remove hydra.sweeper.zip=false" in error) == (1, True)
+    status, printed, error = command("sweep.resume=sweep")
+    assert status == 0, error
+    assert "3 of 3 jobs done" in printed
+    after = weights(tmp_path / "sweep/1/checkpoints/last.ckpt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -97,6 +122,17 @@ def test_wrong_settings_are_refused(command, arguments, named):
     status, _, error = command(*arguments)
     assert status == 1
     assert named in error
+
+
+@pytest.mark.parametrize("folds", [["data.folds=4", "data.fold=range(4)"], ["data.folds=3,4", "data.fold=2"]])
+def test_folds_are_swept_without_a_validation_fraction(command, tmp_path, folds):
+    status, printed, error = command("-m", *TINY, "data.val_fraction=0", *folds, "hydra.sweep.dir=sweep")
+    assert status == 0, error
+    assert re.search(r"(\d) of \1 jobs done", printed)
+    alone = ["data.val_fraction=0", "data.folds=4", "data.fold=2", "hydra.run.dir=alone"]
+    assert command(*TINY, *alone)[0] == 0
+    job = 2 if "range" in folds[1] else 1
+    assert_same_weights(tmp_path / "alone/checkpoints/last.ckpt", tmp_path / f"sweep/{job}/checkpoints/last.ckpt")
 
 
 def test_seeds_can_be_swept_without_validation(command):
@@ -119,6 +155,10 @@ def test_seeds_can_be_swept_without_validation(command):
         (["seed=0,1", "sweep.stop_at_failure=maybe"], "sweep.stop_at_failure=maybe is not valid"),
         (["seed=0,1", "sweep.keep_checkpoints=-1"], "sweep.keep_checkpoints=-1 is out of range"),
         (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range"),
+        (["seed=0,1", "optimizer.lr=1,2,3", "hydra.sweeper.zip=true"], "seed has 2, optimizer.lr has 3"),
+        (["seed=0,1", "optimizer.lr=choice(1)", "hydra.sweeper.zip=true"], "seed has 2, optimizer.lr has 1"),
+        (["seed=0,1", "hydra.sweeper.zip=maybe"], "hydra.sweeper.zip=maybe is not valid"),
+        (["seed=0,1", "hydra.sweeper.dry_run=3"], "hydra.sweeper.dry_run=3 is not valid"),
         (["optimizer=sgd,none"], "optimizer=none does not exist"),
         (["seed=0,1", "hydra.sweep.subdir=${hydra:job.override_dirname}"], "Remove hydra.sweep.subdir"),
         (["seed=0,1", "hydra.sweep.subdir=same"], "Remove hydra.sweep.subdir"),

@@ -23,9 +23,8 @@ from cifarnet.models import Normalize
 from cifarnet.resuming import resume
 from cifarnet.system import distributed
 from cifarnet.train import train
-from conftest import SMALL, assert_same_weights, small, weights
+from conftest import SMALL, TWO, assert_close_weights, assert_same_weights, small
 
-TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 # 9 and 8 images of each batch; augmentation, selection and averages that depend on the whole data set
 RECIPE = [
     *("data.batch_size=17", "data.hardest_share=0.7", "data.cutout=8", "data.eval_batch_size=7"),
@@ -90,13 +89,6 @@ def runs(tmp_path_factory):
 
 def record(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
-
-
-def assert_close_weights(first: Path, second: Path) -> None:
-    one, other = (weights(folder / "checkpoints/last.ckpt") for folder in (first, second))
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
 
 
 def test_two_processes_give_the_weights_of_one_except_for_rounding(runs):
@@ -216,7 +208,15 @@ def test_ctrl_c_in_a_terminal_stops_all_ranks_and_prints_the_command_that_resume
     (tmp_path / "temporary").mkdir()
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": f"{tmp_path}/temporary"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cifarnet.train", *settings, *TWO, "trainer.max_epochs=10000", "hydra.run.dir=run"],
+        [
+            sys.executable,
+            "-m",
+            "cifarnet.train",
+            *settings,
+            *TWO,
+            "trainer.max_epochs=10000",
+            "hydra.run.dir=run",
+        ],
         cwd=tmp_path,
         env=os.environ | variables,
         start_new_session=True,

@@ -113,3 +113,29 @@ def test_the_commit_of_a_checkout_is_recorded():
     commit = hardware.git_commit()
     assert commit is not None
     assert commit.removesuffix("-dirty") == result.stdout.strip()
+
+
+WAITING = """
+import os, time
+from cifarnet.system.hardware import waiting_seconds
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+competitor = os.fork()
+while competitor == 0:
+    pass
+before = waiting_seconds(), time.perf_counter(), time.process_time()
+while time.perf_counter() < before[1] + 1:
+    pass
+after = waiting_seconds(), time.perf_counter(), time.process_time()
+os.kill(competitor, 9)
+waited, wall, cpu = (now - then for now, then in zip(after, before))
+print(waited, wall - cpu)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="a file of Linux")
+def test_a_thread_waits_while_it_has_no_processor_time():
+    """Two processes share a core: each waits for as long as the other one runs."""
+    result = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, check=True)
+    waited, expected = map(float, result.stdout.split())
+    assert expected > 0.25
+    assert waited == pytest.approx(expected, abs=0.1)

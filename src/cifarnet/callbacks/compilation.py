@@ -1,7 +1,7 @@
 """torch.compile, whose duration is measured separately from training."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -38,9 +38,7 @@ class Compile(Callback):
         except Exception as error:
             if not any(isinstance(cause, CppCompileError | InvalidCxxCompiler) for cause in causes(error)):
                 raise
-            raise UserError(
-                "compile: PyTorch finds no working C++ compiler. Install g++, or set compile=false."
-            ) from error
+            raise UserError("compile: no working C++ compiler found. Install g++ or set compile=false.") from error
         self.seconds = time.perf_counter() - start
         print(f"Compiled the network in {self.seconds:.1f} s.", flush=True)
 
@@ -50,8 +48,7 @@ def warm_up(trainer: L.Trainer, module: Classifier) -> None:
     generators are not changed."""
     loader = trainer.train_dataloader
     assert isinstance(loader, BatchLoader)
-    data: Any = trainer
-    num_chans = data.datamodule.source.train.images.shape[1]
+    num_chans = cast("Any", trainer).datamodule.source.train.images.shape[1]
     state = {name: value.clone() for name, value in module.network.state_dict().items()}
     with torch.random.fork_rng():
         for size in dict.fromkeys(loader.sizes or [loader.image_size]):  # in the order of training

@@ -16,7 +16,7 @@ class StopOnDivergence(Callback):
     """Checks the losses and the weights every 100 batches, at the end of an epoch, after a validation and before a
     checkpoint is saved, so that no checkpoint is overwritten by a diverged network.
 
-    `build` adds it to every run.
+    `build` adds it to every run, unless `callbacks.nan=null`.
 
     Raises:
         Diverged: a loss or a weight is infinite or NaN.
@@ -39,8 +39,9 @@ class StopOnDivergence(Callback):
         assert isinstance(module, Classifier)
         loss = module.total(stage)[0].item()
         are_finite = [weight.isfinite().all() for weight in module.network.parameters()]
-        # the scaler of 16-bit gradients skips a step after an overflow
-        is_skipped = stage == "train" and getattr(trainer.precision_plugin, "scaler", None) is not None
+        # the scaler of 16-bit gradients skips a step after an overflow and halves its scale, which is 65536 at first
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        is_skipped = stage == "train" and scaler is not None and scaler.get_scale() >= 1
         if torch.stack(are_finite).all() and (is_skipped or abs(loss) < float("inf")):  # false for NaN
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -49,5 +50,6 @@ class StopOnDivergence(Callback):
         raise Diverged(
             f"Training diverged in epoch {trainer.current_epoch + 1}: a loss or a weight is infinite or NaN (learning "
             f"rate {rate:.3g}). Start a new run with a smaller optimizer.lr, a warm-up (scheduler=warmup_cosine) or "
-            f"clipped gradients (+recipe=clip).{kept}"
+            "clipped gradients (+recipe=clip). To find the operation whose gradient is NaN, add "
+            f"+trainer.detect_anomaly=true.{kept}"
         )

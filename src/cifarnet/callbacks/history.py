@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.optim import Optimizer
 
@@ -21,6 +22,8 @@ from cifarnet.records.record import Session
 from cifarnet.system import hardware
 from cifarnet.system.log_output import report
 
+SHORT = 5  # seconds; a shorter epoch is not checked for other processes on the machine
+BUSY = 1 / 8  # the machine is busy if the threads wait for a core for more than this share of the time
 STATE = ("epochs", "images", "learning_rate", "seconds", "sessions", "validations")  # saved in checkpoints
 
 
@@ -47,6 +50,7 @@ class History(Drawing):
         self.sessions: list[Session] = []
         self.validations: list[dict[str, float]] = []
         self._start = 0.0
+        self._begun: tuple[float, float] | None = None  # when the session began: the time, and `waiting_seconds`
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
@@ -76,6 +80,7 @@ class History(Drawing):
         for row in self.epochs:
             self._log(new, row)
         self._start = time.perf_counter()  # on_train_epoch_start is not called if a run resumes within an epoch
+        self._begun = self._start, hardware.waiting_seconds()
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -83,9 +88,7 @@ class History(Drawing):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self.learning_rate = copy.deepcopy(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.images += cast("Any", trainer.train_dataloader).batch_size
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # the GPU may still be busy
@@ -118,6 +121,25 @@ class History(Drawing):
         row["learning_rate"] = float(self.learning_rate)
         self.epochs.append(row)
         self._log(trainer.loggers, row)
+        self._report_busy_machine(module)
+
+    def _report_busy_machine(self, module: L.LightningModule) -> None:
+        """After the first epoch of a session, report if the threads had to wait for a core.
+
+        All threads wait for the slowest one in every operation. Therefore, fewer threads are faster on a busy machine:
+        at most as many as ran at a time.
+        """
+        begun, self._begun = self._begun, None
+        threads = torch.get_num_threads()
+        if begun is None or threads == 1 or module.device.type != "cpu":
+            return
+        seconds, waited = time.perf_counter() - begun[0], hardware.waiting_seconds() - begun[1]
+        if seconds > SHORT and waited > BUSY * threads * seconds:
+            waits = f"in the first {seconds:.0f} s, the {threads} threads waited {waited:.0f} s in total for a core"
+            fewer = f"threads={max(1, int(threads - waited / seconds))}"
+            message = f"The machine is busy: {waits}. Fewer threads are faster on a busy machine: {fewer}"
+            report(message, on_terminal=False)
+            Tqdm.write(message)  # above the progress bar
 
     def _log(self, loggers: list[Logger], row: dict[str, float]) -> None:
         metrics = {key: value for key, value in row.items() if key not in ("epoch", "learning_rate")}

@@ -17,12 +17,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cifarnet.classifier import Classifier
-from cifarnet.config import deciding_settings, with_total_steps
+from cifarnet.cli import key_of
+from cifarnet.config import EFFECTS, deciding_settings, is_in, with_total_steps
 from cifarnet.records.record import Record
 from cifarnet.records.tables import parse_number
 from cifarnet.system import files
 
-RESULTS = ("val_accuracy", "test_accuracy", "test_cross_entropy", "seconds")  # fields of Record
+FIELDS = ("test_accuracy", "val_accuracy", "test_cross_entropy", "seconds")  # of Record
+NAMES = ("accuracy_test", "accuracy_val", "cross_entropy_test", "seconds")  # TensorBoard sorts them: accuracies first
 
 
 class Drawing(Callback):
@@ -69,15 +71,28 @@ def log_results(record: Record, trainer: L.Trainer, classifier: Classifier) -> N
     for callback in callbacks:
         if isinstance(callback, Drawing):
             callback.draw(trainer, classifier)
-    results = {f"whole_run/{key}": getattr(record, key) for key in RESULTS}
+    results = {f"whole_run/{name}": getattr(record, field) for name, field in zip(NAMES, FIELDS, strict=True)}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(Path(logger.log_dir, "hparams"), deciding_settings(record.config, times=True), results)
+            _log_hparams(Path(logger.log_dir, "hparams"), _varied(record), results)
         else:
             logger.log_metrics(results, step=record.epochs)
         logger.finalize("success")
         if isinstance(logger, WandbLogger):  # otherwise the next job of a sweep would log to the same run
             logger.experiment.finish()
+
+
+def _varied(record: Record) -> dict[str, str]:
+    """Return the settings in the command of a run that affect its result or duration; without any, all such settings.
+
+    A sweep's jobs name the settings that vary. The columns of constant settings would hide the results. The choice of
+    callbacks is left out; a setting of one of them is returned if the command names it.
+    """
+    settings = deciding_settings(record.config, times=True)
+    chosen = {key_of(override): override.partition("=")[2] for override in record.overrides}
+    ignored = ["callbacks", *EFFECTS["nothing"]]
+    named = {key: settings.get(key, text) for key, text in chosen.items() if key in settings or not is_in(key, ignored)}
+    return named or {key: text for key, text in settings.items() if not is_in(key, ignored)}
 
 
 def _log_hparams(folder: Path, settings: Mapping[str, str], results: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Pictures of a run, saved in its folder and logged."""
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import lightning as L
 import torch
@@ -11,6 +11,7 @@ from cifarnet.callbacks.loggers import Drawing, log_picture
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch
 from cifarnet.inference import figures
+from cifarnet.schema import Range
 
 
 class Pictures(Drawing):
@@ -20,7 +21,7 @@ class Pictures(Drawing):
         count: the number of test images to show.
     """
 
-    def __init__(self, count: int = 40) -> None:
+    def __init__(self, count: Annotated[int, Range(1)] = 40) -> None:
         self.count = count
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -29,11 +30,10 @@ class Pictures(Drawing):
             log_picture(trainer, "train/augmented_batch", grid.permute(1, 2, 0).numpy())
 
     def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
-        if classifier.test_logits is None:  # trainer.limit_test_batches=0
+        if classifier.test_logits is None or classifier.test_index is None:  # trainer.limit_test_batches=0
             return
         datamodule = cast("Any", trainer).datamodule
         test, class_names = datamodule.source.test, datamodule.class_names
-        assert classifier.test_index is not None
         predicted, index = classifier.test_logits.argmax(1).cpu(), classifier.test_index.cpu()
         # trainer.limit_test_batches may leave fewer than all test images
         shown = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[: self.count]

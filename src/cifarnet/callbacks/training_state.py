@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from cifarnet.callbacks import checkpoint_files
 from cifarnet.callbacks.stopping import StopOnSignal
 from cifarnet.classifier import Classifier
-from cifarnet.data.datamodule import BATCH
+from cifarnet.data.datamodule import BATCH, check_batch
 from cifarnet.data.loader import Batch, BatchLoader
 from cifarnet.errors import UserError
 from cifarnet.optim.schedules import batches_per_step
@@ -90,7 +90,9 @@ class TrainingState(Callback):
             loader.restore(self.loader.position())
             self.loader = loader
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if (found := check_batch(batch).images.dtype) != torch.uint8:
+            raise UserError(f"The loader yields {found} images. Convert them: (255 * images).round().to(torch.uint8)")
         # Lightning does not call GradientAccumulationScheduler if a run resumes within an epoch
         trainer.accumulate_grad_batches = batches_per_step(trainer, trainer.current_epoch)
 

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from cifarnet.data.augmentation import Augment, Flip
 from cifarnet.data.loader import Batch, BatchLoader, InMemoryLoader
 from cifarnet.data.streaming import LazyImages, StreamingLoader
+from cifarnet.data.subsets import Selection, balanced_weights
 from cifarnet.data.transforms import Mix, PerImage
 from cifarnet.errors import UserError
 from cifarnet.schema import Pixels, Range, Seed
@@ -56,12 +57,20 @@ class Split:
 
 @dataclass
 class Source:
-    """The parts of a data set. If `val` is None, a part of `train` is set aside for validation."""
+    """The parts of a data set. If `val` is None, a part of `train` is set aside for validation.
+
+    Attributes:
+        train_index: the positions of the images of `train` in the training images of the data set, int64 [N]; None
+            before images are selected.
+        selection: a description of the selected training images for the record, if `Selection.changes_training`.
+    """
 
     class_names: list[str]
     train: Split
     test: Split
     val: Split | None = None
+    train_index: Tensor | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def validation(self) -> Split:
@@ -87,24 +96,24 @@ class Source:
         if not isinstance(self.train.images, Tensor):
             return None
         checksum = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
+        for split in filter(None, (self.train, self.val, self.test)):
             for images in split.chunks():
                 checksum.update(images.permute(0, 2, 3, 1).contiguous().numpy().data)
             checksum.update(split.labels.numpy().data)
         return checksum.hexdigest()
 
 
-class ImageDataModule(L.LightningDataModule):
-    """A data module that splits and batches images. Subclasses implement `read()`.
+class ImageDataModule(Selection, L.LightningDataModule):
+    """A data module that selects and batches images. Subclasses implement `read()`.
 
     Args:
         batch_size, eval_batch_size: the images per step, over all devices, in training, and in validation and test.
-        val_fraction: the fraction of each class's training images that is set aside for validation, if the source has
-            no validation images; 0 trains on all images, without validation.
-        split_seed: determines these images. It is independent of `seed`, so that all seeds use the same split.
         crop_padding, flip, cutout: see `Augment`.
         train_sizes: the height and width to which training images are resized, one value per epoch; the last value is
             used for all later epochs. Small images make the first epochs faster. None: no resizing.
+        sampler: balanced: an epoch has as many images as there are, and draws all classes equally often; images of
+            small classes are repeated, with another augmentation each time, and some images of large classes are left
+            out. None: each image occurs once.
         hardest_share: the fraction of the training images that an epoch uses: first the images that were never used,
             then those with the highest loss when they were last used (StaleSB, Jiang et al., 2019,
             https://arxiv.org/abs/1910.00762). Images with wrong labels also have high losses.
@@ -116,37 +125,42 @@ class ImageDataModule(L.LightningDataModule):
             the GPU computes.
         read_only: use only existing files: download nothing, and write no cache. Commands set it when the data is
             chosen by a checkpoint and not by the user.
+        selection: the settings of `Selection`: validation images, folds, subsets and label noise.
     """
 
     def __init__(
         self,
         batch_size: Annotated[int, Range(1, 10**6)] = 128,
         eval_batch_size: Annotated[int, Range(1, 10**6)] = 1000,
-        val_fraction: Annotated[float, Range(0, below=1)] = 0.1,
-        split_seed: Seed = 0,
         crop_padding: Annotated[int, Range(0, 4095)] = 2,
         flip: Flip = "random",
         cutout: Annotated[int, Range(0, 4096)] = 0,
         train_sizes: Sequence[Pixels] | None = None,
+        sampler: Literal["balanced"] | None = None,
         hardest_share: Annotated[float, Range(above=0, most=1)] = 1.0,
         transforms: Mapping[str, Any] | None = None,
         mix: Mix | None = None,
         shuffle_seed: Seed = 0,
         on_device: bool = True,
         read_only: bool = False,
+        **selection: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**selection)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_fraction, self.split_seed = val_fraction, split_seed
         self.augment, self.mix = Augment(crop_padding, flip, cutout), mix
         named = {name: transform for name, transform in (transforms or {}).items() if transform is not None}
         self.transforms = [part if hasattr(part, "draw") else PerImage(name, part) for name, part in named.items()]
         if mix is not None and not hasattr(mix, "draw"):
             raise UserError(f"data.mix={type(mix).__name__} has no draw. Choose +recipe=mixup or +recipe=cutmix.")
+        if sampler is not None and (hardest_share < 1 or flip == "alternating"):  # both follow the images of an epoch
+            found = f"data.hardest_share={hardest_share} and data.flip={flip}"
+            raise UserError(f"data.sampler={sampler} excludes {found}. Set data.hardest_share=1 and data.flip=random.")
+        self.sampler = sampler
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share
         self.shuffle_seed, self.on_device = shuffle_seed, on_device
         self.read_only = read_only
+        self.source_name = type(self).__name__  # in records
         self.workers: int | None = 0
         self.preloaded: Source | None = None  # the images and their validation split, if they were already read
 
@@ -165,38 +179,39 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             UserError: the images cannot be read, or are too few or too small for the settings.
         """
-        source = self.preloaded or self.read()
-        if source.val is None:
-            source.train, source.val = self._set_aside(source.train)
+        source = self.preloaded or self._selected(self.read())
         if self.batch_size > (count := self.images_per_epoch(source)):
             print(f"data.batch_size={self.batch_size}: the {count} images of each epoch form one batch.", flush=True)
         size = source.train.images.shape[-1]
         for name, most in {"crop_padding": size - 1, "cutout": size}.items():
             if (value := getattr(self.augment, name)) > most:
-                raise UserError(
-                    f"data.{name}={value} is too large for images of {size} pixels. Choose data.{name}={most} or less."
-                )
+                raise UserError(f"data.{name}={value} exceeds {size}-pixel images. Choose data.{name}={most} or less.")
         return source
 
     @property
     def validates(self) -> bool:
         """Whether there are validation images. The images are read if the settings do not determine it."""
-        return self.val_fraction > 0 or len(self.source.validation) > 0
+        return bool(self.folds or self.val_fraction) or len(self.source.validation) > 0
 
-    def _set_aside(self, train: Split) -> tuple[Split, Split]:
-        """Return the images for training, and `val_fraction` of each class for validation."""
-        shuffled = torch.randperm(len(train), generator=generator(self.split_seed, 0, "split"))
-        is_val = torch.zeros(len(train), dtype=torch.bool)
-        for label in train.labels.unique():
-            members = shuffled[train.labels[shuffled] == label]
-            is_val[members[: round(len(members) * self.val_fraction)]] = True
-        if self.val_fraction and (is_val.all() or not is_val.any()):
-            raise UserError(
-                f"data.val_fraction={self.val_fraction} leaves none of {len(train)} images for "
-                f"{'training' if is_val.all() else 'validation'}. Choose another fraction, add images, or train "
-                "without validation: data.val_fraction=0."
-            )
-        return train[~is_val], train[is_val]
+    def _selected(self, source: Source) -> Source:
+        """Select the training and validation images, and the training labels."""
+        if source.val is not None and self.folds is not None:
+            problem = f"data.folds={self.folds}: the data set has validation images of its own"
+            raise UserError(f"{problem}. Move them to the training images, or set data.folds=null data.fold=null.")
+        if self.folds is not None:
+            _ = source.checksum  # of the undivided images, which is the same for all folds
+        true = source.train.labels
+        selected = self.select(true, len(source.class_names), sets_aside=source.val is None)
+        index, labels = selected.train, selected.labels[selected.train]
+        source.val = source.val or source.train[selected.val]
+        source.train, source.train_index = source.train[selected.rest], index
+        if self.changes_training:
+            _ = source.checksum  # of all images with their true labels, as without these settings
+            source.train = Split(source.train.images[torch.searchsorted(selected.rest, index)], labels)
+            per_class = torch.bincount(labels, minlength=len(source.class_names)).tolist()
+            source.selection = {"train_per_class": per_class, "wrong_labels": int((labels != true[index]).sum())}
+            source.selection |= {"files_sha256": selected.files_sha256} if selected.files_sha256 else {}
+        return source
 
     @property
     def class_names(self) -> list[str]:
@@ -213,11 +228,18 @@ class ImageDataModule(L.LightningDataModule):
         chosen = torch.randperm(len(train), generator=generator(0, 0, "sample"))[:count]
         return next(train[chosen].chunks(count))
 
+    def balanced_weights(self) -> list[float]:
+        """Return a weight for each class, inversely proportional to its number of training images; see `objective`."""
+        return balanced_weights(self.source.train.labels, len(self.class_names))
+
     def describe(self) -> dict:
-        """Describe the images for the record: counts, and a checksum of all pixels and labels (None if streamed)."""
+        """Describe the images for the record: counts, and a checksum of all pixels and labels (None if streamed).
+
+        The checksum is that of the data set, before any training images are left out or labels are changed.
+        """
         splits = {"train": self.source.train, "val": self.source.validation, "test": self.source.test}
         counts = {"classes": len(self.class_names), **{name: len(split) for name, split in splits.items()}}
-        return {"source": type(self).__name__, **counts, "sha256": self.source.checksum}
+        return {"source": self.source_name, **counts, "sha256": self.source.checksum, **self.source.selection}
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader(self.source.train, self.batch_size, train=True)
@@ -229,17 +251,18 @@ class ImageDataModule(L.LightningDataModule):
     def test_dataloader(self) -> BatchLoader:
         return self._loader(self.source.test, self.eval_batch_size)
 
+    def predict_dataloader(self) -> BatchLoader:
+        return self.test_dataloader()
+
     def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
         if self.augment.cutout:
             self.augment.fill = (255 * self.source.channel_statistics[0]).round()  # zero after normalization
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (least := min(batch_size, len(split))) < size:
-            raise UserError(
-                f"A batch of {least} images is too small for {size} devices. Use at most {least}, or larger batches."
-            )
+            raise UserError(f"A batch of {least} images is too small for {size} devices. Use at most {least} devices.")
         settings = {"train": train, "augment": self.augment, "mix": self.mix, "sizes": self.train_sizes}
-        settings |= {"transforms": self.transforms}
+        settings |= {"transforms": self.transforms, "balanced": self.sampler == "balanced"}
         settings |= {"share": self.hardest_share, "seed": self.shuffle_seed, "rank": rank, "world_size": size}
         settings["device"] = trains_on if self.on_device else torch.device("cpu")
         settings["pin"] = trains_on.type == "cuda" and not self.on_device
@@ -250,8 +273,6 @@ class ImageDataModule(L.LightningDataModule):
         if settings["device"].type == "cuda":
             free, needed = torch.cuda.mem_get_info(trains_on)[0], split.images.numel()
             if needed > free:
-                raise UserError(
-                    f"The images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of GPU memory are free. "
-                    "Keep them on the host: data.on_device=false."
-                )
+                sizes = f"{needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of GPU memory are free"
+                raise UserError(f"The images need {sizes}. Keep them on the host: data.on_device=false.")
         return InMemoryLoader(split.images, split.labels, batch_size, **settings)

@@ -1,11 +1,10 @@
 """Images in folders: `train/<class>/…`, `test/<class>/…` and optionally `val/<class>/…`."""
 
 import hashlib
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import normalize
@@ -98,10 +97,9 @@ class ImageFolder(ImageDataModule):
             names = ["train", "test", *(["val"] if (self.root / "val").is_dir() else [])]
             files = {name: _class_files(self.root / name, left_out) for name in names}
         except OSError as error:
-            raise UserError(
-                f"data.root={self.root}: {error.filename} cannot be read ({error.strerror}). Put the images in "
-                "train/<class>/…, test/<class>/… and optionally val/<class>/…"
-            ) from error
+            problem = f"data.root={self.root}: {error.filename} cannot be read ({error.strerror})"
+            remedy = "Put the images in train/<class>/…, test/<class>/… and optionally val/<class>/…"
+            raise UserError(f"{problem}. {remedy}") from error
         if left_out:
             print(on_one_line(f"data.root={self.root}: {describe_left_out(left_out)}"), flush=True)
         class_names, folder = list(files["train"]), self.root / "train"
@@ -138,28 +136,46 @@ class ImageFolder(ImageDataModule):
         if missing:
             print(f"{name}/ has no images of {missing}.", flush=True)
         images = ImageFiles(paths, self.size)
-        return Split(_decoded(images, folder, not self.read_only) if self.in_memory else images, torch.tensor(labels))
-
-
-def _decoded(files: ImageFiles, folder: Path, writes: bool) -> Tensor:
-    """Return a split's images, uint8 [N, 3, size, size], from the cache if it is up to date; `writes` updates it."""
-    needed = 2 * math.prod(files.shape)  # bytes; the validation split makes a copy
-    if needed > (free := psutil.virtual_memory().available):
-        raise UserError(
-            f"{len(files.paths):,} images of {files.size}×{files.size} pixels need {needed / 2**30:.1f} GiB of memory, "
-            f"but {free / 2**30:.1f} GiB are free. Use data.in_memory=false or a smaller data.image_size."
+        if not self.in_memory:
+            return Split(images, torch.tensor(labels))
+        expected = {"images": torch.empty(images.shape, dtype=torch.uint8, device="meta")}
+        content = cached(
+            str(folder), paths, expected, lambda: {"images": images.read(progress_bar=True)}, not self.read_only
         )
-    header = f"{CACHE_FORMAT} {files.size} {folder}"
+        return Split(content["images"], torch.tensor(labels))
+
+
+def cached(
+    key: str, paths: Iterable[str], expected: dict[str, Tensor], read: Callable[[], dict[str, Tensor]], writes: bool
+) -> dict[str, Tensor]:
+    """Return the result of `read`, such as a split's images, from the cache if it is up to date.
+
+    Args:
+        key: the place of the images, which determines the file of the cache.
+        paths: the files that are read. The cache is outdated if their names, sizes or modification times changed.
+        expected: tensors with the names, shapes and types of the result.
+        writes: update the cache.
+
+    Raises:
+        UserError: the images do not fit in memory.
+    """
+    count, _, _, size = expected["images"].shape
+    needed = 2 * expected["images"].numel()  # bytes; the validation split makes a copy
+    if needed > (free := psutil.virtual_memory().available):
+        sizes = f"{needed / 2**30:.1f} GiB of memory, but {free / 2**30:.1f} GiB are free"
+        remedy = "Use data.in_memory=false or a smaller data.image_size."
+        raise UserError(f"{count:,} images of {size}×{size} pixels need {sizes}. {remedy}")
+    header = f"{CACHE_FORMAT} {size} {key}"
     cache = _cache_folder() / f"folder-{_sha256(header)[:16]}.pt"
-    stats = ((path, os.stat(path)) for path in files.paths if os.path.exists(path))  # no dangling links
+    stats = ((path, os.stat(path)) for path in paths if os.path.exists(path))  # no dangling links
     lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
     fingerprint = _sha256("\n".join([header, *lines]))
-    images = _load(cache, fingerprint, files.shape)
-    if images is None:
-        images = files.read(progress_bar=True)
+    content = _load(cache, fingerprint, expected)
+    if content is None:
+        content = read()
         if writes:
-            _save(cache, {"fingerprint": fingerprint, "images": images})
-    return images
+            _save(cache, {"fingerprint": fingerprint, **content})
+    return content
 
 
 def _class_files(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
@@ -190,13 +206,13 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("CIFARNET_CACHE", Path(os.environ.get(name, default), "cifarnet"))).expanduser()
 
 
-def _load(cache: Path, fingerprint: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the cached images, or None if the cache is missing, outdated or damaged."""
+def _load(cache: Path, fingerprint: str, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the cached tensors, or None if the cache is missing, outdated or damaged."""
     try:
         content = read_tensors(cache)
-        images = content["images"]
-        matches = content["fingerprint"] == fingerprint and images.dtype == torch.uint8 and images.shape == shape
-        return images if matches else None
+        pairs = [(content[name], like) for name, like in expected.items()]
+        fits = all(found.dtype == like.dtype and found.shape == like.shape for found, like in pairs)
+        return content if fits and content["fingerprint"] == fingerprint else None
     except Exception:  # the file may contain anything
         return None
 

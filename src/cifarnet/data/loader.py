@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cifarnet.data import subsets
 from cifarnet.data.augmentation import Augment
-from cifarnet.data.transforms import Mix, Transform
+from cifarnet.data.transforms import Mix, Transform, resize
 from cifarnet.seeding import generator
 from cifarnet.system.distributed import all_gather
 
@@ -35,7 +35,8 @@ class BatchLoader:
         image_size: the height and width of the images in pixels.
         train: shuffle and augment the images, and drop the last batch if it is incomplete and not the only one;
             otherwise yield all images in order.
-        augment, transforms, mix, sizes, share: as in `ImageDataModule` (`train_sizes`, `hardest_share`); training only.
+        augment, transforms, mix, sizes, balanced, share: as in `ImageDataModule` (`train_sizes`, `sampler`,
+            `hardest_share`); training only.
         device: the device on which images and labels are stored and augmented.
         pin: yield batches in pinned memory, which can be copied to a GPU while it computes.
         rank, world_size: each process gets a part of every training batch, or of all images in order. The random
@@ -53,6 +54,7 @@ class BatchLoader:
         transforms: Sequence[Transform] = (),
         mix: Mix | None = None,
         sizes: Sequence[int] | None = None,
+        balanced: bool = False,
         share: float = 1.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -62,7 +64,7 @@ class BatchLoader:
     ) -> None:
         self.labels = labels.to(device)
         self.image_size, self.rank, self.world_size = image_size, rank, world_size
-        self.train, self.seed, self.pin = train, seed, pin
+        self.train, self.seed, self.pin, self.balanced = train, seed, pin, train and balanced
         self.augment, self.mix, self.sizes = (augment, mix, sizes) if train else (None, None, None)
         self.transforms = transforms if train else ()
         self.length = max(1, round(share * len(labels))) if train else len(labels)  # images per epoch
@@ -117,20 +119,25 @@ class BatchLoader:
         self._resume_epoch = -1
         if start == 0:
             self._losses = self._gather_losses().to(self.labels.device, copy=True)
-        batches = self._batches()[start:]
-        with_partners = [torch.cat([index, mixing[0][index]]) for index in batches] if mixing else batches
+        batches = [torch.cat([index, mixing[0][index]]) if mixing else index for index in self._batches()[start:]]
+        shown = batches
+        if self.balanced:  # the numbers so far are positions in the epoch
+            drawn = subsets.balanced(self.labels.cpu(), self.seed, self.epoch).to(self.labels.device)
+            shown = [drawn[index] for index in batches]
+        size = self.sizes[min(self.epoch, len(self.sizes) - 1)] if self.sizes else self.image_size
         self._served = start
-        for index, needed, (pixels, place) in zip(batches, with_partners, self._pixels(with_partners), strict=True):
+        for index, image, (pixels, place) in zip(batches, shown, self._pixels(shown), strict=True):
             self._served += 1
-            images = self.augment(pixels, place, *(row[needed] for row in draws)) if self.augment else pixels[place]
+            images = self.augment(pixels, place, *(row[index] for row in draws)) if self.augment else pixels[place]
             images = images.permute(0, 3, 1, 2)
             for transform, rows in transforms:
-                images = transform(images, *(row[needed] for row in rows))
-            batch = Batch(self._scale(images), self.labels[index], index)
+                images = transform(images, *(row[index] for row in rows))
+            batch = Batch(resize(images, size), self.labels[image], image)
             if self.mix is not None:
-                mixed, lam = self.mix(*batch.images.chunk(2), *(row[index] for row in mixing[1:]))
+                (first, second), (labels, partners) = batch.images.chunk(2), batch.labels.chunk(2)
+                mixed, lam = self.mix(first, second, *(row[index.chunk(2)[0]] for row in mixing[1:]))
                 mixed = mixed.contiguous(memory_format=torch.channels_last)
-                batch = Batch(mixed, batch.labels, index, self.labels[mixing[0][index]], lam)
+                batch = Batch(mixed, labels, image.chunk(2)[0], partners, lam)
             yield batch.pin_memory() if self.pin else batch
 
     def _draw(self, change: Augment | Transform | Mix | None) -> list[Tensor]:
@@ -139,16 +146,6 @@ class BatchLoader:
             return []
         draws = change.draw(len(self.labels), self.image_size, self.seed, self.epoch)
         return [row.to(self.labels.device, non_blocking=True) for row in draws]
-
-    def _scale(self, images: Tensor) -> Tensor:
-        """Resize images to the size of this epoch."""
-        size = self.sizes[min(self.epoch, len(self.sizes) - 1)] if self.sizes else self.image_size
-        if size == self.image_size:
-            return images
-        if images.device.type == "cpu":  # fast in uint8, which other devices do not support
-            return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        scaled = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-        return scaled.round().to(torch.uint8)
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each batch of indices, pixels, uint8 [M, H, W, C], and the positions of the batch in them."""

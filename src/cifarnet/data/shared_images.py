@@ -21,7 +21,7 @@ class SharedImages:
         Args:
             section: the section `data` of the config that describes the data module.
         """
-        batching = set(inspect.signature(ImageDataModule).parameters) - {"val_fraction", "split_seed"}
+        batching = set(inspect.signature(ImageDataModule).parameters)
         written: Any = OmegaConf.to_object(section)
         settings = {key: value for key, value in written.items() if key not in batching}
         if settings == self.settings:

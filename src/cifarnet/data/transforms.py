@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -96,3 +97,13 @@ def box_mask(first: Tensor, extent: Tensor, size: int) -> Tensor:
     distance = torch.arange(size, device=first.device) - first[..., None]
     inside = (distance >= 0) & (distance < extent[..., None])  # rows and columns, [B, 2, size]
     return inside[:, 0, :, None] & inside[:, 1, None, :]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize images, uint8 [B, C, H, W] -> [B, C, size, size]."""
+    if images.shape[-1] == size:
+        return images
+    if images.device.type == "cpu":  # fast in uint8, which other devices do not support
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    scaled = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return scaled.round().to(torch.uint8)

@@ -11,6 +11,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from cifarnet.inference.figures import MANY
+
 BINS = 15  # the number of intervals of the confidence, the probability of the predicted class, for calibration errors
 
 
@@ -20,10 +22,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def summary(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return accuracy, top-2 accuracy and calibration of logits [N, num_classes] for labels, int64 [N]."""
-    correct = int((logits.argmax(1) == labels).sum())
-    top2 = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro", top_k=2)
-    return {**proportion(correct, len(labels)), "top2_accuracy": top2.item(), **calibration(logits, labels)}
+    """Return accuracy, top-2 accuracy and calibration of logits [N, num_classes] for labels, int64 [N].
+
+    With more than `MANY` classes, the result includes the top-5 accuracy.
+    """
+    correct, num_classes = int((logits.argmax(1) == labels).sum()), logits.shape[1]
+    ks = (2, 5) if num_classes > MANY else (2,)
+    top = {f"top{k}_accuracy": multiclass_accuracy(logits, labels, num_classes, "micro", k).item() for k in ks}
+    return {**proportion(correct, len(labels)), **top, **calibration(logits, labels)}
 
 
 def proportion(correct: int, count: int) -> dict[str, Any]:

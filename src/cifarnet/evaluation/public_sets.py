@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifarnet.data import CIFAR10, ImageDataModule, InMemoryLoader
+from cifarnet.data import CIFAR10, CIFAR100, ImageDataModule, InMemoryLoader
 from cifarnet.errors import UserError, reason
 from cifarnet.evaluation.robustness import SEVERITIES
 
@@ -36,17 +36,15 @@ def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, ci
     Raises:
         UserError: a file is missing or has another format, or the network has other classes than a set.
     """
-    if cifar10h is not None and not isinstance(data, CIFAR10):
+    if cifar10h is not None and (not isinstance(data, CIFAR10) or isinstance(data, CIFAR100)):
         raise UserError(
             f"cifar10h={cifar10h} requires CIFAR-10's test images in the official order; the data is "
             f"{type(data).__name__}. Choose data=cifar10 data.root=<folder of the archive>."
         )
     for setting, folder in {"cifar10_c": cifar10_c, "cifar10_1": cifar10_1}.items():
         if folder is not None and list(data.class_names) != CIFAR10_CLASSES:
-            raise UserError(
-                f"{setting}={folder} requires CIFAR-10's classes; the network has {', '.join(data.class_names)}. "
-                f"Remove {setting}."
-            )
+            problem = f"{setting}={folder} requires CIFAR-10's classes; the network has {', '.join(data.class_names)}"
+            raise UserError(f"{problem}. Remove {setting}.")
     return PublicSets(
         None if cifar10_c is None else _cifar10_c(Path(cifar10_c), data),
         None if cifar10_1 is None else _cifar10_1(Path(cifar10_1), data),

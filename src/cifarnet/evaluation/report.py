@@ -1,12 +1,13 @@
 """The summary of an evaluation for the terminal, and its report, a single HTML page that works offline."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import StrictUndefined, Template
 
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA
+from cifarnet.inference.figures import MANY
 from cifarnet.records.evaluation import Evaluation, Summary
 from cifarnet.records.tables import decimals, percent
 
@@ -20,7 +21,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         one_view = percent(evaluation.test_accuracy_one_view, images)
         rows["without augmentation"] = f"{one_view}  (the test uses tta={evaluation.tta})"
     rows["validation accuracy"] = _accuracy(val) if val else "none  (trained on all images)"
-    rows["top-2 accuracy"] = percent(test["top2_accuracy"], images)
+    for k in (2, 5):
+        if (accuracy := test.get(f"top{k}_accuracy")) is not None:
+            rows[f"top-{k} accuracy"] = percent(accuracy, images)
     for name, key, form in [
         ("calibration error", "calibration_error", f".{decimals(images)}%"),
         ("cross-entropy", "cross_entropy", ".4f"),
@@ -47,6 +50,12 @@ def _accuracy(part: Summary) -> str:
     return f"{accuracy}  (95% interval {low} to {high}, {part['images']:,} images)"
 
 
+def confused(confusion: Sequence[Sequence[int]], most: int = 10) -> list[tuple[int, int, int]]:
+    """Return the most frequent mistakes: the number of images, their class and the predicted class."""
+    cells = [(count, label, guess) for label, row in enumerate(confusion) for guess, count in enumerate(row)]
+    return sorted((cell for cell in cells if cell[0] and cell[1] != cell[2]), key=lambda cell: -cell[0])[:most]
+
+
 def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None = None) -> str:
     """Return the report as an HTML page that includes all figures.
 
@@ -64,5 +73,6 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
         rows=summary(evaluation),
         figures=inlined,
         left_out=CIFAR10_C_EXTRA,
+        confused=confused(evaluation.confusion) if len(evaluation.classes) > MANY else None,
         percent=percent,
     )

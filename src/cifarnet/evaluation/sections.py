@@ -87,10 +87,7 @@ def _on_test_images(predictor: Predictor, data: ImageDataModule, humans: Tensor 
         "mistakes": mistakes,
         "cifar10h": None if humans is None else metrics.against_humans(test.logits, humans[test.index], temperature),
     }
-    drawn = {
-        "confusion": inference_figures.confusion(confusion, names),
-        "reliability": figures.reliability(panels),
-    }
+    drawn = {"confusion": inference_figures.confusion(confusion, names), "reliability": figures.reliability(panels)}
     if mistakes:
         images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
         drawn["mistakes"] = inference_figures.mistakes(images, mistakes)

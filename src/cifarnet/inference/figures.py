@@ -1,11 +1,13 @@
 """Figures of a network's predictions: images with their classes, mistakes, the confusion matrix and Grad-CAM."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from cifarnet.errors import printable
@@ -16,11 +18,10 @@ if TYPE_CHECKING:  # takes seconds to import
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 BARS = "#0969da"
+MANY = 20  # numbers in more columns of a heat map would be unreadable
 
 
-def predictions(
-    images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str], columns: int = 8
-) -> Figure:
+def predictions(images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str]) -> Figure:
     """Draw a grid of images with their predicted classes; mistakes are red and also show the true class.
 
     Args:
@@ -32,7 +33,7 @@ def predictions(
         mistake = f"✗ {class_names[guess]}\n(is {class_names[label]})"
         captions.append((class_names[guess], RIGHT) if label == guess else (mistake, WRONG))
     num_right = int((labels == predicted).sum())
-    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns)
+    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns=8)
 
 
 def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -51,7 +52,8 @@ def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]
         left, bottom = 1.35 * (number % columns) + 0.075, 1.75 * (number // columns) + 2.2
         extent = (left, left + 1.2, bottom, bottom - 1.2)
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
-        style: Any = {"fontsize": 9, "color": color, "ha": "center", "va": "bottom"}
+        longest = max(map(len, caption.splitlines()), default=0)
+        style: Any = {"fontsize": min(9, 150 / max(1, longest)), "color": color, "ha": "center", "va": "bottom"}
         axis.text(left + 0.6, bottom - 1.24, printable(caption), **style)
     axis.text(width / 2, 0.3, title, fontsize=13, ha="center", va="center")
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -98,7 +100,8 @@ def confusion(matrix: "Tensor", class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix, int64 [num_classes, num_classes], in percent of each true class (a row)."""
     counts = matrix.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
-    figure = heat_map(fractions, class_names, class_names, "Confusion matrix, % of each true class")
+    shown = "% of each true class" if len(class_names) <= MANY else "darker cells are larger shares of a true class"
+    figure = heat_map(fractions, class_names, class_names, f"Confusion matrix, {shown}")
     figure.axes[0].set(xlabel="predicted", ylabel="true")
     return figure
 
@@ -108,19 +111,24 @@ def heat_map(
 ) -> Figure:
     """Draw fractions, float [rows, columns], as colored cells with their values in percent.
 
-    Without decimals, zeros are left out.
+    Without decimals, zeros are left out. More than `MANY` columns have smaller cells without values, whose color is
+    proportional to the square root of the fraction.
     """
     rows, columns = ([printable(name) for name in names] for names in (rows, columns))
-    height, width = 0.5 * len(rows), 0.5 * len(columns)  # inches
+    cell = 0.5 if len(columns) <= MANY else min(0.3, 11 / len(columns))  # inches
+    height, width, fontsize = cell * len(rows), cell * len(columns), min(10, max(5, 60 * cell))
     left, bottom = 0.5 + 0.09 * max(map(len, rows)), 0.6 + 0.065 * max(map(len, columns))
+    step = math.ceil(fontsize / (60 * cell))  # with hundreds of classes, there is no space for all names
     whole = max(left + width + 0.4, 4.6), bottom + height + 0.5
     figure = Figure(figsize=whole, dpi=120)
     axis = figure.add_axes((left / whole[0], bottom / whole[1], width / whole[0], height / whole[1]))
-    axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(rows)), rows)
+    axis.imshow(fractions, cmap="Blues", norm=PowerNorm(1 if len(columns) <= MANY else 0.5, 0, 1))
+    style: Any = {"rotation": 45} if len(columns) <= MANY else {"rotation": 90, "va": "center"}
+    style |= {"ha": "right", "rotation_mode": "anchor", "fontsize": fontsize}
+    axis.set_xticks(range(0, len(columns), step), columns[::step], **style)
+    axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=fontsize)
     figure.suptitle(title, y=1 - 0.15 / whole[1])
-    if len(columns) <= 20:  # numbers in more columns would be unreadable
+    if len(columns) <= MANY:
         for (row, column), percent in np.ndenumerate((100 * fractions).round(decimals)):
             if percent > 0 or decimals:
                 color = "white" if percent > 50 else "black"

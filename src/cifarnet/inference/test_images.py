@@ -9,21 +9,26 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cifarnet import build, cli
 from cifarnet.allowlist import allowed_class, class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import check_sections
+from cifarnet.data import CIFAR10
 from cifarnet.errors import NoImages
 from cifarnet.schema import accepts
 
-SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data
+SPLIT = ("val_fraction", "split_seed", "batch_size", "eval_batch_size")  # settings that also apply to other data sets
+UNUSED = ("imbalance", "train_share", "images_per_class", "label_noise", "read_only")  # those of the run do not apply
 
 
 def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> DictConfig:
     """Compose `configs/<command>.yaml` with the data of the checkpoint's run, unless the overrides choose other data.
+
+    The settings that select training images or change their labels do not apply to a test. If the overrides choose
+    another data set, only the settings of the validation split remain.
 
     Args:
         classes: names of data classes from outside this project that the checkpoint may name.
@@ -33,19 +38,23 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
         UserError: a setting of the data cannot be used.
     """
     keys = [cli.key_of(override) for override in overrides]
-    data = {key: json.dumps(value) for key, value in checkpoint.data.items() if key.isidentifier() and key[0] != "_"}
+    names = [key for key in checkpoint.data if key.isidentifier() and key[0] != "_" and key not in UNUSED]
+    data = {key: json.dumps(checkpoint.data[key]) for key in names}
     data["batch_size"] = "1"  # without training, the training set may be smaller than a batch
     if "data" in keys:
-        data = {key: value for key, value in data.items() if key in SPLIT}
+        is_same = OmegaConf.select(cli.compose(command, overrides), "data._target_") == checkpoint.data.get("_target_")
+        data = {key: value for key, value in data.items() if is_same or key in SPLIT}
     elif not checkpoint.data:
         raise NoImages(f"{checkpoint.path} does not specify its data. Choose data=cifar10, or data=folder data.root=…")
     else:
         data_class = allowed_class(checkpoint.data.get("_target_"), "cifarnet.data", checkpoint.path, locate(classes))
-        root = inspect.signature(data_class).parameters.get("root")
+        arguments = inspect.signature(data_class).parameters
+        root = arguments.get("root")
         if root is not None and "data.root" not in keys and not Path(str(root.default)).is_dir():
-            raise NoImages(
-                f"{checkpoint.path} does not specify the folder of its images ({data_class.__name__}). Add data.root=…"
-            )
+            remedy = " ".join(f"data.{name}=…" for name in ("name", "root", "arguments") if name in arguments)
+            if issubclass(data_class, CIFAR10):
+                remedy = f"data={data_class.__name__.lower()} to download them, or data.root=…"
+            raise NoImages(f"{checkpoint.path} does not name a folder of {data_class.__name__} images. Add {remedy}.")
         data["_target_"] = class_path(data_class)
         data |= {"read_only": "true"} if accepts(data_class, "read_only") else {}
         overrides = [f"++{override}" if override.startswith("data.") else override for override in overrides]

@@ -248,15 +248,15 @@ class Trained(NetworkAndNames):
 def load(path: str | Path, classes: Sequence[Any] = ()) -> Trained:
     """Load the trained network of a checkpoint, in eval mode on the CPU, with the names of its classes.
 
-        classifier = cifarnet.load("lightning_logs/baseline/<date_time>")
+        classifier = cifarnet.load("speedrun")  # or a run: "lightning_logs/baseline/<date_time>"
         classifier.predict("picture.jpg")  # also several pictures, a folder, Pillow images, arrays
 
         network, class_names = cifarnet.load("lightning_logs/baseline/<date_time>")
         network(images).argmax(1)  # images: uint8 or float in [0, 1], [B, 3, 32, 32]
 
     Args:
-        path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, or a
-            folder in the Hugging Face format.
+        path: a run's folder (its best checkpoint, or the last one if nothing was validated), a checkpoint file, a
+            folder in the Hugging Face format, or the name of a trained network of this package, such as "speedrun".
         classes: network classes (or functions that return a network) from outside this project to allow in the
             checkpoint. Others are refused, so that a checkpoint from a stranger cannot run code.
 

@@ -16,6 +16,8 @@ from cifarnet.errors import UserError
 from cifarnet.schema import Range
 
 Interval = Literal["step", "epoch"]
+Rates = list[list[float]]
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]  # the integer is the number of steps of the whole run
 
 MOST_STEPS = 10_000  # of a longer run, only these are checked; they take 0.1 seconds
 Fraction = Annotated[float, Range(0, 1)]
@@ -85,17 +87,16 @@ def planned_steps(trainer: L.Trainer, interval: Interval) -> tuple[float, int]:
     return epochs if max_steps < 0 else math.ceil(total / steps[0]), 1
 
 
-def warnings_about(
-    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, total: int, first: int, interval: Interval
-) -> Iterator[str]:
-    """Step a copy of a schedule through the run, and yield a message if the learning rate stays constant or the
-    schedule ends in the first epoch.
+def learning_rates(make: MakeSchedule, optimizer: Optimizer, total: int, count: int) -> tuple[LRScheduler, Rates]:
+    """Make a schedule for a copy of an optimizer with its initial learning rates, and step it.
 
     Args:
-        make: creates the schedule from an optimizer and the number of steps.
         optimizer: the run's optimizer, which is not changed.
         total: the number of times that the run steps the schedule.
-        first: the number of times in the first epoch.
+        count: the number of steps to make. ReduceLROnPlateau, which needs validations, is not stepped.
+
+    Returns:
+        The schedule, and for each step the learning rates of the parameter groups before it.
 
     Raises:
         UserError: a step fails.
@@ -105,23 +106,40 @@ def warnings_about(
     for group in groups:
         group["lr"] = group.pop("initial_lr", group["lr"])
     schedule, rates = make(Optimizer(groups, optimizer.defaults), total), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer makes no steps
+        for step in range(count):
+            rates.append([float(group["lr"]) for group in groups])
+            if isinstance(schedule, ReduceLROnPlateau):
+                continue
+            try:
+                schedule.step()
+            except (ValueError, ArithmeticError) as error:
+                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
+    return schedule, rates
+
+
+def warnings_about(make: MakeSchedule, optimizer: Optimizer, total: int, first: int, unit: Interval) -> Iterator[str]:
+    """Yield a message if the learning rate stays constant or the schedule ends in the first epoch.
+
+    Args:
+        make, optimizer, total: see `learning_rates`.
+        first: the number of times that the run steps the schedule in the first epoch.
+        unit: the unit in which `total` counts.
+
+    Raises:
+        UserError: a step fails.
+    """
+    schedule, rates = learning_rates(make, optimizer, total, min(total, MOST_STEPS))
     if isinstance(schedule, ReduceLROnPlateau):
         return
     state = schedule.state_dict()
     milestones = list(state.get("milestones") or state.get("_milestones") or [])
     if missed := [milestone for milestone in milestones if not 0 <= milestone < total]:
-        yield f"scheduler: the milestones {missed} are never reached, because the run has {total} {interval}s."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the optimizer makes no steps
-        for step in range(min(total, MOST_STEPS)):
-            rates.append([float(group["lr"]) for group in groups])
-            try:
-                schedule.step()
-            except (ValueError, ArithmeticError) as error:
-                raise UserError(f"scheduler: step {step + 1} failed: {error}. Change its settings.") from error
+        yield f"scheduler: the milestones {missed} are never reached, because the run has {total} {unit}s."
     last = max((step for step in range(1, len(rates)) if rates[step] != rates[step - 1]), default=0)
-    remedy = " If its settings count epochs, add +module.scheduler_interval=epoch." if interval == "step" else ""
+    remedy = " If its settings count epochs, add +module.scheduler_interval=epoch." if unit == "step" else ""
     if last == 0 and not isinstance(schedule, ConstantLR):
-        yield f"scheduler: the learning rate never changes within the {total} {interval}s of the run.{remedy}"
+        yield f"scheduler: the learning rate never changes within the {total} {unit}s of the run.{remedy}"
     elif 0 < last < first < total:
         yield f"scheduler: the learning rate does not change after step {last} of {total}, in the first epoch.{remedy}"

@@ -69,7 +69,8 @@ def head_name(network: nn.Module) -> str:
     """
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
-        raise UserError("The network has no Linear or Conv2d layer that could be its head. Set recipe.backbone=null.")
+        remedy = "Add one, or remove recipe.backbone, start.checkpoint and callbacks.embeddings"
+        raise UserError(f"The network has no Linear or Conv2d layer that could be its head. {remedy}.")
     return names[-1]
 
 

@@ -17,15 +17,24 @@ class FocalLoss(nn.Module):
     Args:
         gamma: γ; with 0, the loss is the cross-entropy.
         label_smoothing: the label smoothing of torch's cross-entropy.
+        weight: a weight for each class, float [num_classes] (α in the paper); None: 1.
     """
 
-    def __init__(self, gamma: Annotated[float, Range(0, 100)] = 2.0, label_smoothing: float = 0.0) -> None:
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        gamma: Annotated[float, Range(0, 100)] = 2.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
+        self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image, [B], for logits [B, num_classes] and labels int64 [B]."""
         prob = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, labels, self.weight, reduction="none", label_smoothing=self.label_smoothing)
         weight = (1 - prob).clamp_min(1e-6) ** self.gamma  # at 0, the gradient is infinite if γ is below 1
         return weight * losses

@@ -28,13 +28,19 @@ def heading(config: DictConfig, built: Built, fresh: bool = True) -> str:
     data, source, trainer = built.data, built.data.source, built.trainer
     train, val, test = (len(split) for split in (source.train, source.validation, source.test))
     images = f"{train:,} training, {val:,} validation and {test:,} test images"
-    lines = [f"{type(data).__name__}: {images}, {len(source.class_names)} classes"]
+    lines = [f"{data.source_name}: {images}, {len(source.class_names)} classes"]
+    if selection := source.selection:
+        per_class, num_wrong = selection["train_per_class"], selection["wrong_labels"]
+        sizes = " to ".join(f"{size:,}" for size in dict.fromkeys([min(per_class), max(per_class)]))
+        wrong = f"; {num_wrong:,} labels differ from those of the data set" if num_wrong else ""
+        lines.append(f"Training: {sizes} images per class{wrong}")
     count = data.images_per_epoch(source)
     dropped = count % min(data.batch_size, count)
     if 20 * dropped > count:  # for small data sets only
         lines.append(f"data.batch_size={data.batch_size}: each epoch drops {dropped} of {count} images at random.")
-    if fresh and config.get("start"):
-        lines.append(f"Starts from the weights of {config.start.checkpoint}")
+    if fresh and OmegaConf.select(config, "start.checkpoint") is not None:
+        state = " and the state of the optimizer" if config.start.get("optimizer") else ""
+        lines.append(f"Starts from the weights{state} of {config.start.checkpoint}")
     name, parameters = config.model._target_.rpartition(".")[2], num_parameters(built.classifier.network)
     ranks = f", on {trainer.world_size} ranks" if trainer.world_size > 1 else ""
     lines.append(f"{name}: {parameters:,} parameters, precision {trainer.precision}{ranks}")

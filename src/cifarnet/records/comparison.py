@@ -2,16 +2,31 @@
 
 import math
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifarnet.config import deciding_settings, flat
 from cifarnet.errors import UserError
+from cifarnet.records import tables
 from cifarnet.records.record import NUMBERS, Record
-from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, seeds_needed, welch
+from cifarnet.records.significance import LEVEL, MOST_SEEDS, POWER, holm, paired, seeds_needed, welch
 from cifarnet.records.tables import Group, Run, column_table, differences, grouped, is_time, number, sort_key, unit
+
+PAIRED = "paired t-test with a variance corrected for the overlap of the folds' training sets (Nadeau and Bengio, 2003)"
+
+
+class Difference(NamedTuple):
+    """The difference of the means of two groups, its 95% confidence interval and p-value, and the number of folds that
+    were compared; None if the groups have no folds."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    num_folds: int | None = None
 
 
 def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tuple[list[Group], list[str]]:
@@ -51,7 +66,7 @@ def load(paths: Sequence[str], against: Sequence[str], metric: str | None) -> tu
             raise UserError(" ".join(["No run can be compared.", *left_out, hint, note]))
         for group in grouped(runs, metric):
             group.is_baseline = files is baseline
-            group.label = letter(len(groups))
+            group.label = tables.letter(len(groups))
             names = dict.fromkeys(record.name for record in group.records)
             group.name = " / ".join(names) + (" (baseline)" if group.is_baseline else "")
             groups.append(group)
@@ -89,15 +104,12 @@ def _settings(record: Record, metric: str) -> dict[str, str]:
 
 
 def _images(record: Record) -> dict[str, Any]:
-    """Return the number of images and their checksum. Streamed images have no checksum but a location."""
-    data = record.data
-    checksum = data["sha256"][:8] if data["sha256"] else flat(record.resolved).get("data.root")
-    return {"images": data | {"sha256": checksum}}
-
-
-def letter(number: int) -> str:
-    """Return the label of a group: a to z, then aa, ab, …"""
-    return (letter(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
+    """Return the numbers of images and their checksum. Streamed images have no checksum but a location."""
+    resolved = flat(record.resolved)
+    checksum = record.data["sha256"][:8] if record.data["sha256"] else resolved.get("data.root")
+    of_fold = ("train", "val") if "data.folds" in resolved else ()  # the sizes of folds differ by one
+    ignored = {"train_per_class", "wrong_labels", *of_fold}
+    return {"images": {key: value for key, value in record.data.items() if key not in ignored} | {"sha256": checksum}}
 
 
 def table(groups: Sequence[Group]) -> str:
@@ -124,39 +136,55 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
     pairs = pairs or [(groups[0], second) for second in groups[1:]]
     if not pairs:
         return ["There is only one group, so there is nothing to compare. Add runs, or use --against."]
-    corrected = holm([welch(first.values, second.values)[2] for first, second in pairs])
-    num_tested = sum(map(math.isfinite, corrected))
+    compared = [_compare(first, second) for first, second in pairs]
+    corrected = holm([difference.p for difference in compared])
+    tested = [difference for difference in compared if math.isfinite(difference.p)]
     lines = []
-    for (first, second), p in zip(pairs, corrected, strict=True):
-        lines += _conclusion(first, second, p, num_tested)
-    if num_tested:
-        correction = f", corrected for {num_tested} comparisons by Holm's method; the intervals are not corrected"
-        lines.append(f"p: Welch's t-test, two-sided{correction if num_tested > 1 else ''}.")
+    for (first, second), difference, p in zip(pairs, compared, corrected, strict=True):
+        lines += _conclusion(first, second, difference._replace(p=p), len(tested))
+    if tested:
+        correction = f", corrected for {len(tested)} comparisons by Holm's method; the intervals are not corrected"
+        paired_test = PAIRED if any(group.overlap for group in groups) else "paired t-test"
+        tests = dict.fromkeys(paired_test if one.num_folds else "Welch's t-test" for one in tested)
+        lines.append(f"p: {' and '.join(tests)}, two-sided{correction if len(tested) > 1 else ''}.")
     if len(others) > 1 and len(pairs) > 1:
         lines.append(
             f"{groups[0].label} was chosen as the best of {len(others)} groups from these same results, which makes it "
-            "look better than it is. Repeat the comparison with new seeds."
+            "look better than it is. Repeat the comparison with new seeds or splits."
         )
     return lines
 
 
-def _conclusion(first: Group, second: Group, p: float, num_tested: int) -> list[str]:
+def _compare(first: Group, second: Group) -> Difference:
+    """Compare the means of two groups or, if they have folds, the values of the folds that both have."""
+    if not first.by_fold and not second.by_fold:
+        return Difference(first.mean - second.mean, *welch(first.values, second.values))
+    shared = [fold for fold in first.by_fold if fold in second.by_fold]
+    differences = [first.by_fold[fold] - second.by_fold[fold] for fold in shared]
+    mean = statistics.mean(differences or [first.mean - second.mean])
+    return Difference(mean, *paired(differences, first.overlap), num_folds=len(shared))
+
+
+def _conclusion(first: Group, second: Group, compared: Difference, num_tested: int) -> list[str]:
     """Return the difference of two groups, its interval and p-value, and the number of seeds needed to detect it."""
-    metric, difference = first.metric, first.mean - second.mean
+    metric, (difference, low, high, p, num_folds) = first.metric, compared
     images = min((group.images for group in (first, second) if group.images), default=None)
     points = f"{number(difference, metric, '+', images)}{unit(metric).replace('%', ' points')}"
     line = f"{first.label} - {second.label}: {points}"
     if math.isnan(p):
-        return [f"{line}; no interval: at least 2 seeds per group are needed, with different values"]
-    low, high, _ = welch(first.values, second.values)
+        needed = "seeds per group" if num_folds is None else "folds that both groups have"
+        return [f"{line}; no interval: at least 2 {needed} are needed, with different values"]
     if "accuracy" in metric and max(-low, high) > 1:
-        line += ", 95% interval wider than -100 to +100: train more seeds"
+        line += ", 95% interval wider than -100 to +100: train more seeds or splits"
     else:
         line += f", 95% interval {number(low, metric, '+', images)} to {number(high, metric, '+', images)}"
-    line += f", p = {p:.2g}"
+    line += f", p = {p:.2g}" if num_folds is None else f", paired over {num_folds} folds, p = {p:.2g}"
     if p <= LEVEL:
-        better = min(first, second, key=lambda group: sort_key(group.mean, metric))
+        better = first if sort_key(difference, metric) < 0 else second
         return [f"{line}: {better.label} is better"]
+    if num_folds is not None:
+        hint = "  to detect smaller differences, repeat the folds with other splits: 'data.split_seed=range(3)'"
+        return [f"{line}: not statistically significant", hint]
     # Bonferroni's level, which Holm's method applies to the smallest p-value
     needed = seeds_needed(difference, (first.deviation, second.deviation), LEVEL / num_tested)
     seeds = f"about {needed:,}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS:,}"

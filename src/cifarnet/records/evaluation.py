@@ -15,6 +15,8 @@ class Evaluation(JsonFile):
 
     Attributes:
         epoch: the epoch (from 1) after which the checkpoint was saved.
+        data: the data set of the evaluation, of which `train` counts all training images; the record of the run states
+            which of them it was trained on.
         test_accuracy_one_view: the test accuracy without test-time augmentation.
         val: the metrics on the validation images. Without validation images, `val`, `temperature` and
             `test_with_temperature` are None.

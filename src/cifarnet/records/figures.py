@@ -82,7 +82,8 @@ def comparison(groups: Sequence[Group]) -> Figure:
     width = len(groups) * max(2.5, 0.09 * longest)  # inches, so that the labels do not overlap
     figure = Figure(figsize=(min(max(8, width), 400), 5), dpi=150, layout="constrained")  # PNG: up to 65,535 pixels
     axis = figure.subplots()
-    _draw(axis, labels, groups, [interval(group.values) for group in groups])
+    widths = [interval([*group.by_fold.values()] or group.values, group.overlap) for group in groups]
+    _draw(axis, labels, groups, widths)
     if "accuracy" in groups[0].metric:
         low, high = axis.get_ylim()
         axis.set_ylim(max(0, low), min(1, high))

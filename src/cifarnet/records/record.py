@@ -2,14 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, get_type_hints
 
 from cifarnet.records.json_file import JsonFile
 
 
-class Data(TypedDict):
-    """The number of images of a run or an evaluation, and a checksum of all pixels and labels (None if streamed)."""
+class TrainingLabels(TypedDict, total=False):
+    """The number of training images per class, and of training labels that are not those of the data set; and the
+    first 16 digits of a checksum of the numbers in the files `data.labels` and `data.keep`."""
+
+    train_per_class: list[int]
+    wrong_labels: int
+    files_sha256: str
+
+
+class Data(TrainingLabels):
+    """The number of images of a run or an evaluation, and a checksum of all pixels and labels (None if streamed).
+
+    The labels are described if a setting changes them, or if it selects images other than those for validation."""
 
     source: str
     classes: int
@@ -66,17 +77,17 @@ class Record(JsonFile):
     parameters: int
     seed: int
     precision: str
-    hardware: dict[str, Any]
-    versions: dict[str, str]
+    hardware: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
     git_commit: str | None
-    sessions: list[Session]
+    sessions: list[Session] = field(repr=False)
     data: Data
     finished: str
     overrides: list[str]
-    config: dict[str, Any]
-    resolved: dict[str, Any]
-    history: Sequence[Mapping[str, float | None]]
-    within_epochs: Sequence[Mapping[str, float | None]]
+    config: dict[str, Any] = field(repr=False)
+    resolved: dict[str, Any] = field(repr=False)
+    history: Sequence[Mapping[str, float | None]] = field(repr=False)
+    within_epochs: Sequence[Mapping[str, float | None]] = field(repr=False)
 
     def numbers(self) -> dict[str, float]:
         """Return the finite numbers of the record, by name. Runs can be compared by these numbers."""

@@ -1,6 +1,7 @@
 """Tests of the difference of two means, and the number of samples that a test needs to detect it."""
 
 import math
+import statistics
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from scipy import stats
 LEVEL = 0.05  # the probability of a significant result if there is no difference
 POWER = 0.8  # the desired probability of a significant result if there is a difference
 MOST_SEEDS = 10_000  # the largest number of seeds that is tried
+ROUNDING = 1e-12  # differences of equal numbers vary by less
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
@@ -31,11 +33,39 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     return *test.confidence_interval(1 - LEVEL), test.pvalue
 
 
-def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95% confidence interval of the mean (Student's t); NaN if the values do not vary."""
-    if len(set(values)) == 1:
+def paired(differences: Sequence[float], overlap: float) -> tuple[float, float, float]:
+    """Apply the two-sided paired t-test with corrected variance to the differences of two settings on the same folds.
+
+    The training sets of folds overlap, so that the differences are correlated. The correction multiplies their variance
+    by 1/n + overlap instead of 1/n.
+
+    Source: C. Nadeau, Y. Bengio, Inference for the generalization error, Machine Learning 52 (2003).
+
+    Args:
+        overlap: the number of validation images divided by the number of training images; 0 for independent values.
+
+    Returns:
+        The low and high end of the 95% confidence interval of the mean difference, and the p-value; NaN if there are
+        fewer than two differences, or if they do not vary.
+    """
+    if math.isnan(width := interval(differences, overlap)):
+        return math.nan, math.nan, math.nan
+    mean = statistics.mean(differences)
+    freedom = len(differences) - 1
+    error = width / stats.t.ppf(1 - LEVEL / 2, freedom)
+    return mean - width, mean + width, float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
+def interval(values: Sequence[float], overlap: float = 0.0) -> float:
+    """Return half the width of the 95% confidence interval of the mean (Student's t); NaN if the values do not vary.
+
+    Args:
+        overlap: see `paired`.
+    """
+    if len(values) < 2 or (deviation := statistics.stdev(values)) < ROUNDING:
         return math.nan
-    return float(stats.t.interval(1 - LEVEL, len(values) - 1, scale=stats.sem(values))[1])
+    scale = deviation * math.sqrt(1 / len(values) + overlap)
+    return float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * scale)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

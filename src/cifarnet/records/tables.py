@@ -1,9 +1,10 @@
-"""Runs read from their folders, groups of runs that differ only in the seed, and tables as text.
+"""Runs read from their folders, groups of runs that differ only in the seed or the fold, and tables as text.
 
 A finished run's folder contains `metrics.json`. The folder of a sweep's job contains Hydra's record of its overrides,
 and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import yaml
 from typeguard import CollectionCheckStrategy, check_type
 
+from cifarnet.config import flat
 from cifarnet.errors import UserError
 from cifarnet.records.record import Record
 from cifarnet.system import files
@@ -42,13 +44,21 @@ class Run:
         """The validation accuracy, from 0 to 1; NaN if the run has none."""
         return self.numbers.get("val_accuracy", math.nan)
 
+    @functools.cached_property
+    def fold(self) -> tuple[int, ...]:
+        """The number of folds, the seed of the split, and the fold; empty if the run has no folds or no record."""
+        settings = flat(self.record.resolved) if self.record else {}
+        names = ("data.folds", "data.split_seed", "data.fold")
+        return tuple(int(settings[name]) for name in names) if names[0] in settings else ()
+
 
 @dataclass(eq=False)
 class Group:
-    """Runs that differ only in the seed, with mean and standard deviation of a metric (NaN for too few values).
+    """Runs that differ only in the seed or the fold, with mean and standard deviation of a metric (NaN for too few
+    values).
 
-    If several runs have the same seed, only the run that finished last is `counted`. The others are `repeats`, because
-    they are not independent samples. Times are an exception: they vary between runs with the same seed.
+    If several runs have the same seed and fold, only the run that finished last is `counted`. The others are `repeats`,
+    because they are not independent samples. Times are an exception: they vary between runs with the same seed.
 
     Attributes:
         label, name, is_baseline: set in comparisons only.
@@ -64,13 +74,32 @@ class Group:
     def __post_init__(self) -> None:
         measured = [run for run in self.runs if self.metric in run.numbers]
         measured_by_date = sorted(measured, key=lambda run: run.record.finished if run.record else "")
-        last = {str(run.record.seed if run.record else run.settings.get("seed")): run for run in measured_by_date}
+        seeds = [str(run.record.seed if run.record else run.settings.get("seed")) for run in measured_by_date]
+        last = {(seed, run.fold): run for seed, run in zip(seeds, measured_by_date, strict=True)}
         self.counted = measured if is_time(self.metric) else list(last.values())
         self.records = [run.record for run in self.counted if run.record]
         self.repeats = [run for run in measured if run not in self.counted]
         self.values = [run.numbers[self.metric] for run in self.counted]
         self.mean = statistics.mean(self.values) if self.values else math.nan
         self.deviation = statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    @functools.cached_property
+    def by_fold(self) -> dict[tuple[int, ...], float]:
+        """The value of each fold, a mean over its seeds; empty if there are no folds, or for times."""
+        values: dict[tuple[int, ...], list[float]] = {}
+        for run, value in zip(self.counted, self.values, strict=True):
+            values.setdefault(() if is_time(self.metric) else run.fold, []).append(value)
+        return {} if () in values else {fold: statistics.mean(found) for fold, found in values.items()}
+
+    @property
+    def overlap(self) -> float:
+        """The number of validation images of a fold divided by its training images; 0 if the metric is not measured on
+        the validation images. See `significance.paired`.
+
+        It is the same for runs on a subset of the training images: the subsets of all folds overlap as the folds do.
+        """
+        is_validation = self.metric.startswith("val_")
+        return next((1 / (folds - 1) for folds, *_ in self.by_fold if is_validation), 0.0)
 
     @property
     def images(self) -> int | None:
@@ -155,13 +184,19 @@ def read_sweep(folder: Path) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run], metric: str) -> list[Group]:
-    """Group runs that differ only in the seed. The group with the best mean comes first."""
+    """Group runs that differ only in the seed or the fold. The group with the best mean comes first."""
     members: dict[tuple, list[Run]] = {}
     for run in runs:
-        settings = sorted((name, value) for name, value in run.settings.items() if name != "seed")
+        samples = ("seed", "data.fold", "data.split_seed") if "data.fold" in run.settings else ("seed",)
+        settings = sorted((name, value) for name, value in run.settings.items() if name not in samples)
         members.setdefault(tuple(settings), []).append(run)
     groups = [Group(dict(settings), members, metric) for settings, members in members.items()]
     return sorted(groups, key=lambda group: sort_key(group.mean, metric))
+
+
+def letter(number: int) -> str:
+    """Return the label of a group: a to z, then aa, ab, …"""
+    return (letter(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
 
 
 def varied(groups: Sequence[Run | Group]) -> list[str]:
@@ -184,8 +219,8 @@ def _builder(key: str, settings: dict[str, str]) -> str:
     return settings.get(f"{section}._target_") or (_builder(section, settings) if section else "")
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return the settings that differ, with the value of each group."""
+def differences(groups: Sequence[Run | Group]) -> dict[str, list[str]]:
+    """Return the settings that differ, with the value of each run or group."""
     return {key: [shorten(group.settings.get(key, "none")) for group in groups] for key in varied(groups)}
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from cifarnet import cli
 from cifarnet.errors import UserError
 from cifarnet.schema import Range, check_settings
-from cifarnet.sweeps import jobs, multirun, parallel, space
+from cifarnet.sweeps import dry_run, jobs, multirun, parallel, space
 from cifarnet.sweeps.summary import resume_command, summarize
 from cifarnet.system import files
 
@@ -32,10 +32,15 @@ class Sweep(Sweeper):
     Args:
         max_batch_size: the largest number of jobs to launch at once; None: launch all jobs at once.
         params: values to sweep over in addition to those of the command, such as {"optimizer.lr": "0.1,0.2"}.
+        zip: pair the values of all lists instead of combining them: job n has the n-th value of each list.
+        dry_run: list the jobs with their settings and an estimate of their durations, without running or writing
+            anything.
     """
 
     max_batch_size: Annotated[int, Range(1)] | None = None
     params: dict[str, str] | None = None
+    zip: bool = False
+    dry_run: bool = False
     config: DictConfig = field(init=False)
     hydra_context: HydraContext = field(init=False)
 
@@ -65,8 +70,11 @@ class Sweep(Sweeper):
         overrides = parser.parse_overrides(lines)
         multirun.check(self.config, [override.key_or_group for override in overrides if override.is_sweep_override()])
         folder = Path(self.config.hydra.sweep.dir)
-        job_overrides = [[*job, *multirun.fix_folder(folder)] for job in combinations(overrides)]
+        job_overrides = [[*job, *multirun.fix_folder(folder)] for job in combinations(overrides, self.zip)]
         self._check_choices(job_overrides)
+        if self.dry_run:
+            dry_run.report(self.hydra_context.config_loader, self.config, job_overrides, folder, self.num_workers)
+            return []
         batch_size = self.max_batch_size or len(job_overrides)
         forwarded = parallel.forwarded_signals(multirun.stop_file(folder), resume_command(folder))
         results: list[JobReturn] = []
@@ -95,17 +103,31 @@ class Sweep(Sweeper):
         self.validate_batch_is_legal(list(distinct.values()))
 
 
-def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+def combinations(overrides: Sequence[Override], paired: bool = False) -> list[list[str]]:
     """Return the overrides of each job.
 
+    Args:
+        paired: pair the values of all lists instead of combining them.
+
     Raises:
-        UserError: a value cannot be used, or there are too many combinations.
+        UserError: a value cannot be used, there are too many combinations, or the lengths of paired lists differ.
     """
     choices: dict[str, list[str]] = {}
+    lengths: dict[str, int] = {}
     for override in overrides:
         key = override.get_key_element()
         values = space.values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
         choices[key] = [f"{key}={value}" for value in values]
+        lengths.pop(key, None)
+        if override.is_sweep_override():
+            lengths[key] = len(values)
+    if paired:
+        if len({*lengths.values()}) > 1:
+            found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            remedy = "Use lists of the same length, or remove hydra.sweeper.zip to run all combinations"
+            raise UserError(f"hydra.sweeper.zip=true pairs the values of all lists, but {found}. {remedy}.")
+        number = max(lengths.values(), default=1)
+        return [[lines[job % len(lines)] for lines in choices.values()] for job in range(number)]
     if (number := math.prod(map(len, choices.values()))) > space.MOST:
         raise UserError(f"The sweep has {number:,} combinations. Use {space.MOST:,} or fewer, or cifarnet.search.")
     return [list(job) for job in itertools.product(*choices.values())]

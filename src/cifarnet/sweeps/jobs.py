@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from cifarnet.checkpoint import Checkpoint
     from cifarnet.data.shared_images import SharedImages
+    from cifarnet.records.record import Record
 
 
 class Outcome(NamedTuple):
@@ -59,9 +60,12 @@ def is_job() -> bool:
 
 
 def refuse_launcher() -> None:
-    """Raise a UserError if a launcher is set for a single run, which Hydra would run in this process."""
+    """Raise a UserError if a launcher or a setting of the sweeper is set for a single run, which would ignore it."""
     if (name := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
         raise UserError(f"hydra/launcher={name} launches the jobs of a sweep. Add -m. (A sweep can have a single job.)")
+    for name in ("zip", "dry_run"):
+        if HydraConfig.get().sweeper.get(name):
+            raise UserError(f"hydra.sweeper.{name}=true applies to a sweep. Add -m. (A sweep can have a single job.)")
 
 
 def uses_one_device(config: DictConfig) -> bool:
@@ -71,7 +75,7 @@ def uses_one_device(config: DictConfig) -> bool:
 
 def run_job(
     config: DictConfig,
-    train: Callable[..., float],
+    train: "Callable[..., Record]",
     trial: "Trial | None" = None,
     images: "SharedImages | None" = None,
 ) -> Outcome:
@@ -98,7 +102,7 @@ def run_job(
             score, checkpoint = _previous_session(config, folder)
             if score is None:
                 (folder / "metrics.json").unlink(missing_ok=True)  # it is damaged
-                score = train(config, checkpoint, _callbacks(config, trial), images)
+                score = train(config, checkpoint, _callbacks(config, trial), images).val_accuracy
             if trial is not None and math.isnan(score):
                 remedy = "Validate in at least one epoch: check trainer.limit_val_batches and check_val_every_n_epoch."
                 raise UserError(f"The run has no validation accuracy, by which a search compares its trials. {remedy}")

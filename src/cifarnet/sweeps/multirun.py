@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifarnet import cli
 from cifarnet.allowlist import leaves, refuse_foreign_classes
-from cifarnet.config import SweepSettings, effect
+from cifarnet.config import SweepSettings, effect, is_in
 from cifarnet.errors import UserError
 from cifarnet.schema import check_settings
 from cifarnet.system import files
@@ -28,7 +28,10 @@ LAYOUT = {  # a sweep is reported and resumed by the numbers of its jobs, which 
     "hydra.output_subdir": ".hydra",
     "output_dir": "${hydra:runtime.output_dir}",
 }
-FIXED = ("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path")  # these cannot be changed when resuming
+FIXED = (  # these cannot be changed when resuming
+    *("hydra.mode", "hydra.sweep.dir", "name", "output_dir", "ckpt_path"),
+    *("hydra.sweeper.zip", "hydra.sweeper.params"),  # they determine the jobs
+)
 
 
 def check(config: DictConfig, keys: Collection[str]) -> None:
@@ -51,19 +54,16 @@ def check(config: DictConfig, keys: Collection[str]) -> None:
     written = dict(leaves(OmegaConf.to_container(config, resolve=False)))
     for key, expected in LAYOUT.items():
         if key in keys or written.get(key) != expected:
-            raise UserError(
-                f"{key}={written.get(key)}: a sweep is resumed by its jobs' folders, which are named 0, 1, 2, … Remove "
-                f"{key}. (sweep.csv lists the settings of each folder.)"
-            )
+            problem = f"{key}={written.get(key)}: a sweep is resumed by its jobs' folders, which are named 0, 1, 2, …"
+            raise UserError(f"{problem} Remove {key}. (sweep.csv lists the settings of each folder.)")
     chosen = [key for key in keys if key != "seed"]
-    if chosen and config.data.get("val_fraction") == 0:
+    has_folds = config.data.get("folds") is not None or "data.folds" in keys
+    if chosen and config.data.get("val_fraction") == 0 and not has_folds:
         from cifarnet.build import make_data
 
         if not make_data(config).validates:
-            raise UserError(
-                f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy. Set "
-                "aside validation images with data.val_fraction=0.1. (A sweep over only the seed does not need them.)"
-            )
+            problem = f"Sweeping {', '.join(chosen)} with data.val_fraction=0 would choose settings by test accuracy"
+            raise UserError(f"{problem}. Set data.val_fraction=0.1. (A sweep over only the seed does not need it.)")
 
 
 def begin(config: DictConfig, folder: Path) -> None:
@@ -104,10 +104,8 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     flags, others = flag_parser.parse_known_args(list(arguments))
     overrides = [override for override in others if cli.key_of(override) != "sweep.resume"]
     if refused := [override for override in overrides if not _can_change(cli.key_of(override))]:
-        raise UserError(
-            f"sweep.resume={folder} uses the settings of that sweep. Remove {' '.join(refused)}: only settings that "
-            "do not affect results can be changed."
-        )
+        problem = f"sweep.resume={folder} uses the settings of that sweep. Remove {' '.join(refused)}"
+        raise UserError(f"{problem}: only settings that do not affect results can be changed.")
     keys = {"hydra.sweep.dir", "sweep.resume", *map(cli.key_of, overrides)}
     kept = [override for override in recorded if cli.key_of(override) not in keys]
     if "hydra/launcher" in keys:  # the recorded settings belong to another launcher
@@ -128,16 +126,14 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 def _can_change(key: str) -> bool:
     """Whether a setting can be changed when a sweep is resumed."""
     is_hydras = key.startswith(("hydra.", "hydra/"))
-    return key not in FIXED and (is_hydras or key == "model.checkpoint" or effect(key) in ("nothing", "speed"))
+    return not is_in(key, FIXED) and (is_hydras or key == "model.checkpoint" or effect(key) in ("nothing", "speed"))
 
 
 def _recorded_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides of the command that started a sweep, and those in the config of its sweeper."""
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(
-            f"sweep.resume={folder}: {path} is missing. Specify the folder of a sweep, such as …/multirun_<date_time>."
-        )
+        raise UserError(f"{path} is missing. Set sweep.resume to the folder of a sweep, …/multirun_<date_time>.")
 
     def parse(text: str) -> tuple[list[str], list[str]]:
         recorded = yaml.safe_load(text)["hydra"]

@@ -6,6 +6,7 @@ trial, trains it, and draws the next, until there are enough. Therefore, several
 machines that can access the folder or the database, and an interrupted search continues when the command is run again.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,10 +77,8 @@ class Search(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         launcher = config.hydra.launcher["_target_"].rpartition(".")[2]
         if launcher not in ("BasicLauncher", "Slurm"):
-            raise UserError(
-                "A search runs one trial at a time in each process. To run several, remove hydra/launcher and start "
-                "the same command in several terminals, with threads=… to limit each process to its share of the cores."
-            )
+            problem = "A search runs one trial at a time in each process. To run several, remove hydra/launcher, and"
+            raise UserError(f"{problem} start it in several terminals, each with a share of the cores: threads=…")
         self.uses_slurm = launcher == "Slurm"
         for name in ("sampler", "pruner"):
             if has_target(part := config.hydra.sweeper.get(name)):
@@ -182,7 +181,9 @@ class Search(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", ".*is already reported.*")  # by an interrupted process
         warnings.filterwarnings("ignore", ".*[Hh]eartbeat.*")  # Optuna intends heartbeats for Study.optimize
-        deciding = [line for line in fixed if effect(cli.key_of(line)) not in ("nothing", "speed")]
+        keys = [cli.key_of(line) for line in fixed]
+        decides = [key == "start.checkpoint" or effect(key) not in ("nothing", "speed") for key in keys]
+        deciding = list(itertools.compress(fixed, decides))
         settings = [*deciding, *(f"{key} in {distribution}" for key, distribution in space.items())]
         options = {"study_name": storage.study_name, "storage": storage, "sampler": self.sampler}
         options["pruner"] = self.pruner or optuna.pruners.NopPruner()
@@ -195,8 +196,6 @@ class Search(Sweeper):
             if SETTINGS not in study.user_attrs:
                 study.set_user_attr(SETTINGS, settings)
         if differing := sorted(set(settings) ^ set(study.user_attrs[SETTINGS])):
-            raise UserError(
-                f"The study {study.study_name} was created with other settings: {', '.join(differing)}. Use the same "
-                "settings, or choose another hydra.sweeper.study_name."
-            )
+            problem = f"The study {study.study_name} was created with other settings: {', '.join(differing)}"
+            raise UserError(f"{problem}. Use the same settings, or choose another hydra.sweeper.study_name.")
         return study

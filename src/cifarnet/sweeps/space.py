@@ -24,10 +24,10 @@ def search_space(lines: Sequence[str], loader: ConfigLoader) -> "tuple[list[str]
     fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     if not space:
-        raise UserError(
-            "The search space is empty. Add +search=rates, or values such as model.hidden=128,512 or "
-            "'optimizer.lr=tag(log,interval(0.001,0.1))'."
-        )
+        problem, interval = "The search space is empty", "'optimizer.lr=tag(log,interval(0.001,0.1))'"
+        raise UserError(f"{problem}. Add +search=rates, or values such as model.hidden=128,512 or {interval}.")
+    for key in {key.lstrip("+") for key in space} & {"data.fold", "data.folds", "data.split_seed"}:
+        raise UserError(f"{key}: a search would choose the easiest validation images. Set {key} to one value.")
     return fixed, space
 
 
@@ -39,9 +39,7 @@ def values(override: Override) -> list[str]:
     """
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
-        raise UserError(
-            f"{override.input_line}: an interval has infinitely many values. Use cifarnet.search, or a list."
-        )
+        raise UserError(f"{override.input_line} has infinitely many values. Use cifarnet.search, or a list.")
     if isinstance(sweep, RangeSweep) and (count := _bounds(override, sweep)[2]) > MOST:
         raise UserError(f"{override.input_line} has {count:,} values. Use {MOST:,} or fewer.")
     listed = list(override.sweep_string_iterator())
@@ -61,9 +59,7 @@ def distribution(override: Override) -> "BaseDistribution":
     sweep = override.value()
     tags = getattr(sweep, "tags", set())
     if tags - {"log"} or (tags and isinstance(sweep, ChoiceSweep)):
-        raise UserError(
-            f"{override.input_line}: the only supported tag is log, on intervals and ranges: tag(log,interval(1,9))."
-        )
+        raise UserError(f"{override.input_line}: the only supported tag is log, on intervals and ranges. Correct it.")
     if not isinstance(sweep, IntervalSweep | RangeSweep):
         return CategoricalDistribution(values(override))
     numbers = [sweep.start, sweep.end] if isinstance(sweep, IntervalSweep) else [sweep.start, sweep.stop, sweep.step]

@@ -27,12 +27,18 @@ def summarize(sweep_folder: Path, jobs: int, command: str, trials: Mapping[str, 
     if not runs:
         return
     groups = tables.grouped(runs, "val_accuracy")
+    for number, group in enumerate(groups):
+        group.label = tables.letter(number)
     print(printable(f"\n{table(groups)}\n"))
+    is_search = trials is not None
+    if (compared := [group for group in groups if len(group.by_fold) > 1 and not is_search])[1:]:
+        from cifarnet.records import comparison  # scipy takes a second to import
+
+        print(printable("\n".join(f"  {line}" for line in comparison.conclusions(compared))), end="\n\n")
     write_csv(runs, sweep_folder / "sweep.csv")
     for run in runs:
         if run.note and run.status != "pruned":
             print(printable(f"  job {run.folder.name}{' failed' if run.status == 'failed' else ''}: {run.note}"))
-    is_search = trials is not None
     if (keys := tables.varied(groups)) and groups[0].values and not is_search:
         from cifarnet.records import figures
 
@@ -68,7 +74,8 @@ def resume_command(sweep_folder: Path) -> str:
 
 def table(groups: Sequence[Group]) -> str:
     """Return a table of the groups, in the given order."""
-    columns = {"val accuracy": [group.result() or group.runs[0].status for group in groups]}
+    columns = {"": [group.label for group in groups]} if any(len(group.by_fold) > 1 for group in groups) else {}
+    columns |= {"val accuracy": [group.result() or group.runs[0].status for group in groups]}
     for metric in ("test_accuracy", "seconds"):
         columns[metric.replace("_", " ")] = [replace(group, metric=metric).result() for group in groups]
     if any(len(group.runs) > 1 for group in groups):

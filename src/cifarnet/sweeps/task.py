@@ -24,7 +24,7 @@ class Task:
         train: `train.train`.
     """
 
-    def __init__(self, train: Callable[..., float]) -> None:
+    def __init__(self, train: Callable[..., Any]) -> None:
         self.train = train
         self.images: SharedImages | None = None  # images of the previous job
         self.called = False
@@ -47,8 +47,13 @@ class Task:
             self.error = error
 
 
-def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
+def run_hydra(train: Callable[..., Any], arguments: Sequence[str], name: str = "train") -> None:
     """Compose a config from arguments and train, as `@hydra.main` does with the arguments of the process.
+
+    Args:
+        train: the function that is called with the config.
+        arguments: the arguments of the command.
+        name: the name of the config, such as "train" for `configs/train.yaml`.
 
     Raises:
         UserError: an argument is unknown, or the run's folder cannot be created.
@@ -66,7 +71,7 @@ def run_hydra(train: Callable[..., float], arguments: Sequence[str]) -> None:
     if parsed.package is not None and not parsed.cfg:
         raise UserError(f"--package {parsed.package} requires --cfg. Add --cfg job, or remove it.")
     try:
-        _run_hydra(parsed, parser, task, str(CONFIGS), "train")
+        _run_hydra(parsed, parser, task, str(CONFIGS), name)
     except OSError as error:
         if task.called or isinstance(error, HydraException):  # some of Hydra's errors are OSErrors
             raise

@@ -113,10 +113,8 @@ class Trials:
         for run in runs:
             expected = params.get(run.folder.name)
             if expected is None or any(run.settings.get(key, str(of)) != str(of) for key, of in expected.items()):
-                raise UserError(
-                    f"{run.folder} is not a trial of the study {self.study.study_name}. Choose another folder with "
-                    "hydra.sweep.dir=…, or another hydra.sweeper.study_name."
-                )
+                problem = f"{run.folder} is not a trial of the study {self.study.study_name}"
+                raise UserError(f"{problem}. Choose another hydra.sweep.dir or another hydra.sweeper.study_name.")
 
     def _draw(self) -> Trial | None:
         with self.storage.lock:

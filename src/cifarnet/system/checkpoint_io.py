@@ -62,7 +62,6 @@ def check_state(part: Any) -> None:
         torch.load(file, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         reason = str(error).partition(". ")[0]
-        raise UserError(
-            f"{type(part).__name__}: a run with this state could not be resumed: {reason}. Return only numbers, "
-            "strings, tensors, lists and dictionaries from state_dict()."
-        ) from error
+        problem = f"{type(part).__name__}: a run with this state could not be resumed: {reason}"
+        remedy = "Return only numbers, strings, tensors, lists and dictionaries from state_dict()."
+        raise UserError(f"{problem}. {remedy}") from error

@@ -72,10 +72,8 @@ def trainer_settings(section: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"trainer.num_nodes={nodes}: start runs on several machines with torchrun or srun.")
         return {}
     if (devices := section.get("devices", 1)) not in (1, -1, "auto", local_world_size):
-        raise UserError(
-            f"trainer.devices={devices}: {local_world_size} processes were started on this machine. "
-            "Remove the setting, or use the same number."
-        )
+        problem = f"trainer.devices={devices}: {local_world_size} processes were started on this machine"
+        raise UserError(f"{problem}. Remove the setting, or use the same number.")
     strategy = section.get("strategy", "auto")
     strategy = "ddp" if strategy == "auto" else strategy
     return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}

@@ -1,10 +1,11 @@
-"""Atomic writes, bounded reads and folder locks."""
+"""Atomic writes, bounded reads, downloads and folder locks."""
 
 import contextlib
 import errno
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, BinaryIO, TypeVar
 import psutil
 from filelock import FileLock, Timeout
 
-from cifarnet.errors import UserError, reason
+from cifarnet.errors import NoImages, UserError, reason
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of a full or failing disk
 MOST_BYTES = 64 * 2**20  # a record of ten thousand epochs has 3 MB
+SCRATCH = ".unfinished-"
 Content = TypeVar("Content")
 
 
@@ -160,16 +162,62 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
         pass  # a file system without locks
     except Timeout as error:
         if waiting is None:
-            raise UserError(
-                f"Another process is using {folder}. Wait until it ends, or choose another folder: hydra.run.dir=… "
-                "(for a sweep: hydra.sweep.dir=…)"
-            ) from error
+            remedy = "Wait until it ends, or choose another folder: hydra.run.dir=… (for a sweep: hydra.sweep.dir=…)"
+            raise UserError(f"Another process is using {folder}. {remedy}") from error
         print(waiting, flush=True)
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+def find_or_fetch(
+    name: str, folder: Path, find: Callable[[], Content], fetch: Callable[[], object], missing: str | None
+) -> Content:
+    """Return what `find` returns; if that is false, call `fetch` first, unless another process does.
+
+    Args:
+        name: the name of the data set.
+        folder: the folder in which `fetch` stores the files; it is locked.
+        missing: a description of the missing files, if they may not be fetched.
+
+    Raises:
+        NoImages: the files are missing, and they may not be fetched.
+        UserError: the files cannot be stored.
+    """
+    if found := find():
+        return found
+    if missing:
+        remedy = "Correct data.root, or allow the download with data.read_only=false."
+        raise NoImages(f"{missing}, and data that a checkpoint chooses is not downloaded. {remedy}")
+    try:
+        with locked(folder, f"Another process is preparing {name} in {folder}: waiting for it."):
+            if not find():
+                fetch()
+    except OSError as error:
+        raise UserError(f"{folder}: {name} cannot be stored there ({error.strerror}). Change data.root.") from error
+    return find()
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Create a temporary folder for a download, and remove those of processes that were killed."""
+    for left in parent.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=SCRATCH) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def downloading(what: str, remedies: str) -> Iterator[None]:
+    """Report the errors of a download, of which urllib, http and torchvision raise many types."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise UserError(f"{what}: {reason(error)}. Choose one:\n{remedies}") from error
 
 
 def is_locked(lock: Path) -> bool:

@@ -1,0 +1,1 @@
+"""What a run will do: its layers, learning rates, images and costs, before it is trained."""
