@@ -196,7 +196,7 @@ class Checkpoint:
         wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
         if wrong:
             problem = f"The weights in {self.path} do not fit the network: {len(wrong)} differ, such as {wrong[0]}"
-            raise UserError(f"{problem}. Its code or settings have changed; use the version that trained it.")
+            raise UserError(f"{problem}. Use the network, the settings and the version that trained them.")
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:
         """Check that the data has the classes and the image size that the network was trained on.

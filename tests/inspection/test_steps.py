@@ -115,9 +115,10 @@ def test_suggestion_is_the_rate_of_the_lowest_loss():
 @pytest.mark.parametrize(
     ("losses", "reason", "remedy"),
     [
-        (2 + np.random.default_rng(0).normal(0, 0.1, 101), "noise", "Change lr_min, lr_max or lr_steps."),
+        (2 + np.random.default_rng(0).normal(0, 0.1, 101), "noise", "Raise lr_steps, or change lr_min and lr_max."),
+        (2 + np.random.default_rng(0).normal(0, np.geomspace(1e-4, 0.1, 101)), "noise", "Raise lr_steps"),
         (2 - np.arange(101) / 100, "still falling at lr_max=1", "Raise lr_max."),
-        ([1e9], "noise", "Change lr_min"),
+        ([1e9], "noise", "Raise lr_steps"),
     ],
 )
 def test_there_is_no_suggestion_without_a_lowest_loss(losses, reason, remedy):

@@ -153,8 +153,8 @@ class ImageDataModule(Selection, L.LightningDataModule):
         if mix is not None and not hasattr(mix, "draw"):
             raise UserError(f"data.mix={type(mix).__name__} has no draw. Choose +recipe=mixup or +recipe=cutmix.")
         if sampler is not None and (hardest_share < 1 or flip == "alternating"):  # both follow the images of an epoch
-            found = f"data.hardest_share={hardest_share} and data.flip={flip}"
-            raise UserError(f"data.sampler={sampler} excludes {found}. Set data.hardest_share=1 and data.flip=random.")
+            other = f"data.hardest_share={hardest_share}" if hardest_share < 1 else f"data.flip={flip}"
+            raise UserError(f"data.sampler={sampler} excludes {other}. Remove one of them.")
         self.sampler = sampler
         self.train_sizes = None if train_sizes is None else list(train_sizes)
         self.hardest_share = hardest_share

@@ -151,7 +151,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     """Suggest the learning rate at which the smoothed loss of a range test is lowest, and draw the test.
 
     At higher rates, the loss rises or becomes ragged (Smith, 2017), so use it as the highest rate of a schedule. There
-    is no suggestion if the loss falls by less than the standard deviation of the losses about the smoothed loss.
+    is no suggestion if the loss falls by less than its noise: twice the median deviation from the smoothed loss.
 
     Args:
         rates, losses: the results of `range_test`.
@@ -161,7 +161,10 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     window = np.ones(2 * (len(values) // 14) + 1)  # a seventh of the losses; fewer at the ends
     smoothed = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     lowest = int(smoothed.argmin())
-    fall, noise = smoothed[0] - smoothed[lowest], (values - smoothed)[: lowest + 1].std()
+    # not the standard deviation: the first losses of some networks have no noise, and the last ones may be huge
+    deviations = np.abs(values - smoothed)
+    fall = smoothed[0] - smoothed[lowest]
+    noise = 2 * max(np.median(deviations), np.median(deviations[: lowest + 1][-len(window) :]))
     figure, axis = panel("optimizer.lr", "training loss of a batch")
     axis.semilogx(rates, values, ".", alpha=0.5, label="losses")
     axis.semilogx(rates, smoothed, label="smoothed")
@@ -170,8 +173,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # not as mathematics
     axis.legend(frameon=False, loc="lower left")
     if fall <= noise:
-        reason = f"the loss falls by {fall:.2g}, which is less than its noise of {noise:.2g}"
-        return f"none: {reason}. Change lr_min, lr_max or lr_steps.", figure
+        reason = f"the loss falls by {fall:.2g}, not more than its noise of {noise:.2g}"
+        return f"none: {reason}. Raise lr_steps, or change lr_min and lr_max.", figure
     if rates[lowest] == rates[-1]:
         return f"none: the loss is still falling at lr_max={rates[-1]:.2g}. Raise lr_max.", figure
     found = f"optimizer.lr={rates[lowest]:.2g}, the rate of the lowest smoothed loss, as the highest rate of a schedule"
