@@ -151,7 +151,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     """Suggest the learning rate at which the smoothed loss of a range test is lowest, and draw the test.
 
     At higher rates, the loss rises or becomes ragged (Smith, 2017), so use it as the highest rate of a schedule. There
-    is no suggestion if the loss falls by less than its noise: twice the median deviation from the smoothed loss.
+    is no suggestion if the smoothed loss falls by less than its noise, four standard errors.
 
     Args:
         rates, losses: the results of `range_test`.
@@ -161,10 +161,10 @@ def suggest(rates: Sequence[float], losses: Sequence[float], lr: float) -> tuple
     window = np.ones(2 * (len(values) // 14) + 1)  # a seventh of the losses; fewer at the ends
     smoothed = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     lowest = int(smoothed.argmin())
-    # not the standard deviation: the first losses of some networks have no noise, and the last ones may be huge
-    deviations = np.abs(values - smoothed)
-    fall = smoothed[0] - smoothed[lowest]
-    noise = 2 * max(np.median(deviations), np.median(deviations[: lowest + 1][-len(window) :]))
+    # medians, because the first losses of some networks have no noise, and the last ones may be huge
+    deviations = 1.48 * np.abs(values - smoothed)  # the median is the standard deviation if the noise is normal
+    spread = max(np.median(deviations), np.median(deviations[: lowest + 1][-len(window) :]))
+    fall, noise = values[: len(window)].mean() - smoothed[lowest], 4 * spread / math.sqrt(len(window))
     figure, axis = panel("optimizer.lr", "training loss of a batch")
     axis.semilogx(rates, values, ".", alpha=0.5, label="losses")
     axis.semilogx(rates, smoothed, label="smoothed")
