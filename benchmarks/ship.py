@@ -89,6 +89,10 @@ def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Se
             data = [*overrides, "corruptions=false"]
             exact = evaluate(run, [*data, "precision=32-true", f"output_dir={temporary}/exact"])
             export(run, ["format=hub", f"output={draft}", *overrides])
+            settings = json.loads((draft / HUB_SETTINGS).read_text("utf-8"))
+            # without validation images: the archive of CIFAR-10 has another order, so another split, than a folder
+            settings["data"] = {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0}
+            (draft / HUB_SETTINGS).write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n", "utf-8")
             weights = load_file(draft / HUB_WEIGHTS)
             halves = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
             save_file(halves, draft / HUB_WEIGHTS, {"format": "pt"})
@@ -100,11 +104,7 @@ def ship(root: Path, rows: Sequence[Row], folders: Sequence[Path], overrides: Se
                     "Nothing is written."
                 )
             shipped = evaluate(draft, [*data, f"output_dir={temporary}/shipped"])
-            settings = json.loads((draft / HUB_SETTINGS).read_text("utf-8"))
             record = Record.read(run / "metrics.json")
-            # without validation images: the archive of CIFAR-10 has another order, so another split, than a folder
-            settings["data"] = {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0}
-            (draft / HUB_SETTINGS).write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n", "utf-8")
             (draft / HUB_WEIGHTS).chmod(0o644)
             text = card(root, row, record, shipped, correct[0] - correct[1])
             (draft / "README.md").write_text(text, "utf-8")
