@@ -65,9 +65,8 @@ def main() -> None:
         rows, chosen = ladder_pages.shown(ladder_pages.rows_of(current(results))), only or ship.NAMES
         if missing := sorted(set(chosen) - set(rows)):
             sys.exit(f"No results of {', '.join(missing)}: python benchmarks/ladder.py --only {' '.join(missing)}")
-        return ship.ship(
-            ROOT, [rows[name] for name in chosen], [folder_of(rows[name].runs[0]) for name in chosen], overrides
-        )
+        shipped = [rows[name] for name in chosen]
+        return ship.ship(ROOT, shipped, [folder_of(row.runs[0]) for row in shipped], overrides)
     failed = train_missing(results, only, overrides, arguments.seeds, timed=not arguments.untimed)
     # only at the end, because the record of a run says whether the checkout has changes
     files.write(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -150,20 +149,16 @@ def result_of(folder: Path) -> Result:
     """Return the part of a run's record that the table shows."""
     record = Record.read(folder / "metrics.json")
     root = Path(record.resolved["data"].get("root", "")).name
-    seconds = {"seconds": None, "images_per_second": None} if (folder / UNTIMED).exists() else {}
-    return (
-        {key: getattr(record, key) for key in FROM_RECORD}
-        | seconds
-        | {
-            "gflop": gflop(folder),
-            "images": root if record.data["source"] == "ImageFolder" else record.data["source"],
-            "sha256": record.data["sha256"],
-            "hardware": record.hardware["name"],
-            "threads": record.hardware["threads"],
-            "torch": record.versions["torch"],
-            "date": record.finished[:10],
-        }
-    )
+    result = {key: getattr(record, key) for key in FROM_RECORD} | {
+        "gflop": gflop(folder),
+        "images": root if record.data["source"] == "ImageFolder" else record.data["source"],
+        "sha256": record.data["sha256"],
+        "hardware": record.hardware["name"],
+        "threads": record.hardware["threads"],
+        "torch": record.versions["torch"],
+        "date": record.finished[:10],
+    }
+    return result | {"seconds": None, "images_per_second": None} if (folder / UNTIMED).exists() else result
 
 
 def current(results: Sequence[Result]) -> list[Result]:
