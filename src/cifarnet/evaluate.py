@@ -71,7 +71,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     counts = f"{about['val']:,} validation and {about['test']:,} test images"
     print(printable(f"{network} after epoch {checkpoint.epoch}, on {about['source']}: {counts}"), flush=True)
     print(f"tta={predictor.tta}, {predictor.precision} on {predictor.device.type}", flush=True)
-    measured, drawn = sections.measure(predictor, data, public, config.seed if config.corruptions else None)
+    measured, drawn = sections.measure(predictor, data, public, config)
     evaluation = Evaluation(
         checkpoint=str(checkpoint.path),
         network=network,

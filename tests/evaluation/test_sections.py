@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifarnet import cli
 from cifarnet.data import ImageDataModule, InMemoryLoader, Source, Split
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
@@ -45,9 +46,10 @@ class Shuffled(Coloured):
         return [Batch(test.images[index], test.labels[index], index) for index in order.split(4)]
 
 
-def measure(cls=Coloured, public=None, noise_seed=None, network=None):
+def measure(cls=Coloured, public=None, noise_seed=None, network=None, settings=()):
     predictor, data = Predictor(network or Colours(), accelerator="cpu"), cls(batch_size=2, eval_batch_size=4)
-    return sections.measure(predictor, data, public or public_sets.PublicSets(), noise_seed)
+    settings = [f"corruptions={noise_seed is not None}", f"seed={noise_seed or 0}", *settings]
+    return sections.measure(predictor, data, public or public_sets.PublicSets(), cli.compose("evaluate", settings))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA
 from cifarnet.inference.figures import MANY
@@ -63,9 +63,7 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
         figures: the paths of PNG files, by name.
         name: the name of the run; None: the path of the checkpoint.
     """
-    text = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
-    # names in a checkpoint may come from a stranger, so all values are escaped
-    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = templates().get_template("report.html.jinja")
     inlined = {name: base64.b64encode(path.read_bytes()).decode() for name, path in figures.items()}
     return template.render(
         record=evaluation,
@@ -76,3 +74,10 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
         confused=confused(evaluation.confusion) if len(evaluation.classes) > MANY else None,
         percent=percent,
     )
+
+
+def templates() -> Environment:
+    """Return jinja's environment of the HTML templates."""
+    # names in a checkpoint may come from a stranger, so all values are escaped
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)

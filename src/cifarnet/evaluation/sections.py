@@ -1,74 +1,56 @@
 """The sections of an evaluation. Each function returns a part of the record, and the figures that belong to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
+from omegaconf import DictConfig
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
-from cifarnet.evaluation import figures, metrics, public_sets, robustness
+from cifarnet.evaluation import adversarial, conformal, features, figures, metrics, ood, robustness, selective
+from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA, PublicSets
+from cifarnet.evaluation.subject import Section, Subject
 from cifarnet.inference import figures as inference_figures
 from cifarnet.inference.predictor import Batches, Predictions, Predictor
 from cifarnet.records.tables import percent
 
 NUM_MISTAKES = 20  # the number of mistakes in the report
 
-Section = tuple[dict[str, Any], dict[str, Figure]]  # plain data for the record, and figures by name
 
-
-def measure(
-    predictor: Predictor, data: ImageDataModule, public: public_sets.PublicSets, noise_seed: int | None
-) -> Section:
+def measure(predictor: Predictor, data: ImageDataModule, public: PublicSets, config: DictConfig) -> Section:
     """Return the contents of all sections.
 
     Args:
         public: the public test sets to evaluate on.
-        noise_seed: the seed of the corruptions; None: do not evaluate on corrupted test images.
+        config: the settings in `configs/evaluate.yaml`.
 
     Raises:
-        UserError: the network's outputs are not finite.
+        UserError: the network's outputs are not finite, or a setting cannot be used.
     """
-    record, drawn = _on_test_images(predictor, data, public.cifar10h)
-    record |= {"corruptions": None, "cifar10_c": None, "cifar10_1": None}
-    if noise_seed is not None:
-        table = _table(predictor, robustness.corrupted(data.test_dataloader(), noise_seed))
-        mean, clean = fmean(map(fmean, table.values())), record["test"]["accuracy"]
-        levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
-        record["corruptions"] = {"mean": mean, "accuracy": table, "levels": levels}
-        num_images = record["test"]["images"]
-        title = f"Accuracy under corruption: mean {percent(mean, num_images)}, clean {percent(clean, num_images)}"
-        drawn["corruptions"] = figures.robustness(table, title)
-        examples = robustness.examples(data.source.test.images[0], noise_seed)
-        drawn["corruption_examples"] = figures.severities(examples)
-    if public.cifar10_c is not None:
-        table = _table(predictor, public.cifar10_c)
-        averaged = {name: row for name, row in table.items() if name not in public_sets.CIFAR10_C_EXTRA} or table
-        mean = fmean(map(fmean, averaged.values()))
-        record["cifar10_c"] = {"mean": mean, "averaged": list(averaged), "accuracy": table}
-        drawn["cifar10_c"] = figures.robustness(table, f"CIFAR-10-C: mean accuracy {mean:.1%}")
-    if public.cifar10_1 is not None:
-        predictions = {name: predictor.predict_all(batches, name) for name, batches in public.cifar10_1.items()}
-        record["cifar10_1"] = {name: metrics.summary(part.logits, part.labels) for name, part in predictions.items()}
-    return record, drawn
-
-
-def _on_test_images(predictor: Predictor, data: ImageDataModule, humans: Tensor | None) -> Section:
-    """Return accuracy, calibration and mistakes on the test images. The temperature is fitted on validation images."""
-    names = data.class_names
     test = predictor.predict_all(data.test_dataloader(), "test")
     if not test.logits.isfinite().all():
         raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
-    num_images = len(test.labels)
+    val_batches = data.val_dataloader()
+    val = predictor.predict_all(val_batches, "validation") if val_batches else None
+    subject = Subject(predictor, data, public, config, test, val)
+    record, drawn = _on_test_images(subject)
+    for name, section in SECTIONS.items():
+        record[name], figures = section(subject)
+        drawn |= figures
+    return record, drawn
+
+
+def _on_test_images(subject: Subject) -> Section:
+    """Return accuracy, calibration and mistakes on the test images. The temperature is fitted on validation images."""
+    data, test, val, humans = subject.data, subject.test, subject.val, subject.public.cifar10h
+    names, num_images = data.class_names, len(test.labels)
     summary, bins = metrics.summary(test.logits, test.labels), metrics.bins(test.logits, test.labels)
     panels = {f"as trained: error {percent(summary['calibration_error'], num_images)}": bins}
-    val = temperature = scaled = None
-    if val_batches := data.val_dataloader():
-        val = predictor.predict_all(val_batches, "validation")
+    temperature = scaled = None
+    if val is not None:
         temperature = metrics.fit_temperature(val.logits, val.labels)
         scaled = metrics.calibration(test.logits, test.labels, temperature)
         title = f"temperature {temperature:.2f}: error {percent(scaled['calibration_error'], num_images)}"
@@ -92,6 +74,38 @@ def _on_test_images(predictor: Predictor, data: ImageDataModule, humans: Tensor 
         images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
         drawn["mistakes"] = inference_figures.mistakes(images, mistakes)
     return record, drawn
+
+
+def _corruptions(subject: Subject) -> Section:
+    """Return the accuracy on corrupted test images."""
+    if not subject.config.corruptions:
+        return None, {}
+    data, seed, num_images = subject.data, subject.config.seed, len(subject.test.labels)
+    table = _table(subject.predictor, robustness.corrupted(data.test_dataloader(), seed))
+    mean, clean = fmean(map(fmean, table.values())), metrics.accuracy(subject.test.logits, subject.test.labels)
+    levels = {name: list(levels) for name, (_, levels) in robustness.CORRUPTIONS.items()}
+    title = f"Accuracy under corruption: mean {percent(mean, num_images)}, clean {percent(clean, num_images)}"
+    examples = robustness.examples(data.source.test.images[0], seed)
+    drawn = {"corruptions": figures.robustness(table, title), "corruption_examples": figures.severities(examples)}
+    return {"mean": mean, "accuracy": table, "levels": levels}, drawn
+
+
+def _cifar10_c(subject: Subject) -> Section:
+    if subject.public.cifar10_c is None:
+        return None, {}
+    table = _table(subject.predictor, subject.public.cifar10_c)
+    averaged = {name: row for name, row in table.items() if name not in CIFAR10_C_EXTRA} or table
+    mean = fmean(map(fmean, averaged.values()))
+    drawn = {"cifar10_c": figures.robustness(table, f"CIFAR-10-C: mean accuracy {mean:.1%}")}
+    return {"mean": mean, "averaged": list(averaged), "accuracy": table}, drawn
+
+
+def _cifar10_1(subject: Subject) -> Section:
+    if subject.public.cifar10_1 is None:
+        return None, {}
+    versions = subject.public.cifar10_1.items()
+    predictions = {name: subject.predictor.predict_all(batches, name) for name, batches in versions}
+    return {name: metrics.summary(part.logits, part.labels) for name, part in predictions.items()}, {}
 
 
 def _mistakes(test: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -118,3 +132,16 @@ def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[
         cells = (f"{percent(accuracy, num_images):>7}" for accuracy in table[name])
         print(f"  {name:<18}", *cells, flush=True)
     return table
+
+
+# by the name of the part in the record; figures appear in the report in the order of its template
+SECTIONS: dict[str, Callable[[Subject], Section]] = {
+    "corruptions": _corruptions,
+    "cifar10_c": _cifar10_c,
+    "cifar10_1": _cifar10_1,
+    "selective": selective.section,
+    "conformal": conformal.section,
+    "ood": ood.section,
+    "adversarial": adversarial.section,
+    "features": features.section,
+}

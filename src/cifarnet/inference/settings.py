@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig
 
@@ -28,6 +28,14 @@ class Settings:
     cifar10_c: str | None
     cifar10_1: str | None
     cifar10h: str | None
+    soup: bool
+    alpha: Annotated[float, Range(above=0, below=1)]
+    ood: str | list[str] | None
+    attack: Literal["pgd", "autoattack"] | None
+    attack_images: Annotated[int, Range(1)]
+    attack_steps: Annotated[int, Range(1, 10**6)]
+    attack_restarts: Annotated[int, Range(1, 10**6)]
+    features: bool
     output_dir: str | None
     # predict
     top: Annotated[int, Range(1)] | None

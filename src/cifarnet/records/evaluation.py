@@ -23,7 +23,9 @@ class Evaluation(JsonFile):
         temperature: the number that divides the logits, fitted on the validation images.
         calibration_bins, classes: a row for each bin and class; accuracies are None in rows without images.
         confusion: the number of images, as [true class][predicted class].
-        cifar10h, corruptions, cifar10_c, cifar10_1: None if not measured.
+        cifar10h, corruptions, cifar10_c, cifar10_1, selective, conformal, ood, adversarial, features: None if not
+            measured.
+        members: a row for each run of an ensemble; None for a single network.
     """
 
     checkpoint: str
@@ -55,3 +57,9 @@ class Evaluation(JsonFile):
     cifar10_c: dict[str, Any] | None
     cifar10_1: dict[str, Summary] | None
     finished: str
+    selective: dict[str, Any] | None = None
+    conformal: dict[str, Any] | None = None
+    ood: dict[str, Any] | None = None
+    adversarial: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
+    members: dict[str, Any] | None = None
