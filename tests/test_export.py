@@ -87,6 +87,7 @@ def test_images_that_are_decoded_on_access(tmp_path):
     assert images.shape == (4, 3, 32, 32)
     assert images.is_contiguous()  # exported graphs may not look at strides
     assert labels == [0, 0, 1, 1]
+    export(tmp_path / "run", ["format=onnx_int8", root, "tolerance=100"])
 
 
 class Branches(nn.Module):
@@ -121,6 +122,7 @@ def test_other_networks(model, tmp_path):
     train(cli.compose("train", [*base, *short]))
     export(tmp_path, ["images=8"])
     export(tmp_path, ["images=8", "format=torch_export"])
+    export(tmp_path, ["format=onnx_int8", "tolerance=100"])
     assert onnx.load(tmp_path / "exported/network.onnx")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
 
 
@@ -355,7 +357,7 @@ def test_damaged_shared_folder(run, tmp_path, settings, message):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files' sizes are those of POSIX")
-@pytest.mark.parametrize("form", ["torch_export", "hub", "onnx"])
+@pytest.mark.parametrize("form", ["torch_export", "hub", "onnx", "onnx_int8"])
 def test_disk_that_is_full(run, tmp_path, form):
     """A limit of the size of files fails as a full disk does. torch's own writer would end the process."""
     import resource

@@ -1,12 +1,14 @@
 """Export a trained network to a file that runs without this project, or to a folder for the Hugging Face Hub.
 
 The exported network is compared with the original on test images, or on random pixels if the run's images are not
-available. It is kept only if their logits agree.
+available. It is kept only if their logits agree; with 8-bit integers (format=onnx_int8), only if the accuracy on all
+test images falls by at most `tolerance` points.
 
 examples:
   python -m cifarnet.export speedrun                    a trained network of this package
   python -m cifarnet.export lightning_logs/baseline/<date_time>
   python -m cifarnet.export <run> format=torch_export output=cnn.pt2
+  python -m cifarnet.export <run> format=onnx_int8      8-bit integers
   python -m cifarnet.export <run> format=hub            for the Hugging Face Hub, with a model card
 """
 
@@ -57,10 +59,13 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     form, classes = find_format(config.format), locate(config.classes)
     classifier = load(path, classes)
     target = _target(config.output, classifier, form.FILE)
-    kind, size = "test", classifier.checkpoint.image_size
+    kind, data, size = "test", None, classifier.checkpoint.image_size
     try:
-        images, _ = test_images.read("export", overrides, classifier.checkpoint, config.classes, config.images)
+        data = test_images.load("export", overrides, classifier.checkpoint, config.classes)
+        images, _ = test_images.sample(data.source.test, config.images)
     except NoImages as error:
+        if hasattr(form, "write_measured"):
+            raise UserError(f"format={config.format} needs training and test images. {error}") from error
         print(printable(f"No test images for the comparison: {error}"))
         kind, generator = "random", torch.Generator().manual_seed(config.seed)
         count = min(config.images, max(2, 2**28 // size**2))  # at most 800 MB
@@ -68,8 +73,12 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             draft = Path(folder, target.name)
-            form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, facts(classifier, images.shape[1]))
-            difference = _compare(classifier.network, form.load(draft, classes), images)
+            known = facts(classifier, images.shape[1])
+            if hasattr(form, "write_measured"):
+                result = form.write_measured(classifier, data, draft, known, config.tolerance)
+            else:
+                form.write(classifier, images[:1].repeat(2, 1, 1, 1), draft, known)
+                result = _compare(classifier.network, form.load(draft, classes), images, kind)
             for file in draft.iterdir() if draft.is_dir() else [draft]:
                 destination = target / file.relative_to(draft)
                 destination.parent.mkdir(exist_ok=True)
@@ -83,9 +92,7 @@ def export(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         message = f"format={config.format} does not support this network: {reason[:300]}"
         raise UserError(f"{message.removesuffix('.')}. Choose another format.") from error
-    path, sizes = os.path.relpath(target), ", ".join(map(str, BATCH_SIZES))
-    print(printable(f"{path}: the same predictions on {len(images):,} {kind} images, in batches of {sizes}."))
-    print(f"The largest difference between the logits is {difference:.1e}.")
+    print(printable(f"{os.path.relpath(target)}: {result}"))
     return target
 
 
@@ -137,8 +144,8 @@ def facts(classifier: "Trained", channels: int) -> dict[str, Any]:
     return known
 
 
-def _compare(network: Callable, exported: Callable, images: "Tensor") -> float:
-    """Return the largest difference between the logits of images [N, C, H, W], in batches of each of `BATCH_SIZES`.
+def _compare(network: Callable, exported: Callable, images: "Tensor", kind: str) -> str:
+    """Compare the logits of images [N, C, H, W] of a kind, in batches of each of `BATCH_SIZES`; return the result.
 
     Raises:
         UserError: the difference is not below `TOLERANCE`, or a predicted class differs.
@@ -156,7 +163,9 @@ def _compare(network: Callable, exported: Callable, images: "Tensor") -> float:
             f"The exported network differs from the original: by up to {difference:.1e} in the logits (allowed: "
             f"{TOLERANCE}), or in a predicted class. The export was deleted. Choose another format."
         )
-    return difference
+    sizes = ", ".join(map(str, BATCH_SIZES))
+    agreement = f"the same predictions on {len(images):,} {kind} images, in batches of {sizes}."
+    return f"{agreement}\nThe largest difference between the logits is {difference:.1e}."
 
 
 def main() -> None:

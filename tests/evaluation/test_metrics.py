@@ -35,6 +35,34 @@ def test_wilson_interval_has_its_coverage():
     assert sum(low <= 0.9 <= high for low, high in intervals) / 4000 == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.parametrize(("lost", "gained", "count"), [(0, 0, 10), (3, 1, 60), (52, 37, 10_000), (10, 0, 10)])
+def test_paired_interval_by_hand(lost, gained, count):
+    """It is the interval of a weighted mean: each image has the weight 1, and each cell of the table 1/2 more."""
+    both_wrong = count - lost - gained
+    before = torch.tensor([True] * lost + [False] * gained + [False] * both_wrong)
+    after = torch.tensor([False] * lost + [True] * gained + [False] * both_wrong)
+    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    weighted = [*((change, 1.0) for change in changes), (1, 0.5), (-1, 0.5), (0, 0.5), (0, 0.5)]
+    total = sum(weight for _, weight in weighted)
+    mean = sum(change * weight for change, weight in weighted) / total
+    variance = sum((change - mean) ** 2 * weight for change, weight in weighted) / total
+    margin = 1.959964 * math.sqrt(variance / total)
+    expected = max(-1, mean - margin), min(1, mean + margin)
+    assert metrics.paired_interval(before, after) == pytest.approx(expected, abs=1e-6)
+
+
+def test_paired_interval_has_its_coverage():
+    """Of 200 images, the second network loses 6% and gains 2%, in expectation."""
+    counts = torch.distributions.Multinomial(200, torch.tensor([0.06, 0.02, 0.8, 0.12]))
+    before, after = torch.tensor([True, False, True, False]), torch.tensor([False, True, True, False])
+    torch.manual_seed(0)
+    intervals = [
+        metrics.paired_interval(before.repeat_interleave(drawn), after.repeat_interleave(drawn))
+        for drawn in counts.sample((2000,)).long()
+    ]
+    assert sum(low <= -0.04 <= high for low, high in intervals) / 2000 == pytest.approx(0.95, abs=0.02)
+
+
 def test_calibration_by_hand():
     figures = metrics.calibration(PROBABILITIES.log(), LABELS)
     # bins of width 1/15: {0.8, 0.8} half right, {0.5} right, {0.9} right

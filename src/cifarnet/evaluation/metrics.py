@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
@@ -41,6 +41,21 @@ def proportion(correct: int, count: int) -> dict[str, Any]:
         return {"images": 0, "accuracy": math.nan, "interval": [math.nan, math.nan]}
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     return {"images": count, "accuracy": correct / count, "interval": [float(end) for end in interval]}
+
+
+def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Return the 95% interval of the change of the accuracy from one network to another on the same images.
+
+    It is the interval "Wald+2" of Agresti and Min (2005, doi:10.1002/sim.1781), which adds 1/2 to each cell of the 2×2
+    table of right and wrong predictions.
+
+    Args:
+        before, after: whether each network classifies each image correctly, bool [N].
+    """
+    gained, lost, count = int((after & ~before).sum()), int((before & ~after).sum()), len(before) + 2
+    center = (gained - lost) / count
+    margin = norm.ppf(0.975) * math.sqrt(gained + lost + 1 - center * (gained - lost)) / count
+    return max(-1.0, center - margin), min(1.0, center + margin)
 
 
 def by_class(confusion: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:

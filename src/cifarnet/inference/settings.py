@@ -46,6 +46,7 @@ class Settings:
     # export
     format: str
     images: Annotated[int, Range(1)]
+    tolerance: Annotated[float, Range(0, 100)]
     # demo
     host: str
     port: Annotated[int, Range(1, 65535)] | None

@@ -16,7 +16,7 @@ from cifarnet import build, cli
 from cifarnet.allowlist import allowed_class, class_path, locate
 from cifarnet.checkpoint import Checkpoint
 from cifarnet.config import check_sections
-from cifarnet.data import CIFAR10
+from cifarnet.data import CIFAR10, ImageDataModule, Split
 from cifarnet.errors import NoImages
 from cifarnet.schema import accepts
 
@@ -66,17 +66,26 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
 def read(
     command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str], most: int
 ) -> tuple[Tensor, list[int]]:
-    """Return at most `most` test images, uint8 [N, C, H, W], and their labels.
+    """Return at most `most` test images, uint8 [N, C, H, W], and their labels; see `load` and `sample`."""
+    return sample(load(command, overrides, checkpoint, classes).source.test, most)
 
-    The images are taken at regular intervals, because a folder is sorted by class. See `compose` for the other
-    arguments and errors.
+
+def load(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> ImageDataModule:
+    """Return the data to test a network on. See `compose` for the arguments and other errors.
 
     Raises:
         UserError: the data cannot be read, or has other classes or another image size than the network.
     """
     data = build.make_data(compose(command, overrides, checkpoint, classes))
     checkpoint.check_task(data.class_names, data.image_size)
-    test = data.source.test
-    chosen = test[:: -(-len(test) // most)]
+    return data
+
+
+def sample(split: Split, most: int) -> tuple[Tensor, list[int]]:
+    """Return at most `most` images of a split, uint8 [N, C, H, W], and their labels.
+
+    The images are taken at regular intervals, because a folder is sorted by class.
+    """
+    chosen = split[:: -(-len(split) // most)]
     images = chosen.images if isinstance(chosen.images, Tensor) else chosen.images.read()
     return images.contiguous(), chosen.labels.tolist()
