@@ -1,6 +1,7 @@
 """All commands in the README and docs/ run, on small data, except those of docs/reproduce.md; all settings, links and
 files in the pages exist."""
 
+import ast
 import importlib
 import json
 import os
@@ -203,6 +204,14 @@ def settings(page: Path) -> list[str]:
 def test_settings_in_the_readme_are_valid(setting):
     config = cli.compose("train", ["data=synthetic", "output_dir=run", *shlex.split(setting)])
     validate(config)
+
+
+def test_statements_of_other_libraries_are_counted():
+    text = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    blocks = re.findall(r"\((\d+) statements\):\n\n```python\n(.*?)```", text, re.S)
+    counts = [sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(code))) for _, code in blocks]
+    assert [int(stated) for stated, _ in blocks] == counts
+    assert set(map(int, re.findall(r"\*\*(\d+)\*\*", text))) == {1, *counts}  # 1: the commands of cifarnet
 
 
 def test_readme_is_short():
