@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_report import EVALUATION, TEST, words
 
 from cifarnet.evaluation import members, metrics, report
-from test_report import EVALUATION, TEST, words
 
 LOGITS = [torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 RUNS = [{"checkpoint": f"/runs/{name}/checkpoints/best.ckpt", **TEST, "accuracy": 0.9} for name in ("0", "1")]
