@@ -72,11 +72,8 @@ def mean_probabilities(networks, images):
 def soup_by_hand(classifiers, images):
     """Average the weights one by one, and compute the statistics of batch norms from all training images."""
     soup = copy.deepcopy(classifiers[0].network)
-    with torch.no_grad():
-        for weight, *others in zip(
-            *(network.parameters() for network in (soup, *(c.network for c in classifiers))), strict=True
-        ):
-            weight.copy_(sum(others) / len(others))
+    for name, weight in soup.named_parameters():
+        weight.data = sum(dict(one.network.named_parameters())[name].data for one in classifiers) / len(classifiers)
     soup.train()
     for layer in soup.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -284,7 +281,7 @@ def test_links_out_of_a_sweep_are_refused(sweep, tmp_path):
         evaluate(copied, QUICK)
 
 
-def test_finished_runs_with_checkpoints_are_found(tmp_path):
+def test_finished_runs_with_checkpoints_are_found(tmp_path, capsys):
     for name, files in {
         "10": ["metrics.json", "checkpoints/best.ckpt"],
         "2": ["metrics.json", "checkpoints/last.ckpt"],
@@ -296,6 +293,7 @@ def test_finished_runs_with_checkpoints_are_found(tmp_path):
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).touch()
     assert ensemble.expand(tmp_path) == [tmp_path / "2", tmp_path / "10"]
+    assert f"Left out: 1 of 3 finished runs in {tmp_path}" in capsys.readouterr().out
     for single in (tmp_path / "2", tmp_path / "10/checkpoints/best.ckpt", "speedrun", tmp_path / "removed", "nowhere"):
         assert ensemble.expand(single) == [single]
 

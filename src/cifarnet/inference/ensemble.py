@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cifarnet.checkpoint import Checkpoint, checkpoint_path, is_run
 from cifarnet.data.datamodule import Split
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, printable
 from cifarnet.finetuning import DIVISION
 from cifarnet.inference.predictor import Batches, Predictions, Predictor
 from cifarnet.inference.trained import Trained
@@ -87,7 +87,7 @@ def recompute_statistics(predictor: Predictor, train: Split, batch_size: int = 1
     index = torch.arange(len(train)).tensor_split(-(-len(train) // batch_size))
     batches = (next(train[part].chunks(batch_size)) for part in tqdm(index, "batch norm", leave=False, disable=None))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # dropout is on
+        torch.manual_seed(0)  # update_bn turns dropout on
         update_bn(batches, predictor.network, predictor.device)
     predictor.network.eval()
 
@@ -119,8 +119,12 @@ def expand(path: str | Path) -> Sequence[str | Path]:
     path is returned as it is."""
     if checkpoint_path(path).exists():
         return [path]
-    folders = [file.parent for file in Path(path).expanduser().rglob("metrics.json")]
+    records = Path(path).expanduser().rglob("metrics.json")
+    folders = [file.parent for file in records if not file.with_name("report.html").exists()]  # not of an evaluation
     runs = [folder for folder in folders if checkpoint_path(folder).exists()]
+    if runs and len(runs) < len(folders):
+        count = f"{len(folders) - len(runs)} of {len(folders)} finished runs in {path}"
+        print(printable(f"Left out: {count}, whose checkpoints were removed (sweep.keep_checkpoints)"), flush=True)
     return sorted(runs, key=lambda run: (len(run.name), run)) or [path]  # 2 comes before 10
 
 
