@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -95,12 +96,12 @@ def test_probabilities_are_the_means_of_those_of_the_networks(classifiers, evalu
     members = {str(number): classifier.predictor(tta="none") for number, classifier in enumerate(classifiers)}
     batches = [Batch(test[index], labels[index], index) for index in torch.arange(60).split(25)]
     predictions = Ensemble(members).predict_all(batches, "test")
-    torch.testing.assert_close(predictions.logits.exp(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predictions.logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(predictions.one_view, predictions.logits)
     assert torch.equal(predictions.labels, labels)
     assert torch.equal(predictions.index, torch.arange(60))
     one_view, logits = Ensemble(members)(test)
-    torch.testing.assert_close(logits.exp(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(one_view, logits)
 
     record, _ = evaluated
@@ -116,10 +117,17 @@ def test_probabilities_are_the_means_of_those_of_the_networks(classifiers, evalu
 
 
 def test_logits_of_improbable_classes_are_finite():
-    logits = torch.tensor([[[1000.0, 0, -1000]], [[0, 1000.0, -1000]]])
-    mean = ensemble.mean_of_probabilities(logits.unbind())
-    assert mean.isfinite().all()
-    torch.testing.assert_close(mean.exp(), torch.tensor([[0.5, 0.5, 0]]))
+    logits = [torch.tensor([[1000.0, 0, -1000]]), torch.tensor([[0, 1000.0, -1000]])]
+    combined = ensemble.combine(logits)
+    assert combined.isfinite().all()
+    torch.testing.assert_close(combined.softmax(1), torch.tensor([[0.5, 0.5, 0]]), atol=1e-3, rtol=0)
+
+
+def test_energy_is_the_mean_energy_of_the_networks():
+    logits = [torch.tensor([[2.0, 1, 0], [5, 5, 5]]), torch.tensor([[0, 1.0, -1], [0, 0, 0]])]
+    totals = [[math.log(sum(map(math.exp, row))) for row in network.tolist()] for network in logits]
+    expected = torch.tensor(totals).mean(0)
+    torch.testing.assert_close(ensemble.combine(logits).logsumexp(1), expected)
 
 
 def test_each_network_has_its_own_settings(classifiers, images):
@@ -135,7 +143,7 @@ def test_each_network_has_its_own_settings(classifiers, images):
     with torch.no_grad():
         mirrored = (first(test) + first(test.flip(3))) / 2
     expected = (mirrored.softmax(1) + halved.softmax(1)) / 2
-    torch.testing.assert_close(combined(test)[1].exp(), expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(combined(test)[1].softmax(1), expected, atol=0.01, rtol=0)
     assert (combined.tta, combined.precision) == ("mirror / none", "32-true / bf16-mixed")
 
 

@@ -29,8 +29,7 @@ class Ensemble:
     """The mean of the probabilities of several networks (Lakshminarayanan et al., 2017,
     https://arxiv.org/abs/1612.01474), with the interface of `Predictor`.
 
-    Each member has its own precision, memory format and test-time augmentation. The logits of the ensemble are the
-    logarithms of the mean probabilities.
+    Each member has its own precision, memory format and test-time augmentation.
 
     Args:
         members: the networks, by the paths of their checkpoints.
@@ -51,19 +50,25 @@ class Ensemble:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of images [B, C, H, W], without and with test-time augmentation, each [B, num_classes]."""
         one_view, logits = zip(*(member(images) for member in self.members.values()), strict=True)
-        return mean_of_probabilities(one_view), mean_of_probabilities(logits)
+        return combine(one_view), combine(logits)
 
     def predict_all(self, batches: Batches, title: str) -> Predictions:
         """Return the predictions for all batches, as `Predictor.predict_all`, with the logits of the members."""
         parts = [member.predict_all(batches, title) for member in self.members.values()]
         one_view, logits = [part.one_view for part in parts], [part.logits for part in parts]
-        means = {"one_view": mean_of_probabilities(one_view), "logits": mean_of_probabilities(logits)}
+        means = {"one_view": combine(one_view), "logits": combine(logits)}
         return parts[0]._replace(**means, members=logits)
 
 
-def mean_of_probabilities(logits: Sequence[Tensor]) -> Tensor:
-    """Return the logarithm of the mean of softmax(logits) over several networks, float32 [B, num_classes]."""
-    return torch.stack(list(logits)).log_softmax(2).logsumexp(0) - math.log(len(logits))
+def combine(logits: Sequence[Tensor]) -> Tensor:
+    """Return logits [B, num_classes] whose softmax is the mean of the softmax over several networks.
+
+    A constant is free: their logsumexp is also the mean over the networks, because scores such as the energy (Liu et
+    al., 2020, https://arxiv.org/abs/2010.03759) depend on it.
+    """
+    stacked = torch.stack(list(logits))
+    totals = stacked.logsumexp(2, keepdim=True)
+    return (stacked - totals).logsumexp(0) - math.log(len(stacked)) + totals.mean(0)
 
 
 def average_weights(runs: Sequence[Trained]) -> nn.Module:
