@@ -63,8 +63,8 @@ class Ensemble:
 def combine(logits: Sequence[Tensor]) -> Tensor:
     """Return logits [B, num_classes] whose softmax is the mean of the softmax over several networks.
 
-    A constant is free: their logsumexp is also the mean over the networks, because scores such as the energy (Liu et
-    al., 2020, https://arxiv.org/abs/2010.03759) depend on it.
+    This determines them except for a constant in each row. With this constant, their logsumexp is the mean over the
+    networks, so that the energy (Liu et al., 2020, https://arxiv.org/abs/2010.03759) is the mean energy.
     """
     stacked = torch.stack(list(logits))
     totals = stacked.logsumexp(2, keepdim=True)
