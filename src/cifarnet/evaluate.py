@@ -1,9 +1,12 @@
 """Evaluate a trained network: write an HTML report on its accuracy, calibration, mistakes and robustness.
 
+Several runs, or the runs in the folder of a sweep, are evaluated as an ensemble, which averages their probabilities.
+
 examples:
   python -m cifarnet.evaluate speedrun data=cifar10                    a trained network of this package
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
+  python -m cifarnet.evaluate <run> <run> soup=true                    their ensemble, and the mean of their weights
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
 """
@@ -18,16 +21,17 @@ from typing import Any
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
-from cifarnet.errors import UserError, printable
+from cifarnet.errors import printable
 from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
 
-def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` to the folder `evaluation`.
 
     Args:
-        path: a run's folder, a checkpoint file or the name of a trained network.
+        path: a run's folder, a checkpoint file or the name of a trained network; for an ensemble, several of them, each
+            of which counts once, or the folder of a sweep.
         overrides: overrides of `configs/evaluate.yaml`, such as "tta=mirror".
 
     Returns:
@@ -38,45 +42,45 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
-    from cifarnet.checkpoint import is_run
-    from cifarnet.evaluation import public_sets, report, sections
-    from cifarnet.inference import test_images
+    from cifarnet.evaluation import members, public_sets, report, sections
+    from cifarnet.inference import ensemble, test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
     from cifarnet.records.evaluation import Evaluation
     from cifarnet.records.figures import accuracy, save
-    from cifarnet.records.tables import row_table
+    from cifarnet.records.tables import column_table, row_table
     from cifarnet.system import hardware
 
     settings = prepare("evaluate", without_data(overrides))
-    classifier = load(path, locate(settings.classes))
-    checkpoint = classifier.checkpoint
-    config = test_images.compose("evaluate", overrides, checkpoint, settings.classes)
+    paths = [path] if isinstance(path, str | Path) else path
+    loaded = [load(found, locate(settings.classes)) for one in paths for found in ensemble.expand(one)]
+    classifiers = list({one.checkpoint.path.resolve(): one for one in loaded}.values())
+    checkpoints = [classifier.checkpoint for classifier in classifiers]
+    checkpoint, chosen = checkpoints[0], list(overrides)
+    if reason := ensemble.check(checkpoints, settings):
+        print(printable(f"Without validation images: {reason}"), flush=True)
+        chosen += ensemble.WITHOUT_VALIDATION
+    config = test_images.compose("evaluate", chosen, checkpoint, settings.classes)
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
-    predictor = classifier.predictor(
-        tta=config.tta,
-        tta_share=checkpoint.tta_share if config.tta_share is None else config.tta_share,
-        precision=config.precision,
-        accelerator=config.accelerator,
-    )
-    folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
-    if is_run(folder):
-        problem = "is the folder of a run, whose record would be lost"
-        raise UserError(f"output_dir={folder} {problem}. Choose another folder.")
-    files.make_folder(folder, f"output_dir={folder} cannot be created")
+    predictor = ensemble.make_predictor(classifiers, config)
+    folder = ensemble.output_folder(config.output_dir, paths, checkpoints)
     about: Any = data.describe()
-    run, network = classifier.run_record(), checkpoint.network_name
+    run, name, which = classifiers[0].run_record(), str(checkpoint.path), f"after epoch {checkpoint.epoch}"
+    if len(classifiers) > 1:
+        run, name = None, f"an ensemble of {len(classifiers)} runs"
+        which = f"in {name}"
+    network = " + ".join(dict.fromkeys(one.network_name for one in checkpoints))
     counts = f"{about['val']:,} validation and {about['test']:,} test images"
-    print(printable(f"{network} after epoch {checkpoint.epoch}, on {about['source']}: {counts}"), flush=True)
+    print(printable(f"{network} {which}, on {about['source']}: {counts}"), flush=True)
     print(f"tta={predictor.tta}, {predictor.precision} on {predictor.device.type}", flush=True)
     measured, drawn = sections.measure(predictor, data, public, config)
     evaluation = Evaluation(
-        checkpoint=str(checkpoint.path),
+        checkpoint=name,
         network=network,
-        parameters=num_parameters(classifier.network),
-        epoch=checkpoint.epoch,
+        parameters=sum(num_parameters(classifier.network) for classifier in classifiers),
+        epoch=max(one.epoch for one in checkpoints),
         class_names=checkpoint.class_names,
         tta=predictor.tta,
         tta_share=predictor.tta_share,
@@ -86,7 +90,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         hardware=hardware.describe(predictor.device),
         versions=hardware.versions(),
         git_commit=hardware.git_commit(),
-        command=shlex.join(["python", "-m", "cifarnet.evaluate", str(checkpoint.path), *overrides]),
+        command=shlex.join(["python", "-m", "cifarnet.evaluate", *(str(one.path) for one in checkpoints), *overrides]),
         config=plain(config, resolve=True),
         **measured,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -98,13 +102,15 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for name, figure in drawn.items():
         save(figure, pictures[name])
     files.write(folder / "report.html", report.render(evaluation, pictures, run and run.name))
+    if evaluation.members:
+        print(printable(f"\n{column_table(members.table(evaluation))}"))
     print(printable(row_table({**report.summary(evaluation), "report": os.path.relpath(folder / "report.html")})))
     return vars(evaluation)
 
 
 def main() -> None:
     """Run `python -m cifarnet.evaluate`."""
-    cli.run(lambda: evaluate(*cli.parse_one("evaluate", __doc__)))
+    cli.run(lambda: evaluate(*cli.parse("evaluate", __doc__)[:2]))
 
 
 if __name__ == "__main__":

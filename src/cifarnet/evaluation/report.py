@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cifarnet.evaluation import members
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA
 from cifarnet.inference.figures import MANY
 from cifarnet.records.evaluation import Evaluation, Summary
@@ -20,6 +21,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if evaluation.tta != "none":
         one_view = percent(evaluation.test_accuracy_one_view, images)
         rows["without augmentation"] = f"{one_view}  (the test uses tta={evaluation.tta})"
+    if evaluation.members:
+        part = evaluation.members["disagreement"]
+        rows["disagreement"] = f"{_accuracy({**part, 'accuracy': part['share']})}, mean over pairs of runs"
     rows["validation accuracy"] = _accuracy(val) if val else "none  (trained on all images)"
     for k in (2, 5):
         if (accuracy := test.get(f"top{k}_accuracy")) is not None:
@@ -73,6 +77,7 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
         left_out=CIFAR10_C_EXTRA,
         confused=confused(evaluation.confusion) if len(evaluation.classes) > MANY else None,
         percent=percent,
+        members=members.table(evaluation) if evaluation.members else None,
     )
 
 

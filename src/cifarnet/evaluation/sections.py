@@ -10,17 +10,18 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cifarnet.data import ImageDataModule
 from cifarnet.errors import UserError
-from cifarnet.evaluation import adversarial, conformal, features, figures, metrics, ood, robustness, selective
+from cifarnet.evaluation import adversarial, conformal, features, figures, members, metrics, ood, robustness, selective
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA, PublicSets
 from cifarnet.evaluation.subject import Section, Subject
 from cifarnet.inference import figures as inference_figures
+from cifarnet.inference.ensemble import Ensemble
 from cifarnet.inference.predictor import Batches, Predictions, Predictor
 from cifarnet.records.tables import percent
 
 NUM_MISTAKES = 20  # the number of mistakes in the report
 
 
-def measure(predictor: Predictor, data: ImageDataModule, public: PublicSets, config: DictConfig) -> Section:
+def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: PublicSets, config: DictConfig) -> Section:
     """Return the contents of all sections.
 
     Args:
@@ -120,7 +121,7 @@ def _mistakes(test: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[str, list[float]]:
+def _table(predictor: Predictor | Ensemble, rows: Mapping[str, Sequence[Batches]]) -> dict[str, list[float]]:
     """Return the accuracy at each severity by row, and print each row when it is complete."""
     table = {}
     for name, row in rows.items():
@@ -136,6 +137,7 @@ def _table(predictor: Predictor, rows: Mapping[str, Sequence[Batches]]) -> dict[
 
 # by the name of the part in the record; figures appear in the report in the order of its template
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
+    "members": members.section,
     "corruptions": _corruptions,
     "cifar10_c": _cifar10_c,
     "cifar10_1": _cifar10_1,

@@ -1,6 +1,6 @@
 """Run a trained network with the precision and the test-time augmentation of the run's test."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Annotated, NamedTuple, Protocol
 
 import torch
@@ -29,12 +29,14 @@ class Predictions(NamedTuple):
         logits: logits with test-time augmentation, float32 [N, num_classes].
         labels: the true classes, int64 [N].
         index: the positions of the images in their data set, int64 [N].
+        members: for an ensemble, the logits of each network with test-time augmentation.
     """
 
     one_view: Tensor
     logits: Tensor
     labels: Tensor
     index: Tensor
+    members: Sequence[Tensor] = ()
 
 
 class Predictor:

@@ -166,10 +166,11 @@ class Trained(NetworkAndNames):
                     row = next(rows)
                     yield Answer(source, "", pixels, row, self._ranked(row, divisor))
 
-    def predictor(self, **settings: Any) -> "Predictor":
+    def predictor(self, network: nn.Module | None = None, **settings: Any) -> "Predictor":
         """Return a `Predictor` of a copy of the network, which it may move to another device.
 
         Args:
+            network: another network of the same architecture, which is not copied.
             settings: the settings of `Predictor`. The default, also for None, is the precision of training and the
                 test-time augmentation of the run's test, applied to all images.
         """
@@ -177,7 +178,8 @@ class Trained(NetworkAndNames):
 
         chosen = {name: value for name, value in settings.items() if value is not None}
         channels_last = self.checkpoint.channels_last
-        return Predictor(copy.deepcopy(self.network), channels_last=channels_last, **self.tested | chosen)
+        network = copy.deepcopy(self.network) if network is None else network
+        return Predictor(network, channels_last=channels_last, **self.tested | chosen)
 
     def heat(self, answer: Answer) -> np.ndarray:
         """Return the Grad-CAM map of the predicted class, float [H, W] from 0 to 1.

@@ -14,6 +14,8 @@ class Evaluation(JsonFile):
     """The content of an evaluation's `metrics.json`. Accuracies are from 0 to 1.
 
     Attributes:
+        checkpoint: the path of the checkpoint; for an ensemble, the number of runs. `parameters` is then the sum over
+            all networks, `epoch` the largest, and `training_settings` empty.
         epoch: the epoch (from 1) after which the checkpoint was saved.
         data: the data set of the evaluation, of which `train` counts all training images; the record of the run states
             which of them it was trained on.
@@ -25,7 +27,8 @@ class Evaluation(JsonFile):
         confusion: the number of images, as [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1, selective, conformal, ood, adversarial, features: None if not
             measured.
-        members: a row for each run of an ensemble; None for a single network.
+        members: for an ensemble, the metrics of its `runs`, their `mean` and standard `deviation`; the metrics of a
+            network with the mean of their weights, `soup`; and the `share` of images on which two of them disagree.
     """
 
     checkpoint: str

@@ -1,0 +1,69 @@
+"""The runs of an ensemble beside the ensemble itself, and beside a network with the mean of their weights."""
+
+import os
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from torch import Tensor
+
+from cifarnet.evaluation import metrics
+from cifarnet.evaluation.subject import Section, Subject
+from cifarnet.inference.ensemble import Ensemble, recompute_statistics
+from cifarnet.records.evaluation import Evaluation
+from cifarnet.records.tables import decimals, percent
+
+METRICS = ("accuracy", "cross_entropy", "calibration_error", "brier")
+
+
+def section(subject: Subject) -> Section:
+    """Return the metrics of each run on the test images, their means and standard deviations, and the disagreement."""
+    ensemble, test = subject.predictor, subject.test
+    if not isinstance(ensemble, Ensemble):
+        return None, {}
+    rows = zip(ensemble.members, test.members, strict=True)
+    runs = [{"checkpoint": path, **metrics.summary(logits, test.labels)} for path, logits in rows]
+    mean, deviation = ({key: f(run[key] for run in runs) for key in METRICS} for f in (fmean, stdev))
+    soup = None
+    if ensemble.soup is not None:
+        recompute_statistics(ensemble.soup, subject.data.source.train)
+        soup = metrics.summary(ensemble.soup.predict_all(subject.data.test_dataloader(), "soup").logits, test.labels)
+    record = {"runs": runs, "mean": mean, "deviation": deviation, "disagreement": disagreement(test.members)}
+    return record | {"soup": soup}, {}
+
+
+def disagreement(members: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the share of the images for which two networks predict different classes, a mean over all pairs.
+
+    The interval is that of a proportion of the images, which is wider than necessary for a mean over several pairs.
+
+    Args:
+        members: logits [N, num_classes] of each network.
+    """
+    predicted = [logits.argmax(1) for logits in members]
+    share = fmean((one != other).double().mean().item() for one, other in combinations(predicted, 2))
+    images = len(predicted[0])
+    return {"images": images, "share": share, "interval": metrics.proportion(round(share * images), images)["interval"]}
+
+
+def table(evaluation: Evaluation) -> dict[str, list[str]]:
+    """Return the columns of a table of the mean of the runs, the ensemble, the soup and each run, as text.
+
+    The name of a run is the path of its folder, relative to the folder that contains all runs.
+    """
+    members, images = evaluation.members, evaluation.test["images"]
+    assert members is not None
+    paths = [os.path.abspath(run["checkpoint"]) for run in members["runs"]]
+    folders = [Path(os.path.relpath(path, os.path.commonpath(paths))).as_posix() for path in paths]
+    totals = {"ensemble": evaluation.test} | ({"soup": members["soup"]} if members["soup"] else {})
+    rows = [*totals.values(), *members["runs"]]
+    names = [*totals, *(folder.partition("/checkpoints/")[0] for folder in folders)]
+    columns = {"run": ["mean ± standard deviation", *names]}
+    for key in METRICS:
+        form = f".{decimals(images)}%" if key in ("accuracy", "calibration_error") else ".4f"
+        spread = f"{members['mean'][key]:{form}} ± {members['deviation'][key]:{form}}"
+        columns[key.replace("_", " ")] = [spread, *(format(row[key], form) for row in rows)]
+    ends = ([percent(end, images) for end in row["interval"]] for row in rows)
+    return columns | {"95% interval of the accuracy": ["", *(" to ".join(pair) for pair in ends)]}

@@ -1,0 +1,365 @@
+import copy
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cifarnet
+from cifarnet import cli
+from cifarnet.checkpoint import Checkpoint
+from cifarnet.data import ImageFolder, Synthetic
+from cifarnet.data.loader import Batch
+from cifarnet.errors import UserError
+from cifarnet.evaluate import evaluate, main
+from cifarnet.inference import ensemble
+from cifarnet.inference.ensemble import Ensemble
+from cifarnet.inference.predictor import Predictor
+from cifarnet.models import CNN
+from cifarnet.train import train
+from conftest import LEARNS, alter, picture
+
+QUICK = ["corruptions=false", "tta=none"]
+SETTINGS = cli.compose("evaluate", [])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A folder of two runs with different seeds, whose networks have batch norms."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for seed in range(2):
+        train(cli.compose("train", [*LEARNS, f"seed={seed}", f"output_dir={folder}/{seed}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifiers(sweep):
+    return [cifarnet.load(sweep / str(seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(sweep, tmp_path_factory):
+    """The evaluation of the sweep, and its folder."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    return evaluate(sweep, [*QUICK, "soup=true", f"output_dir={folder}"]), folder
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The training and test images of the runs, without those for validation, and the labels of the test images."""
+    source = Synthetic(train_size=300, test_size=60).source
+    return source.train.images, source.test.images, source.test.labels
+
+
+@pytest.fixture
+def command(command):
+    """Run `python -m cifarnet.evaluate …` in this process, and return its exit status, stdout and stderr."""
+    return lambda *arguments: command(*map(str, arguments), main=main)
+
+
+@torch.no_grad()
+def mean_probabilities(networks, images):
+    total = torch.zeros(len(images), 10)
+    for network in networks:
+        for row, image in enumerate(images):
+            total[row] += network(image[None]).softmax(1)[0]
+    return total / len(networks)
+
+
+def soup_by_hand(classifiers, images):
+    """Average the weights one by one, and compute the statistics of batch norms from all training images."""
+    soup = copy.deepcopy(classifiers[0].network)
+    for name, weight in soup.named_parameters():
+        weight.data = sum(dict(one.network.named_parameters())[name].data for one in classifiers) / len(classifiers)
+    soup.train()
+    for layer in soup.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(set_statistics)
+    with torch.no_grad():
+        soup(images)
+    return soup.eval()
+
+
+def set_statistics(layer, inputs):
+    if layer.training:
+        values = inputs[0].double().transpose(0, 1).flatten(1)  # [C, N * H * W]
+        layer.expected = values.mean(1), values.var(1)
+
+
+def test_probabilities_are_the_means_of_those_of_the_networks(classifiers, evaluated, images):
+    _, test, labels = images
+    expected = mean_probabilities([classifier.network for classifier in classifiers], test)
+    members = {str(number): classifier.predictor(tta="none") for number, classifier in enumerate(classifiers)}
+    batches = [Batch(test[index], labels[index], index) for index in torch.arange(60).split(25)]
+    predictions = Ensemble(members).predict_all(batches, "test")
+    torch.testing.assert_close(predictions.logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predictions.one_view, predictions.logits)
+    assert torch.equal(predictions.labels, labels)
+    assert torch.equal(predictions.index, torch.arange(60))
+    one_view, logits = Ensemble(members)(test)
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one_view, logits)
+
+    record, _ = evaluated
+    right = expected.argmax(1) == labels
+    assert record["test"]["accuracy"] == right.sum().item() / 60
+    assert record["test"]["cross_entropy"] == pytest.approx(-expected[range(60), labels].log().mean().item(), rel=1e-4)
+    for classifier, row in zip(classifiers, record["members"]["runs"], strict=True):
+        probabilities = mean_probabilities([classifier.network], test)
+        assert row["accuracy"] == (probabilities.argmax(1) == labels).sum().item() / 60
+        cross_entropy = -probabilities[range(60), labels].log().mean().item()
+        assert row["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-4)
+        assert row["checkpoint"] == str(classifier.checkpoint.path)
+
+
+def test_logits_of_improbable_classes_are_finite():
+    logits = [torch.tensor([[1000.0, 0, -1000]]), torch.tensor([[0, 1000.0, -1000]])]
+    combined = ensemble.combine(logits)
+    assert combined.isfinite().all()
+    torch.testing.assert_close(combined.softmax(1), torch.tensor([[0.5, 0.5, 0]]), atol=1e-3, rtol=0)
+
+
+def test_energy_is_the_mean_energy_of_the_networks():
+    logits = [torch.tensor([[2.0, 1, 0], [5, 5, 5]]), torch.tensor([[0, 1.0, -1], [0, 0, 0]])]
+    totals = [[math.log(sum(map(math.exp, row))) for row in network.tolist()] for network in logits]
+    expected = torch.tensor(totals).mean(0)
+    torch.testing.assert_close(ensemble.combine(logits).logsumexp(1), expected)
+
+
+def test_each_network_has_its_own_settings(classifiers, images):
+    test = images[1]
+    members = {
+        "mirrored": classifiers[0].predictor(tta="mirror"),
+        "halved": classifiers[1].predictor(tta="none", precision="bf16-mixed"),
+    }
+    combined = Ensemble(members)
+    first, second = (classifier.network for classifier in classifiers)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        halved = second(test).float()
+    with torch.no_grad():
+        mirrored = (first(test) + first(test.flip(3))) / 2
+    expected = (mirrored.softmax(1) + halved.softmax(1)) / 2
+    torch.testing.assert_close(combined(test)[1].softmax(1), expected, atol=0.01, rtol=0)
+    assert (combined.tta, combined.precision) == ("mirror / none", "32-true / bf16-mixed")
+
+
+def test_weights_of_a_soup_are_the_means_of_the_weights(classifiers, images):
+    soup = ensemble.average_weights(classifiers).state_dict()
+    first, second = (classifier.network.state_dict() for classifier in classifiers)
+    floats = [name for name, value in first.items() if value.is_floating_point()]
+    assert any(not torch.equal(first[name], second[name]) for name in floats)
+    for name in floats:
+        torch.testing.assert_close(soup[name], (first[name] + second[name]) / 2)
+    assert torch.equal(first["head.weight"], classifiers[0].network.head.weight)  # the network itself is unchanged
+
+
+def test_statistics_of_a_soup_are_those_of_the_training_images(classifiers, evaluated, images):
+    train_images, test, labels = images
+    by_hand = soup_by_hand(classifiers, train_images)
+    predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
+    ensemble.recompute_statistics(predictor, Synthetic(train_size=300, test_size=60).source.train)
+    assert not any(layer.training for layer in predictor.network.modules() if isinstance(layer, nn.BatchNorm2d))
+    for found, layer in zip(norms(predictor.network), norms(by_hand), strict=True):
+        mean, variance = layer.expected
+        torch.testing.assert_close(found.running_mean.double(), mean, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.running_var.double(), variance, atol=1e-4, rtol=1e-4)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+    probabilities = mean_probabilities([by_hand], test)
+    record, _ = evaluated
+    assert record["members"]["soup"]["accuracy"] == (probabilities.argmax(1) == labels).sum().item() / 60
+    cross_entropy = -probabilities[range(60), labels].log().mean().item()
+    assert record["members"]["soup"]["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-3)
+
+
+def norms(network):
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def test_images_have_the_same_weight_in_all_batches(classifiers, images):
+    """The input of the first batch norm does not depend on statistics: its mean is that of all images."""
+    by_hand = soup_by_hand(classifiers, images[0])
+    predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
+    ensemble.recompute_statistics(predictor, Synthetic(train_size=300, test_size=60).source.train, batch_size=100)
+    mean, _ = norms(by_hand)[0].expected
+    torch.testing.assert_close(norms(predictor.network)[0].running_mean.double(), mean, atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_are_those_of_streamed_images_too(classifiers, tmp_path):
+    for split in ("train", "test"):
+        for number, name in enumerate(("cat", "dog")):
+            for i in range(10):
+                picture(tmp_path / split / name / f"{i}.png", (20 * i, 100 * number, 50))
+    found = []
+    for in_memory in (True, False):
+        predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
+        data = ImageFolder(str(tmp_path), in_memory=in_memory, val_fraction=0.2)
+        ensemble.recompute_statistics(predictor, data.source.train, batch_size=5)
+        found.append(norms(predictor.network)[-1].running_mean)
+    assert torch.equal(*found)
+
+
+def test_the_soup_of_a_network_without_batch_norms_reads_no_images():
+    predictor = Predictor(CNN(num_classes=3, image_size=8, widths=[4, 4], hidden=8).eval(), accelerator="cpu")
+    ensemble.recompute_statistics(predictor, Unreadable())
+
+
+class Unreadable:
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        raise AssertionError
+
+
+def test_means_and_deviations(evaluated):
+    members = evaluated[0]["members"]
+    for key in ("accuracy", "cross_entropy", "calibration_error", "brier"):
+        one, other = (run[key] for run in members["runs"])
+        assert members["mean"][key] == pytest.approx((one + other) / 2)
+        assert members["deviation"][key] == pytest.approx(abs(one - other) / 2**0.5)
+
+
+def test_the_record_of_an_ensemble(evaluated, sweep, classifiers):
+    record, folder = evaluated
+    parameters = sum(weight.numel() for weight in classifiers[0].network.parameters())
+    assert record["parameters"] == 2 * parameters
+    assert (record["checkpoint"], record["network"]) == ("an ensemble of 2 runs", "SpeedNet")
+    assert record["command"].startswith(f"python -m cifarnet.evaluate {sweep}/0/checkpoints/")
+    assert record["training_settings"] == {}
+    assert record["members"] == json.loads((folder / "metrics.json").read_text())["members"]
+    assert not (folder / "accuracy.png").exists()
+    assert classifiers[0].evaluation() is None
+
+
+def test_a_sweep_has_its_evaluation_in_its_folder(command, sweep):
+    status, printed, error = command(sweep, *QUICK)
+    assert status == 0, error
+    record = json.loads((sweep / "evaluation/metrics.json").read_text())
+    assert "SpeedNet in an ensemble of 2 runs, on Synthetic: 30 validation and 60 test images" in printed
+    lines = [line.split()[:3] for line in printed.splitlines()]
+    for name, row in zip(("0", "1", "ensemble"), [*record["members"]["runs"], record["test"]], strict=True):
+        assert [name, f"{row['accuracy']:.0%}", f"{row['cross_entropy']:.4f}"] in lines
+    assert f"{record['members']['disagreement']['share']:.0%}" in printed
+    assert command(sweep, *QUICK)[0] == 0  # it is not a run of the sweep
+
+
+def test_several_paths_have_a_new_folder(command, sweep, tmp_path):
+    for _ in range(2):
+        assert command(sweep / "0", sweep / "1", *QUICK)[0] == 0
+    folders = list((tmp_path / "lightning_logs/ensemble").iterdir())
+    assert len(folders) == 2
+    page = (folders[0] / "report.html").read_text()
+    assert "Evaluation of an ensemble of 2 runs" in page
+    assert "The runs and their ensemble" in page
+    assert str(sweep / "1/checkpoints/best.ckpt") in page
+
+
+def test_each_run_counts_once(command, sweep, tmp_path):
+    copied = shutil.copytree(sweep / "0", tmp_path / "copied")
+    assert command(copied, copied / "checkpoints/best.ckpt", *QUICK)[0] == 0
+    assert json.loads((copied / "evaluation/metrics.json").read_text())["members"] is None
+    record = evaluate([copied, sweep, sweep / "1"], [*QUICK, f"output_dir={tmp_path}/three"])
+    assert len(record["members"]["runs"]) == 3
+
+
+def test_evaluations_of_single_runs_are_kept(sweep, tmp_path):
+    copied = shutil.copytree(sweep / "0", tmp_path / "copied")
+    evaluate(copied, QUICK)
+    before = (copied / "evaluation/metrics.json").read_bytes()
+    with pytest.raises(UserError, match="contains the evaluation of one run"):
+        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={copied}/evaluation"])
+    with pytest.raises(UserError, match="is the folder of a run"):
+        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={copied}"])
+    assert (copied / "evaluation/metrics.json").read_bytes() == before
+    for _ in range(2):
+        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={tmp_path}/both"])
+
+
+def test_links_out_of_a_sweep_are_refused(sweep, tmp_path):
+    copied = shutil.copytree(sweep, tmp_path / "copied")
+    shutil.rmtree(copied / "evaluation", ignore_errors=True)
+    (tmp_path / "mine").mkdir()
+    (copied / "evaluation").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="evaluation is a link to a place outside"):
+        evaluate(copied, QUICK)
+
+
+def test_finished_runs_with_checkpoints_are_found(tmp_path, capsys):
+    for name, files in {
+        "10": ["metrics.json", "checkpoints/best.ckpt"],
+        "2": ["metrics.json", "checkpoints/last.ckpt"],
+        "removed": ["metrics.json"],
+        "unfinished": ["checkpoints/last.ckpt"],
+        "evaluation": ["metrics.json", "report.html"],
+    }.items():
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+    assert ensemble.expand(tmp_path) == [tmp_path / "2", tmp_path / "10"]
+    assert f"Left out: 1 of 3 finished runs in {tmp_path}" in capsys.readouterr().out
+    for single in (tmp_path / "2", tmp_path / "10/checkpoints/best.ckpt", "speedrun", tmp_path / "removed", "nowhere"):
+        assert ensemble.expand(single) == [single]
+
+
+def test_runs_that_were_validated_on_different_images(command, sweep, tmp_path):
+    paths = [shutil.copy(sweep / f"{seed}/checkpoints/best.ckpt", tmp_path / f"{seed}.ckpt") for seed in range(2)]
+    divisions = [{"folds": 4, "fold": 0}, {"folds": 4, "fold": 1}]
+    for path, division in zip(paths, divisions, strict=True):
+        alter(path, lambda content, division=division: content["hyper_parameters"]["data"].update(division))
+    status, printed, error = command(*paths, *QUICK, "output_dir=both")
+    assert status == 0, error
+    assert f"Without validation images: {paths[0]} and {paths[1]} were validated on different images" in printed
+    record = json.loads((tmp_path / "both/metrics.json").read_text())
+    assert record["val"] is record["temperature"] is None
+    assert (record["data"]["train"], record["data"]["val"]) == (300, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ["cat", "dog"]}, "class_names is .*'ring'.* and .*'dog'"),
+        ({"image_size": 64}, "image_size is 32 and 64"),
+        ({"num_images": 100}, "num_images is 270 and 100"),
+        ({"data": {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0.1, "split_seed": 0}}, "data is .*CIFAR10"),
+    ],
+)
+def test_runs_on_different_images_are_refused(sweep, changes, message):
+    first = Checkpoint.open(sweep / "0")
+    second = replace(first, path=Path("other.ckpt"), **changes)
+    with pytest.raises(UserError, match=rf"{first.path} and other.ckpt were trained on different images: {message}"):
+        ensemble.check([first, first, second], SETTINGS)
+    assert ensemble.check([second], SETTINGS) is None
+
+
+def test_runs_that_fit_together(sweep):
+    first = Checkpoint.open(sweep / "0")
+    unknown = replace(first, num_images=None, data={name: first.data[name] for name in ("val_fraction", "split_seed")})
+    assert ensemble.check([first, unknown], SETTINGS) is None
+    larger = replace(first, num_images=300, data=first.data | {"val_fraction": 0})
+    assert "data.val_fraction differs" in ensemble.check([first, larger], SETTINGS)
+
+
+@pytest.mark.parametrize("setting", ["attack=pgd", "features=true"])
+def test_settings_that_need_one_network(command, sweep, setting):
+    status, _, error = command(sweep, *QUICK, setting)
+    assert status == 1
+    assert f"{setting} needs one run, but got 2. Remove" in error
+    assert error.count("\n") == 1
+
+
+def test_a_soup_needs_several_runs_of_one_architecture(command, sweep, config, tmp_path):
+    status, _, error = command(sweep / "0", *QUICK, "soup=true")
+    assert (status, "soup=true needs several runs, but got 1" in error) == (1, True)
+    settings = ["data.train_size=300", "data.test_size=60", "trainer.max_epochs=1", "threads=1"]
+    train(config(*settings, without=("data.t", "trainer.max_epochs")))
+    status, _, error = command(sweep / "0", tmp_path / "run", *QUICK, "soup=true")
+    assert status == 1
+    assert f"The weights in {tmp_path}/run/checkpoints/best.ckpt do not fit the network of {sweep}/0" in error
+    assert error.count("\n") == 1
+    measured = evaluate([sweep / "0", tmp_path / "run"], [*QUICK, f"output_dir={tmp_path}/both"])
+    assert measured["network"] == "SpeedNet + CNN"
