@@ -84,7 +84,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 def _test_images(classifier: "Trained", overrides: Sequence[str], config: "DictConfig") -> list[dict[str, Any]]:
     """Return the predictions for the test images of the run, or of the data set that the overrides choose."""
     from cifarnet.build import make_data
-    from cifarnet.evaluation import predictions
+    from cifarnet.evaluation.predictions import per_image
     from cifarnet.inference import test_images
 
     checkpoint, chosen = classifier.checkpoint, [override for override in overrides if override != "data=test"]
@@ -92,7 +92,7 @@ def _test_images(classifier: "Trained", overrides: Sequence[str], config: "DictC
     checkpoint.check_task(data.class_names, data.image_size)
     settings = {key: config[key] for key in ("tta", "precision", "accelerator")}
     predictor = classifier.predictor(**settings, tta_share=checkpoint.tta_share)  # as evaluate does
-    rows = predictions.rows(predictor.predict_all(data.test_dataloader(), "test"), data, config.temperature)
+    rows = per_image(predictor.predict_all(data.test_dataloader(), "test"), data, config.temperature)
     if config.output is None:
         print(printable(_table(rows).replace("\r\n", "\n")), end="")
     return rows
@@ -120,7 +120,7 @@ def _pictures(classifier: "Trained", images: Sequence[str], config: "DictConfig"
                 tqdm.write(on_one_line(answer.error), file=sys.stderr)
             elif config.output is None:
                 cells = [f"{row['class']} {row['probability']:.2%}" for row in top]
-                cells += [f"{{{', '.join(names)}}}" for names in sets.values()]
+                cells += [f"{{{', '.join(classes)}}}" for classes in sets.values()]
                 tqdm.write(on_one_line("  ".join([f"{on_one_line(str(answer.source)):<{width}}", *cells])))
             if drawings is not None and not answer.error:
                 _draw(classifier, answer, drawings)
@@ -186,9 +186,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _command() -> None:
     paths, overrides, _ = cli.parse("predict", __doc__)
     if len(paths) == 1 and without_data(overrides) == overrides:
-        raise UserError(
-            "No pictures given. Use: python -m cifarnet.predict <run> <files and folders>, or add data=test."
-        )
+        raise UserError("No pictures given. Add files or folders, or data=test for the test images of the run.")
     predict(paths[0], paths[1:], overrides)
 
 

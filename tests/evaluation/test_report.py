@@ -199,8 +199,11 @@ def test_selective_prediction(figures):
     html = report.render(replace(EVALUATION, selective=SELECTIVE), figures("selective"))
     page = words(html)
     assert "90% most confident 99.0% (95% interval 98.0% to 99.5%, 900 images)" in page
-    assert "coverage confidence images accuracy 90.00% from 0.7123 900 99.0% 98.0% to 99.5%" in page
-    assert "is at most 1% is 90.00%: the 900 images with a confidence of at least 0.7123." in page
+    assert "coverage confidence images accuracy 90.00% ≥ 0.7123 900 99.0% 98.0% to 99.5%" in page
+    assert (
+        "is at most 1% is 90.00%. The accuracy on these 900 images, which have a confidence of at least 0.7123" in page
+    )
+    assert "is 99.0% (95% interval 98.0% to 99.5%)." in page
     never = replace(EVALUATION, selective=SELECTIVE | {"at_most_risk": {"images": 0}})
     assert "is above 1% at every coverage" in words(report.render(never, {}))
 
