@@ -241,8 +241,7 @@ class Trained(NetworkAndNames):
             threshold: the result of `conformal_threshold`.
         """
         ranked = self._ranked(logits, 1.0)
-        inside = [name for name, probability in ranked if 1 - probability <= threshold]
-        return inside or [name for name, _ in ranked[:1]]
+        return [name for rank, (name, value) in enumerate(ranked) if rank == 0 or 1 - value <= threshold]
 
     def _not_fitted(self, setting: str, what: str, options: str) -> UserError:
         """Return the error for a setting whose value the last evaluation has not fitted."""
