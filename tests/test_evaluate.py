@@ -1,4 +1,5 @@
 import base64
+import csv
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from cifarnet.data import Synthetic
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
 from cifarnet.inference import test_images
+from cifarnet.records.evaluation import Evaluation
 from cifarnet.train import train
 
 # 60 steps, enough to learn some of the shapes
@@ -69,8 +72,9 @@ def test_results_equal_those_of_training(config, tmp_path, precision, tta):
 
 def test_files(run, evaluated):
     folder = run / "evaluation"
-    pictures = ["accuracy", "confusion", "corruption_examples", "corruptions", "mistakes", "reliability"]
-    files = sorted([*(f"{name}.png" for name in pictures), "metrics.json", "report.html"])
+    pictures = ["accuracy", "confusion", "corruption_examples", "corruptions", "mistakes", "reliability", "selective"]
+    pictures += [f"confused_{rank}" for rank in range(1, 6)]
+    files = sorted([*(f"{name}.png" for name in pictures), "metrics.json", "predictions.csv", "report.html"])
     assert sorted(path.name for path in folder.iterdir()) == files
     record = json.loads((folder / "metrics.json").read_text())
     assert record["test"] == evaluated["test"]
@@ -99,6 +103,35 @@ def test_results_agree_with_each_other(evaluated):
     confidences = [mistake["confidence"] for mistake in evaluated["mistakes"]]
     assert len(confidences) == 20
     assert confidences == sorted(confidences, reverse=True)
+
+
+def test_predictions_of_each_image(run, evaluated):
+    with (run / "evaluation/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["image"]) for row in rows] == list(range(300))
+    assert sum(row["correct"] == "True" for row in rows) / 300 == pytest.approx(evaluated["test"]["accuracy"])
+    mean_loss = sum(float(row["loss"]) for row in rows) / 300
+    assert mean_loss == pytest.approx(evaluated["test"]["cross_entropy"])
+    confusion = Counter((row["class"], row["predicted"]) for row in rows)
+    for label, counts in zip(evaluated["class_names"], evaluated["confusion"], strict=True):
+        assert [confusion[label, guess] for guess in evaluated["class_names"]] == counts
+    first = evaluated["mistakes"][0]
+    row = rows[first["index"]]
+    assert (row["class"], row["predicted"]) == (first["class"], first["predicted"])
+    assert float(row["probability"]) == pytest.approx(first["confidence"])
+
+
+def test_selective_and_conformal_prediction(run, evaluated):
+    record = Evaluation.read(run / "evaluation/metrics.json")
+    assert record.selective == evaluated["selective"]
+    assert record.conformal == evaluated["conformal"]
+    assert record.selective["coverages"][-1]["accuracy"] == pytest.approx(record.test["accuracy"])
+    assert 0 < record.selective["aurc"] < 1 - record.test["accuracy"]
+    found = record.conformal["sets"]["LAC"]
+    assert (record.conformal["alpha"], record.conformal["val_images"]) == (0.1, record.val["images"])
+    assert found["interval"][0] < 0.95
+    assert found["interval"][1] > 0.85
+    assert record.macro_f1 == pytest.approx(sum(row["f1"] for row in record.classes) / 10)
 
 
 def test_mistakes_are_mistakes(run, evaluated):
@@ -150,6 +183,8 @@ def test_run_without_validation_images_has_no_temperature(config, tmp_path):
     train(config("data.val_fraction=0"))
     measured = evaluate(tmp_path / "run", QUICK)
     assert measured["val"] is measured["temperature"] is measured["test_with_temperature"] is None
+    assert measured["conformal"] is None
+    assert "Not measured: the run trained on all images" in (tmp_path / "run/evaluation/report.html").read_text()
 
 
 def test_other_data_is_split_like_the_runs_data(config, tmp_path):
@@ -223,6 +258,8 @@ def test_other_data_has_the_runs_fold(config, tmp_path):
         (["classes=3"], "classes=3 is not valid"),
         (["classes=no.such"], "classes=no.such is not valid"),
         (["tta_share=nan"], "tta_share=nan"),
+        (["alpha=0"], "alpha=0 is out of range: it must be above 0 and below 1"),
+        (["alpha=1"], "alpha=1"),
         (["seed=-1"], "seed=-1 is out of range: it must be at least 0 and at most 4,294,967,295"),
         (["seed=4294967296"], "seed=4294967296"),
         (["data.eval_batch_size=0"], "data.eval_batch_size=0"),
@@ -418,6 +455,14 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]
     assert measured["data"] == trained["data"]
+    content = (tmp_path / "run/evaluation/predictions.csv").read_text()
+    for row in csv.DictReader(content.splitlines()):
+        assert row["image"].startswith(f"test/{row['class']}/")
+        assert (few_photographs / row["image"]).is_file()
+    streamed = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}", "data.in_memory=false"])
+    assert streamed["mistakes"] == measured["mistakes"]
+    assert (tmp_path / "run/evaluation/predictions.csv").read_text() == content
+    assert (tmp_path / "run/evaluation/confused_1.png").exists()
 
 
 def test_links_out_of_the_run_are_refused(run, tmp_path):

@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 
 import cifarnet
+from cifarnet.build import make_data
 from cifarnet.data import ImageFolder, decoding, pixels
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate
+from cifarnet.inference import test_images
 from cifarnet.inference.predictor import Predictor
 from cifarnet.predict import main
+from cifarnet.train import train
 from conftest import picture
 
 
@@ -283,10 +286,150 @@ def test_temperature_of_the_evaluation(run, tmp_path):
             classifier.temperature(wrong)
 
 
+@pytest.fixture(scope="module")
+def evaluated_run(run, tmp_path_factory):
+    """A copy of the run, its evaluation with alpha=0.2, and its test images as files."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    copy = shutil.copytree(run, folder / "run")
+    measured = evaluate(copy, ["corruptions=false", "accelerator=cpu", "tta=none", "alpha=0.2"])
+    images = make_data(test_images.compose("evaluate", [], cifarnet.load(copy).checkpoint, [])).source.test.images
+    for i, image in enumerate(images):
+        path = folder / f"pictures/{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return copy, measured, folder / "pictures"
+
+
+def test_conformal_sets_are_those_of_the_evaluation(evaluated_run, command):
+    run, measured, pictures = evaluated_run
+    with (run / "evaluation/predictions.csv").open(newline="") as file:
+        labels = [row["class"] for row in csv.DictReader(file)]
+    found = measured["conformal"]["sets"]["LAC"]
+    settings = ["conformal=0.2", "tta=none", "accelerator=cpu", "temperature=2"]  # the sets have no temperature
+    assert command(str(run), str(pictures), *settings, "output=sets.json", main=main)[0] == 0
+    rows = json.loads(Path("sets.json").read_text())["predictions"]
+    probabilities = [prediction.probabilities for prediction in cifarnet.load(run).predict(pictures, tta="none")]
+    for row, found_here in zip(rows, probabilities, strict=True):
+        inside = [name for name, probability in found_here.items() if 1 - probability <= found["threshold"]]
+        assert row["conformal_set"] == (inside or list(found_here)[:1])
+    covered = sum(label in row["conformal_set"] for label, row in zip(labels, rows, strict=True))
+    empty = sum(max(row.values()) < 1 - found["threshold"] for row in probabilities)
+    assert empty == found["sizes"][0]
+    assert 0 <= covered - round(found["coverage"] * len(rows)) <= empty
+    assert len({len(row["conformal_set"]) for row in rows}) > 1
+
+    command(str(run), str(pictures), *settings, "output=sets.csv", "top=1", main=main)
+    with open("sets.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file", "class_1", "probability_1", "conformal_set", "error"]
+    assert [row["conformal_set"].split("; ") for row in table] == [row["conformal_set"] for row in rows]
+    _, printed, _ = command(str(run), str(pictures), *settings, "top=1", main=main)
+    for line, row in zip(printed.splitlines(), rows, strict=True):
+        assert line.endswith(f"%  {{{', '.join(row['conformal_set'])}}}")
+
+
+def test_pictures_that_cannot_be_read_have_no_conformal_set(evaluated_run, command, tmp_path):
+    (tmp_path / "broken.png").write_text("broken")
+    settings = ["conformal=0.2", "tta=none", "accelerator=cpu", "output=sets.json"]
+    assert command(str(evaluated_run[0]), "broken.png", *settings, main=main)[0] == 1
+    assert json.loads(Path("sets.json").read_text())["predictions"][0]["conformal_set"] == []
+
+
+@pytest.mark.parametrize("settings", [["conformal=0.1", "tta=none"], ["conformal=0.2", "tta=mirror"]])
+def test_conformal_sets_need_an_evaluation(evaluated_run, command, settings):
+    run, _, pictures = evaluated_run
+    status, printed, error = command(str(run), str(pictures), *settings, main=main)
+    alpha = settings[0].replace("conformal", "alpha")
+    assert (status, printed) == (1, "")
+    assert error.startswith(f"Error: {settings[0]}: no threshold was fitted to {run}")
+    assert error.endswith(f"python -m cifarnet.evaluate {run}/checkpoints/best.ckpt {alpha} {settings[1]}\n")
+
+
+def test_infinite_threshold(evaluated_run, tmp_path):
+    """With too few validation images, a set contains all classes; JSON has no infinity."""
+    run = shutil.copytree(evaluated_run[0], tmp_path / "run")
+    record = json.loads((run / "evaluation/metrics.json").read_text())
+    record["conformal"]["sets"]["LAC"]["threshold"] = None
+    (run / "evaluation/metrics.json").write_text(json.dumps(record))
+    classifier = cifarnet.load(run)
+    threshold = classifier.conformal_threshold(0.2, "none")
+    assert sorted(classifier.conformal_set(torch.arange(10.0), threshold)) == sorted(classifier.class_names)
+
+
+@pytest.mark.parametrize("more", [[], ["data.eval_batch_size=70"], ["tta=mirror_translate"]])
+def test_predictions_of_test_images_equal_those_of_evaluate(run, command, tmp_path, more):
+    settings = ["accelerator=cpu", *more]
+    evaluate(run, ["corruptions=false", f"output_dir={tmp_path}/evaluation", *settings])
+    status, printed, error = command(str(run), "data=test", *settings, "output=rows.csv", main=main)
+    assert (status, error) == (0, "")
+    expected = (tmp_path / "evaluation/predictions.csv").read_bytes()
+    assert Path("rows.csv").read_bytes() == expected
+    assert printed == f"rows.csv: {expected.count(b'True') + expected.count(b'False')} rows\n"
+    assert command(str(run), "data=test", *settings, main=main)[1] == expected.decode().replace("\r\n", "\n")
+    command(str(run), "data=test", *settings, "temperature=2", "output=rows.json", main=main)
+    content = json.loads(Path("rows.json").read_text())
+    assert (content["temperature"], content["data"][0]) == (2, "data=test")
+    for row, line in zip(content["predictions"], csv.DictReader(expected.decode().splitlines()), strict=True):
+        assert (row["image"], row["predicted"], str(row["correct"])) == (
+            int(line["image"]),
+            line["predicted"],
+            line["correct"],
+        )
+        assert row["probability"] < float(line["probability"])
+
+
+def test_predictions_of_other_test_images(command, config, tmp_path):
+    """The names of classes and files can be formulas."""
+    for split, count in [("train", 20), ("test", 3)]:
+        for name in ("=cat", "dog"):
+            for i in range(count):
+                picture(tmp_path / "a" / split / name / f"@{i}.png", (10 * i, 50, 200 * (name == "dog")))
+    train(config("data=folder", f"data.root={tmp_path}/a", "data.batch_size=16", without="data"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    picture(tmp_path / "b/test/dog/more.png")
+    run, expected = str(tmp_path / "run"), [f"test/{name}/@{i}.png" for name in ("=cat", "dog") for i in range(3)]
+    status, _, error = command(run, "data=test", main=main)
+    assert (status, "Add data.root=…" in error) == (1, True)
+    for settings, files in [
+        (["data=test", "data.root=a"], expected),
+        (["data.root=a"], expected),
+        (["data=folder", "data.root=b"], [*expected, "test/dog/more.png"]),
+        (["data.root=b", "data.in_memory=false"], [*expected, "test/dog/more.png"]),
+    ]:
+        status, printed, error = command(run, *settings, "accelerator=cpu", main=main)
+        assert status == 0, error
+        rows = list(csv.DictReader(line for line in printed.splitlines() if "," in line))
+        assert [row["image"] for row in rows] == files
+        assert {row["class"] for row in rows} == {"'=cat", "dog"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.png", "data=test"], "a.png cannot be combined with data=test"),
+        (["data=test", "top=1"], "top=1 cannot be combined with data=test"),
+        (["data.root=x", "conformal=0.1"], "conformal=0.1 cannot be combined with data.root=x"),
+        (["data=tset"], "data=tset does not exist"),
+        (["data=test", "data.wings=1"], "data.wings"),
+        (["data=test", "output=a.txt"], "output=a.txt"),
+        (["data=synthetic", "data.image_size=16"], "data.image_size"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_for_test_images(predict, tmp_path, arguments, message):
+    picture(tmp_path / "a.png")
+    status, printed, error = predict(*arguments)
+    assert (status, printed, error.count("\n")) == (1, "", 1)
+    assert message in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         ([], 1, "No pictures given"),
+        (["a.png", "conformal=0"], 1, "conformal=0 is out of range: it must be above 0 and below 1"),
+        (["a.png", "conformal=few"], 1, "conformal=few"),
+        (["a.png", "conformal=0.1"], 1, "conformal=0.1: no threshold was fitted"),
         (["a.png", "ttta=mirror"], 1, "Did you mean tta?"),
         (["a.png", "+ttta=mirror"], 1, "ttta: unknown setting. Did you mean tta?"),
         (["a.png", "++images=3"], 1, "images: unknown setting."),  # a setting of another command

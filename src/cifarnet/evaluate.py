@@ -27,7 +27,8 @@ from cifarnet.system import files
 
 
 def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a checkpoint, and write `report.html`, its figures and `metrics.json` to the folder `evaluation`.
+    """Evaluate a checkpoint, and write `report.html`, its figures, `metrics.json` and `predictions.csv`, with a row for
+    each test image, to the folder `evaluation`.
 
     Args:
         path: a run's folder, a checkpoint file or the name of a trained network; for an ensemble, several of them, each
@@ -48,7 +49,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     from cifarnet.records.collect import num_parameters, plain
     from cifarnet.records.evaluation import Evaluation
     from cifarnet.records.figures import accuracy, save
-    from cifarnet.records.tables import column_table, row_table
+    from cifarnet.records.tables import column_table, csv_text, row_table
     from cifarnet.system import hardware
 
     settings = prepare("evaluate", without_data(overrides))
@@ -76,6 +77,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     print(printable(f"{network} {which}, on {about['source']}: {counts}"), flush=True)
     print(f"tta={predictor.tta}, {predictor.precision} on {predictor.device.type}", flush=True)
     measured, drawn = sections.measure(predictor, data, public, config)
+    rows = measured.pop("predictions")  # in a file of their own, because there may be many
     evaluation = Evaluation(
         checkpoint=name,
         network=network,
@@ -96,6 +98,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     evaluation.write(folder / "metrics.json")
+    files.write(folder / "predictions.csv", csv_text(rows, rows[0]).encode(errors="surrogateescape"))
     if run:
         drawn["accuracy"] = accuracy([*run.history, *run.within_epochs])
     pictures = {name: folder / f"{name}.png" for name in drawn}

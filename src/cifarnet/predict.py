@@ -1,6 +1,7 @@
 """Predict the class of each picture. Pictures can have any size and any format that Pillow reads.
 
-The first path is a run's folder, a checkpoint file or the name of a trained network; the others are pictures. The exit
+The first path is a run's folder, a checkpoint file or the name of a trained network; the others are pictures. In place
+of pictures, data=… chooses the test images of a data set; their true classes and losses are listed, too. The exit
 status is 0, or 1 after an error, for example if a picture cannot be read.
 
 examples:
@@ -9,10 +10,10 @@ examples:
   python -m cifarnet.predict <run> pictures top=1 tta=mirror output=predictions.csv
   python -m cifarnet.predict <run> cat.jpg explain=true                  draw a Grad-CAM map of each picture
   python -m cifarnet.predict <run> pictures temperature=evaluation     calibrate the probabilities
+  python -m cifarnet.predict <run> pictures conformal=0.1              list the classes that cannot be excluded
+  python -m cifarnet.predict <run> data=test output=test.csv           the test images of the run
 """
 
-import csv
-import io
 import json
 import os
 import sys
@@ -25,31 +26,38 @@ from tqdm import tqdm
 
 from cifarnet import cli
 from cifarnet.allowlist import locate
-from cifarnet.errors import UserError, csv_cell, on_one_line, printable
-from cifarnet.inference.settings import prepare
+from cifarnet.errors import UserError, on_one_line, printable
+from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from cifarnet.inference.trained import Answer, Trained
 
 NUM_DRAWN = 10  # the largest number of classes beside a Grad-CAM map
 WIDTH = 60  # the largest width of the column of names, in characters
 TITLE = 70  # the largest number of characters of a path above a figure
+ONLY_FOR_PICTURES = ("top", "explain", "conformal", "batch_size", "workers")  # settings that do not apply to data=…
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
-    """Predict the classes of pictures, and print them or write them to a file.
+    """Predict the classes of pictures, or of the test images of a data set, and print them or write them to a file.
 
     Args:
         run: a run's folder, a checkpoint file or the name of a trained network.
-        images: paths of image files, and of folders of image files.
-        overrides: overrides of `configs/predict.yaml`, such as "top=1".
+        images: paths of image files, and of folders of image files; none if an override chooses a data set.
+        overrides: overrides of `configs/predict.yaml`, such as "top=1" or "data=test".
 
     Raises:
         UserError: the checkpoint or a setting cannot be used, or, after all other pictures were processed, some
             pictures cannot be read.
     """
-    config = prepare("predict", overrides)
+    others = without_data(overrides)
+    config, data = prepare("predict", others), [override for override in overrides if override not in others]
+    unused = [*images, *(override for override in others if cli.key_of(override) in ONLY_FOR_PICTURES)]
+    if data and unused:
+        raise UserError(f"{unused[0]} cannot be combined with {data[0]}. Remove one of them.")
     output = None if config.output is None else Path(config.output)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
@@ -60,8 +68,41 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     from cifarnet.inference.trained import load
 
     classifier = load(run, locate(config.classes))
-    settings = {key: config[key] for key in ("tta", "batch_size", "workers", "precision", "accelerator")}
-    settings["temperature"] = classifier.temperature(config.temperature, config.tta)
+    config.temperature = classifier.temperature(config.temperature, config.tta)
+    rows = _test_images(classifier, overrides, config) if data else _pictures(classifier, images, config)
+    if output is not None:
+        checkpoint = classifier.checkpoint
+        circumstances = {"checkpoint": str(checkpoint.path), "epoch": checkpoint.epoch, **classifier.tested}
+        chosen = ("tta", "precision", "temperature", "conformal")
+        circumstances |= {key: config[key] for key in chosen if config[key]} | ({"data": data} if data else {})
+        _write(circumstances | {"predictions": rows}, output)
+        print(printable(f"{output}: {len(rows):,} row{'s' * (len(rows) != 1)}"))
+    if unread := sum(row.get("error") is not None for row in rows):
+        raise UserError(f"{unread:,} of {len(rows):,} pictures could not be read; the reasons are above.")
+
+
+def _test_images(classifier: "Trained", overrides: Sequence[str], config: "DictConfig") -> list[dict[str, Any]]:
+    """Return the predictions for the test images of the run, or of the data set that the overrides choose."""
+    from cifarnet.build import make_data
+    from cifarnet.evaluation.predictions import per_image
+    from cifarnet.inference import test_images
+
+    checkpoint, chosen = classifier.checkpoint, [override for override in overrides if override != "data=test"]
+    data = make_data(test_images.compose("predict", chosen, checkpoint, config.classes))
+    checkpoint.check_task(data.class_names, data.image_size)
+    settings = {key: config[key] for key in ("tta", "precision", "accelerator")}
+    predictor = classifier.predictor(**settings, tta_share=checkpoint.tta_share)  # as evaluate does
+    rows = per_image(predictor.predict_all(data.test_dataloader(), "test"), data, config.temperature)
+    if config.output is None:
+        print(printable(_table(rows).replace("\r\n", "\n")), end="")
+    return rows
+
+
+def _pictures(classifier: "Trained", images: Sequence[str], config: "DictConfig") -> list[dict[str, Any]]:
+    """Return the predictions for pictures, with an error message for each picture that cannot be read."""
+    names = ("tta", "batch_size", "workers", "precision", "accelerator", "temperature")
+    settings = {name: config[name] for name in names}
+    threshold = config.conformal and classifier.conformal_threshold(config.conformal, config.tta)
     sources = _list_pictures(images)
     drawings = None
     if config.explain:
@@ -73,24 +114,19 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
         for answer in classifier.answers(sources, **settings):
             bar.update()
             top = [{"class": name, "probability": value} for name, value in answer.ranked[: config.top]]
-            rows.append({"file": str(answer.source), "top": top, "error": answer.error or None})
+            sets = {} if threshold is None else {"conformal_set": classifier.conformal_set(answer.logits, threshold)}
+            rows.append({"file": str(answer.source), "top": top, **sets, "error": answer.error or None})
             if answer.error:
                 tqdm.write(on_one_line(answer.error), file=sys.stderr)
-            elif output is None:
+            elif config.output is None:
                 cells = [f"{row['class']} {row['probability']:.2%}" for row in top]
+                cells += [f"{{{', '.join(classes)}}}" for classes in sets.values()]
                 tqdm.write(on_one_line("  ".join([f"{on_one_line(str(answer.source)):<{width}}", *cells])))
             if drawings is not None and not answer.error:
                 _draw(classifier, answer, drawings)
     if drawings is not None:
         print(f"Grad-CAM maps: {on_one_line(os.path.relpath(drawings))}")
-    if output is not None:
-        checkpoint = classifier.checkpoint
-        circumstances = {"checkpoint": str(checkpoint.path), "epoch": checkpoint.epoch, **classifier.tested}
-        circumstances |= {key: settings[key] for key in ("tta", "precision", "temperature") if settings[key]}
-        _write(circumstances | {"predictions": rows}, output)
-        print(printable(f"{output}: {len(rows):,} row{'s' * (len(rows) != 1)}"))
-    if unread := sum(row["error"] is not None for row in rows):
-        raise UserError(f"{unread:,} of {len(rows):,} pictures could not be read; the reasons are above.")
+    return rows
 
 
 def _list_pictures(images: Sequence[str]) -> list[str]:
@@ -126,29 +162,31 @@ def _draw(classifier: "Trained", answer: "Answer", folder: Path) -> None:
 
 def _write(content: Mapping[str, Any], output: Path) -> None:
     """Write a JSON file with the predictions and their settings, or a CSV file with a row for each picture."""
-    if output.suffix.lower() == ".json":
-        text = json.dumps(content, indent=1)
-    else:
-        rows = []
-        for row in content["predictions"]:
-            ranked = enumerate(row["top"], 1)
-            cells = {f"{key}_{rank}": cell for rank, entry in ranked for key, cell in entry.items()}
-            rows.append({"file": row["file"], **cells, "error": row["error"]})
-        table = io.StringIO()
-        writer = csv.DictWriter(table, max(rows, key=len))  # a picture that cannot be read has no classes
-        writer.writeheader()
-        writer.writerows({key: csv_cell(cell) for key, cell in row.items()} for row in rows)
-        text = table.getvalue()
+    is_json = output.suffix.lower() == ".json"
+    text = json.dumps(content, indent=1) if is_json else _table(content["predictions"])
     try:
         files.write(output, text.encode("utf-8", "surrogateescape"))  # file names can contain any bytes
     except OSError as error:
         raise UserError(f"output={output} cannot be written ({error.strerror}). Choose another path.") from error
 
 
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV, with a column for each of the most probable classes and for their probabilities."""
+    from cifarnet.records.tables import csv_text
+
+    def cells(key: str, value: Any) -> dict[str, Any]:
+        if key == "top":
+            return {f"{name}_{rank}": cell for rank, row in enumerate(value, 1) for name, cell in row.items()}
+        return {key: "; ".join(value) if isinstance(value, list) else value}
+
+    table = [dict(cell for item in row.items() for cell in cells(*item).items()) for row in rows]
+    return csv_text(table, max(table, key=len))  # a picture that cannot be read has no classes
+
+
 def _command() -> None:
     paths, overrides, _ = cli.parse("predict", __doc__)
-    if len(paths) == 1:
-        raise UserError("No pictures given. Use: python -m cifarnet.predict <run> <files and folders>")
+    if len(paths) == 1 and without_data(overrides) == overrides:
+        raise UserError("No pictures given. Add files or folders, or data=test for the test images of the run.")
     predict(paths[0], paths[1:], overrides)
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchmetrics.functional import classification
 
 from cifarnet.evaluation import metrics
 
@@ -160,6 +161,48 @@ def test_classes_without_images_have_no_accuracy():
     assert [(row["name"], row["images"]) for row in rows] == [("a", 4), ("b", 0), ("c", 2)]
     assert rows[0]["accuracy"] == 0.75
     assert math.isnan(rows[1]["accuracy"])
+    assert (rows[1]["precision"], rows[1]["f1"]) == (0, 0)  # one image is mistaken for this class
+
+
+def test_precision_and_f1_against_torchmetrics():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (300,), generator=random)
+    predicted = torch.where(torch.rand(300, generator=random) < 0.6, labels, labels * 2 % 5)
+    confusion = classification.multiclass_confusion_matrix(predicted, labels, 5)
+    rows = metrics.by_class(confusion, list("abcde"))
+    for key, function in {
+        "accuracy": classification.multiclass_recall,
+        "precision": classification.multiclass_precision,
+        "f1": classification.multiclass_f1_score,
+    }.items():
+        expected = function(predicted, labels, 5, average="none").tolist()
+        assert [row[key] for row in rows] == pytest.approx(expected)
+        assert len({round(value, 3) for value in expected}) > 2
+
+
+def test_intervals_of_a_class_by_hand():
+    """Of 10 images, 8 are recognized; 5 others are mistaken for the class: recall 8/10, precision 8/13, F* 8/15."""
+    row, _ = metrics.by_class(torch.tensor([[8, 2], [5, 85]]), ["a", "b"])
+    assert row["interval"] == metrics.proportion(8, 10)["interval"]
+    assert (row["predicted"], row["precision"], row["f1"]) == (13, 8 / 13, pytest.approx(16 / 23))
+    assert row["precision_interval"] == metrics.proportion(8, 13)["interval"]
+    low, high = metrics.proportion(8, 15)["interval"]
+    assert row["f1_interval"] == pytest.approx([2 * low / (1 + low), 2 * high / (1 + high)])
+
+
+def test_classes_without_images_and_predictions_have_no_f1():
+    row = metrics.by_class(torch.tensor([[3, 0, 1], [0, 0, 0], [1, 0, 2]]), ["a", "b", "c"])[1]
+    assert all(map(math.isnan, (row["precision"], *row["precision_interval"], row["f1"], *row["f1_interval"])))
+
+
+def test_interval_of_f1_has_its_coverage():
+    """The F1 of a class is 2 TP / (2 TP + FP + FN)."""
+    cells = torch.tensor([0.2, 0.05, 0.1, 0.65])  # TP, FN, FP and TN as shares of all images
+    expected = 2 * 0.2 / (2 * 0.2 + 0.05 + 0.1)
+    torch.manual_seed(0)
+    drawn = torch.distributions.Multinomial(100, cells).sample((1000,)).long()
+    intervals = [metrics.by_class(confusion.reshape(2, 2), ["a", "b"])[0]["f1_interval"] for confusion in drawn]
+    assert sum(low <= expected <= high for low, high in intervals) / 1000 == pytest.approx(0.95, abs=0.02)
 
 
 def test_against_humans_by_hand():

@@ -11,6 +11,14 @@ from cifarnet.records.evaluation import Evaluation
 TEST = {"images": 2000, "accuracy": 0.91, "interval": [0.9, 0.92], "top2_accuracy": 0.97}
 TEST |= {"cross_entropy": 0.25, "calibration_error": 0.03, "brier": 0.125}
 NAN = float("nan")
+
+
+def class_row(name, images, accuracy, interval, predicted, precision):
+    row = {"name": name, "images": images, "accuracy": accuracy, "interval": interval, "predicted": predicted}
+    row |= {"precision": precision, "precision_interval": [precision - 0.03, precision + 0.03]}
+    return row | {"f1": precision - 0.01, "f1_interval": [precision - 0.04, precision + 0.02]}
+
+
 EVALUATION = Evaluation(
     checkpoint="runs/a/checkpoints/best.ckpt",
     network="CNN",
@@ -34,10 +42,11 @@ EVALUATION = Evaluation(
     test_with_temperature={"cross_entropy": 0.2, "calibration_error": 0.01, "brier": 0.12},
     calibration_bins=[{}] * 15,
     classes=[
-        {"name": "disc", "images": 1500, "accuracy": 0.9, "interval": [0.88, 0.92]},
-        {"name": "ring", "images": 500, "accuracy": 0.94, "interval": [0.92, 0.96]},
-        {"name": "none", "images": 0, "accuracy": NAN, "interval": [NAN, NAN]},
+        class_row("disc", 1500, 0.9, [0.88, 0.92], 1400, 0.95),
+        class_row("ring", 500, 0.94, [0.92, 0.96], 600, 0.85),
+        class_row("none", 0, NAN, [NAN, NAN], 0, NAN),
     ],
+    macro_f1=0.8765,
     confusion=[],
     mistakes=[],
     cifar10h=None,
@@ -78,7 +87,9 @@ def test_page_has_all_results(figures):
         "hardest classes disc 90.00%, ring 94.0%",
         "15 equally wide bins",
         "1,000 validation images",
-        "disc 1,500 90.00% 88.00% to 92.00%",
+        "disc 1,500 images 90.00% 88.00% to 92.00% 95.00% 92.00% to 98.00% 94.00% 91.00% to 97.00%",
+        "none 0 images Training settings",
+        "The macro F1, the mean over the classes, is 87.65%.",
         "Synthetic: 1,000 validation and 2,000 test images; sha256 abc",
         "bf16-mixed, tta=mirror tta_share=0.25",
         "Training settings optimizer.lr 0.05 model.widths [4, 4]",
@@ -161,7 +172,7 @@ def test_many_classes_show_the_hardest_and_the_most_frequent_mistakes(figures):
     counts = [[0] * 30 for _ in range(30)]
     for label in range(30):
         counts[label][label], counts[label][(label + 1) % 30] = 100 - 3 * label, 3 * label
-    rows = [{"name": f"c{i}", "images": 100, "accuracy": 1 - 0.03 * i, "interval": [0, 1]} for i in range(30)]
+    rows = [class_row(f"c{i}", 100, 1 - 0.03 * i, [0, 1], 100, 0.5) for i in range(30)]
     evaluation = replace(
         EVALUATION,
         class_names=[row["name"] for row in rows],
@@ -172,8 +183,61 @@ def test_many_classes_show_the_hardest_and_the_most_frequent_mistakes(figures):
     html = report.render(evaluation, figures("confusion"))
     page, details = words(html), words(html[html.index("<details>") :])
     assert "top-2 accuracy 97.00% top-5 accuracy 99.00%" in page
-    assert "The ten hardest classes class images accuracy 95% interval c29 100 13%" in page
+    assert "class accuracy (recall) precision F1 c29 100 images 13% 0% to 100% 50%" in page
+    assert page.index("The ten hardest classes") < page.index("macro F1") < page.index("c29 100 images")
     assert "The most frequent mistakes class predicted class images of the class c29 c0 87 87% c28 c29 84 84%" in page
-    assert "c19 100" not in page.replace(details, "")  # only the ten hardest of 30
-    assert all(f"c{i} 100" in details for i in range(30))
-    assert "Accuracy by class" not in page
+    assert "c19 100 images" not in page.replace(details, "")  # only the ten hardest of 30
+    assert all(f"c{i} 100 images" in details for i in range(30))
+    assert "F1 by class" not in page
+
+
+COVERED = {"images": 900, "accuracy": 0.99, "interval": [0.98, 0.995], "coverage": 0.9, "confidence": 0.71234}
+SELECTIVE = {"aurc": 0.0123, "excess_aurc": 0.0045, "coverages": [COVERED], "risk": 0.01, "at_most_risk": COVERED}
+
+
+def test_selective_prediction(figures):
+    html = report.render(replace(EVALUATION, selective=SELECTIVE), figures("selective"))
+    page = words(html)
+    assert "90% most confident 99.0% (95% interval 98.0% to 99.5%, 900 images)" in page
+    assert "coverage confidence images accuracy 90.00% ≥ 0.7123 900 99.0% 98.0% to 99.5%" in page
+    assert "is at most 1% is 90.00%. The accuracy on these 900 images" in page
+    assert "have a confidence of at least 0.7123, is 99.0% (95% interval 98.0% to 99.5%)." in page
+    never = replace(EVALUATION, selective=SELECTIVE | {"at_most_risk": {"images": 0}})
+    assert "is above 1% at every coverage" in words(report.render(never, {}))
+
+
+def sets(num_classes):
+    """The record of conformal prediction with sets of 0 to `num_classes` classes."""
+    part = {"images": 2000, "coverage": 0.9, "interval": [0.88, 0.92], "mean_size": 1.2345}
+    sizes = [100 + size for size in range(num_classes + 1)]
+    part = {**part, "sizes": sizes, "classes": [part] * num_classes}
+    return {"alpha": 0.05, "val_images": 1000, "sets": {"LAC": part | {"threshold": 0.5}, "APS": part}}
+
+
+def test_conformal_prediction():
+    page = words(report.render(replace(EVALUATION, conformal=sets(3)), {}))
+    assert "conformal coverage 90.00% (95% interval 88.00% to 92.00%, 2,000 images)" in page
+    assert "conformal set size 1.23 (mean; LAC, alpha=0.05)" in page
+    assert "a probability of at least 95%." in page
+    assert "fitted on 1,000 validation images" in page
+    assert "LAC APS coverage 90.00% 88.00% to 92.00% 90.00% 88.00% to 92.00% mean number of classes 1.234" in page
+    assert "0 classes 100 images 100 images 1 class 101 images" in page
+    assert "3 classes 103 images" in page
+    assert "4 classes" not in page
+    assert "class LAC APS disc 1,500 images 90.00% 88.00% to 92.00% 1.234 90.00%" in page
+    assert "none 0 images 90.00%" not in page
+    ten = replace(EVALUATION, conformal=sets(10), classes=EVALUATION.classes[:2] * 5)
+    page = words(report.render(ten, {}))
+    assert f"4 classes 104 images 104 images 5 or more classes {sum(range(105, 111))} images" in page
+
+
+def test_conformal_prediction_needs_validation_images():
+    evaluation = replace(EVALUATION, val=None, temperature=None, test_with_temperature=None)
+    assert "Conformal prediction Not measured" in words(report.render(evaluation, {}))
+
+
+def test_confused_pairs(figures):
+    html = report.render(EVALUATION, figures("confusion", "confused_1", "confused_2", "mistakes"))
+    order = [html.index(f'class="{name}"') for name in ("confusion", "confused_1", "confused_2", "mistakes")]
+    assert order == sorted(order)
+    assert words(html).count("The most confused pairs of classes") == 1

@@ -67,8 +67,42 @@ def test_test_images_by_hand():
     assert (first["class"], first["predicted"]) == ("blue", "red")
     powers = [math.exp(strength / 51) for strength in STRENGTHS[2]]
     assert first["confidence"] == pytest.approx(powers[0] / sum(powers))
-    assert sorted(figures) == ["confusion", "mistakes", "reliability"]
+    assert sorted(figures) == ["confused_1", "confused_2", "confusion", "mistakes", "reliability", "selective"]
     assert record["corruptions"] is record["cifar10_c"] is record["cifar10_1"] is record["cifar10h"] is None
+
+
+def test_precision_f1_and_macro_f1_by_hand():
+    record, _ = measure()
+    assert [row["precision"] for row in record["classes"]] == pytest.approx([1 / 3, 1, 1])
+    assert [row["f1"] for row in record["classes"]] == pytest.approx([1 / 2, 4 / 5, 2 / 3])
+    assert record["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 2 / 3) / 3)
+
+
+def test_confused_pairs_show_the_images_of_both_directions():
+    class Mistaken(Coloured):
+        """Five images of blue are mistaken for red and three of red for blue, and one of green for red."""
+
+        def read(self):
+            source = super().read()
+            reds, blues = [[100 + 10 * i, 0, 0] for i in range(6)], [[0, 0, 100 + 10 * i] for i in range(3)]
+            images = torch.tensor([*reds, *blues], dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8)
+            source.test = Split(images.contiguous(), torch.tensor([2] * 5 + [1] + [0] * 3))
+            return source
+
+    _, figures = measure(Mistaken)
+    first, second = (figures[f"confused_{rank}"].axes[0] for rank in (1, 2))
+    assert first.texts[-1].get_text() == "red → blue: 3    blue → red: 5"
+    assert second.texts[-1].get_text() == "red → green: 0    green → red: 1"
+    strengths = [image.get_array().max() for image in first.images]
+    assert strengths == [140, 130, 120, 120, 110, 110]  # the six most confident; index 5 is green
+    assert [image.get_array().max() for image in second.images] == [150]
+    assert "confused_3" not in figures
+
+
+def test_predictions_of_each_image():
+    record, _ = measure()
+    assert [row["image"] for row in record["predictions"]] == list(range(6))
+    assert [row["correct"] for row in record["predictions"]] == [True, True, False, True, False, True]
 
 
 def test_temperature_is_fitted_on_validation_images():
@@ -82,6 +116,9 @@ def test_order_of_the_images_does_not_matter(humans):
     public = public_sets.PublicSets(cifar10h=humans)
     (record, _), (shuffled, _) = (measure(cls, public) for cls in (Coloured, Shuffled))
     assert record["mistakes"] == shuffled["mistakes"]
+    assert record["selective"] == shuffled["selective"]
+    rows = [sorted(part["predictions"], key=lambda row: row["image"]) for part in (record, shuffled)]
+    assert rows[0] == rows[1]
     assert record["confusion"] == shuffled["confusion"]
     assert record["cifar10h"] == pytest.approx(shuffled["cifar10h"], rel=1e-9)
     turned = measure(public=public_sets.PublicSets(cifar10h=humans.flip(0)))[0]
@@ -114,7 +151,7 @@ def test_network_without_mistakes():
 
     record, figures = measure(Perfect)
     assert record["mistakes"] == []
-    assert "mistakes" not in figures
+    assert not {"mistakes", "confused_1"} & set(figures)
 
 
 def test_diverged_network():

@@ -35,7 +35,8 @@ def test_mistakes_among_predictions_are_red():
 
 
 def test_mistakes_show_their_confidence():
-    figure = figures.mistakes(IMAGES[:1], [{"class": "dog", "predicted": "cat", "confidence": 0.987}])
+    figure = figures.mistakes(IMAGES[:1], [{"class": "dog", "predicted": "cat", "confidence": 0.987}], "dog → cat", 6)
+    assert figure.axes[0].texts[-1].get_text() == "dog → cat"
     assert captions(figure) == [("cat 98.7%\n(is dog)", figures.WRONG)]
 
 
@@ -62,7 +63,7 @@ def test_names_are_drawn_as_they_are():
     assert explanation.get_suptitle() == "$\\frac$ <b>.png"
     predictions = figures.predictions(IMAGES[:3], torch.arange(3), none, names)
     confusion = figures.confusion(torch.ones(3, 3, dtype=torch.long), names)
-    for figure in (explanation, predictions, confusion, figures.mistakes(IMAGES[:3], rows)):
+    for figure in (explanation, predictions, confusion, figures.mistakes(IMAGES[:3], rows, names[2], 5)):
         assert figures.as_image(figure).any()
         texts = figure.findobj(Text)
         assert any("caf\\udce9" in text.get_text() for text in texts)
@@ -85,6 +86,14 @@ def test_confusion_of_many_classes_is_readable():
         assert [name.get_text() for name in names] == [f"class number {i}" for i in range(0, count, step)]
         points = 72 * figure.get_size_inches()[0] * axis.get_position().width / len(names)
         assert 5 <= names[0].get_fontsize() <= points  # names do not overlap
+
+
+def test_long_titles_fit():
+    rows = [{"class": "a", "predicted": "b", "confidence": 0.9}]
+    figure = figures.mistakes(IMAGES[:1], rows, "spaghetti_carbonara_with_bacon → macaroni_and_cheese: 123    " * 2, 6)
+    figures.as_image(figure)
+    box = figure.axes[0].texts[-1].get_window_extent()
+    assert 0 < box.x0 < box.x1 < figure.get_size_inches()[0] * figure.dpi
 
 
 def test_long_names_do_not_overlap():

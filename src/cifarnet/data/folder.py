@@ -116,7 +116,8 @@ class ImageFolder(ImageDataModule):
                 errors.append(str(error))
         if errors:
             raise UserError("\n".join(errors))
-        return Source(class_names, **splits)
+        test_files = [os.path.relpath(path, self.root) for paths in files["test"].values() for path in paths]
+        return Source(class_names, **splits, test_files=test_files)
 
     def _split(self, name: str, class_names: list[str], files: dict[str, list[str]]) -> Split:
         """Return the images and labels of train, val or test from the files of each class, sorted by class and path."""

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: reliability diagrams and robustness tables."""
+"""Figures of an evaluation: reliability diagrams, risk-coverage curves and robustness tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cifarnet.inference.figures import grid, heat_map
+from cifarnet.records.figures import panel
 
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
@@ -40,6 +41,20 @@ def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     axes[0, 0].set(ylabel="accuracy in the bin")
     axes[1, 0].set(ylabel="fraction of images")
     axes[0, 0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def risk_coverage(risk: np.ndarray, best: np.ndarray, title: str) -> Figure:
+    """Draw the fraction of mistakes among the k most confident of N images, and among k images in the best possible
+    order, each float [N], against k / N."""
+    figure, axis = panel("coverage: fraction of the images", "risk: fraction of mistakes among them")
+    coverage = np.arange(1, len(risk) + 1) / len(risk)
+    axis.plot(coverage, risk, color=BARS, label="most confident images first")
+    axis.plot(coverage, best, "--", color="gray", label="best possible order")
+    axis.set(title=title, xlim=(0, 1), ylim=(0, None))
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_major_formatter(PercentFormatter(1.0))
+    axis.legend(frameon=False, loc="upper left")
     return figure
 
 

@@ -59,9 +59,21 @@ def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def by_class(confusion: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the accuracy on the images of each class, given a confusion matrix, int64 [true, predicted]."""
-    rows = zip(class_names, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
-    return [{"name": name, **proportion(correct, count)} for name, correct, count in rows]
+    """Return the accuracy, precision and F1 of each class, given a confusion matrix, int64 [true, predicted].
+
+    The accuracy on the images of a class is its recall. F1 = 2F*/(1 + F*) is an increasing function of the proportion
+    F* = TP / (TP + FP + FN) (Hand et al., 2021, doi:10.1007/s10994-021-05964-1), and so are the ends of its interval.
+    A value is NaN for a class without images (accuracy), without predictions (precision), or without both (F1).
+    """
+    columns = (confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
+    rows = []
+    for name, correct, images, predicted in zip(class_names, *columns, strict=True):
+        precision, star = proportion(correct, predicted), proportion(correct, images + predicted - correct)
+        f1, *ends = (2 * share / (1 + share) for share in (star["accuracy"], *star["interval"]))
+        row = {"name": name, **proportion(correct, images), "predicted": predicted}
+        row |= {"precision": precision["accuracy"], "precision_interval": precision["interval"]}
+        rows.append(row | {"f1": f1, "f1_interval": ends})
+    return rows
 
 
 def calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:

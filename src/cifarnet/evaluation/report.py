@@ -38,6 +38,12 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
             rows[name] += f"  ({scaled[key]:{form}} with temperature {evaluation.temperature:.3f})"
     hardest = sorted((row for row in evaluation.classes if row["images"]), key=lambda row: row["accuracy"])[:3]
     rows["hardest classes"] = ", ".join(f"{row['name']} {percent(row['accuracy'], row['images'])}" for row in hardest)
+    if selective := evaluation.selective:
+        rows["90% most confident"] = _accuracy(next(row for row in selective["coverages"] if row["coverage"] >= 0.9))
+    if conformal := evaluation.conformal:
+        sets = conformal["sets"]["LAC"]
+        rows["conformal coverage"] = _accuracy(sets | {"accuracy": sets["coverage"]})
+        rows["conformal set size"] = f"{sets['mean_size']:.2f}  (mean; LAC, alpha={conformal['alpha']:g})"
     if corruptions := evaluation.corruptions:
         rows["under corruption"] = f"{percent(corruptions['mean'], images)}  (mean; not comparable with CIFAR-10-C)"
     if cifar10_c := evaluation.cifar10_c:

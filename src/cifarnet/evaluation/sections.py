@@ -5,12 +5,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cifarnet.data import ImageDataModule
-from cifarnet.errors import UserError
 from cifarnet.evaluation import adversarial, conformal, features, figures, members, metrics, ood, robustness, selective
+from cifarnet.evaluation.predictions import per_image
 from cifarnet.evaluation.public_sets import CIFAR10_C_EXTRA, PublicSets
 from cifarnet.evaluation.subject import Section, Subject
 from cifarnet.inference import figures as inference_figures
@@ -19,10 +21,11 @@ from cifarnet.inference.predictor import Batches, Predictions, Predictor
 from cifarnet.records.tables import percent
 
 NUM_MISTAKES = 20  # the number of mistakes in the report
+NUM_PAIRS, IMAGES_PER_PAIR = 5, 6  # confused pairs of classes in the report, and the images of each pair
 
 
 def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: PublicSets, config: DictConfig) -> Section:
-    """Return the contents of all sections.
+    """Return the contents of all sections, and the `predictions` for the test images.
 
     Args:
         public: the public test sets to evaluate on.
@@ -32,8 +35,6 @@ def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: Publ
         UserError: the network's outputs are not finite, or a setting cannot be used.
     """
     test = predictor.predict_all(data.test_dataloader(), "test")
-    if not test.logits.isfinite().all():
-        raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
     val_batches = data.val_dataloader()
     val = predictor.predict_all(val_batches, "validation") if val_batches else None
     subject = Subject(predictor, data, public, config, test, val)
@@ -41,7 +42,7 @@ def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: Publ
     for name, section in SECTIONS.items():
         record[name], figures = section(subject)
         drawn |= figures
-    return record, drawn
+    return record | {"predictions": per_image(test, data)}, drawn
 
 
 def _on_test_images(subject: Subject) -> Section:
@@ -57,7 +58,8 @@ def _on_test_images(subject: Subject) -> Section:
         title = f"temperature {temperature:.2f}: error {percent(scaled['calibration_error'], num_images)}"
         panels[title] = metrics.bins(test.logits, test.labels, temperature)
     confusion = multiclass_confusion_matrix(test.logits.argmax(1), test.labels, num_classes=len(names))
-    mistakes = _mistakes(test, names)
+    classes = metrics.by_class(confusion, names)
+    mistakes = _mistakes(test, names, range(len(names)), NUM_MISTAKES)
     record = {
         "test": summary,
         "test_accuracy_one_view": metrics.accuracy(test.one_view, test.labels),
@@ -65,16 +67,34 @@ def _on_test_images(subject: Subject) -> Section:
         "temperature": temperature,
         "test_with_temperature": scaled,
         "calibration_bins": bins,
-        "classes": metrics.by_class(confusion, names),
+        "classes": classes,
+        "macro_f1": torch.tensor([row["f1"] for row in classes], dtype=torch.float64).nanmean().item(),
         "confusion": confusion.tolist(),
         "mistakes": mistakes,
         "cifar10h": None if humans is None else metrics.against_humans(test.logits, humans[test.index], temperature),
     }
     drawn = {"confusion": inference_figures.confusion(confusion, names), "reliability": figures.reliability(panels)}
     if mistakes:
-        images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
-        drawn["mistakes"] = inference_figures.mistakes(images, mistakes)
-    return record, drawn
+        drawn["mistakes"] = _drawn(data, mistakes, "The most confident mistakes", 5)
+    return record, drawn | _confused_pairs(subject, confusion)
+
+
+def _confused_pairs(subject: Subject, confusion: Tensor) -> dict[str, Figure]:
+    """Draw the most confident mistakes between the two classes of each of the most frequently confused pairs."""
+    names, drawn = subject.data.class_names, {}
+    between = (confusion + confusion.T).triu(1)
+    order = between[between > 0].argsort(descending=True, stable=True)[:NUM_PAIRS]
+    for rank, (a, b) in enumerate(between.nonzero()[order].tolist(), 1):
+        title = "    ".join(f"{names[i]} → {names[j]}: {confusion[i, j]:,}" for i, j in ((a, b), (b, a)))
+        rows = _mistakes(subject.test, names, (a, b), IMAGES_PER_PAIR)
+        drawn[f"confused_{rank}"] = _drawn(subject.data, rows, title, IMAGES_PER_PAIR)
+    return drawn
+
+
+def _drawn(data: ImageDataModule, mistakes: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
+    """Draw the test images of mistakes."""
+    images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
+    return inference_figures.mistakes(images, mistakes, title, columns)
 
 
 def _corruptions(subject: Subject) -> Section:
@@ -109,11 +129,12 @@ def _cifar10_1(subject: Subject) -> Section:
     return {name: metrics.summary(part.logits, part.labels) for name, part in predictions.items()}, {}
 
 
-def _mistakes(test: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the wrong predictions with the highest confidence."""
+def _mistakes(test: Predictions, names: Sequence[str], classes: Sequence[int], most: int) -> list[dict[str, Any]]:
+    """Return the wrong predictions with the highest confidence, whose true and predicted class are among `classes`."""
     confidence, predicted = test.logits.double().softmax(1).max(1)
-    wrong = (predicted != test.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
+    among = torch.isin(torch.stack([predicted, test.labels]), torch.tensor(classes)).all(0)
+    wrong = (among & (predicted != test.labels)).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:most]
     columns = (column[wrong].tolist() for column in (test.index, test.labels, predicted, confidence))
     return [
         {"index": index, "class": names[label], "predicted": names[guess], "confidence": probability}

@@ -36,10 +36,10 @@ def predictions(images: "Tensor", labels: "Tensor", predicted: "Tensor", class_n
     return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns=8)
 
 
-def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are the `mistakes` in the evaluation's record."""
+def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
+    """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are like the `mistakes` of an evaluation."""
     captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
-    return grid(images, captions, "The most confident mistakes", columns=5)
+    return grid(images, captions, title, columns)
 
 
 def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:
@@ -55,7 +55,8 @@ def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]
         longest = max(map(len, caption.splitlines()), default=0)
         style: Any = {"fontsize": min(9, 150 / max(1, longest)), "color": color, "ha": "center", "va": "bottom"}
         axis.text(left + 0.6, bottom - 1.24, printable(caption), **style)
-    axis.text(width / 2, 0.3, title, fontsize=13, ha="center", va="center")
+    fontsize = min(13, 110 * width / max(1, len(title)))
+    axis.text(width / 2, 0.3, printable(title), fontsize=fontsize, ha="center", va="center")
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axis.axis("off")
     return figure

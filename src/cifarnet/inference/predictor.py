@@ -88,7 +88,11 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_all(self, batches: Batches, title: str) -> Predictions:
-        """Return the predictions for all batches, on the CPU. In a terminal, a progress bar shows the title."""
+        """Return the predictions for all batches, on the CPU. In a terminal, a progress bar shows the title.
+
+        Raises:
+            UserError: the network's outputs are not finite.
+        """
         answers = AveragedLogits(self._forward, len(batches), self.tta, self.tta_share)
         labels, index = [], []
         for batch in tqdm(batches, title, leave=False, disable=None):
@@ -96,4 +100,6 @@ class Predictor:
             labels.append(batch.labels.cpu())
             index.append(batch.index.cpu())
         one_view, logits = (torch.cat(parts).cpu() for parts in (answers.single, answers.final()))
+        if not logits.isfinite().all():
+            raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
         return Predictions(one_view, logits, torch.cat(labels), torch.cat(index))

@@ -41,6 +41,7 @@ class Settings:
     top: Annotated[int, Range(1)] | None
     output: str | None
     explain: bool
+    conformal: Annotated[float, Range(above=0, below=1)] | None
     batch_size: Annotated[int, Range(1, 10**6)]
     workers: Annotated[int, Range(1, 512)] | None
     # export

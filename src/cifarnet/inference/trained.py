@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -208,15 +209,48 @@ class Trained(NetworkAndNames):
         check("temperature", value, Temperature)
         if value != "evaluation":
             return 1.0 if value is None else float(value)
-        tta, path = tta or self.tested["tta"], self.checkpoint.path
+        tta = tta or self.tested["tta"]
         for calibration in self.calibrations():
             if calibration["tta"] == tta:
                 return self.temperature(calibration["temperature"])
-        data = " data=…" if path.is_dir() else ""
-        raise UserError(
-            f"temperature=evaluation: no temperature was fitted to {path} with tta={tta}. Fit one on validation "
-            f"images: python -m cifarnet.evaluate {path}{data} tta={tta}"
-        )
+        raise self._not_fitted("temperature=evaluation", "temperature", f"tta={tta}")
+
+    def conformal_threshold(self, alpha: float, tta: str | None = None) -> float:
+        """Return the threshold for `conformal_set` that the last evaluation fitted with this `alpha`.
+
+        Args:
+            alpha: the largest allowed probability that a set lacks the true class.
+            tta: as for `answers`.
+
+        Raises:
+            UserError: the last evaluation of these weights has no threshold for this `alpha` and `tta`.
+        """
+        tta, evaluation = tta or self.tested["tta"], self.evaluation()
+        measured = evaluation.conformal if evaluation and evaluation.tta == tta else None
+        if measured is None or measured["alpha"] != alpha:
+            raise self._not_fitted(f"conformal={alpha}", "threshold", f"alpha={alpha} tta={tta}")
+        threshold = measured["sets"]["LAC"]["threshold"]
+        return math.inf if threshold is None else threshold  # JSON lacks infinity
+
+    def conformal_set(self, logits: Tensor, threshold: float) -> list[str]:
+        """Return the classes of a picture's conformal set (LAC), in descending order of their probabilities.
+
+        They are the most probable class, and all classes for which 1 - probability is at most the threshold. The
+        probabilities are not changed by a temperature.
+
+        Args:
+            logits: the `logits` of an `Answer`, float32 [num_classes].
+            threshold: the result of `conformal_threshold`.
+        """
+        ranked = self._ranked(logits, 1.0)
+        return [name for rank, (name, value) in enumerate(ranked) if rank == 0 or 1 - value <= threshold]
+
+    def _not_fitted(self, setting: str, what: str, options: str) -> UserError:
+        """Return the error for a setting whose value the last evaluation has not fitted."""
+        path = self.checkpoint.path
+        command = f"python -m cifarnet.evaluate {path}{' data=…' * path.is_dir()} {options}"
+        problem = f"{setting}: no {what} was fitted to {path} with {options}"
+        return UserError(f"{problem}. Fit one on validation images: {command}")
 
     def calibrations(self) -> list[Calibration]:
         """Return the fitted temperatures: the one in a Hugging Face folder, and the one of the last evaluation."""

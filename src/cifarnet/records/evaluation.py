@@ -24,6 +24,7 @@ class Evaluation(JsonFile):
             `test_with_temperature` are None.
         temperature: the number that divides the logits, fitted on the validation images.
         calibration_bins, classes: a row for each bin and class; accuracies are None in rows without images.
+        macro_f1: the mean F1 of all classes with test images or predictions.
         confusion: the number of images, as [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1, selective, conformal, ood, adversarial, features: None if not
             measured.
@@ -60,6 +61,7 @@ class Evaluation(JsonFile):
     cifar10_c: dict[str, Any] | None
     cifar10_1: dict[str, Summary] | None
     finished: str
+    macro_f1: float | None = None
     selective: dict[str, Any] | None = None
     conformal: dict[str, Any] | None = None
     ood: dict[str, Any] | None = None

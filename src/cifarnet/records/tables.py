@@ -4,10 +4,12 @@ A finished run's folder contains `metrics.json`. The folder of a sweep's job con
 and `error.txt` or `pruned.txt` if the job failed or was pruned.
 """
 
+import csv
 import functools
+import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import yaml
 from typeguard import CollectionCheckStrategy, check_type
 
 from cifarnet.config import flat
-from cifarnet.errors import UserError
+from cifarnet.errors import UserError, csv_cell
 from cifarnet.records.record import Record
 from cifarnet.system import files
 
@@ -229,6 +231,15 @@ def column_table(columns: Mapping[str, Sequence[str]]) -> str:
     cells = [[heading, *column] for heading, column in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*cells, strict=True))
+
+
+def csv_text(rows: Iterable[Mapping[str, object]], columns: Collection[str]) -> str:
+    """Return the columns of rows as CSV. Texts that spreadsheets would evaluate as formulas get an apostrophe."""
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({key: csv_cell(cell) for key, cell in row.items()} for row in rows)
+    return content.getvalue()
 
 
 def row_table(rows: Mapping[str, str]) -> str:

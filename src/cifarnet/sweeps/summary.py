@@ -1,7 +1,5 @@
 """The results of a sweep: its table, `sweep.csv`, `sweep.png`, and the checkpoints to keep."""
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifarnet import cli
-from cifarnet.errors import csv_cell, printable
+from cifarnet.errors import printable
 from cifarnet.records import tables
 from cifarnet.records.tables import Group, Run
 from cifarnet.system import files
@@ -87,16 +85,13 @@ def table(groups: Sequence[Group]) -> str:
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """Write a row for each job, sorted by validation accuracy, best first."""
-    keys, content = tables.varied(runs) or ["seed"], io.StringIO(newline="")
-    columns = ["val_accuracy", "test_accuracy", *keys, "seconds", "status", "folder", "note"]
-    writer = csv.DictWriter(content, columns, extrasaction="ignore")
-    writer.writeheader()
+    columns, rows = ["val_accuracy", "test_accuracy", *(tables.varied(runs) or ["seed"])], []
     for run in sorted(runs, key=lambda run: tables.sort_key(run.score)):
         folder = run.folder.name if run.folder.parent == path.parent else run.folder
         outcome = {"status": run.status, "folder": folder, "note": run.note}
-        cells = run.settings | run.numbers | outcome
-        writer.writerow({key: csv_cell(cell) for key, cell in cells.items()})
-    files.write(path, content.getvalue().encode("utf-8", errors="replace"))
+        rows.append(run.settings | run.numbers | outcome)
+    content = tables.csv_text(rows, [*columns, "seconds", "status", "folder", "note"])
+    files.write(path, content.encode("utf-8", errors="replace"))
 
 
 def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:
