@@ -1,5 +1,6 @@
 """Run a trained network with the precision and the test-time augmentation of the run's test."""
 
+import copy
 from collections.abc import Iterable, Sized
 from typing import Annotated, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from cifarnet.config import check_precision
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.recipes.backbone import head_inputs
 from cifarnet.schema import Range, check
 from cifarnet.system import distributed
 from cifarnet.system.log_output import quiet_fabric
@@ -29,12 +31,14 @@ class Predictions(NamedTuple):
         logits: logits with test-time augmentation, float32 [N, num_classes].
         labels: the true classes, int64 [N].
         index: the positions of the images in their data set, int64 [N].
+        features: the inputs of the network's last layer, float32 [N, D]; only `Predictor.embed` collects them.
     """
 
     one_view: Tensor
     logits: Tensor
     labels: Tensor
     index: Tensor
+    features: Tensor = torch.empty(0)
 
 
 class Predictor:
@@ -95,3 +99,15 @@ class Predictor:
             index.append(batch.index.cpu())
         one_view, logits = (torch.cat(parts).cpu() for parts in (answers.single, answers.final()))
         return Predictions(one_view, logits, torch.cat(labels), torch.cat(index))
+
+    def embed(self, batches: Batches, title: str) -> Predictions:
+        """Return the predictions without test-time augmentation, and the features of all images, on the CPU.
+
+        Raises:
+            UserError: the network has no head.
+        """
+        predictor = copy.copy(self)
+        predictor.tta = "none"
+        with head_inputs(self.network) as inputs:
+            predictions = predictor.predict_all(batches, title)
+        return predictions._replace(features=torch.cat(inputs))
