@@ -6,6 +6,8 @@ examples:
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
+  python -m cifarnet.evaluate <run> 'ood=[svhn,noise,pictures]'        out-of-distribution detection
+  python -m cifarnet.evaluate <run> features=true                      features.npz, a linear probe, nearest neighbors
 """
 
 import os
@@ -39,7 +41,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
     from cifarnet.checkpoint import is_run
-    from cifarnet.evaluation import public_sets, report, sections
+    from cifarnet.evaluation import features, ood, public_sets, report, sections
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
@@ -55,17 +57,20 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
+    public = public._replace(ood=ood.read(config.ood, data, config.seed))
     predictor = classifier.predictor(
         tta=config.tta,
         tta_share=checkpoint.tta_share if config.tta_share is None else config.tta_share,
         precision=config.precision,
         accelerator=config.accelerator,
     )
+    features.check(predictor, config)
     folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
     if is_run(folder):
         problem = "is the folder of a run, whose record would be lost"
         raise UserError(f"output_dir={folder} {problem}. Choose another folder.")
     files.make_folder(folder, f"output_dir={folder} cannot be created")
+    config.output_dir = str(folder)
     about: Any = data.describe()
     run, network = classifier.run_record(), checkpoint.network_name
     counts = f"{about['val']:,} validation and {about['test']:,} test images"

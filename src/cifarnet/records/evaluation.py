@@ -25,6 +25,7 @@ class Evaluation(JsonFile):
         confusion: the number of images, as [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1, selective, conformal, ood, adversarial, features: None if not
             measured.
+        ood: the results of `ood.separation` by score, by the name of the set of images.
         members: a row for each run of an ensemble; None for a single network.
     """
 
