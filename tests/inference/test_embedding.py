@@ -20,6 +20,7 @@ def test_the_head_turns_the_features_into_the_logits(run):
     classifier = cifarnet.load(run)
     features = classifier.features(IMAGES, batch_size=4)
     assert (features.dtype, features.ndim, features.requires_grad) == (torch.float32, 2, False)
+    nn.Linear(features.shape[1], 1)(features).sum().backward()  # tensors of inference mode cannot train a layer
     with torch.no_grad():
         torch.testing.assert_close(classifier.network.head(features), classifier.network(IMAGES), atol=1e-4, rtol=1e-4)
         head = classifier.network.head
@@ -59,6 +60,24 @@ def test_embedding_ignores_test_time_augmentation(precision):
     assert predictions.features.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(network.head(predictions.features), predictions.logits, atol=0.05, rtol=0.05)
+
+
+class Token(nn.Module):
+    """A network whose head gets the first of many tokens, a view of all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, images):
+        return self.head(images[:, 0, 0])
+
+
+def test_only_the_features_are_kept_in_memory():
+    network = Token()
+    with torch.inference_mode(), head_inputs(network) as inputs:
+        network(torch.rand(6, 3, 32, 32))
+    assert inputs[0].untyped_storage().nbytes() == 6 * 32 * 4
 
 
 def test_the_head_may_be_a_convolution():

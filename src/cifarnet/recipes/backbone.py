@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -86,7 +87,12 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
     """
     inputs: list[Tensor] = []
     head = network.get_submodule(head_name(network))
-    hook = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(1).float().cpu()))
+
+    def collect(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # a copy, because the input may be a small view, such as one token of many
+        inputs.append(arguments[0].flatten(1).to("cpu", torch.float32, copy=True))
+
+    hook = head.register_forward_pre_hook(collect)
     try:
         yield inputs
     finally:
