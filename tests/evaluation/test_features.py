@@ -11,7 +11,6 @@ from sklearn.neighbors import KNeighborsClassifier
 import cifarnet
 from cifarnet.cli import compose
 from cifarnet.data import Synthetic
-from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
 from cifarnet.evaluation import features
 from cifarnet.evaluation.figures import feature_map
@@ -156,9 +155,3 @@ def test_a_missing_package_is_reported_before_anything_is_computed(run, command,
     assert status == 1
     assert "pip install 'cifarnet[features]'" in error
     assert error.count("\n") == 1
-
-
-def test_an_ensemble_has_no_features():
-    with pytest.raises(UserError, match=r"features=true requires a single network"):
-        features.check(SimpleNamespace(), compose("evaluate", ["features=true"]))
-    features.check(SimpleNamespace(), compose("evaluate", ["ood=noise"]))

@@ -5,6 +5,7 @@ scikit-learn is imported only where it is used, because it is optional.
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from cifarnet.errors import UserError
 from cifarnet.evaluation import figures, metrics
 from cifarnet.evaluation.subject import Section, Subject
 from cifarnet.inference.predictor import Predictor
@@ -26,18 +26,20 @@ NEIGHBORS = 20
 MOST_IN_MAP = 2000  # the largest number of images in the map
 
 
-def check(predictor: Predictor, config: DictConfig) -> None:
+def check(predictor: Any, config: DictConfig) -> None:
     """Check that the features that `features=true` or `ood=` requires can be computed, before anything takes long.
+
+    Args:
+        predictor: that of the evaluation; an ensemble has no features.
+        config: the settings in `configs/evaluate.yaml`.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
-        UserError: the network has no head, or there are several networks.
+        UserError: the network has no head.
     """
     if config.features:
         importlib.import_module("sklearn")
-        if not hasattr(predictor, "network"):
-            raise UserError("features=true requires a single network. Evaluate one run, or remove features=true.")
-    if (config.features or config.ood) and hasattr(predictor, "network"):
+    if (config.features or config.ood) and isinstance(predictor, Predictor):
         head_name(predictor.network)
 
 

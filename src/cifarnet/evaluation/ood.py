@@ -21,7 +21,7 @@ from cifarnet.data.folder import ImageFiles
 from cifarnet.errors import UserError
 from cifarnet.evaluation import figures, metrics
 from cifarnet.evaluation.subject import Section, Subject
-from cifarnet.inference.predictor import Predictions
+from cifarnet.inference.predictor import Predictions, Predictor
 from cifarnet.schema import did_you_mean
 from cifarnet.seeding import generator
 
@@ -71,7 +71,7 @@ def section(subject: Subject) -> Section:
     predictor, sets = subject.predictor, subject.public.ood
     if not sets:
         return None, {}
-    if hasattr(predictor, "network"):
+    if isinstance(predictor, Predictor):
         train, test, predict = subject.train_features, subject.test_features, predictor.embed
         distance = mahalanobis(train.features, train.labels)
     else:
@@ -86,19 +86,18 @@ def scores(images: Predictions, distance: Callable[[Tensor], Tensor] | None) -> 
     """Return the scores of images, each float64 [N], by name.
 
     - maximum probability (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136)
-    - maximum logit (Hendrycks et al., 2022, https://arxiv.org/abs/1911.11132)
     - energy (Liu et al., 2020, https://arxiv.org/abs/2010.03759)
+    - maximum logit (Hendrycks et al., 2022, https://arxiv.org/abs/1911.11132)
     - Mahalanobis distance (Lee et al., 2018, https://arxiv.org/abs/1807.03888), of the features of the last layer
 
     Args:
-        distance: the result of `mahalanobis`; None for an ensemble, of which only the maximum probability is returned:
-            its logits are logarithms of probabilities, so that their energy is 0.
+        distance: the result of `mahalanobis`; None for an ensemble, which has no features. The constant of its logits
+            gives them the mean energy of its networks; their maximum has no meaning, and is left out.
     """
     logits = images.one_view.double()
-    found = {"maximum probability": logits.softmax(1).amax(1)}
+    found = {"maximum probability": logits.softmax(1).amax(1), "energy": logits.logsumexp(1)}
     if distance is not None:
-        found |= {"maximum logit": logits.amax(1), "energy": logits.logsumexp(1)}
-        found["Mahalanobis distance"] = -distance(images.features)
+        found |= {"maximum logit": logits.amax(1), "Mahalanobis distance": -distance(images.features)}
     return found
 
 
