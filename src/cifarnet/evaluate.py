@@ -9,6 +9,8 @@ examples:
   python -m cifarnet.evaluate <run> <run> soup=true                    their ensemble, and the mean of their weights
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
+  python -m cifarnet.evaluate <run> 'ood=[svhn,noise,pictures]'        out-of-distribution detection
+  python -m cifarnet.evaluate <run> features=true                      features.npz, a linear probe, nearest neighbors
 """
 
 import os
@@ -43,7 +45,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
-    from cifarnet.evaluation import members, public_sets, report, sections
+    from cifarnet.evaluation import features, members, ood, public_sets, report, sections
     from cifarnet.inference import ensemble, test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
@@ -65,8 +67,11 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
+    public = public._replace(ood=ood.read(config.ood, data, config.seed))
     predictor = ensemble.make_predictor(classifiers, config)
+    features.check(predictor, config)
     folder = ensemble.output_folder(config.output_dir, paths, checkpoints)
+    config.output_dir = str(folder)
     about: Any = data.describe()
     run, name, which = classifiers[0].run_record(), str(checkpoint.path), f"after epoch {checkpoint.epoch}"
     if len(classifiers) > 1:

@@ -16,7 +16,7 @@ from cifarnet.callbacks.loggers import Drawing
 from cifarnet.classifier import Classifier
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError, on_one_line, reason
-from cifarnet.recipes.backbone import head_name
+from cifarnet.recipes.backbone import head_inputs, head_name
 from cifarnet.schema import Range
 
 
@@ -94,14 +94,12 @@ class Embeddings(Drawing):
     def draw(self, trainer: L.Trainer, classifier: Classifier) -> None:
         if classifier.test_logits is None or classifier.test_index is None:  # trainer.limit_test_batches=0
             return
-        data, inputs = cast("Any", trainer).datamodule, []
-        network = copy.deepcopy(classifier.network).eval()  # not compiled: torch.compile would ignore the hook
-        head = network.get_submodule(head_name(network))
-        head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(1).float().cpu()))
+        data = cast("Any", trainer).datamodule
+        network = copy.deepcopy(classifier.network).eval()  # not compiled
         chosen = torch.randperm(len(classifier.test_index), generator=torch.Generator().manual_seed(0))[: self.count]
         shown = data.source.test[classifier.test_index.cpu()[chosen]]
         images = torch.cat(list(shown.chunks()))
-        with torch.inference_mode():
+        with torch.inference_mode(), head_inputs(network) as inputs:
             for batch in images.split(data.eval_batch_size):
                 network(batch.to(classifier.device))
         names = [on_one_line(name) for name in data.class_names]  # metadata.tsv has a line for each image

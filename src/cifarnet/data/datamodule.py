@@ -244,19 +244,20 @@ class ImageDataModule(Selection, L.LightningDataModule):
         return {"source": self.source_name, **counts, "sha256": self.source.checksum, **self.source.selection}
 
     def train_dataloader(self) -> BatchLoader:
-        return self._loader(self.source.train, self.batch_size, train=True)
+        return self.loader(self.source.train, self.batch_size, train=True)
 
     def val_dataloader(self) -> BatchLoader | list:
         images = self.source.validation
-        return self._loader(images, self.eval_batch_size) if len(images) else []
+        return self.loader(images, self.eval_batch_size) if len(images) else []
 
     def test_dataloader(self) -> BatchLoader:
-        return self._loader(self.source.test, self.eval_batch_size)
+        return self.loader(self.source.test, self.eval_batch_size)
 
     def predict_dataloader(self) -> BatchLoader:
         return self.test_dataloader()
 
-    def _loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
+    def loader(self, split: Split, batch_size: int, train: bool = False) -> BatchLoader:
+        """Return a loader of a split; with `train`, it shuffles and augments the images."""
         if self.augment.cutout:
             self.augment.fill = (255 * self.source.channel_statistics[0]).round()  # zero after normalization
         trains_on = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

@@ -102,6 +102,22 @@ class Torchvision(ImageFolder):
         self.source_name, self.arguments = name, dict(arguments or {})
 
     def read(self) -> Source:
+        sets = self._sets()
+        splits = {part: self._split(dataset, self.parts[part]) for part, dataset in sets.items()}
+        present = torch.cat([split.labels for split in splits.values()]).unique()  # EMNIST's letters start at 1
+        for split in splits.values():
+            split.labels = torch.searchsorted(present, split.labels)
+        names = getattr(sets["train"], "classes", None) or range(int(present.max()) + 1)
+        found = (names[label] for label in present.tolist())
+        class_names = [str(name[0] if isinstance(name, tuple) else name) for name in found]  # of ImageNet's synonyms
+        return Source(class_names, splits["train"], splits["test"], splits.get("val"))
+
+    def read_test(self) -> Split:
+        """Return the test images with the labels of the set; the other images are not read."""
+        return self._split(self._sets()["test"], self.parts["test"])
+
+    def _sets(self) -> dict[str, Any]:
+        """Check the settings, and return the parts of the set, which is downloaded if necessary."""
         if (name := self.source_name) not in datasets.__all__:
             remedy = did_you_mean(name, datasets.__all__) or " Choose a class of torchvision.datasets."
             raise UserError(f"data.name={name} is not a data set of torchvision.{remedy}")
@@ -113,15 +129,7 @@ class Torchvision(ImageFolder):
         for key in self.arguments.keys() & {"root", "download", "transform"}.union(*self.parts.values()):
             raise UserError(f"data.arguments.{key} cannot be set. Remove it, or use data.root or data.transforms.")
         missing = f"{self.root} does not contain {name}" if self.read_only else None
-        sets = find_or_fetch(name, self.root.parent, self._open, self._fetch, missing)
-        splits = {part: self._split(dataset, self.parts[part]) for part, dataset in sets.items()}
-        present = torch.cat([split.labels for split in splits.values()]).unique()  # EMNIST's letters start at 1
-        for split in splits.values():
-            split.labels = torch.searchsorted(present, split.labels)
-        names = getattr(sets["train"], "classes", None) or range(int(present.max()) + 1)
-        found = (names[label] for label in present.tolist())
-        class_names = [str(name[0] if isinstance(name, tuple) else name) for name in found]  # of ImageNet's synonyms
-        return Source(class_names, splits["train"], splits["test"], splits.get("val"))
+        return find_or_fetch(name, self.root.parent, self._open, self._fetch, missing)
 
     def _open(self) -> dict[str, Any]:
         """Return the parts of the set, or nothing if they can be downloaded and are missing or damaged."""

@@ -1,19 +1,25 @@
-"""Figures of an evaluation: reliability diagrams, risk-coverage curves and robustness tables."""
+"""Figures of an evaluation: reliability, risk and coverage, robustness, histograms of scores, a map of features."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import PercentFormatter
 
-from cifarnet.inference.figures import grid, heat_map
+from cifarnet.errors import printable
+from cifarnet.inference.figures import MANY, grid, heat_map
 from cifarnet.records.figures import panel
 
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
+    from cifarnet.data.streaming import LazyImages
+
 BARS, GAP = "#0969da", "#d1570a"
+CELLS = 14  # the map of the features has at most one thumbnail in each cell of a grid with this many columns
 
 
 def reliability(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
@@ -55,6 +61,59 @@ def risk_coverage(risk: np.ndarray, best: np.ndarray, title: str) -> Figure:
     for part in (axis.xaxis, axis.yaxis):
         part.set_major_formatter(PercentFormatter(1.0))
     axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def score_histograms(scores: "Mapping[str, Mapping[str, Tensor]]") -> Figure:
+    """Draw the distribution of each score, a panel each, over the test images and over each set of other images.
+
+    The axis ends at quantiles; the outermost bins include all images beyond them.
+
+    Args:
+        scores: the scores, [N], by their name, by the name of the set of images.
+    """
+    names = list(next(iter(scores.values())))
+    rows, columns = -(-len(names) // 2), min(2, len(names))
+    figure = Figure(figsize=(4.5 * columns, 0.6 + 2.5 * rows), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, name in zip(axes, names, strict=True):
+        groups = {printable(label): np.asarray(part[name]) for label, part in scores.items()}
+        ends = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
+        for label, values in groups.items():
+            axis.hist(values.clip(*ends), np.linspace(*ends, 41), density=True, histtype="step", label=label)
+        axis.set(title=name, yticks=[])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    return figure
+
+
+def feature_map(
+    positions: np.ndarray, labels: np.ndarray, images: "Tensor | LazyImages", class_names: Sequence[str]
+) -> Figure:
+    """Draw test images as dots in the color of their class, and some of them as thumbnails in frames of this color.
+
+    Args:
+        positions: float [N, 2].
+        labels: int64 [N].
+        images: uint8 [N, 3, H, W].
+    """
+    palette = colormaps["tab10" if len(class_names) <= 10 else "tab20" if len(class_names) <= MANY else "turbo"]
+    colors = palette(np.linspace(0, 1, len(class_names)))
+    figure = Figure(figsize=(9, 9.4), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for number, name in enumerate(class_names):
+        axis.plot(*positions[labels == number].T, "o", color=colors[number], markersize=3, label=printable(name))
+    cells = (CELLS * (positions - positions.min(0)) / np.ptp(positions, axis=0)).astype(int)
+    _, shown = np.unique(cells, axis=0, return_index=True)  # an image in each cell of a grid
+    for number in shown.tolist():
+        pixels = images[number].permute(1, 2, 0).numpy()
+        thumbnail = OffsetImage(pixels, 24 / len(pixels), interpolation="nearest")
+        frame = {"edgecolor": colors[labels[number]], "linewidth": 1.5}
+        axis.add_artist(AnnotationBbox(thumbnail, positions[number], pad=0.1, bboxprops=frame))
+    if len(class_names) <= MANY:
+        figure.legend(frameon=False, loc="outside upper center", ncols=5, markerscale=2)
+    axis.set_aspect("equal")
+    axis.axis("off")
     return figure
 
 

@@ -23,11 +23,13 @@ class PublicSets(NamedTuple):
         cifar10_c: the test images under each corruption, one loader per severity.
         cifar10_1: the images of version v4, v6 or both.
         cifar10h: the distribution of human labels for each test image, float64 [N, 10].
+        ood: sets of out-of-distribution images, by the names in the setting `ood`; see `ood.read`.
     """
 
     cifar10_c: dict[str, list[InMemoryLoader]] | None = None
     cifar10_1: dict[str, InMemoryLoader] | None = None
     cifar10h: Tensor | None = None
+    ood: dict[str, InMemoryLoader] | None = None
 
 
 def read(data: ImageDataModule, cifar10_c: str | None, cifar10_1: str | None, cifar10h: str | None) -> PublicSets:

@@ -49,6 +49,12 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if cifar10_c := evaluation.cifar10_c:
         rows["CIFAR-10-C"] = f"{cifar10_c['mean']:.2%}  (mean of {len(cifar10_c['averaged'])} corruptions)"
     rows |= {f"CIFAR-10.1 {version}": _accuracy(part) for version, part in (evaluation.cifar10_1 or {}).items()}
+    for name, scores in (evaluation.ood or {}).items():
+        areas = (f"{percent(row['auroc'], row['images'])} by {score}" for score, row in scores.items())
+        rows[f"AUROC, {name}"] = ", ".join(areas)
+    if features := evaluation.features:
+        rows["linear probe"] = _accuracy(features["linear_probe"])
+        rows[f"{features['neighbors']} nearest neighbors"] = _accuracy(features["nearest_neighbors"])
     if humans := evaluation.cifar10h:
         cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
         rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"

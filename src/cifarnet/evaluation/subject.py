@@ -1,6 +1,8 @@
 """What the sections of an evaluation measure: a network, its data and its predictions."""
 
-from typing import Any, NamedTuple
+import functools
+from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -13,7 +15,8 @@ from cifarnet.inference.predictor import Predictions, Predictor
 Section = tuple[Any, dict[str, Figure]]  # plain data for the record, or None if not measured; and figures by name
 
 
-class Subject(NamedTuple):
+@dataclass
+class Subject:
     """A network, or an ensemble of several networks, and its predictions for the test and validation images.
 
     Attributes:
@@ -21,7 +24,7 @@ class Subject(NamedTuple):
             `network`: a section that needs one checks `isinstance(predictor, Predictor)`.
         data: the images; those of the training set are not augmented in `data.source`.
         public: the public test sets to evaluate on.
-        config: the settings in `configs/evaluate.yaml`.
+        config: the settings in `configs/evaluate.yaml`; `output_dir` is the folder of the evaluation.
         test, val: the predictions; `val` is None without validation images.
     """
 
@@ -31,3 +34,14 @@ class Subject(NamedTuple):
     config: DictConfig
     test: Predictions
     val: Predictions | None
+
+    @functools.cached_property
+    def test_features(self) -> Predictions:
+        """The test images' features, and predictions without test-time augmentation, in the order of `test`."""
+        return self.predictor.embed(self.data.test_dataloader(), "features of the test images")
+
+    @functools.cached_property
+    def train_features(self) -> Predictions:
+        """The same of the training images, which are not augmented, in the order of `data.source.train`."""
+        batches = self.data.loader(self.data.source.train, self.data.eval_batch_size)
+        return self.predictor.embed(batches, "features of the training images")

@@ -1,5 +1,6 @@
 """Run a trained network with the precision and the test-time augmentation of the run's test."""
 
+import copy
 from collections.abc import Iterable, Sequence, Sized
 from typing import Annotated, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from cifarnet.config import check_precision
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.models.tta import TTA, AveragedLogits
+from cifarnet.recipes.backbone import head_inputs
 from cifarnet.schema import Range, check
 from cifarnet.system import distributed
 from cifarnet.system.log_output import quiet_fabric
@@ -30,6 +32,7 @@ class Predictions(NamedTuple):
         labels: the true classes, int64 [N].
         index: the positions of the images in their data set, int64 [N].
         members: for an ensemble, the logits of each network with test-time augmentation.
+        features: the inputs of the network's last layer, float32 [N, D]; only `Predictor.embed` collects them.
     """
 
     one_view: Tensor
@@ -37,6 +40,7 @@ class Predictions(NamedTuple):
     labels: Tensor
     index: Tensor
     members: Sequence[Tensor] = ()
+    features: Tensor = torch.empty(0)
 
 
 class Predictor:
@@ -103,3 +107,15 @@ class Predictor:
         if not logits.isfinite().all():
             raise UserError("The network's outputs are not finite: its training diverged. Try a smaller optimizer.lr.")
         return Predictions(one_view, logits, torch.cat(labels), torch.cat(index))
+
+    def embed(self, batches: Batches, title: str) -> Predictions:
+        """Return the predictions without test-time augmentation, and the features of all images, on the CPU.
+
+        Raises:
+            UserError: the network has no head.
+        """
+        predictor = copy.copy(self)
+        predictor.tta = "none"
+        with head_inputs(self.network) as inputs:
+            predictions = predictor.predict_all(batches, title)
+        return predictions._replace(features=torch.cat(inputs))

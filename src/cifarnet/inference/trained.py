@@ -119,6 +119,29 @@ class Trained(NetworkAndNames):
             predictions.append(Prediction(source, *answer.ranked[0], dict(answer.ranked)))
         return predictions
 
+    def features(self, images: "Picture | Iterable[Picture]", **settings: Any) -> Tensor:
+        """Return the features of pictures: the inputs of the network's last layer, without test-time augmentation.
+
+        They are computed with the precision of training; `precision="32-true"` computes them in float32.
+
+        Args:
+            images: pictures, as for `predict`, such as paths, or images as the network takes them.
+            settings: `batch_size`, `workers`, `precision` and `accelerator`, as for `answers`.
+
+        Returns:
+            float32 [N, D], on the CPU, in the order of the pictures.
+
+        Raises:
+            UserError: as for `predict`; also if there are no pictures, or the network has no linear or convolutional
+                layer.
+        """
+        from cifarnet.recipes.backbone import head_inputs  # imports Lightning, which takes seconds
+
+        with head_inputs(self.network) as inputs:  # the hook is also in the predictor's copy of the network
+            if not self.predict(images, tta="none", **settings):
+                raise UserError("There are no pictures. Specify image files, folders of them, or arrays.")
+        return torch.cat(inputs)
+
     def answers(
         self,
         sources: "Picture | Iterable[Picture]",

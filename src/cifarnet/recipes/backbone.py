@@ -1,9 +1,11 @@
 """Fine-tuning with a smaller learning rate for pretrained layers."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -69,9 +71,32 @@ def head_name(network: nn.Module) -> str:
     """
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
-        remedy = "Add one, or remove recipe.backbone, start.checkpoint and callbacks.embeddings"
+        remedy = "Add one, or remove recipe.backbone, start.checkpoint, callbacks.embeddings, ood and features"
         raise UserError(f"The network has no Linear or Conv2d layer that could be its head. {remedy}.")
     return names[-1]
+
+
+@contextlib.contextmanager
+def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect features, the inputs of the network's head, during forward passes: float32 [B, D] each, on the CPU.
+
+    A compiled network ignores the hook that collects them.
+
+    Raises:
+        UserError: the network has no head.
+    """
+    inputs: list[Tensor] = []
+    head = network.get_submodule(head_name(network))
+
+    def collect(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # a copy, because the input may be a small view, such as one token of many
+        inputs.append(arguments[0].flatten(1).to("cpu", torch.float32, copy=True))
+
+    hook = head.register_forward_pre_hook(collect)
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def _split(parameters: list[Tensor] | list[dict[str, Any]], head: set[nn.Parameter]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ class Evaluation(JsonFile):
         confusion: the number of images, as [true class][predicted class].
         cifar10h, corruptions, cifar10_c, cifar10_1, selective, conformal, ood, adversarial, features: None if not
             measured.
+        ood: the results of `ood.separation` by score, by the name of the set of images.
         members: for an ensemble, the metrics of its `runs`, their `mean` and standard `deviation`; the metrics of a
             network with the mean of their weights, `soup`; and the `share` of images on which two of them disagree.
     """
