@@ -5,6 +5,7 @@ examples:
   python -m cifarnet.evaluate lightning_logs/baseline/<date_time>
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
+  python -m cifarnet.evaluate <run> attack=pgd                         adversarial accuracy
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
 """
 
@@ -39,7 +40,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
     from cifarnet.checkpoint import is_run
-    from cifarnet.evaluation import public_sets, report, sections
+    from cifarnet.evaluation import adversarial, public_sets, report, sections
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
@@ -51,6 +52,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     settings = prepare("evaluate", without_data(overrides))
     classifier = load(path, locate(settings.classes))
     checkpoint = classifier.checkpoint
+    adversarial.check(settings.attack, len(checkpoint.class_names))
     config = test_images.compose("evaluate", overrides, checkpoint, settings.classes)
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)

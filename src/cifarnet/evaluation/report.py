@@ -39,6 +39,10 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if cifar10_c := evaluation.cifar10_c:
         rows["CIFAR-10-C"] = f"{cifar10_c['mean']:.2%}  (mean of {len(cifar10_c['averaged'])} corruptions)"
     rows |= {f"CIFAR-10.1 {version}": _accuracy(part) for version, part in (evaluation.cifar10_1 or {}).items()}
+    if attacked := evaluation.adversarial:
+        rows |= {f"{attacked['attack']} {ball}": _accuracy(part) for ball, part in attacked["balls"].items()}
+        if attacked["warnings"]:
+            rows["gradient masking"] = " ".join(attacked["warnings"])
     if humans := evaluation.cifar10h:
         cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
         rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"
