@@ -285,26 +285,18 @@ def test_autoattack_finds_the_strongest_attack_on_a_linear_network(ball):
     images = images[limits.argsort()[::6]]
     labels, limits = network(images).argmax(1), limits.sort().values[::6]
     ball = Ball(ball.norm, (limits[-2] + limits[-1]).item() / 2)  # one image withstands
-    state, warnings = torch.get_rng_state(), []
-    changed, withstood = autoattack(network, ball, images, labels, 0, warnings)
+    state = torch.get_rng_state()
+    changed, withstood = autoattack(network, ball, images, labels, generator(0, 0, ""))
     assert withstood.tolist() == (limits > ball.eps).tolist()
     assert torch.equal(withstood, network(changed).argmax(1) == labels)
     assert torch.equal(torch.get_rng_state(), state)
-    assert warnings == []
 
 
-def test_warnings_of_autoattack_are_collected(capsys):
-    """Probabilities in place of logits."""
-    images, warnings = gray(4), []
-    network = nn.Sequential(Linear(5), nn.Softmax(1))
-    autoattack(network, Ball("Linf", 0.5), images, network(images).argmax(1), 0, warnings)
-    assert any("probability distribution" in warning for warning in warnings)
-    assert capsys.readouterr().out == ""
-
-
-def test_autoattack_without_images():
-    changed, withstood = autoattack(Linear(5), BALLS[0], gray(0), torch.empty(0, dtype=torch.int64), 0, [])
-    assert len(changed) == len(withstood) == 0
+def test_autoattack_is_silent(capfd):
+    """It warns of probabilities in place of logits."""
+    network, images = nn.Sequential(Linear(5), nn.Softmax(1)), gray(4)
+    autoattack(network, Ball("Linf", 0.5), images, network(images).argmax(1), generator(0, 0, ""))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_cannot_be_attacked_is_refused_before_anything_runs(run, command, tmp_path, monkeypatch):
@@ -325,22 +317,23 @@ def test_settings(run, setting):
         evaluate(run, ["corruptions=false", setting])
 
 
-def test_the_command_reports_it(run, command, tmp_path):
-    settings = ["corruptions=false", "attack=pgd", "attack_images=30", "attack_steps=5", "attack_restarts=2"]
+@pytest.mark.parametrize(("name", "attack", "count"), [("PGD", "pgd", 30), ("AutoAttack", "autoattack", 4)])
+def test_the_command_reports_it(run, command, tmp_path, name, attack, count):
+    settings = ["corruptions=false", f"attack={attack}", f"attack_images={count}", "attack_steps=5"]
+    settings.append("attack_restarts=2")
     status, printed, error = command(str(run), *settings, f"output_dir={tmp_path}/out", main=main)
     assert status == 0, error
     record = json.loads((tmp_path / "out/metrics.json").read_text())["adversarial"]
     for ball, row in record["balls"].items():
-        assert row["images"] == 30
+        assert row["images"] == count
         assert row["accuracy"] <= record["clean"]["accuracy"]
-        assert f"PGD {ball}" in printed
+        assert f"{name} {ball}" in printed
     page = (tmp_path / "out/report.html").read_text()
-    assert "5 steps and 2 random\nstarts" in page
-    assert 'class="adversarial"' in page
+    assert f"The attack is {name}" in page
+    assert ("5 steps and 2 random starts" in " ".join(page.split())) == (attack == "pgd")
     # in float32 and without augmentation, for any precision and augmentation of the evaluation; the same every time
-    other = evaluate(run, [*settings, "precision=bf16-mixed", "tta=none", f"output_dir={tmp_path}/other"])[
-        "adversarial"
-    ]
+    settings += ["precision=bf16-mixed", "tta=none", f"output_dir={tmp_path}/other"]
+    other = evaluate(run, settings)["adversarial"]
     for part in (record, other):
         assert all(row.pop("seconds") > 0 for row in part["balls"].values())
     assert other == record

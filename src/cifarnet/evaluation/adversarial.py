@@ -1,10 +1,10 @@
 """Adversarial accuracy: the accuracy on images that an attack has changed within a small distance."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,21 +84,18 @@ def section(subject: Subject) -> Section:
     labels = chosen.labels.to(images.device)
     correct = torch.cat([network(part).argmax(1) for part in images.split(BATCH)]) == labels
     images, labels, total = images[correct], labels[correct], len(labels)
-    settings = {"attack": "PGD", "steps": config.attack_steps, "restarts": config.attack_restarts}
-    record: dict[str, Any] = settings if config.attack == "pgd" else {"attack": "AutoAttack"}
-    record |= {"clean": metrics.proportion(len(labels), total), "balls": {}, "checks": {}, "warnings": []}
+    name, steps = {"pgd": "PGD", "autoattack": "AutoAttack"}[config.attack], config.attack_steps
+    record = {"attack": name, "steps": steps, "restarts": config.attack_restarts, "balls": {}, "checks": {}}
+    record |= {"clean": metrics.proportion(len(labels), total), "warnings": []}
     pictures, captions = [], []
     for ball in BALLS:
-        start = time.perf_counter()
-        if config.attack == "autoattack":
-            changed, withstood = autoattack(network, ball, images, labels, config.seed, record["warnings"])
-        else:
-            attack = partial(pgd, network, ball, config.attack_steps)
-            changed, withstood = run(attack, images, labels, f"PGD {ball}", config.seed, config.attack_restarts)
+        start, title = time.perf_counter(), f"{name} {ball}"
+        attack = partial(autoattack, network, ball) if name == "AutoAttack" else partial(pgd, network, ball, steps)
+        changed, withstood = run(attack, images, labels, title, config.seed, config.attack_restarts)
         part = metrics.proportion(int(withstood.sum()), total)
         record["balls"][str(ball)] = {**part, "eps": ball.eps, "seconds": time.perf_counter() - start}
-        if config.attack == "pgd" and ball.norm == "Linf":
-            checks(network, ball, images[withstood], labels[withstood], FEW * total, config, record)
+        if ball.norm == "Linf":
+            checks(network, ball, images[withstood], labels[withstood], config, record)
         fooled = (~withstood).nonzero().flatten()
         shown = fooled[_regular(len(fooled), EXAMPLES)]
         for image, found, label in zip(images[shown], changed[shown], labels[shown], strict=True):
@@ -116,7 +113,8 @@ def run(attack: Attack, images: Tensor, labels: Tensor, title: str, seed: int, r
     changed, withstood = images.clone(), torch.ones_like(labels, dtype=torch.bool)
     for restart in range(restarts):
         random = generator(seed, restart, title)
-        for index in tqdm(withstood.nonzero().flatten().split(BATCH), title, leave=False, disable=None):
+        left = withstood.nonzero().flatten()
+        for index in tqdm(left.split(BATCH) if len(left) else [], title, leave=False, disable=None):
             changed[index], withstood[index] = attack(images[index], labels[index], random)
     return changed, withstood
 
@@ -165,41 +163,33 @@ def square(network: nn.Module, eps: float, queries: int, images: Tensor, labels:
     return changed, margin >= 0
 
 
-def checks(
-    network: nn.Module, ball: Ball, images: Tensor, labels: Tensor, few: float, config: Any, record: dict[str, Any]
-) -> None:
-    """Record how many of the images that withstood PGD are fooled by other attacks, and what indicates that gradients
-    mislead PGD (gradient masking, Athalye et al., 2018, https://arxiv.org/abs/1802.00420; Carlini et al., 2019,
-    https://arxiv.org/abs/1902.06705)."""
-    steps, unlimited, count = config.attack_steps, Ball("Linf", 1.0), len(labels)
+def checks(network: nn.Module, ball: Ball, images: Tensor, labels: Tensor, config: Any, record: dict[str, Any]) -> None:
+    """Record how many of the images that withstood the attack are fooled by other attacks, and the warnings that
+    misleading gradients weakened it (gradient masking, Athalye et al., 2018, https://arxiv.org/abs/1802.00420; Carlini
+    et al., 2019, https://arxiv.org/abs/1902.06705)."""
+    steps, unlimited = config.attack_steps, Ball("Linf", 1.0)
+    count, few = len(labels), max(1, FEW * record["clean"]["images"])
     for name, attack, least, most in (  # the numbers of images that each should fool
-        (f"PGD with {2 * steps} steps", partial(pgd, network, ball, 2 * steps), 0, max(1, few)),
-        (f"Square Attack with {QUERIES} queries", partial(square, network, ball.eps, QUERIES), 0, max(1, few)),
+        (f"PGD with {2 * steps} steps", partial(pgd, network, ball, 2 * steps), 0, few),
+        (f"Square Attack with {QUERIES} queries", partial(square, network, ball.eps, QUERIES), 0, few),
         ("PGD without a limit", partial(pgd, network, unlimited, steps), count, count),
     ):
-        _, withstood = run(attack, images, labels, name, config.seed)
-        fooled = count - int(withstood.sum())
+        fooled = count - int(run(attack, images, labels, name, config.seed)[1].sum())
         record["checks"][name] = {"images": count, "fooled": fooled}
         if not least <= fooled <= most:
-            record["warnings"].append(f"{name} fools {fooled} of the {count} images that withstand PGD.")
+            record["warnings"].append(f"{name} fools {fooled} of the {count} images that withstand {record['attack']}.")
 
 
-def autoattack(
-    network: nn.Module, ball: Ball, images: Tensor, labels: Tensor, seed: int, warnings: list[str]
-) -> Result:
-    """Attack images with the standard version of AutoAttack (Croce and Hein, 2020, https://arxiv.org/abs/2003.01690),
-    and collect its warnings."""
+def autoattack(network: nn.Module, ball: Ball, images: Tensor, labels: Tensor, random: Generator) -> Result:
+    """The standard version of AutoAttack, with as many target classes as there are, but at most nine (Croce and Hein,
+    2020, https://arxiv.org/abs/2003.01690)."""
     from pyautoattack import AutoAttack
 
-    if len(labels) == 0:
-        return images, labels.bool()
-    attack: Any = AutoAttack(network, norm=ball.norm, eps=ball.eps, seed=seed, device=images.device)
-    others = network(images[:1]).shape[1] - 1
-    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, others)
-    seeded = [images.device] if images.device.type == "cuda" else []
-    with tqdm(desc=f"AutoAttack {ball}", leave=False, disable=None) as bar, torch.random.fork_rng(seeded):
-        logger = SimpleNamespace(debug=bar.set_postfix_str, warning=warnings.append)
-        attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
+    attack: Any = AutoAttack(network, norm=ball.norm, eps=ball.eps, seed=random.initial_seed(), device=images.device)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, network(images[:1]).shape[1] - 1)
+    silent = logging.Logger("AutoAttack", logging.CRITICAL)  # `checks` looks for what its warnings are about
+    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = silent
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
         changed, predicted = attack.run_standard_evaluation(images, labels, batch_size=BATCH)
     return changed, predicted == labels
 
