@@ -76,7 +76,7 @@ def naive_pgd(network, ball, steps, image, label, start):
         (-logits.log_softmax(0)[label]).backward()
         gradient, size = changed.grad, 2.5 * ball.eps / steps
         if ball.norm == "Linf":
-            moved = changed.detach() + size * gradient / gradient.abs()
+            moved = changed.detach() + size * gradient / gradient.abs().clamp_min(1e-30)
             lower, upper = (image - ball.eps).clamp_min(0), (image + ball.eps).clamp_max(1)
             changed = torch.minimum(torch.maximum(moved, lower), upper)
         else:

@@ -85,8 +85,8 @@ def section(subject: Subject) -> Section:
     correct = torch.cat([network(part).argmax(1) for part in images.split(BATCH)]) == labels
     images, labels, total = images[correct], labels[correct], len(labels)
     name, steps = {"pgd": "PGD", "autoattack": "AutoAttack"}[config.attack], config.attack_steps
-    record = {"attack": name, "steps": steps, "restarts": config.attack_restarts, "balls": {}, "checks": {}}
-    record |= {"clean": metrics.proportion(len(labels), total), "warnings": []}
+    record: dict[str, Any] = {"attack": name, "steps": steps, "restarts": config.attack_restarts}
+    record |= {"clean": metrics.proportion(len(labels), total), "balls": {}, "checks": {}, "warnings": []}
     pictures, captions = [], []
     for ball in BALLS:
         start, title = time.perf_counter(), f"{name} {ball}"
