@@ -36,7 +36,8 @@ from cifarnet.system.files import DISK_ERRORS
 from cifarnet.system.output import optional_output
 
 # packages and their extras
-EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo", "sklearn": "features"}
+EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo"}
+EXTRAS |= {"sklearn": "features", "pyautoattack": "attack"}
 
 
 class Arguments(NamedTuple):

@@ -8,6 +8,7 @@ examples:
   python -m cifarnet.evaluate <run> tta=mirror corruptions=false
   python -m cifarnet.evaluate <run> <run> soup=true                    their ensemble, and the mean of their weights
   python -m cifarnet.evaluate <run> data=folder data.root=pictures     other images of the same classes
+  python -m cifarnet.evaluate <run> attack=pgd                         adversarial accuracy
   python -m cifarnet.evaluate <run> cifar10_c=CIFAR-10-C cifar10_1=CIFAR-10.1 cifar10h=cifar10h-probs.npy
   python -m cifarnet.evaluate <run> 'ood=[svhn,noise,pictures]'        out-of-distribution detection
   python -m cifarnet.evaluate <run> features=true                      features.npz, a linear probe, nearest neighbors
@@ -45,7 +46,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
-    from cifarnet.evaluation import features, members, ood, public_sets, report, sections
+    from cifarnet.evaluation import adversarial, features, members, ood, public_sets, report, sections
     from cifarnet.inference import ensemble, test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
@@ -63,6 +64,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     if reason := ensemble.check(checkpoints, settings):
         print(printable(f"Without validation images: {reason}"), flush=True)
         chosen += ensemble.WITHOUT_VALIDATION
+    adversarial.check(settings.attack, len(checkpoint.class_names))
     config = test_images.compose("evaluate", chosen, checkpoint, settings.classes)
     data = make_data(config)
     checkpoint.check_task(data.class_names, data.image_size)

@@ -29,6 +29,8 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("recipe/*.yaml") if "???" no
         ("+recipe=swa", "recipe.swa.epoch=0"),
         ("+recipe=lookahead", "recipe.lookahead.k=0"),
         ("+recipe=sam", "recipe.sam.rho=0"),
+        ("+recipe=adversarial", "recipe.adversarial.eps=0"),
+        ("+recipe=adversarial", "recipe.adversarial.step_size=0"),
         ("objective=focal", "objective.gamma=-1"),
     ],
 )

@@ -55,6 +55,10 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if features := evaluation.features:
         rows["linear probe"] = _accuracy(features["linear_probe"])
         rows[f"{features['neighbors']} nearest neighbors"] = _accuracy(features["nearest_neighbors"])
+    if attacked := evaluation.adversarial:
+        rows |= {f"{attacked['attack']} {ball}": _accuracy(part) for ball, part in attacked["balls"].items()}
+        if attacked["warnings"]:
+            rows["gradient masking"] = " ".join(attacked["warnings"])
     if humans := evaluation.cifar10h:
         cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
         rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"
