@@ -35,7 +35,7 @@ from cifarnet.system.distributed import MACHINE_FAULT, report_to_launcher
 from cifarnet.system.files import DISK_ERRORS
 from cifarnet.system.output import optional_output
 
-EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo"}  # packages and their extras
+EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo", "cleanlab": "audit"}
 
 
 class Arguments(NamedTuple):
