@@ -42,7 +42,8 @@ class Dynamics(Callback):
     Config: `callbacks.dynamics`, as in `callbacks=dynamics`.
 
     Raises:
-        UserError: images are mixed, or several devices could use the same image in an epoch.
+        UserError: images are mixed, or several devices could use the same image in an epoch, or there is no data
+            module.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,8 @@ class Dynamics(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = cast("Any", trainer).datamodule
+        if data is None:
+            raise UserError("callbacks.dynamics needs the positions of the images: call trainer.fit(…, datamodule=data).")
         if data.mix is not None or (data.sampler is not None and world_size() > 1):
             setting = "data.mix, which gives an image two labels" if data.mix else "data.sampler on several devices"
             raise UserError(f"callbacks.dynamics does not support {setting}. Remove one of them.")
@@ -72,7 +75,7 @@ class Dynamics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = list(state_dict["epochs"])
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epochs = [epoch.cpu() for epoch in self.state_dict()["epochs"]]
         if not epochs or not trainer.is_global_zero:
             return
