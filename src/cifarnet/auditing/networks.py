@@ -13,6 +13,7 @@ from cifarnet.data import Split
 from cifarnet.inference.predictor import Predictor
 from cifarnet.recipes.backbone import head_name
 
+CHUNK = 250  # the number of images in a forward pass
 Pair = tuple[float, int, int]  # the similarity, and the positions in the training images and in the test images
 
 
@@ -39,8 +40,7 @@ def confident_learning(
 
     sums = np.zeros((len(times), len(runs[0]["class_names"])))
     for number, (rows, predictor) in enumerate(zip(left_out, predictors, strict=True), 1):
-        images = train[torch.from_numpy(scored.index[rows])]
-        chunks = tqdm(images.chunks(), f"Images left out by run {number}", leave=False, disable=None)
+        chunks = _chunks(train[torch.from_numpy(scored.index[rows])], f"Images left out by run {number}")
         predicted = [predictor(chunk)[0].double().softmax(1).cpu() for chunk in chunks]
         sums[rows] += torch.cat([torch.zeros(0, sums.shape[1]), *predicted]).numpy()
     probabilities = sums / times[:, None]
@@ -61,7 +61,7 @@ def near_duplicates(predictor: Predictor, train: Split, test: Split, most: int) 
     hook = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(1).float().cpu()))
 
     def directions(images: Split, title: str) -> Iterator[Tensor]:
-        for chunk in tqdm(images.chunks(), title, -(-len(images) // 1000), leave=False, disable=None):
+        for chunk in _chunks(images, title):
             predictor(chunk)
             yield F.normalize(inputs.pop())
 
@@ -75,3 +75,7 @@ def near_duplicates(predictor: Predictor, train: Split, test: Split, most: int) 
     hook.remove()
     chosen = best.argsort(descending=True, stable=True)[:most]
     return list(zip(best[chosen].tolist(), nearest[chosen].tolist(), chosen.tolist(), strict=True))
+
+
+def _chunks(images: Split, title: str) -> Iterable[Tensor]:
+    return tqdm(images.chunks(CHUNK), title, -(-len(images) // CHUNK), leave=False, disable=None)

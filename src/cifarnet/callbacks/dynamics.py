@@ -54,7 +54,9 @@ class Dynamics(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = cast("Any", trainer).datamodule
         if data is None:
-            raise UserError("callbacks.dynamics needs the positions of the images: call trainer.fit(…, datamodule=data).")
+            raise UserError(
+                "callbacks.dynamics needs the positions of the images: call trainer.fit(…, datamodule=data)."
+            )
         if data.mix is not None or (data.sampler is not None and world_size() > 1):
             setting = "data.mix, which gives an image two labels" if data.mix else "data.sampler on several devices"
             raise UserError(f"callbacks.dynamics does not support {setting}. Remove one of them.")
