@@ -3,6 +3,7 @@
 python benchmarks/switches.py
 """
 
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,6 +18,10 @@ SWITCHES = {
     "optimizer.fused=false": ["optimizer.fused=false"],
     "threads=1": ["threads=1"],
     "compile=true": ["compile=true"],
+    "callbacks=dynamics": [  # without the default callbacks, as in the other rows
+        "+callbacks.dynamics._target_=cifarnet.callbacks.dynamics.Dynamics",
+        f"output_dir={tempfile.gettempdir()}/switches",
+    ],
     "all off": ["keep_freed_memory=false", "channels_last=false", "trainer.precision=32-true"],
 }
 

@@ -321,7 +321,7 @@ def test_any_text_can_be_the_value_of_an_override(text):
     assert cli.value_of("name", [argument]) == text
 
 
-@pytest.mark.parametrize("command", ["train", "search", "inspect", "evaluate", "compare", "predict"])
+@pytest.mark.parametrize("command", ["train", "search", "inspect", "evaluate", "audit", "compare", "predict"])
 def test_help_is_quick_and_fits_a_screen(command):
     slow = "{'torch', 'lightning', 'scipy', 'matplotlib', 'optuna', 'pandas'}"
     program = f"""import sys, time

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src/cifarnet"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # from top to bottom; modules of one level may import each other, but not in cycles
 LEVELS = [
-    {"train", "search", "inspect", "evaluate", "compare", "predict", "export", "demo"},
-    {"sweeps", "inspection", "evaluation", "formats"},
+    {"train", "search", "inspect", "evaluate", "audit", "compare", "predict", "export", "demo"},
+    {"sweeps", "inspection", "evaluation", "auditing", "formats"},
     {"inference", "records", "callbacks"},
     {"build"},
     {"trainer", "finetuning", "resuming"},

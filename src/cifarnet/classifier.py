@@ -100,7 +100,7 @@ class Classifier(L.LightningModule):
         loss = losses.mean()
         self._count("train", loss, logits, batch.labels)
         self._totals.pop("train", None)
-        return {"loss": self.scale_loss(loss, len(losses)), "losses": losses.detach()}
+        return {"loss": self.scale_loss(loss, len(losses)), "losses": losses.detach(), "logits": logits.detach()}
 
     def forward_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, num_classes] and the loss of each image [B], including the teacher's term."""

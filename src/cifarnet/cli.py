@@ -37,7 +37,7 @@ from cifarnet.system.output import optional_output
 
 # packages and their extras
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "search", "gradio": "demo"}
-EXTRAS |= {"sklearn": "features", "pyautoattack": "attack"}
+EXTRAS |= {"sklearn": "features", "pyautoattack": "attack", "cleanlab": "audit"}
 
 
 class Arguments(NamedTuple):

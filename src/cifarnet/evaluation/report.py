@@ -97,8 +97,8 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
     )
 
 
-def templates() -> Environment:
-    """Return jinja's environment of the HTML templates."""
+def templates(*folders: Path) -> Environment:
+    """Return jinja's environment of the HTML templates in these folders, and in the folder of the evaluation."""
     # names in a checkpoint may come from a stranger, so all values are escaped
-    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    loader = FileSystemLoader([*folders, Path(__file__).with_name("templates")])
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)

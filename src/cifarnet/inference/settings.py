@@ -13,7 +13,8 @@ from cifarnet.system import hardware
 
 @dataclass
 class Settings:
-    """The settings in `configs/evaluate.yaml`, `predict.yaml`, `export.yaml` and `demo.yaml`, without `data`."""
+    """The settings in `configs/evaluate.yaml`, `audit.yaml`, `predict.yaml`, `export.yaml` and `demo.yaml`, without
+    `data`."""
 
     # the network and how it predicts; test-time augmentation and temperature are checked by `Trained`
     classes: list[str]
@@ -37,6 +38,9 @@ class Settings:
     attack_restarts: Annotated[int, Range(1, 10**6)]
     features: bool
     output_dir: str | None
+    # audit
+    count: Annotated[int, Range(0)] | None
+    duplicates: Annotated[int, Range(0)]
     # predict
     top: Annotated[int, Range(1)] | None
     output: str | None
