@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cifarnet.auditing.scores import Dynamics, Scored, best_other
 from cifarnet.data import Split
 from cifarnet.inference.predictor import Predictor
-from cifarnet.recipes.backbone import head_name
+from cifarnet.recipes.backbone import head_inputs
 
 CHUNK = 250  # the number of images in a forward pass
 Pair = tuple[float, int, int]  # the similarity, and the positions in the training images and in the test images
@@ -56,23 +56,20 @@ def near_duplicates(predictor: Predictor, train: Split, test: Split, most: int) 
 
     Barz and Denzler (2020, https://arxiv.org/abs/1902.00423) found the near-duplicates in CIFAR-10 in this way.
     """
-    inputs: list[Tensor] = []
-    head = predictor.network.get_submodule(head_name(predictor.network))
-    hook = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(1).float().cpu()))
-
-    def directions(images: Split, title: str) -> Iterator[Tensor]:
-        for chunk in _chunks(images, title):
-            predictor(chunk)
-            yield F.normalize(inputs.pop())
-
-    targets = torch.cat(list(directions(test, "Features of the test images"))).T
     best, nearest, start = torch.full((len(test),), -torch.inf), torch.zeros(len(test), dtype=torch.int64), 0
-    for rows in directions(train, "Comparing the training images"):
-        similarity, row = (rows @ targets).max(0)
-        nearest = torch.where(similarity > best, start + row, nearest)
-        best = torch.maximum(best, similarity)
-        start += len(rows)
-    hook.remove()
+    with head_inputs(predictor.network) as inputs:
+
+        def directions(images: Split, title: str) -> Iterator[Tensor]:
+            for chunk in _chunks(images, title):
+                predictor(chunk)
+                yield F.normalize(inputs.pop())
+
+        targets = torch.cat(list(directions(test, "Features of the test images"))).T
+        for rows in directions(train, "Comparing the training images"):
+            similarity, row = (rows @ targets).max(0)
+            nearest = torch.where(similarity > best, start + row, nearest)
+            best = torch.maximum(best, similarity)
+            start += len(rows)
     chosen = best.argsort(descending=True, stable=True)[:most]
     return list(zip(best[chosen].tolist(), nearest[chosen].tolist(), chosen.tolist(), strict=True))
 

@@ -1,7 +1,6 @@
 """The results of an audit: files with scores, labels and positions, and an HTML page that works offline."""
 
 import base64
-import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +14,9 @@ from torch import Tensor
 from cifarnet.auditing.networks import Pair
 from cifarnet.auditing.scores import Scored
 from cifarnet.data import Source
-from cifarnet.errors import csv_cell
 from cifarnet.evaluation import report
 from cifarnet.evaluation.metrics import proportion
-from cifarnet.records.tables import percent
+from cifarnet.records.tables import csv_text, percent
 from cifarnet.system import files
 
 SIDE = 64  # the largest height and width of an image on the page, in pixels
@@ -35,13 +33,12 @@ def write(folder: Path, scored: Scored, source: Source, pairs: Sequence[Pair], *
     Returns:
         The main results by name.
     """
-    names, ranked, table = source.class_names, scored.ranked, io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["rank", "position", "given", "suggested", *scored.values])
+    names, ranked, table = source.class_names, scored.ranked, []
     for rank, row in enumerate(ranked.tolist(), 1):
-        pair = (csv_cell(names[labels[row]]) for labels in (scored.given, scored.suggested))
-        writer.writerow([rank, scored.index[row], *pair, *(f"{score[row]:.6g}" for score in scored.values.values())])
-    files.write(folder / "audit.csv", table.getvalue())
+        given, suggested = names[scored.given[row]], names[scored.suggested[row]]
+        cells = {"rank": rank, "position": scored.index[row], "given": given, "suggested": suggested}
+        table.append(cells | {name: f"{score[row]:.6g}" for name, score in scored.values.items()})
+    files.write(folder / "audit.csv", csv_text(table, table[0]))
     chosen, labels = ranked[: scored.count], source.train.labels.numpy().copy()
     labels[scored.index] = scored.given
     labels[scored.index[chosen]] = scored.suggested[chosen]
