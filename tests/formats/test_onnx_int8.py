@@ -31,9 +31,10 @@ def num_correct(logits: np.ndarray, labels: list[int]) -> int:
     return sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
 
 
-def test_file_has_the_accuracy_that_it_states(run, command, tmp_path):
+def test_file_has_the_accuracy_that_it_states(run, command, caplog, tmp_path):
     status, out, err = command(str(run), INT8, ANY_FALL, main=main)
     assert status == 0, err
+    assert "WARNING" not in caplog.text
     session = onnxruntime.InferenceSession(run / "exported/network_int8.onnx")
     classifier = cifarnet.load(run)
     images, labels = test_images.read("export", [], classifier.checkpoint, [], 60)

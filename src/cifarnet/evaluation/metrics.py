@@ -54,7 +54,7 @@ def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
     """
     gained, lost, count = int((after & ~before).sum()), int((before & ~after).sum()), len(before) + 2
     center = (gained - lost) / count
-    margin = norm.ppf(0.975) * math.sqrt(gained + lost + 1 - center * (gained - lost)) / count
+    margin = float(norm.ppf(0.975)) * math.sqrt(gained + lost + 1 - center * (gained - lost)) / count
     return max(-1.0, center - margin), min(1.0, center + margin)
 
 
