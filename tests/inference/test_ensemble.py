@@ -12,7 +12,7 @@ from torch import nn
 import cifarnet
 from cifarnet import cli
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.data import ImageFolder, Synthetic
+from cifarnet.data import ImageFolder, Split, Synthetic
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
@@ -205,13 +205,10 @@ def test_statistics_are_those_of_streamed_images_too(classifiers, tmp_path):
 
 def test_the_soup_of_a_network_without_batch_norms_reads_no_images():
     predictor = Predictor(CNN(num_classes=3, image_size=8, widths=[4, 4], hidden=8).eval(), accelerator="cpu")
-    ensemble.recompute_statistics(predictor, Unreadable())
+    ensemble.recompute_statistics(predictor, Unreadable(torch.empty(0), torch.arange(10)))
 
 
-class Unreadable:
-    def __len__(self):
-        return 10
-
+class Unreadable(Split):
     def __getitem__(self, index):
         raise AssertionError
 
