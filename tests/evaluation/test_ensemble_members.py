@@ -42,10 +42,10 @@ def test_table():
     columns = members.table(ENSEMBLE)
     assert columns["run"] == ["mean ± standard deviation", "ensemble", "soup", "0", "1"]
     assert columns["accuracy"] == ["90.00% ± 0.10%", "91.00%", "10.00%", "90.00%", "90.00%"]
-    assert columns["cross entropy"] == ["0.3000 ± 0.0100", *["0.2500"] * 4]
+    assert columns["cross-entropy"] == ["0.3000 ± 0.0100", *["0.2500"] * 4]
     assert columns["calibration error"] == ["4.00% ± 0.20%", *["3.00%"] * 4]
-    assert columns["brier"] == ["0.2000 ± 0.0300", *["0.1250"] * 4]
-    assert columns["95% interval of the accuracy"] == ["", *["90.00% to 92.00%"] * 4]
+    assert columns["Brier score"] == ["0.2000 ± 0.0300", *["0.1250"] * 4]
+    assert columns["95% interval (accuracy)"] == ["", *["90.00% to 92.00%"] * 4]
     assert members.table(replace(ENSEMBLE, members=MEMBERS | {"soup": None}))["run"][1:] == ["ensemble", "0", "1"]
 
 
@@ -67,7 +67,7 @@ def test_page_has_the_runs():
     page = words(report.render(ENSEMBLE, {}))
     for part in (
         "mean ± standard deviation 90.00% ± 0.10% 0.3000 ± 0.0100 4.00% ± 0.20% 0.2000 ± 0.0300",
-        "ensemble 91.00% 0.2500 3.00% 0.1250 90.00% to 92.00%",
+        "ensemble 91.00% 90.00% to 92.00% 0.2500 3.00% 0.1250",
         "soup 10.00%",
         "disagreement 6.25% (95% interval 5.00% to 7.00%, 2,000 images), mean over pairs of runs",
         "means of the probabilities of its 2 runs",

@@ -12,7 +12,7 @@ from torch import nn
 import cifarnet
 from cifarnet import cli
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.data import ImageFolder, Synthetic
+from cifarnet.data import ImageFolder, Split, Synthetic
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
@@ -130,21 +130,23 @@ def test_energy_is_the_mean_energy_of_the_networks():
     torch.testing.assert_close(ensemble.combine(logits).logsumexp(1), expected)
 
 
-def test_each_network_has_its_own_settings(classifiers, images):
-    test = images[1]
-    members = {
-        "mirrored": classifiers[0].predictor(tta="mirror"),
-        "halved": classifiers[1].predictor(tta="none", precision="bf16-mixed"),
-    }
-    combined = Ensemble(members)
-    first, second = (classifier.network for classifier in classifiers)
+def test_each_network_keeps_the_settings_of_its_test(sweep, images):
+    runs, test = [cifarnet.load(sweep / str(seed)) for seed in range(2)], images[1]
+    runs[0].tested = {"tta": "mirror", "precision": "32-true"}
+    runs[1].tested = {"tta": "none", "precision": "bf16-mixed"}
+    combined = ensemble.make_predictor(runs, cli.compose("evaluate", ["tta_share=1", "accelerator=cpu"]))
+    first, second = (copy.deepcopy(run.network).to(memory_format=torch.channels_last) for run in runs)
+    test = test.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        halved = second(test).float()
+        halved = second(test).float().softmax(1)
     with torch.no_grad():
-        mirrored = (first(test) + first(test.flip(3))) / 2
-    expected = (mirrored.softmax(1) + halved.softmax(1)) / 2
-    torch.testing.assert_close(combined(test)[1].softmax(1), expected, atol=0.01, rtol=0)
+        mirrored = ((first(test) + first(test.flip(3))) / 2).softmax(1)
+        exact = second(test).softmax(1)
+    assert (halved - exact).abs().max() > 1e-4
+    torch.testing.assert_close(combined(test)[1].softmax(1), (mirrored + halved) / 2, atol=1e-5, rtol=0)
     assert (combined.tta, combined.precision) == ("mirror / none", "32-true / bf16-mixed")
+    overridden = ensemble.make_predictor(runs, cli.compose("evaluate", ["precision=32-true", "tta=none"]))
+    assert (overridden.tta, overridden.precision) == ("none", "32-true")
 
 
 def test_weights_of_a_soup_are_the_means_of_the_weights(classifiers, images):
@@ -205,13 +207,10 @@ def test_statistics_are_those_of_streamed_images_too(classifiers, tmp_path):
 
 def test_the_soup_of_a_network_without_batch_norms_reads_no_images():
     predictor = Predictor(CNN(num_classes=3, image_size=8, widths=[4, 4], hidden=8).eval(), accelerator="cpu")
-    ensemble.recompute_statistics(predictor, Unreadable())
+    ensemble.recompute_statistics(predictor, Unreadable(torch.empty(0), torch.arange(10)))
 
 
-class Unreadable:
-    def __len__(self):
-        return 10
-
+class Unreadable(Split):
     def __getitem__(self, index):
         raise AssertionError
 

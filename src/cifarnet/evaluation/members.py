@@ -15,7 +15,9 @@ from cifarnet.inference.ensemble import Ensemble, recompute_statistics
 from cifarnet.records.evaluation import Evaluation
 from cifarnet.records.tables import decimals, percent
 
-METRICS = ("accuracy", "cross_entropy", "calibration_error", "brier")
+# by the headings of the table
+METRICS = {"accuracy": "accuracy", "cross-entropy": "cross_entropy"}
+METRICS |= {"calibration error": "calibration_error", "Brier score": "brier"}
 
 
 def section(subject: Subject) -> Section:
@@ -25,7 +27,7 @@ def section(subject: Subject) -> Section:
         return None, {}
     rows = zip(ensemble.members, test.members, strict=True)
     runs = [{"checkpoint": path, **metrics.summary(logits, test.labels)} for path, logits in rows]
-    mean, deviation = ({key: f(run[key] for run in runs) for key in METRICS} for f in (fmean, stdev))
+    mean, deviation = ({key: f(run[key] for run in runs) for key in METRICS.values()} for f in (fmean, stdev))
     soup = None
     if ensemble.soup is not None:
         recompute_statistics(ensemble.soup, subject.data.source.train)
@@ -61,9 +63,9 @@ def table(evaluation: Evaluation) -> dict[str, list[str]]:
     rows = [*totals.values(), *members["runs"]]
     names = [*totals, *(folder.partition("/checkpoints/")[0] for folder in folders)]
     columns = {"run": ["mean ± standard deviation", *names]}
-    for key in METRICS:
+    for heading, key in METRICS.items():
         form = f".{decimals(images)}%" if key in ("accuracy", "calibration_error") else ".4f"
         spread = f"{members['mean'][key]:{form}} ± {members['deviation'][key]:{form}}"
-        columns[key.replace("_", " ")] = [spread, *(format(row[key], form) for row in rows)]
+        columns[heading] = [spread, *(format(row[key], form) for row in rows)]
     ends = ([percent(end, images) for end in row["interval"]] for row in rows)
-    return columns | {"95% interval of the accuracy": ["", *(" to ".join(pair) for pair in ends)]}
+    return columns | {"95% interval (accuracy)": ["", *(" to ".join(pair) for pair in ends)]}

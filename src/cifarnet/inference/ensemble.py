@@ -127,10 +127,11 @@ def expand(path: str | Path) -> Sequence[str | Path]:
     records = Path(path).expanduser().rglob("metrics.json")
     folders = [file.parent for file in records if not file.with_name("report.html").exists()]  # not of an evaluation
     runs = [folder for folder in folders if checkpoint_path(folder).exists()]
+    runs.sort(key=lambda run: (len(run.name), run))  # 2 comes before 10
     if runs and len(runs) < len(folders):
         count = f"{len(folders) - len(runs)} of {len(folders)} finished runs in {path}"
         print(printable(f"Left out: {count}, whose checkpoints were removed (sweep.keep_checkpoints)"), flush=True)
-    return sorted(runs, key=lambda run: (len(run.name), run)) or [path]  # 2 comes before 10
+    return runs or [path]
 
 
 def check(checkpoints: Sequence[Checkpoint], settings: DictConfig) -> str | None:
