@@ -359,7 +359,8 @@ def test_infinite_threshold(evaluated_run, tmp_path):
 @pytest.mark.parametrize("more", [[], ["data.eval_batch_size=70"], ["tta=mirror_translate"]])
 def test_predictions_of_test_images_equal_those_of_evaluate(run, command, tmp_path, more):
     settings = ["accelerator=cpu", *more]
-    evaluate(run, ["corruptions=false", f"output_dir={tmp_path}/evaluation", *settings])
+    folder = f"output_dir={tmp_path}/evaluation"
+    assert command(str(run), "corruptions=false", folder, *settings, main=cifarnet.evaluate.main)[0] == 0
     status, printed, error = command(str(run), "data=test", *settings, "output=rows.csv", main=main)
     assert (status, error) == (0, "")
     expected = (tmp_path / "evaluation/predictions.csv").read_bytes()

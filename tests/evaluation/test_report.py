@@ -221,14 +221,14 @@ def test_conformal_prediction():
     assert "a probability of at least 95%." in page
     assert "fitted on 1,000 validation images" in page
     assert "LAC APS coverage 90.00% 88.00% to 92.00% 90.00% 88.00% to 92.00% mean number of classes 1.234" in page
-    assert "0 classes 100 images 100 images 1 class 101 images" in page
-    assert "3 classes 103 images" in page
+    assert "images with 0 classes 100 100 images with 1 class 101 101" in page
+    assert "images with 3 classes 103 103" in page
     assert "4 classes" not in page
     assert "class LAC APS disc 1,500 images 90.00% 88.00% to 92.00% 1.234 90.00%" in page
     assert "none 0 images 90.00%" not in page
     ten = replace(EVALUATION, conformal=sets(10), classes=EVALUATION.classes[:2] * 5)
     page = words(report.render(ten, {}))
-    assert f"4 classes 104 images 104 images 5 or more classes {sum(range(105, 111))} images" in page
+    assert f"images with 4 classes 104 104 images with 5 or more classes {sum(range(105, 111))}" in page
 
 
 def test_conformal_prediction_needs_validation_images():
