@@ -63,9 +63,9 @@ def score_histograms(scores: "Mapping[str, Mapping[str, Tensor]]") -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, name in zip(axes, names, strict=True):
         groups = {printable(label): np.asarray(part[name]) for label, part in scores.items()}
-        ends = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
+        low, high = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
         for label, values in groups.items():
-            axis.hist(values.clip(*ends), np.linspace(*ends, 41), density=True, histtype="step", label=label)
+            axis.hist(values.clip(low, high), np.linspace(low, high, 41), density=True, histtype="step", label=label)
         axis.set(title=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
