@@ -131,11 +131,10 @@ def test_results_of_a_run(run, pictures, tmp_path):
     assert found["noise"]["energy"]["images"] == 60
     page = (run / "evaluation/report.html").read_text()
     assert "Out-of-distribution detection" in page
-    assert f"{pictures} (7)" in page
+    assert f"{pictures} (7 images)" in page
     assert 'class="ood"' in page
     assert json.loads((run / "evaluation/metrics.json").read_text())["ood"] == found
-    again, other = (evaluate(run, [*QUICK, "ood=noise", seed])["ood"]["noise"] for seed in ("seed=3", "seed=4"))
-    assert again == found["noise"] != other
+    assert evaluate(run, [*QUICK, "ood=noise", "seed=3"])["ood"]["noise"] == found["noise"]
 
 
 def test_the_command_prints_the_areas(run, command):
@@ -258,7 +257,7 @@ def test_a_network_without_a_head_is_refused_at_the_start(config, tmp_path, monk
     from cifarnet.train import train
 
     name = f"{Headless.__module__}.Headless"
-    train(config("~model", f"+model={{_target_: {name}}}", "trainer.max_epochs=1", without="model"))
+    train(config("~model", f"+model={{_target_: {name}}}", "scheduler=constant", without="model"))
     monkeypatch.setattr(Predictor, "predict_all", None)
     with pytest.raises(UserError, match=r"could be its head.*ood and features"):
         evaluate(tmp_path / "run", [*QUICK, setting, f"classes=[{name}]"])

@@ -51,7 +51,8 @@ def section(subject: Subject) -> Section:
     arrays = {name: getattr(test, name).numpy() for name in ("features", "logits", "labels", "index")}
     with files.atomic_file(Path(subject.config.output_dir) / "features.npz") as file:
         np.savez(file, class_names=np.array(subject.data.class_names), **arrays)
-    record = {"dimensions": test.features.shape[1], "train_images": len(train.labels), "neighbors": NEIGHBORS}
+    record: dict[str, Any] = {"dimensions": test.features.shape[1], "train_images": len(train.labels)}
+    record["neighbors"] = NEIGHBORS
     for name, predict in {"linear_probe": linear_probe, "nearest_neighbors": nearest_neighbors}.items():
         correct = predict(train.features, train.labels, test.features) == test.labels
         record[name] = metrics.proportion(int(correct.sum()), len(correct))

@@ -78,9 +78,9 @@ def score_histograms(scores: "Mapping[str, Mapping[str, Tensor]]") -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, name in zip(axes, names, strict=True):
         groups = {printable(label): np.asarray(part[name]) for label, part in scores.items()}
-        ends = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
+        low, high = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
         for label, values in groups.items():
-            axis.hist(values.clip(*ends), np.linspace(*ends, 41), density=True, histtype="step", label=label)
+            axis.hist(values.clip(low, high), np.linspace(low, high, 41), density=True, histtype="step", label=label)
         axis.set(title=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
@@ -99,17 +99,19 @@ def feature_map(
     """
     palette = colormaps["tab10" if len(class_names) <= 10 else "tab20" if len(class_names) <= MANY else "turbo"]
     colors = palette(np.linspace(0, 1, len(class_names)))
-    figure = Figure(figsize=(9, 9.4), dpi=120, layout="constrained")
+    places = (positions - positions.min(0)) / np.ptp(positions, axis=0).max()
+    figure = Figure(figsize=9 * places.max(0) + [0.5, 1], dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, name in enumerate(class_names):
-        axis.plot(*positions[labels == number].T, "o", color=colors[number], markersize=3, label=printable(name))
-    cells = (CELLS * (positions - positions.min(0)) / np.ptp(positions, axis=0)).astype(int)
-    _, shown = np.unique(cells, axis=0, return_index=True)  # an image in each cell of a grid
-    for number in shown.tolist():
+        axis.plot(*places[labels == number].T, "o", color=colors[number], markersize=3, label=printable(name))
+    cells = (CELLS * places).astype(int)
+    central = np.hypot(*(CELLS * places - cells - 0.5).T).argsort()
+    _, first = np.unique(cells[central], axis=0, return_index=True)
+    for number in central[first].tolist():  # in each cell of a grid, the image nearest to its center
         pixels = images[number].permute(1, 2, 0).numpy()
-        thumbnail = OffsetImage(pixels, 24 / len(pixels), interpolation="nearest")
+        thumbnail = OffsetImage(pixels, zoom=22 / len(pixels), interpolation="nearest")
         frame = {"edgecolor": colors[labels[number]], "linewidth": 1.5}
-        axis.add_artist(AnnotationBbox(thumbnail, positions[number], pad=0.1, bboxprops=frame))
+        axis.add_artist(AnnotationBbox(thumbnail, places[number], pad=0.1, bboxprops=frame))
     if len(class_names) <= MANY:
         figure.legend(frameon=False, loc="outside upper center", ncols=5, markerscale=2)
     axis.set_aspect("equal")
