@@ -155,16 +155,19 @@ def test_small_gradients_do_not_vanish_in_float16():
 
 
 class Watch(Callback):
-    """Keeps the images of the first batch, after the recipes have changed them, and of the data set."""
+    """Keeps the images of the second batch, after the recipes have changed them, and of the data set.
+
+    At the first batch, the head of the network is zero, and so are the gradients.
+    """
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 0:
+        if trainer.global_step == 1:
             self.pixels = trainer.train_dataloader.pixels.clone()
-            self.first = batch.images.clone()
+            self.images = batch.images.clone()
 
     def on_train_batch_end(self, trainer, module, *_):
         for callback in trainer.callbacks:
-            if isinstance(callback, SAM) and trainer.global_step == 1:
+            if isinstance(callback, SAM) and trainer.global_step == 2:
                 self.used = callback.batch.images.clone()
 
     def on_train_end(self, trainer, module):
@@ -179,7 +182,7 @@ def test_the_data_set_is_not_changed(config, settings):
         settings = [*settings, "scheduler=constant", "trainer.max_epochs=1"]
         train(config(*settings, *recipe, folder=f"run{len(recipe)}"), callbacks=watches[-1:])
     assert [watch.unchanged for watch in watches] == [True, True]
-    distance = (watches[0].first.int() - watches[1].first.int()).abs()
+    distance = (watches[0].images.int() - watches[1].images.int()).abs()
     assert distance.max() == 8
     assert distance.float().mean() > 4
 
@@ -187,7 +190,7 @@ def test_the_data_set_is_not_changed(config, settings):
 def test_sam_uses_the_changed_images(config):
     watch = Watch()
     train(config("+recipe=[sam,adversarial]", "scheduler=constant", "trainer.max_epochs=1"), callbacks=[watch])
-    assert torch.equal(watch.used, watch.first)
+    assert torch.equal(watch.used, watch.images)
 
 
 @pytest.mark.parametrize(
@@ -221,4 +224,4 @@ def test_a_compiled_network(config, tmp_path):
     watches = [Watch(), Watch()]
     for watch, compiled in zip(watches, ("false", "true"), strict=True):
         train(config(*settings, f"compile={compiled}", folder=compiled), callbacks=[watch])
-    assert (watches[0].first != watches[1].first).float().mean() < 1e-2
+    assert (watches[0].images != watches[1].images).float().mean() < 1e-2
