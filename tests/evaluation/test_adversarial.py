@@ -187,7 +187,7 @@ class TwoClasses(Coloured):
         source = super().read()
         source.class_names = ["low", "high"]
         low, high = Linear().weight.detach()
-        images = 0.5 + torch.linspace(-0.16, 0.16, 60)[:, None] * (high - low)
+        images = 0.5 + torch.linspace(-0.17, 0.165, 60)[:, None] * (high - low)
         images = (255 * images).round().to(torch.uint8).view(60, 3, 8, 8)
         split = Split(images, torch.tensor([0] * 30 + [1] * 25 + [0] * 5))
         return replace(source, train=split, test=split, val=split)

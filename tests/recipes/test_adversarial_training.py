@@ -83,7 +83,7 @@ def test_images_equal_those_of_a_loop_over_single_images(mixed, eps, steps, step
     assert differs.float().mean() < 1e-3  # where the gradient is zero, except for rounding
     distance = (changed.images.float() - batch.images.float()).abs()
     assert distance.max() <= eps
-    assert losses(network, changed).mean() > losses(network, batch).mean() + 0.01
+    assert losses(network, changed).mean() > losses(network, batch).mean()
 
 
 def test_nothing_but_the_images_changes():
@@ -132,13 +132,14 @@ def test_ranks_change_their_part_of_the_batch(monkeypatch):
 
 
 class Confident(nn.Module):
-    """Logits that are linear in the pixels, between -20 and 20."""
+    """Logits that are linear in the pixels; the last one is much larger than the others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3 * 64, 5)
         with torch.no_grad():
-            self.layer.weight.copy_(torch.linspace(-0.5, 0.5, 5)[:, None].expand(5, 192))
+            self.layer.weight.copy_(torch.linspace(-0.04, 0.04, 5)[:, None].expand(5, 192))
+            self.layer.bias.copy_(torch.linspace(0, 50, 5))
 
     def forward(self, images):
         return self.layer(images.flatten(1))
@@ -147,23 +148,26 @@ class Confident(nn.Module):
 def test_small_gradients_do_not_vanish_in_float16():
     batch = one_batch()
     batch = batch._replace(images=torch.full_like(batch.images, 100), labels=torch.full_like(batch.labels, 4))
-    assert 1e-9 < losses(Confident(), batch._replace(images=batch.images / 255)).max() < 1e-5
+    assert 1e-7 < losses(Confident(), batch._replace(images=batch.images / 255)).max() < 2e-6
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     attack(Confident(), batch, scaled, steps=20)
     assert torch.equal(batch.images, torch.full_like(batch.images, 92))
 
 
 class Watch(Callback):
-    """Keeps the images of the first batch, after the recipes have changed them, and of the data set."""
+    """Keeps the images of the second batch, after the recipes have changed them, and of the data set.
+
+    At the first batch, the head of the network is zero, and so are the gradients.
+    """
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 0:
+        if trainer.global_step == 1:
             self.pixels = trainer.train_dataloader.pixels.clone()
-            self.first = batch.images.clone()
+            self.images = batch.images.clone()
 
     def on_train_batch_end(self, trainer, module, *_):
         for callback in trainer.callbacks:
-            if isinstance(callback, SAM):
+            if isinstance(callback, SAM) and trainer.global_step == 2:
                 self.used = callback.batch.images.clone()
 
     def on_train_end(self, trainer, module):
@@ -175,17 +179,18 @@ def test_the_data_set_is_not_changed(config, settings):
     watches = []
     for recipe in ([], ["+recipe.a={_target_: cifarnet.recipes.adversarial.Adversarial}"]):
         watches.append(Watch())
-        train(config(*settings, *recipe, "trainer.max_epochs=1", folder=f"run{len(recipe)}"), callbacks=watches[-1:])
+        settings = [*settings, "scheduler=constant", "trainer.max_epochs=1"]
+        train(config(*settings, *recipe, folder=f"run{len(recipe)}"), callbacks=watches[-1:])
     assert [watch.unchanged for watch in watches] == [True, True]
-    distance = (watches[0].first.int() - watches[1].first.int()).abs()
+    distance = (watches[0].images.int() - watches[1].images.int()).abs()
     assert distance.max() == 8
     assert distance.float().mean() > 4
 
 
 def test_sam_uses_the_changed_images(config):
     watch = Watch()
-    train(config("+recipe=[sam,adversarial]", "+trainer.max_steps=1"), callbacks=[watch])
-    assert torch.equal(watch.used, watch.first)
+    train(config("+recipe=[sam,adversarial]", "scheduler=constant", "trainer.max_epochs=1"), callbacks=[watch])
+    assert torch.equal(watch.used, watch.images)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(resumed_run, settings):
 
 def test_streamed_images(config, tmp_path, few_photographs):
     settings = ["data=folder", f"data.root={few_photographs}", "data.batch_size=32", "data.workers=0"]
-    settings += ["+recipe=adversarial", "recipe.adversarial.steps=1", "trainer.max_epochs=1"]
+    settings += ["+recipe=adversarial", "recipe.adversarial.steps=1", "scheduler=constant", "trainer.max_epochs=1"]
     for in_memory in ("true", "false"):
         train(config(*settings, f"data.in_memory={in_memory}", folder=in_memory, without="data"))
     assert_same_weights(*(tmp_path / name / "checkpoints/last.ckpt" for name in ("true", "false")))
@@ -215,8 +220,8 @@ def test_two_ranks_train_like_one(sharded_run):
 
 @pytest.mark.slow  # unless the compiled code is cached
 def test_a_compiled_network(config, tmp_path):
-    settings = ["+recipe=adversarial", "trainer.max_epochs=1", "optimizer.lr=0.01"]
+    settings = ["+recipe=adversarial", "scheduler=constant", "trainer.max_epochs=1"]
     watches = [Watch(), Watch()]
     for watch, compiled in zip(watches, ("false", "true"), strict=True):
         train(config(*settings, f"compile={compiled}", folder=compiled), callbacks=[watch])
-    assert (watches[0].first != watches[1].first).float().mean() < 1e-2
+    assert (watches[0].images != watches[1].images).float().mean() < 1e-2
