@@ -86,14 +86,13 @@ def quality(suspicion: np.ndarray, is_wrong: np.ndarray) -> dict[str, float]:
 def measure(
     data: ImageDataModule, whole: Path, folds: Sequence[Path], given: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Return the quality of each score for one seed. All training images are scored."""
-    is_wrong = given != data.source.train.labels.numpy()
-    rows = {}
+    """Return the quality of each score for one seed, among the images that were used (each epoch drops a few)."""
+    true, rows = data.source.train.labels.numpy(), {}
     for suffix, folders in {"": [whole], ", folds": folds}.items():
         runs = list(scores.read(folders).values())
         scored = scores.combine(runs)
-        assert np.array_equal(scored.index, np.arange(len(given)))
-        assert np.array_equal(scored.given, given)
+        assert np.array_equal(scored.given, given[scored.index])
+        is_wrong = scored.given != true[scored.index]
         rows |= {f"{name}{suffix}": quality(score, is_wrong) for name, score in scored.values.items()}
         mean_rank = np.mean([rankdata(scored.values[name]) for name in RANKED], axis=0)
         rows[f"mean rank{suffix}"] = quality(mean_rank, is_wrong)
@@ -103,13 +102,13 @@ def measure(
             probabilities = networks.confident_learning(scored, runs, predictors, data.source.train)
             assert probabilities is not None
             rows["out_of_fold"] = quality(scored.values["out_of_fold"], is_wrong)
-            margin = get_label_quality_scores(given, probabilities, method="normalized_margin")
+            margin = get_label_quality_scores(scored.given, probabilities, method="normalized_margin")
             rows["cleanlab, normalized margin"] = quality(-margin, is_wrong)
-            found = find_label_issues(given, probabilities, n_jobs=1)
+            found = find_label_issues(scored.given, probabilities, n_jobs=1)
             precision, recall = is_wrong[found].mean(), found[is_wrong].mean()
             rows["cleanlab, find_label_issues"] = {"precision": precision, "recall": recall, "found": found.sum()}
             order = scored.order
-        is_right = scored.suggested == data.source.train.labels.numpy()
+        is_right = scored.suggested == true[scored.index]
         rows[order]["suggestions"] = is_right[is_wrong].mean()
     return {name: {key: float(value) for key, value in row.items()} for name, row in rows.items()}
 

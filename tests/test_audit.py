@@ -1,10 +1,12 @@
 import csv
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifarnet import cli
 from cifarnet.audit import audit, main
@@ -59,7 +61,6 @@ def test_wrong_labels_come_first_and_the_true_class_is_suggested(audited, source
     first = audited.ranked[:90]
     assert is_wrong[first].mean() > 0.5  # by chance, 0.1
     assert (audited.suggested == true[audited.index])[is_wrong].mean() > 0.5
-    assert (audited.suggested != audited.given).mean() > 0.9
     assert audited.count == 9
 
 
@@ -149,8 +150,6 @@ def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
 
 def test_images_of_other_sizes_and_streamed_images(tmp_path):
     random = np.random.default_rng(0)
-    from PIL import Image
-
     for split, count in [("train", 20), ("test", 6)]:
         for name in ("<b>cat</b>".replace("/", "∕"), "dog"):
             (tmp_path / "pictures" / split / name).mkdir(parents=True)
@@ -165,7 +164,7 @@ def test_images_of_other_sizes_and_streamed_images(tmp_path):
         "data.workers=0",
     ]
     settings = [setting for setting in SMALL if not setting.startswith("data")]
-    train(cli.compose("train", [*settings, *data, "data.batch_size=8", RECORDED, f"output_dir={tmp_path}/run"]))
+    train(cli.compose("train", [*settings, *data, "data.batch_size=9", RECORDED, f"output_dir={tmp_path}/run"]))
     scored = audit([tmp_path / "run"], [f"data.root={tmp_path}/pictures", "count=3"])
     assert len(scored.index) == 36
     html = (tmp_path / "run/audit/audit.html").read_text()
@@ -203,9 +202,15 @@ def test_a_run_without_dynamics_is_refused(config, command, tmp_path):
         audit(["speedrun"])
 
 
-def test_a_missing_package_is_named(run, command, monkeypatch, tmp_path):
-    import sys
+class Missing:
+    """Finds no cleanlab, as if it was not installed."""
 
+    def find_spec(self, name, path, target=None):
+        if name == "cleanlab":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_a_missing_package_is_named(run, command, monkeypatch, tmp_path):
     for number in range(2):
         shutil.copytree(run, tmp_path / f"runs/{number}", ignore=shutil.ignore_patterns("audit"))
         file = tmp_path / f"runs/{number}" / FILE
@@ -214,8 +219,9 @@ def test_a_missing_package_is_named(run, command, monkeypatch, tmp_path):
         half = arrays["index"] % 2 == number
         arrays = {name: values if name == "class_names" else values[..., half] for name, values in arrays.items()}
         np.savez(file, **arrays)
-    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
-    monkeypatch.setitem(sys.modules, "cleanlab", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cleanlab"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     status, _, error = command(tmp_path / "runs")
     assert status == 1
     assert "pip install 'cifarnet[audit]'" in error

@@ -66,7 +66,8 @@ def audit(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> "Scored
     folder = Path(config.output_dir or Path(paths[0]) / "audit")
     files.refuse_links(folder.parent, [folder])
     files.make_folder(folder, f"output_dir={folder} cannot be created")
-    print(printable(f"{data.source_name}: {len(scored.index):,} training images, {len(runs)} runs"), flush=True)
+    counts = f"{len(scored.index):,} training images, {len(runs)} run{'s' * (len(runs) > 1)}"
+    print(printable(f"{data.source_name}: {counts}"), flush=True)
     predict = {"tta": "none", "precision": config.precision, "accelerator": config.accelerator}
     predictors = (classifier.predictor(**predict) for classifier in classifiers)
     networks.confident_learning(scored, list(runs.values()), predictors, train)

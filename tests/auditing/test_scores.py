@@ -23,7 +23,7 @@ def made_up(index, seed=0, shift=0) -> dict[str, np.ndarray]:
     arrays["margin"] = random.normal(size=(EPOCHS, count))
     arrays = {name: np.where(used, values, math.nan).astype(np.float16) for name, values in arrays.items()}
     arrays["predicted"] = np.where(used, random.integers(0, CLASSES, (EPOCHS, count)), -1).astype(np.int8)
-    arrays["predicted"][:, 0] = 1
+    arrays["predicted"][used[:, 0], 0] = 1
     labels = (np.array(index) + shift) % CLASSES
     labels[1] = 2
     arrays["predicted"][arrays["predicted"][:, 1] == 2, 1] = 3  # never right
