@@ -169,7 +169,7 @@ def checks(network: nn.Module, ball: Ball, images: Tensor, labels: Tensor, confi
     et al., 2019, https://arxiv.org/abs/1902.06705)."""
     steps, unlimited = config.attack_steps, Ball("Linf", 1.0)
     count, few = len(labels), max(1, FEW * record["clean"]["images"])
-    # with the numbers of images that each should fool; Square Attack finds a few more because it uses another loss
+    # with the numbers of images that each should fool; Square Attack may find more because it uses another loss
     for name, attack, least, most in (
         (f"PGD with {2 * steps} steps", partial(pgd, network, ball, 2 * steps), 0, few),
         (f"Square Attack with {QUERIES} queries", partial(square, network, ball.eps, QUERIES), 0, 3 * few),
