@@ -31,16 +31,16 @@ class Predictions(NamedTuple):
         logits: logits with test-time augmentation, float32 [N, num_classes].
         labels: the true classes, int64 [N].
         index: the positions of the images in their data set, int64 [N].
-        members: for an ensemble, the logits of each network with test-time augmentation.
         features: the inputs of the network's last layer, float32 [N, D]; only `Predictor.embed` collects them.
+        members: for an ensemble, the logits of each network with test-time augmentation.
     """
 
     one_view: Tensor
     logits: Tensor
     labels: Tensor
     index: Tensor
-    members: Sequence[Tensor] = ()
     features: Tensor = torch.empty(0)
+    members: Sequence[Tensor] = ()
 
 
 class Predictor:
