@@ -101,9 +101,8 @@ def test_checkpoint_names_neither_folder_nor_address(run, evaluated, monkeypatch
     assert evaluated(f"data.url={address}")["config"]["data"]["url"] == address
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(
-        UserError, match=r"Add data=cifar10 to download them, or data.root"
-    ):  # and nothing is downloaded
+    # and nothing is downloaded
+    with pytest.raises(UserError, match=r"Add data=cifar10 to download them, or data.root"):
         evaluate(run, ["corruptions=false"])
     monkeypatch.chdir(tmp_path)  # the default, data.root=data, exists here
     assert evaluate(run, ["corruptions=false"])["test"]["images"] == 20
