@@ -98,8 +98,8 @@ def measure(
         rows[f"mean rank{suffix}"] = quality(mean_rank, is_wrong)
         order = f"{scored.order}{suffix}"
         if suffix:
-            predictors = (last(folder).predictor(tta="none") for folder in folders)
-            probabilities = networks.confident_learning(scored, runs, predictors, data.source.train)
+            predictors = [last(folder).predictor(tta="none") for folder in folders]
+            probabilities = networks.confident_learning(scored, runs, predictors, data)
             assert probabilities is not None
             rows["out_of_fold"] = quality(scored.values["out_of_fold"], is_wrong)
             margin = get_label_quality_scores(scored.given, probabilities, method="normalized_margin")
@@ -148,7 +148,7 @@ def look_up(data: ImageDataModule, runs: Sequence[Path], arguments: argparse.Nam
     if arguments.near_duplicates:
         lines = list(csv.DictReader(arguments.near_duplicates.read_text().splitlines()))
         published = {(int(row["TrainID"]), int(row["TestID"])): int(row["Judgment"]) for row in lines}
-        pairs = networks.near_duplicates(last(runs[0]).predictor(tta="none"), train, test, FIRST)
+        pairs = networks.near_duplicates(last(runs[0]).predictor(tta="none"), data, FIRST)
         found = [published.get((int(train_index[i]), int(index[j]))) for _, i, j in pairs]
         tests = {test_id for _, test_id in published}
         count = sum(judgment is not None for judgment in found)

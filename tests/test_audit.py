@@ -68,14 +68,14 @@ def test_files(run, audited, source):
     folder = run / "audit"
     assert sorted(path.name for path in folder.iterdir()) == ["audit.csv", "audit.html", "keep.txt", "labels.txt"]
     rows = list(csv.DictReader((folder / "audit.csv").read_text().splitlines()))
-    assert [int(row["rank"]) for row in rows] == list(range(1, 901))
+    assert len(rows) == 900
     names = source.class_names
     for number, row in zip(audited.ranked.tolist(), rows, strict=True):
         assert int(row["position"]) == audited.index[number]
         labels = names[audited.given[number]], names[audited.suggested[number]]
         assert (row["given"], row["suggested"]) == labels
         for name, values in audited.values.items():
-            assert float(row[name]) == pytest.approx(values[number], rel=1e-5)
+            assert float(row[name]) == pytest.approx(values[number], abs=1e-6)
     suspicion = [float(row["negative_aum"]) for row in rows]
     assert suspicion == sorted(suspicion, reverse=True)
     suspicious = {int(row["position"]) for row in rows[:9]}
@@ -114,7 +114,7 @@ def test_page(run, audited):
     assert f"<small>forgetting {audited.values['forgetting'][first]:.3g}</small>" in html
     assert "out_of_fold" not in html
     assert "nan" not in re.sub('base64,[^"]*', "", html)
-    counts = [int(count) for count in re.findall(r"summary>\w+: (\d+) of \d+ labels, ", html)]
+    counts = [int(count) for count in re.findall(r"summary>\w+: (\d+) of \d+ labels<", html)]
     assert sum(counts) == 9
     assert len(counts) == 10
 
@@ -122,7 +122,7 @@ def test_page(run, audited):
 def test_command_prints_its_results_and_takes_settings(run, command, tmp_path):
     status, out, error = command(run, "count=90", "duplicates=5", f"output_dir={tmp_path / 'mine'}")
     assert status == 0, error
-    assert "90 of 900  (10.00%, by negative_aum)" in out
+    assert "90 of 900  (by negative_aum)" in out
     assert re.search(r"near-duplicates +5 test images, similarity [01]\.\d{4} to 0\.\d{4}", out)
     assert len((tmp_path / "mine/keep.txt").read_text().split()) == 810
     html = (tmp_path / "mine/audit.html").read_text()
@@ -139,7 +139,7 @@ def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
         train(cli.compose("train", [*settings, f"output_dir={tmp_path}/sweep/{fold}"]))
     status, out, error = command(tmp_path / "sweep", "duplicates=0")
     assert status == 0, error
-    assert "200 training images, 2 runs" in out
+    assert "200 training images, 2 runs" in (tmp_path / "sweep/audit/audit.html").read_text()
     assert "by out_of_fold" in out
     assert "near-duplicates" not in out
     rows = list(csv.DictReader((tmp_path / "sweep/audit/audit.csv").read_text().splitlines()))
@@ -176,8 +176,8 @@ def test_images_of_other_sizes_and_streamed_images(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.keep=keep.txt"], r"needs all training images.*Remove"),
-        (["data.train_size=500"], r"was trained on image 99\d, but the data has 500 training images.*data\.root"),
+        (["data.keep=keep.txt"], r"lacks images that .*last\.ckpt was trained on.*remove settings"),
+        (["data.train_size=500"], r"lacks images that .*last\.ckpt was trained on.*data\.root"),
         (["count=-1"], r"count=-1"),
         (["duplicates=many"], r"duplicates=many"),
         (["counts=3"], r"counts.*Did you mean count"),

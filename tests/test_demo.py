@@ -196,7 +196,8 @@ def test_uploads_are_private_and_removed(run, tmp_path):
 def test_example_pictures(run, tmp_path):
     classifier = cifarnet.load(run)
     overrides = ["data=synthetic", "data.test_size=60", "data.train_size=300", *CPU]
-    images = test_images.read("demo", overrides, classifier.checkpoint, [], 1000)
+    data = test_images.load("demo", overrides, classifier.checkpoint, [])
+    images = test_images.sample(data.source.test, 1000)
     examples = choose(classifier, *images, 6, tmp_path, {"accelerator": "cpu"})
     captions = [caption for _, caption in examples]
     assert len(set(path for path, _ in examples)) == 6

@@ -287,14 +287,16 @@ def test_a_path_is_required(command):
 
 
 def test_data_for_another_task(run, changed, command):
-    status, _, error = command(changed(to(class_names=list("abcdefghij"))))
+    path = changed(to(class_names=list("abcdefghij")))
+    status, _, error = command(path)
     assert status == 1
     assert "The data has the classes disc, ring" in error
-    assert "the network was trained on a, b, c" in error
+    assert f"{path} was trained on a, b, c" in error
 
-    status, _, error = command(changed(to(image_size=33)))  # pooled to the same size as 32
+    path = changed(to(image_size=33))  # pooled to the same size as 32
+    status, _, error = command(path)
     assert status == 1
-    assert "The images are 32 pixels wide; the network was trained on images of 33" in error
+    assert f"The images are 32 pixels wide; {path} was trained on images of 33" in error
 
 
 class Bomb:

@@ -82,8 +82,8 @@ def test_images_that_are_decoded_on_access(tmp_path):
     train(cli.compose("train", [*base, *images, root, f"output_dir={tmp_path}/run"]))
     checkpoint = cifarnet.load(tmp_path / "run").checkpoint
     with pytest.raises(NoImages, match=r"Add data\.root="):
-        test_images.read("export", [], checkpoint, [], 4)
-    images, labels = test_images.read("export", [root], checkpoint, [], 4)
+        test_images.load("export", [], checkpoint, [])
+    images, labels = test_images.sample(test_images.load("export", [root], checkpoint, []).source.test, 4)
     assert images.shape == (4, 3, 32, 32)
     assert images.is_contiguous()  # exported graphs may not look at strides
     assert labels == [0, 0, 1, 1]

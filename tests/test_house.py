@@ -131,7 +131,7 @@ def test_contributing_lists_the_levels():
 
 
 def test_the_source_does_not_grow_unnoticed():
-    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 9_300
+    assert sum(map(code_lines, (ROOT / "src").rglob("*.py"))) <= 10_300
 
 
 def test_the_training_path_is_short_and_needs_few_packages():

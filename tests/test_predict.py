@@ -427,7 +427,7 @@ def test_bad_arguments_for_test_images(predict, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 1, "No pictures given"),
+        ([], 1, "There are no images to predict"),
         (["a.png", "conformal=0"], 1, "conformal=0 is out of range: it must be above 0 and below 1"),
         (["a.png", "conformal=few"], 1, "conformal=few"),
         (["a.png", "conformal=0.1"], 1, "conformal=0.1: no threshold was fitted"),

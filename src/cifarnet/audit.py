@@ -43,40 +43,32 @@ def audit(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> "Scored
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.auditing import networks, report, scores
-    from cifarnet.build import make_data
     from cifarnet.inference import test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.tables import row_table
 
     settings = prepare("audit", without_data(overrides))
     runs = scores.read(paths)
-    scored, folders = scores.combine(list(runs.values())), list(runs)
-    classifiers = [load(folder / LAST, locate(settings.classes)) for folder in folders]
+    scored = scores.combine(list(runs.values()))
+    classifiers = [load(folder / LAST, locate(settings.classes)) for folder in runs]
     checkpoint = classifiers[0].checkpoint
-    config = test_images.compose("audit", overrides, checkpoint, settings.classes)
-    data = make_data(config)
-    data.val_fraction, data.folds = 0, None  # all training images, in the order of the data set
-    if data.changes_training:
-        raise UserError("An audit needs all training images. Remove the settings of data that select images or labels.")
-    checkpoint.check_task(data.class_names, data.image_size)
-    train, test = data.source.train, data.source.test
-    if (last := int(scored.index[-1])) >= len(train):
-        problem = f"{folders[0]} was trained on image {last:,}, but the data has {len(train):,} training images"
-        raise UserError(f"{problem}. Choose the data of the run, such as data.root=…")
-    folder = Path(config.output_dir or Path(paths[0]) / "audit")
+    # all training images, in the order of the data set
+    chosen = [*overrides, "++data.val_fraction=0", "++data.folds=null", "++data.fold=null"]
+    data = test_images.load("audit", chosen, checkpoint, settings.classes)
+    if data.changes_training or scored.index[-1] >= len(data.source.train):
+        problem = f"The data lacks images that {checkpoint.path} was trained on, or its labels differ"
+        remedy = "Choose the data of the run, such as data.root=…, and remove settings that select images or labels"
+        raise UserError(f"{problem}. {remedy}.")
+    folder = Path(settings.output_dir or Path(paths[0]) / "audit")
     files.refuse_links(folder.parent, [folder])
     files.make_folder(folder, f"output_dir={folder} cannot be created")
-    counts = f"{len(scored.index):,} training images, {len(runs)} run{'s' * (len(runs) > 1)}"
-    print(printable(f"{data.source_name}: {counts}"), flush=True)
-    predict = {"tta": "none", "precision": config.precision, "accelerator": config.accelerator}
-    predictors = (classifier.predictor(**predict) for classifier in classifiers)
-    networks.confident_learning(scored, list(runs.values()), predictors, train)
-    scored.count = scored.count if config.count is None else config.count
-    pairs = []
-    if config.duplicates:
-        pairs = networks.near_duplicates(classifiers[0].predictor(**predict), train, test, config.duplicates)
-    command = shlex.join(["python", "-m", "cifarnet.audit", *map(str, paths), *overrides])
-    about = {"name": data.source_name, "runs": runs, "command": command, "versions": hardware.versions()}
+    predict = {"tta": "none", "precision": settings.precision, "accelerator": settings.accelerator}
+    predictors = [classifier.predictor(**predict) for classifier in classifiers]
+    networks.confident_learning(scored, list(runs.values()), predictors, data)
+    scored.count = scored.count if settings.count is None else settings.count
+    pairs = networks.near_duplicates(predictors[0], data, settings.duplicates) if settings.duplicates else []
+    about = {"name": data.source_name, "runs": runs, "versions": hardware.versions()}
+    about["command"] = shlex.join(["python", "-m", "cifarnet.audit", *map(str, paths), *overrides])
     about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows = report.write(folder, scored, data.source, pairs, **about)
     print(printable(row_table(rows | {"report": os.path.relpath(folder / "audit.html")})))

@@ -50,7 +50,6 @@ class Checkpoint:
         image_size: the height and width of the training images in pixels.
         tta, tta_share, precision, channels_last: the settings of the run that also apply to its test.
         data: the class of the run's data set as `_target_`, and its numeric arguments; never a path.
-        num_images: the number of training images, without those for validation; None if it is unknown.
         content: everything that Lightning saved, for resuming; empty for a folder in Hugging Face's format.
     """
 
@@ -67,7 +66,6 @@ class Checkpoint:
     precision: str
     channels_last: bool
     data: dict[str, Any]
-    num_images: int | None
     content: dict[str, Any]
 
     @classmethod
@@ -138,7 +136,6 @@ class Checkpoint:
             precision=settings["precision"],
             channels_last=settings.get("channels_last", True),
             data={key: value for key, value in data.items() if key == "_target_" or isinstance(value, int | float)},
-            num_images=settings.get("num_images"),
             content=content,
         )
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():
@@ -188,9 +185,7 @@ class Checkpoint:
         check_arguments(f"{self.path}: model", make, arguments)
         return make, arguments
 
-    def check_weights(
-        self, network: nn.Module, weights: Mapping[str, Tensor] | None = None, name: str = "the network"
-    ) -> None:
+    def check_weights(self, network: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
         """Check that weights fit a network; None checks the weights of this checkpoint.
 
         Raises:
@@ -200,7 +195,7 @@ class Checkpoint:
         found = {name: value.shape for name, value in (weights or self.weights).items()}
         wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
         if wrong:
-            problem = f"The weights in {self.path} do not fit {name}: {len(wrong)} differ, such as {wrong[0]}"
+            problem = f"The weights in {self.path} do not fit the network: {len(wrong)} differ, such as {wrong[0]}"
             raise UserError(f"{problem}. Use the network, the settings and the version that trained them.")
 
     def check_task(self, class_names: Sequence[str], image_size: int, name: str = "the network") -> None:

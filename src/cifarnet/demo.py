@@ -80,7 +80,8 @@ def serving(runs: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[str]
         os.environ |= {"GRADIO_TEMP_DIR": private, "GRADIO_EXAMPLES_CACHE": private}  # for uploads
         try:
             if config.pictures:
-                test = test_images.read("demo", overrides, first.checkpoint, config.classes, NUM_SEARCHED)
+                data = test_images.load("demo", overrides, first.checkpoint, config.classes)
+                test = test_images.sample(data.source.test, NUM_SEARCHED)
                 examples = choose(first, *test, config.pictures, folder, settings)
         except NoImages as error:
             print(printable(f"No test pictures to choose from: {error}"))

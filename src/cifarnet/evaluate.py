@@ -24,7 +24,7 @@ from typing import Any
 from cifarnet import cli
 from cifarnet.allowlist import locate
 from cifarnet.config import deciding_settings
-from cifarnet.errors import printable
+from cifarnet.errors import UserError, printable
 from cifarnet.inference.settings import prepare, without_data
 from cifarnet.system import files
 
@@ -46,7 +46,8 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     """
     # imported here, because they take seconds and `--help` does not need them
     from cifarnet.build import make_data
-    from cifarnet.evaluation import adversarial, features, members, ood, public_sets, report, sections
+    from cifarnet.checkpoint import is_run
+    from cifarnet.evaluation import members, ood, public_sets, report, sections
     from cifarnet.inference import ensemble, test_images
     from cifarnet.inference.trained import load
     from cifarnet.records.collect import num_parameters, plain
@@ -57,28 +58,33 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
 
     settings = prepare("evaluate", without_data(overrides))
     paths = [path] if isinstance(path, str | Path) else path
-    loaded = [load(found, locate(settings.classes)) for one in paths for found in ensemble.expand(one)]
-    classifiers = list({one.checkpoint.path.resolve(): one for one in loaded}.values())
+    unique = dict.fromkeys(file for one in paths for file in ensemble.expand(one))
+    classifiers = [load(file, locate(settings.classes)) for file in unique]
     checkpoints = [classifier.checkpoint for classifier in classifiers]
-    checkpoint, chosen = checkpoints[0], list(overrides)
-    if reason := ensemble.check(checkpoints, settings):
-        print(printable(f"Without validation images: {reason}"), flush=True)
-        chosen += ensemble.WITHOUT_VALIDATION
-    adversarial.check(settings.attack, len(checkpoint.class_names))
+    checkpoint, count = checkpoints[0], len(checkpoints)
+    chosen = [*overrides, *ensemble.check(checkpoints, settings)]
     config = test_images.compose("evaluate", chosen, checkpoint, settings.classes)
     data = make_data(config)
-    checkpoint.check_task(data.class_names, data.image_size)
+    for one in checkpoints:
+        one.check_task(data.class_names, data.image_size, str(one.path))
     public = public_sets.read(data, config.cifar10_c, config.cifar10_1, config.cifar10h)
     public = public._replace(ood=ood.read(config.ood, data, config.seed))
     predictor = ensemble.make_predictor(classifiers, config)
-    features.check(predictor, config)
-    folder = ensemble.output_folder(config.output_dir, paths, checkpoints)
+    if config.features:
+        import sklearn  # noqa: F401  # an optional package: if it is missing, fail before anything takes long
+    if config.attack == "autoattack":
+        import pyautoattack  # noqa: F401
+    run, name, which = classifiers[0].run_record(), str(checkpoint.path), f"after epoch {checkpoint.epoch}"
+    if count > 1:
+        run, name, which = None, f"an ensemble of {count} runs", f"in {count} runs"
+        config.output_dir = config.output_dir or f"lightning_logs/ensemble/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
+    if is_run(folder):
+        problem = "is the folder of a run, whose record would be lost"
+        raise UserError(f"output_dir={folder} {problem}. Choose another folder.")
+    files.make_folder(folder, f"output_dir={folder} cannot be created")
     config.output_dir = str(folder)
     about: Any = data.describe()
-    run, name, which = classifiers[0].run_record(), str(checkpoint.path), f"after epoch {checkpoint.epoch}"
-    if len(classifiers) > 1:
-        run, name = None, f"an ensemble of {len(classifiers)} runs"
-        which = f"in {name}"
     network = " + ".join(dict.fromkeys(one.network_name for one in checkpoints))
     counts = f"{about['val']:,} validation and {about['test']:,} test images"
     print(printable(f"{network} {which}, on {about['source']}: {counts}"), flush=True)
@@ -113,7 +119,7 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
         save(figure, pictures[name])
     files.write(folder / "report.html", report.render(evaluation, pictures, run and run.name))
     if evaluation.members:
-        print(printable(f"\n{column_table(members.table(evaluation))}"))
+        print(printable(f"\n{column_table(members.table(evaluation.members, evaluation.test))}"))
     print(printable(row_table({**report.summary(evaluation), "report": os.path.relpath(folder / "report.html")})))
     return vars(evaluation)
 

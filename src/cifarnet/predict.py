@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 NUM_DRAWN = 10  # the largest number of classes beside a Grad-CAM map
 WIDTH = 60  # the largest width of the column of names, in characters
 TITLE = 70  # the largest number of characters of a path above a figure
-ONLY_FOR_PICTURES = ("top", "explain", "conformal", "batch_size", "workers")  # settings that do not apply to data=…
 
 
 def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = ()) -> None:
@@ -55,7 +54,7 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
     """
     others = without_data(overrides)
     config, data = prepare("predict", others), [override for override in overrides if override not in others]
-    unused = [*images, *(override for override in others if cli.key_of(override) in ONLY_FOR_PICTURES)]
+    unused = images or [override for override in others if cli.key_of(override) in ("top", "explain", "conformal")]
     if data and unused:
         raise UserError(f"{unused[0]} cannot be combined with {data[0]}. Remove one of them.")
     output = None if config.output is None else Path(config.output)
@@ -83,15 +82,12 @@ def predict(run: str | Path, images: Sequence[str], overrides: Sequence[str] = (
 
 def _test_images(classifier: "Trained", overrides: Sequence[str], config: "DictConfig") -> list[dict[str, Any]]:
     """Return the predictions for the test images of the run, or of the data set that the overrides choose."""
-    from cifarnet.build import make_data
     from cifarnet.evaluation.predictions import per_image
-    from cifarnet.inference import test_images
+    from cifarnet.inference import ensemble, test_images
 
-    checkpoint, chosen = classifier.checkpoint, [override for override in overrides if override != "data=test"]
-    data = make_data(test_images.compose("predict", chosen, checkpoint, config.classes))
-    checkpoint.check_task(data.class_names, data.image_size)
-    settings = {key: config[key] for key in ("tta", "precision", "accelerator")}
-    predictor = classifier.predictor(**settings, tta_share=checkpoint.tta_share)  # as evaluate does
+    chosen = [override for override in overrides if override != "data=test"]
+    data = test_images.load("predict", chosen, classifier.checkpoint, config.classes)
+    predictor = ensemble.make_predictor([classifier], config)
     rows = per_image(predictor.predict_all(data.test_dataloader(), "test"), data, config.temperature)
     if config.output is None:
         print(printable(_table(rows).replace("\r\n", "\n")), end="")
@@ -114,7 +110,7 @@ def _pictures(classifier: "Trained", images: Sequence[str], config: "DictConfig"
         for answer in classifier.answers(sources, **settings):
             bar.update()
             top = [{"class": name, "probability": value} for name, value in answer.ranked[: config.top]]
-            sets = {} if threshold is None else {"conformal_set": classifier.conformal_set(answer.logits, threshold)}
+            sets = {"conformal_set": classifier.conformal_set(answer.logits, threshold)} if config.conformal else {}
             rows.append({"file": str(answer.source), "top": top, **sets, "error": answer.error or None})
             if answer.error:
                 tqdm.write(on_one_line(answer.error), file=sys.stderr)
@@ -144,7 +140,7 @@ def _list_pictures(images: Sequence[str]) -> list[str]:
             print(on_one_line(f"There are no images (.png, .jpg, .gif, .tif, .webp, …) in {path}."), file=sys.stderr)
         pictures += found
     if not pictures:
-        raise UserError("There are no images to predict. Specify image files, or folders of them.")
+        raise UserError("There are no images to predict. Specify image files, folders of them, or data=test.")
     return pictures
 
 
@@ -184,10 +180,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _command() -> None:
-    paths, overrides, _ = cli.parse("predict", __doc__)
-    if len(paths) == 1 and without_data(overrides) == overrides:
-        raise UserError("No pictures given. Add files or folders, or data=test for the test images of the run.")
-    predict(paths[0], paths[1:], overrides)
+    (run, *images), overrides, _ = cli.parse("predict", __doc__)
+    predict(run, images, overrides)
 
 
 def main() -> None:

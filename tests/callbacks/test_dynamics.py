@@ -3,7 +3,6 @@
 import math
 import signal
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from lightning.pytorch.callbacks import Callback
 
 from cifarnet.build import build
 from cifarnet.callbacks import dynamics
-from cifarnet.callbacks.dynamics import Dynamics
 from cifarnet.errors import Interrupted, UserError
 from cifarnet.resuming import resume
 from cifarnet.train import train
@@ -72,24 +70,10 @@ def test_values_are_those_of_each_step(config, tmp_path, settings):
         np.testing.assert_allclose(found[name].astype(float), values, rtol=2e-3, atol=1e-4, err_msg=name)
     assert np.isnan(expected["loss"]).any()  # the images of the incomplete last batch, and those with low losses
     assert {str(found[name].dtype) for name in ("loss", "probability", "margin", "error")} == {"float16"}
-    assert found["predicted"].dtype == np.int8
     assert found["labels"].tolist() == source.train.labels.tolist()
     assert source.selection["wrong_labels"] > 0
     assert found["index"].tolist() == source.train_index.tolist()
     assert found["class_names"].tolist() == source.class_names
-
-
-def test_more_than_128_classes_have_a_larger_integer(tmp_path):
-    callback = Dynamics()
-    callback.epochs = [torch.full((5, 2), 150, dtype=torch.int16)]
-
-    train = SimpleNamespace(labels=torch.zeros(2, dtype=torch.int64))
-    names = [str(number) for number in range(200)]
-    source = SimpleNamespace(class_names=names, train_index=torch.arange(2), train=train)
-    data = SimpleNamespace(source=source)
-    callback.on_fit_end(SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=data), None)
-    assert read(tmp_path)["predicted"].dtype == np.int16
-    assert read(tmp_path)["predicted"].tolist() == [[150, 150]]
 
 
 def test_the_results_of_the_run_do_not_change(config, tmp_path):
@@ -156,16 +140,16 @@ def test_mixed_images_are_refused(config, name):
         train(config("callbacks=dynamics", f"+recipe={name}"))
 
 
-def test_repeated_images_are_recorded_on_one_device_only(config, tmp_path, monkeypatch):
+def test_repeated_images_are_recorded(config, tmp_path):
     train(config("callbacks=dynamics", "data.sampler=balanced", "data.imbalance=10"))
     used = read(tmp_path / "run")["predicted"] >= 0
     assert 0 < used.mean() < 1
-    monkeypatch.setattr(dynamics, "world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"callbacks\.dynamics.*data\.sampler on several devices.*Remove"):
-        train(config("callbacks=dynamics", "data.sampler=balanced", folder="other"))
 
 
-def test_a_loader_without_a_data_module_is_refused(config):
-    trainer, classifier, data, _ = build(config("callbacks=dynamics"))
-    with pytest.raises(UserError, match=r"callbacks\.dynamics.*datamodule=data"):
-        trainer.fit(classifier, data.train_dataloader(), data.val_dataloader())
+def test_an_image_that_two_ranks_used_has_the_values_of_the_first_one(monkeypatch):
+    epochs = torch.arange(30, dtype=torch.int16).reshape(2, 5, 3)
+    epochs[0, :, 1] = epochs[1, :, 2] = dynamics.UNUSED
+    monkeypatch.setattr(dynamics, "all_gather", lambda epoch: list(epochs))
+    found = dynamics.over_ranks(epochs[1])
+    expected = torch.stack([epochs[0, :, 0], epochs[1, :, 1], epochs[0, :, 2]], 1)
+    assert found.tolist() == expected.tolist()

@@ -59,7 +59,7 @@ def files(folder: Path) -> list[str]:
     [
         lambda path: evaluate(path, ["corruptions=false"]),
         lambda path: evaluate(path, ["corruptions=false", "data.root=data"]),
-        lambda path: test_images.read("export", [], Checkpoint.open(path), [], 2),  # export and demo
+        lambda path: test_images.load("export", [], Checkpoint.open(path), []),  # export and demo
         lambda path: train(*resume(path)),
     ],
     ids=["evaluate", "root", "export", "resume"],

@@ -39,14 +39,14 @@ def test_the_interval_of_two_networks_is_that_of_a_proportion():
 
 
 def test_table():
-    columns = members.table(ENSEMBLE)
+    columns = members.table(MEMBERS, TEST)
     assert columns["run"] == ["mean ± standard deviation", "ensemble", "soup", "0", "1"]
     assert columns["accuracy"] == ["90.00% ± 0.10%", "91.00%", "10.00%", "90.00%", "90.00%"]
     assert columns["cross-entropy"] == ["0.3000 ± 0.0100", *["0.2500"] * 4]
     assert columns["calibration error"] == ["4.00% ± 0.20%", *["3.00%"] * 4]
     assert columns["Brier score"] == ["0.2000 ± 0.0300", *["0.1250"] * 4]
     assert columns["95% interval (accuracy)"] == ["", *["90.00% to 92.00%"] * 4]
-    assert members.table(replace(ENSEMBLE, members=MEMBERS | {"soup": None}))["run"][1:] == ["ensemble", "0", "1"]
+    assert members.table(MEMBERS | {"soup": None}, TEST)["run"][1:] == ["ensemble", "0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_table():
 )
 def test_names_of_runs(paths, names):
     runs = [{**RUNS[0], "checkpoint": path} for path in paths]
-    assert members.table(replace(ENSEMBLE, members=MEMBERS | {"runs": runs}))["run"][-2:] == names
+    assert members.table(MEMBERS | {"runs": runs}, TEST)["run"][-2:] == names
 
 
 def test_page_has_the_runs():

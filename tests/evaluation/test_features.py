@@ -1,5 +1,4 @@
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ from scipy.optimize import minimize
 from sklearn.neighbors import KNeighborsClassifier
 
 import cifarnet
-from cifarnet.cli import compose
-from cifarnet.data import Synthetic
+from cifarnet.data import Split, Synthetic
 from cifarnet.evaluate import evaluate, main
 from cifarnet.evaluation import features
 from cifarnet.evaluation.figures import feature_map
@@ -47,10 +45,9 @@ def test_the_head_turns_the_features_into_the_logits(run, measured):
     np.testing.assert_allclose(file["logits"], logits, atol=1e-5)
     np.testing.assert_allclose(file["features"] @ network.head.weight.detach().numpy().T, logits, atol=1e-4)
     assert file["features"].shape == (60, record["features"]["dimensions"])
-    assert {name: str(file[name].dtype) for name in ("features", "logits", "labels", "index")} == {
-        **{"features": "float32", "logits": "float32", "labels": "int64", "index": "int64"}
+    assert {name: str(file[name].dtype) for name in file if name != "class_names"} == {
+        **{"features": "float32", "logits": "float32", "labels": "int64"}
     }
-    assert file["index"].tolist() == list(range(60))
     assert file["labels"].tolist() == source.test.labels.tolist()
     assert file["class_names"].tolist() == class_names
 
@@ -59,16 +56,16 @@ def test_accuracies_follow_from_the_features(run, measured):
     record, file = measured
     source = Synthetic(train_size=300, test_size=60, batch_size=1).source
     train, found = cifarnet.load(run).features(source.train.images), record["features"]
-    assert found["train_images"] == len(train) == 270
+    assert len(train) == 270
     neighbors = KNeighborsClassifier(20, metric="cosine", algorithm="brute").fit(train, source.train.labels)
     assert found["nearest_neighbors"]["accuracy"] == neighbors.score(file["features"], file["labels"])
-    probe = features.linear_probe(train, source.train.labels, torch.from_numpy(file["features"]))
-    assert found["linear_probe"]["accuracy"] == (probe.numpy() == file["labels"]).mean()
+    probe = features.classifiers()["linear_probe"].fit(train.numpy(), source.train.labels.numpy())
+    assert found["linear_probe"]["accuracy"] == probe.score(file["features"], file["labels"])
     for part in ("linear_probe", "nearest_neighbors"):
         low, high = found[part]["interval"]
         assert low < found[part]["accuracy"] < high
     page = (run / "evaluation/report.html").read_text()
-    for shown in ("linear probe", "20 nearest neighbors", 'class="feature_map"'):
+    for shown in ("linear probe", "20 nearest neighbors", "270\ntraining images", 'class="feature_map"'):
         assert shown in page
 
 
@@ -94,8 +91,8 @@ def test_nearest_neighbors_agree_with_a_loop():
         similarities = [row @ other / max(length, 1e-12) for other, length in zip(train.numpy(), lengths, strict=True)]
         nearest = np.argsort(similarities)[-20:]
         expected.append(np.bincount(labels.numpy()[nearest]).argmax())
-    assert features.nearest_neighbors(train, labels, test).tolist() == expected
-    assert features.nearest_neighbors(train[:2], labels[:2], test[:1]).shape == (1,)  # fewer images than neighbors
+    classifier = features.classifiers()["nearest_neighbors"].fit(train.numpy(), labels.numpy())
+    assert classifier.predict(test.numpy()).tolist() == expected
 
 
 def test_the_linear_probe_minimizes_its_objective():
@@ -113,27 +110,17 @@ def test_the_linear_probe_minimizes_its_objective():
 
     best = minimize(objective, np.zeros(24), jac=True, tol=1e-10).x.reshape(6, 4)
     expected = (unseen.numpy() @ best[:5] + best[5]).argmax(1)
-    predicted = features.linear_probe(train, labels, test).numpy()
+    predicted = features.classifiers()["linear_probe"].fit(train.numpy(), labels.numpy()).predict(test.numpy())
     assert (predicted == expected).mean() > 0.99
     assert len({*expected.tolist()}) == 4
-
-
-@pytest.mark.parametrize(("count", "drawn"), [(3, False), (4, True), (50, True)])
-def test_the_map_of_few_images(count, drawn):
-    data = Synthetic(train_size=100, test_size=60, batch_size=1)
-    part = SimpleNamespace(features=torch.from_numpy(RANDOM.normal(size=(count, 8))).float())
-    part.labels, part.index = data.source.test.labels[:count], torch.arange(count)
-    subject = SimpleNamespace(test_features=part, config=compose("evaluate", []), data=data)
-    assert (list(features._map(subject)) == ["feature_map"]) == drawn
-    part.features[:] = part.features[0]
-    assert features._map(subject) == {}
 
 
 @pytest.mark.parametrize("classes", [3, 15, 100])
 def test_the_map_shows_each_image_at_its_place(classes):
     images = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
     positions, labels = RANDOM.normal(size=(200, 2)), np.arange(200) % classes
-    figure = feature_map(positions, labels, images, [f"class {i}" for i in range(classes)])
+    split = Split(images, torch.from_numpy(labels))
+    figure = feature_map(positions, split, [f"class {i}" for i in range(classes)])
     (axis,) = figure.axes
     places = (positions - positions.min(0)) / (positions.max(0) - positions.min(0)).max()
     for number, line in enumerate(axis.lines):

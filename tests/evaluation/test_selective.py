@@ -1,4 +1,3 @@
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,50 +64,16 @@ def test_accuracy_at_each_coverage():
     assert accuracies[-1] == metrics.accuracy(logits, labels) < accuracies[0]
 
 
-def test_largest_coverage_at_the_risk():
-    """The images of ranks 101, 103, 250 and 251 are mistakes: 2 of 249 and 4 of 400, but more than 1% of 300."""
-    logits = torch.zeros(400, 2)
-    logits[:, 0] = torch.linspace(8, 1, 400)
-    labels = torch.zeros(400, dtype=torch.int64)
-    labels[[100, 102, 249, 250]] = 1
-    found = selective.section(subject(logits, labels))[0]["at_most_risk"]
-    assert (found["images"], found["coverage"], found["accuracy"]) == (400, 1, 0.99)
-    labels[399] = 1  # 5 of 400
-    found = selective.section(subject(logits, labels))[0]["at_most_risk"]
-    assert (found["images"], found["accuracy"]) == (249, pytest.approx(247 / 249))
-    labels[:60] = 1  # the most confident images
-    found = selective.section(subject(logits, labels))[0]["at_most_risk"]
-    assert (found["images"], found["coverage"]) == (0, 0)
-
-
-def test_images_of_equal_confidence_count_as_the_mean_over_their_orders():
-    confidence = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.2])
-    wrong = torch.tensor([False, True, False, True, True])
-    orders = [[0, *middle, 4] for middle in itertools.permutations([1, 2, 3])]
-    expected = torch.tensor([[float(wrong[i]) for i in order] for order in orders]).cumsum(1).mean(0)
-    found = selective.mistakes_among(confidence, wrong)
-    torch.testing.assert_close(found, expected.double())
-    assert torch.equal(selective.mistakes_among(confidence.flip(0), wrong.flip(0)), found)
-
-
-def test_a_constant_network_has_the_same_risk_at_every_coverage():
-    labels = torch.arange(200) // 50  # as in a folder; the predicted class comes first
-    record, _ = selective.section(subject(torch.zeros(200, 4), labels))
-    assert record["aurc"] == pytest.approx(0.75)
-    assert [row["accuracy"] for row in record["coverages"]] == pytest.approx([0.25] * 5, abs=0.01)
-
-
 def test_a_perfect_network_has_no_risk():
     logits = torch.eye(3)[torch.arange(9) % 3]
     record, _ = selective.section(subject(logits, torch.arange(9) % 3))
     assert record["aurc"] == record["excess_aurc"] == 0
-    assert record["at_most_risk"]["coverage"] == 1
 
 
 def test_one_image():
     record, _ = selective.section(subject(torch.tensor([[1.0, 0.0]]), torch.tensor([1])))
     assert [row["images"] for row in record["coverages"]] == [1] * 5
-    assert (record["aurc"], record["excess_aurc"], record["at_most_risk"]["images"]) == (1, 0, 0)
+    assert (record["aurc"], record["excess_aurc"]) == (1, 0)
 
 
 def test_figure():

@@ -1,9 +1,9 @@
 import copy
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 import cifarnet
 from cifarnet import cli
 from cifarnet.checkpoint import Checkpoint
-from cifarnet.data import ImageFolder, Split, Synthetic
+from cifarnet.data import ImageFolder, Synthetic
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
@@ -100,9 +100,6 @@ def test_probabilities_are_the_means_of_those_of_the_networks(classifiers, evalu
     torch.testing.assert_close(predictions.one_view, predictions.logits)
     assert torch.equal(predictions.labels, labels)
     assert torch.equal(predictions.index, torch.arange(60))
-    one_view, logits = Ensemble(members)(test)
-    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(one_view, logits)
 
     record, _ = evaluated
     right = expected.argmax(1) == labels
@@ -123,15 +120,8 @@ def test_logits_of_improbable_classes_are_finite():
     torch.testing.assert_close(combined.softmax(1), torch.tensor([[0.5, 0.5, 0]]), atol=1e-3, rtol=0)
 
 
-def test_energy_is_the_mean_energy_of_the_networks():
-    logits = [torch.tensor([[2.0, 1, 0], [5, 5, 5]]), torch.tensor([[0, 1.0, -1], [0, 0, 0]])]
-    totals = [[math.log(sum(map(math.exp, row))) for row in network.tolist()] for network in logits]
-    expected = torch.tensor(totals).mean(0)
-    torch.testing.assert_close(ensemble.combine(logits).logsumexp(1), expected)
-
-
 def test_each_network_keeps_the_settings_of_its_test(sweep, images):
-    runs, test = [cifarnet.load(sweep / str(seed)) for seed in range(2)], images[1]
+    runs, test, labels = [cifarnet.load(sweep / str(seed)) for seed in range(2)], images[1], images[2]
     runs[0].tested = {"tta": "mirror", "precision": "32-true"}
     runs[1].tested = {"tta": "none", "precision": "bf16-mixed"}
     combined = ensemble.make_predictor(runs, cli.compose("evaluate", ["tta_share=1", "accelerator=cpu"]))
@@ -143,28 +133,35 @@ def test_each_network_keeps_the_settings_of_its_test(sweep, images):
         mirrored = ((first(test) + first(test.flip(3))) / 2).softmax(1)
         exact = second(test).softmax(1)
     assert (halved - exact).abs().max() > 1e-4
-    torch.testing.assert_close(combined(test)[1].softmax(1), (mirrored + halved) / 2, atol=1e-5, rtol=0)
+    logits = combined.predict_all([Batch(test, labels, torch.arange(60))], "test").logits
+    torch.testing.assert_close(logits.softmax(1), (mirrored + halved) / 2, atol=1e-5, rtol=0)
     assert (combined.tta, combined.precision) == ("mirror / none", "32-true / bf16-mixed")
     overridden = ensemble.make_predictor(runs, cli.compose("evaluate", ["precision=32-true", "tta=none"]))
     assert (overridden.tta, overridden.precision) == ("none", "32-true")
 
 
-def test_weights_of_a_soup_are_the_means_of_the_weights(classifiers, images):
-    soup = ensemble.average_weights(classifiers).state_dict()
+def predictors(classifiers):
+    return [classifier.predictor(tta="none", accelerator="cpu") for classifier in classifiers]
+
+
+def test_weights_of_a_soup_are_the_means_of_the_weights(classifiers):
+    members = predictors(classifiers)
+    soup = ensemble.make_soup(members, Synthetic(train_size=300, test_size=60)).network.state_dict()
     first, second = (classifier.network.state_dict() for classifier in classifiers)
-    floats = [name for name, value in first.items() if value.is_floating_point()]
-    assert any(not torch.equal(first[name], second[name]) for name in floats)
-    for name in floats:
+    names = [name for name, _ in classifiers[0].network.named_parameters()]
+    assert any(not torch.equal(first[name], second[name]) for name in names)
+    for name in names:
         torch.testing.assert_close(soup[name], (first[name] + second[name]) / 2)
-    assert torch.equal(first["head.weight"], classifiers[0].network.head.weight)  # the network itself is unchanged
+    for member, weights in zip(members, (first, second), strict=True):  # the networks themselves are unchanged
+        for name, weight in member.network.state_dict().items():
+            assert torch.equal(weight, weights[name])
 
 
 def test_statistics_of_a_soup_are_those_of_the_training_images(classifiers, evaluated, images):
     train_images, test, labels = images
     by_hand = soup_by_hand(classifiers, train_images)
-    predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
-    ensemble.recompute_statistics(predictor, Synthetic(train_size=300, test_size=60).source.train)
-    assert not any(layer.training for layer in predictor.network.modules() if isinstance(layer, nn.BatchNorm2d))
+    predictor = ensemble.make_soup(predictors(classifiers), Synthetic(train_size=300, test_size=60))
+    assert not any(layer.training for layer in predictor.network.modules())
     for found, layer in zip(norms(predictor.network), norms(by_hand), strict=True):
         mean, variance = layer.expected
         torch.testing.assert_close(found.running_mean.double(), mean, atol=1e-4, rtol=1e-4)
@@ -182,13 +179,13 @@ def norms(network):
     return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-def test_images_have_the_same_weight_in_all_batches(classifiers, images):
+def test_images_have_the_same_weight_in_all_batches(classifiers):
     """The input of the first batch norm does not depend on statistics: its mean is that of all images."""
-    by_hand = soup_by_hand(classifiers, images[0])
-    predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
-    ensemble.recompute_statistics(predictor, Synthetic(train_size=300, test_size=60).source.train, batch_size=100)
+    data = Synthetic(train_size=1200, test_size=60, val_fraction=0)
+    by_hand = soup_by_hand(classifiers, data.source.train.images)
+    soup = ensemble.make_soup(predictors(classifiers), data)
     mean, _ = norms(by_hand)[0].expected
-    torch.testing.assert_close(norms(predictor.network)[0].running_mean.double(), mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norms(soup.network)[0].running_mean.double(), mean, atol=1e-5, rtol=1e-4)
 
 
 def test_statistics_are_those_of_streamed_images_too(classifiers, tmp_path):
@@ -198,21 +195,22 @@ def test_statistics_are_those_of_streamed_images_too(classifiers, tmp_path):
                 picture(tmp_path / split / name / f"{i}.png", (20 * i, 100 * number, 50))
     found = []
     for in_memory in (True, False):
-        predictor = Predictor(ensemble.average_weights(classifiers), accelerator="cpu")
         data = ImageFolder(str(tmp_path), in_memory=in_memory, val_fraction=0.2)
-        ensemble.recompute_statistics(predictor, data.source.train, batch_size=5)
-        found.append(norms(predictor.network)[-1].running_mean)
-    assert torch.equal(*found)
+        found.append(norms(ensemble.make_soup(predictors(classifiers), data).network)[-1].running_mean)
+    torch.testing.assert_close(*found)
 
 
 def test_the_soup_of_a_network_without_batch_norms_reads_no_images():
     predictor = Predictor(CNN(num_classes=3, image_size=8, widths=[4, 4], hidden=8).eval(), accelerator="cpu")
-    ensemble.recompute_statistics(predictor, Unreadable(torch.empty(0), torch.arange(10)))
+    data = SimpleNamespace(source=SimpleNamespace(train=range(10)), loader=unreadable)
+    soup = ensemble.make_soup([predictor, predictor], data)
+    for name, weight in soup.network.state_dict().items():
+        assert torch.equal(weight, predictor.network.state_dict()[name])
 
 
-class Unreadable(Split):
-    def __getitem__(self, index):
-        raise AssertionError
+def unreadable(*_):
+    yield from ()
+    raise AssertionError
 
 
 def test_means_and_deviations(evaluated):
@@ -235,19 +233,19 @@ def test_the_record_of_an_ensemble(evaluated, sweep, classifiers):
     assert classifiers[0].evaluation() is None
 
 
-def test_a_sweep_has_its_evaluation_in_its_folder(command, sweep):
+def test_a_sweep_is_the_ensemble_of_its_runs(command, sweep, tmp_path):
     status, printed, error = command(sweep, *QUICK)
     assert status == 0, error
-    record = json.loads((sweep / "evaluation/metrics.json").read_text())
-    assert "SpeedNet in an ensemble of 2 runs, on Synthetic: 30 validation and 60 test images" in printed
+    (folder,) = (tmp_path / "lightning_logs/ensemble").iterdir()
+    record = json.loads((folder / "metrics.json").read_text())
+    assert "SpeedNet in 2 runs, on Synthetic: 30 validation and 60 test images" in printed
     lines = [line.split()[:3] for line in printed.splitlines()]
     for name, row in zip(("0", "1", "ensemble"), [*record["members"]["runs"], record["test"]], strict=True):
         assert [name, f"{row['accuracy']:.0%}", f"{row['cross_entropy']:.4f}"] in lines
     assert f"{record['members']['disagreement']['share']:.0%}" in printed
-    assert command(sweep, *QUICK)[0] == 0  # it is not a run of the sweep
 
 
-def test_several_paths_have_a_new_folder(command, sweep, tmp_path):
+def test_each_ensemble_has_a_new_folder(command, sweep, tmp_path):
     for _ in range(2):
         assert command(sweep / "0", sweep / "1", *QUICK)[0] == 0
     folders = list((tmp_path / "lightning_logs/ensemble").iterdir())
@@ -266,53 +264,45 @@ def test_each_run_counts_once(command, sweep, tmp_path):
     assert len(record["members"]["runs"]) == 3
 
 
-def test_evaluations_of_single_runs_are_kept(sweep, tmp_path):
-    copied = shutil.copytree(sweep / "0", tmp_path / "copied")
-    evaluate(copied, QUICK)
-    before = (copied / "evaluation/metrics.json").read_bytes()
-    with pytest.raises(UserError, match="contains the evaluation of one run"):
-        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={copied}/evaluation"])
+def test_the_records_of_runs_are_kept(sweep):
+    before = (sweep / "0/metrics.json").read_bytes()
     with pytest.raises(UserError, match="is the folder of a run"):
-        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={copied}"])
-    assert (copied / "evaluation/metrics.json").read_bytes() == before
-    for _ in range(2):
-        evaluate([copied, sweep / "1"], [*QUICK, f"output_dir={tmp_path}/both"])
+        evaluate(sweep, [*QUICK, f"output_dir={sweep}/0"])
+    assert (sweep / "0/metrics.json").read_bytes() == before
 
 
-def test_links_out_of_a_sweep_are_refused(sweep, tmp_path):
-    copied = shutil.copytree(sweep, tmp_path / "copied")
-    shutil.rmtree(copied / "evaluation", ignore_errors=True)
-    (tmp_path / "mine").mkdir()
-    (copied / "evaluation").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="evaluation is a link to a place outside"):
-        evaluate(copied, QUICK)
-
-
-def test_finished_runs_with_checkpoints_are_found(tmp_path, capsys):
+def test_finished_runs_with_checkpoints_are_found(tmp_path):
     for name, files in {
         "10": ["metrics.json", "checkpoints/best.ckpt"],
-        "2": ["metrics.json", "checkpoints/last.ckpt"],
+        "2": ["metrics.json", "checkpoints/last.ckpt", "evaluation/metrics.json"],
         "removed": ["metrics.json"],
         "unfinished": ["checkpoints/last.ckpt"],
-        "evaluation": ["metrics.json", "report.html"],
     }.items():
         for file in files:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).touch()
-    assert ensemble.expand(tmp_path) == [tmp_path / "2", tmp_path / "10"]
-    assert f"Left out: 1 of 3 finished runs in {tmp_path}" in capsys.readouterr().out
-    for single in (tmp_path / "2", tmp_path / "10/checkpoints/best.ckpt", "speedrun", tmp_path / "removed", "nowhere"):
-        assert ensemble.expand(single) == [single]
+    last, best = tmp_path / "2/checkpoints/last.ckpt", tmp_path / "10/checkpoints/best.ckpt"
+    assert ensemble.expand(tmp_path) == [last, best]
+    assert ensemble.expand(tmp_path / "2") == [last]
+    assert ensemble.expand(best) == [best]
+    assert ensemble.expand(tmp_path / "removed") == [tmp_path / "removed/checkpoints/best.ckpt"]
+    assert ensemble.expand("nowhere") == [Path("nowhere")]
+
+
+def altered(sweep, folder, *changes):
+    """Return altered copies of the checkpoint of the first run."""
+    paths = [shutil.copy(sweep / "0/checkpoints/best.ckpt", folder / f"{i}.ckpt") for i in range(len(changes))]
+    for path, change in zip(paths, changes, strict=True):
+        alter(path, lambda content, change=change: change(content["hyper_parameters"]))
+    return paths
 
 
 def test_runs_that_were_validated_on_different_images(command, sweep, tmp_path):
-    paths = [shutil.copy(sweep / f"{seed}/checkpoints/best.ckpt", tmp_path / f"{seed}.ckpt") for seed in range(2)]
     divisions = [{"folds": 4, "fold": 0}, {"folds": 4, "fold": 1}]
-    for path, division in zip(paths, divisions, strict=True):
-        alter(path, lambda content, division=division: content["hyper_parameters"]["data"].update(division))
+    paths = altered(sweep, tmp_path, *(lambda hparams, one=one: hparams["data"].update(one) for one in divisions))
     status, printed, error = command(*paths, *QUICK, "output_dir=both")
     assert status == 0, error
-    assert f"Without validation images: {paths[0]} and {paths[1]} were validated on different images" in printed
+    assert "Without validation images, because data.fold differs between the runs" in printed
     record = json.loads((tmp_path / "both/metrics.json").read_text())
     assert record["val"] is record["temperature"] is None
     assert (record["data"]["train"], record["data"]["val"]) == (300, 0)
@@ -321,44 +311,51 @@ def test_runs_that_were_validated_on_different_images(command, sweep, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_names": ["cat", "dog"]}, "class_names is .*'ring'.* and .*'dog'"),
-        ({"image_size": 64}, "image_size is 32 and 64"),
-        ({"num_images": 100}, "num_images is 270 and 100"),
-        ({"data": {"_target_": "cifarnet.data.CIFAR10", "val_fraction": 0.1, "split_seed": 0}}, "data is .*CIFAR10"),
+        ({"class_names": list("abcdefghij")}, "The data has the classes disc, ring"),
+        ({"image_size": 33}, "The images are 32 pixels wide"),
     ],
 )
-def test_runs_on_different_images_are_refused(sweep, changes, message):
-    first = Checkpoint.open(sweep / "0")
-    second = replace(first, path=Path("other.ckpt"), **changes)
-    with pytest.raises(UserError, match=rf"{first.path} and other.ckpt were trained on different images: {message}"):
-        ensemble.check([first, first, second], SETTINGS)
-    assert ensemble.check([second], SETTINGS) is None
-
-
-def test_runs_that_fit_together(sweep):
-    first = Checkpoint.open(sweep / "0")
-    unknown = replace(first, num_images=None, data={name: first.data[name] for name in ("val_fraction", "split_seed")})
-    assert ensemble.check([first, unknown], SETTINGS) is None
-    larger = replace(first, num_images=300, data=first.data | {"val_fraction": 0})
-    assert "data.val_fraction differs" in ensemble.check([first, larger], SETTINGS)
-
-
-@pytest.mark.parametrize("setting", ["attack=pgd", "features=true"])
-def test_settings_that_need_one_network(command, sweep, setting):
-    status, _, error = command(sweep, *QUICK, setting)
+def test_runs_with_other_classes_or_images_are_refused(command, sweep, tmp_path, changes, message):
+    (path,) = altered(sweep, tmp_path, lambda hparams: hparams.update(changes))
+    status, _, error = command(sweep / "0", path, *QUICK)
     assert status == 1
-    assert f"{setting} needs one run, but got 2. Remove" in error
+    assert message in error
+    assert f"{path} was trained on" in error
     assert error.count("\n") == 1
 
 
-def test_a_soup_needs_several_runs_of_one_architecture(command, sweep, config, tmp_path):
-    status, _, error = command(sweep / "0", *QUICK, "soup=true")
-    assert (status, "soup=true needs several runs, but got 1" in error) == (1, True)
+def test_runs_on_different_data_sets_are_refused(sweep):
+    first = Checkpoint.open(sweep / "0")
+    second = replace(first, data=first.data | {"_target_": "cifarnet.data.CIFAR10"})
+    with pytest.raises(UserError, match=r"trained on cifarnet\.data\.CIFAR10 and cifarnet\.data\.Synthetic\. Evaluate"):
+        ensemble.check([first, first, second], SETTINGS)
+    assert ensemble.check([second], SETTINGS) == []
+
+
+def test_runs_that_fit_together(sweep, capsys):
+    first = Checkpoint.open(sweep / "0")
+    unknown = replace(first, data={name: value for name, value in first.data.items() if name != "_target_"})
+    assert ensemble.check([first, unknown], SETTINGS) == []
+    assert capsys.readouterr().out == ""
+    larger = replace(first, data=first.data | {"val_fraction": 0})
+    assert "++data.val_fraction=0" in ensemble.check([first, larger], SETTINGS)
+    assert "data.val_fraction differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["attack=pgd", "features=true", "ood=noise"])
+def test_settings_that_need_one_network(command, sweep, setting):
+    status, _, error = command(sweep, *QUICK, setting)
+    assert status == 1
+    assert f"{setting.replace('true', 'True')} needs a single run, but got 2. Remove" in error
+    assert error.count("\n") == 1
+
+
+def test_a_soup_needs_runs_of_one_network(command, sweep, config, tmp_path):
     settings = ["data.train_size=300", "data.test_size=60", "trainer.max_epochs=1", "threads=1"]
     train(config(*settings, without=("data.t", "trainer.max_epochs")))
     status, _, error = command(sweep / "0", tmp_path / "run", *QUICK, "soup=true")
     assert status == 1
-    assert f"The weights in {tmp_path}/run/checkpoints/best.ckpt do not fit the network of {sweep}/0" in error
+    assert "soup=true needs runs of the same network with the same settings. Remove soup" in error
     assert error.count("\n") == 1
     measured = evaluate([sweep / "0", tmp_path / "run"], [*QUICK, f"output_dir={tmp_path}/both"])
     assert measured["network"] == "SpeedNet + CNN"

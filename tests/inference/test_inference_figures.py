@@ -35,7 +35,9 @@ def test_mistakes_among_predictions_are_red():
 
 
 def test_mistakes_show_their_confidence():
-    figure = figures.mistakes(IMAGES[:1], [{"class": "dog", "predicted": "cat", "confidence": 0.987}], "dog → cat", 6)
+    rows = [{"index": 2, "class": "dog", "predicted": "cat", "confidence": 0.987}]
+    figure = figures.mistakes(IMAGES, rows, "dog → cat", 6)
+    assert (figure.axes[0].images[0].get_array() == IMAGES[2].permute(1, 2, 0).numpy()).all()
     assert figure.axes[0].texts[-1].get_text() == "dog → cat"
     assert captions(figure) == [("cat 98.7%\n(is dog)", figures.WRONG)]
 
@@ -58,7 +60,7 @@ def test_a_figure_becomes_pixels():
 def test_names_are_drawn_as_they_are():
     names, none = ["$\\bad{$", "$x_1$", "caf\udce9"], torch.zeros(3, dtype=torch.long)
     ranked = [(name, 0.3) for name in names]
-    rows = [{"class": name, "predicted": name, "confidence": 0.9} for name in names]
+    rows = [{"index": i, "class": name, "predicted": name, "confidence": 0.9} for i, name in enumerate(names)]
     explanation = figures.explanation(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), ranked, "$\\frac$ <b>.png")
     assert explanation.get_suptitle() == "$\\frac$ <b>.png"
     predictions = figures.predictions(IMAGES[:3], torch.arange(3), none, names)
@@ -89,8 +91,8 @@ def test_confusion_of_many_classes_is_readable():
 
 
 def test_long_titles_fit():
-    rows = [{"class": "a", "predicted": "b", "confidence": 0.9}]
-    figure = figures.mistakes(IMAGES[:1], rows, "spaghetti_carbonara_with_bacon → macaroni_and_cheese: 123    " * 2, 6)
+    rows = [{"index": 0, "class": "a", "predicted": "b", "confidence": 0.9}]
+    figure = figures.mistakes(IMAGES, rows, "spaghetti_carbonara_with_bacon → macaroni_and_cheese: 123    " * 2, 6)
     figures.as_image(figure)
     box = figure.axes[0].texts[-1].get_window_extent()
     assert 0 < box.x0 < box.x1 < figure.get_size_inches()[0] * figure.dpi

@@ -1,24 +1,22 @@
-"""What the networks of the runs say about images: out-of-fold probabilities, and near-duplicates by their features."""
+"""What the networks of the runs compute: out-of-fold probabilities, and the similarity of images by their features."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from cifarnet.auditing.scores import Dynamics, Scored, best_other
-from cifarnet.data import Split
+from cifarnet.data import ImageDataModule
 from cifarnet.inference.predictor import Predictor
-from cifarnet.recipes.backbone import head_inputs
 
-CHUNK = 250  # the number of images in a forward pass
+CHUNK = 250  # the number of test images that are compared at once
 Pair = tuple[float, int, int]  # the similarity, and the positions in the training images and in the test images
 
 
 def confident_learning(
-    scored: Scored, runs: Sequence[Dynamics], predictors: Iterable[Predictor], train: Split
+    scored: Scored, runs: Sequence[Dynamics], predictors: Sequence[Predictor], data: ImageDataModule
 ) -> np.ndarray | None:
     """Add the score `out_of_fold`, its suggestions, and the number of wrong labels according to confident learning
     (Northcutt et al., 2021, https://arxiv.org/abs/1911.00068), if each image was left out by a run, as in all folds.
@@ -26,8 +24,8 @@ def confident_learning(
     The score is 1 minus the probability of the label according to the networks that were not trained on the image.
 
     Args:
-        predictors: the networks of the runs.
-        train: all training images of the data set.
+        predictors: the networks of the runs, without test-time augmentation.
+        data: a data module with all training images of the data set.
 
     Returns:
         The mean probabilities of these networks, float64 [N, num_classes]; None if there are not all folds.
@@ -39,10 +37,11 @@ def confident_learning(
     from cleanlab.rank import get_label_quality_scores
 
     sums = np.zeros((len(times), len(runs[0]["class_names"])))
-    for number, (rows, predictor) in enumerate(zip(left_out, predictors, strict=True), 1):
-        chunks = _chunks(train[torch.from_numpy(scored.index[rows])], f"Images left out by run {number}")
-        predicted = [predictor(chunk)[0].double().softmax(1).cpu() for chunk in chunks]
-        sums[rows] += torch.cat([torch.zeros(0, sums.shape[1]), *predicted]).numpy()
+    for rows, predictor in zip(left_out, predictors, strict=True):
+        if rows.any():
+            images = data.source.train[torch.from_numpy(scored.index[rows])]
+            predicted = predictor.predict_all(data.loader(images, data.eval_batch_size), "images that a run left out")
+            sums[rows] += predicted.logits.double().softmax(1).numpy()
     probabilities = sums / times[:, None]
     scored.values["out_of_fold"] = 1 - get_label_quality_scores(scored.given, probabilities)  # the self-confidence
     scored.suggested, scored.order = best_other(probabilities, scored.given), "out_of_fold"
@@ -50,29 +49,16 @@ def confident_learning(
     return probabilities
 
 
-def near_duplicates(predictor: Predictor, train: Split, test: Split, most: int) -> list[Pair]:
+def near_duplicates(predictor: Predictor, data: ImageDataModule, most: int) -> list[Pair]:
     """Find the most similar training image of each test image, by the cosine similarity of their features, and return
     the `most` pairs of highest similarity.
 
     Barz and Denzler (2020, https://arxiv.org/abs/1902.00423) found the near-duplicates in CIFAR-10 in this way.
     """
-    best, nearest, start = torch.full((len(test),), -torch.inf), torch.zeros(len(test), dtype=torch.int64), 0
-    with head_inputs(predictor.network) as inputs:
-
-        def directions(images: Split, title: str) -> Iterator[Tensor]:
-            for chunk in _chunks(images, title):
-                predictor(chunk)
-                yield F.normalize(inputs.pop())
-
-        targets = torch.cat(list(directions(test, "Features of the test images"))).T
-        for rows in directions(train, "Comparing the training images"):
-            similarity, row = (rows @ targets).max(0)
-            nearest = torch.where(similarity > best, start + row, nearest)
-            best = torch.maximum(best, similarity)
-            start += len(rows)
+    loaders = data.loader(data.source.train, data.eval_batch_size), data.test_dataloader()
+    train, test = (F.normalize(predictor.embed(loader, "features").features) for loader in loaders)
+    chunks = tqdm(test.split(CHUNK), "near-duplicates", leave=False, disable=None)
+    matches = [(chunk @ train.T).max(1) for chunk in chunks]
+    best, nearest = (torch.cat(parts) for parts in zip(*matches, strict=True))
     chosen = best.argsort(descending=True, stable=True)[:most]
     return list(zip(best[chosen].tolist(), nearest[chosen].tolist(), chosen.tolist(), strict=True))
-
-
-def _chunks(images: Split, title: str) -> Iterable[Tensor]:
-    return tqdm(images.chunks(CHUNK), title, -(-len(images) // CHUNK), leave=False, disable=None)

@@ -1,10 +1,8 @@
 """Scores of training images: how suspicious their labels are, according to the training dynamics of some runs."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -103,23 +101,19 @@ def combine(runs: Sequence[Dynamics]) -> Scored:
     Raises:
         UserError: the runs have different classes or labels.
     """
-    index, num_classes = np.unique(np.concatenate([run["index"] for run in runs])), len(runs[0]["class_names"])
-    given, times, sums = np.full(len(index), -1), np.zeros(len(index)), defaultdict[str, Any](float)
-    votes = np.zeros(len(index) * num_classes, np.int64)
-    for run in runs:
-        rows, predicted = np.searchsorted(index, run["index"]), run["predicted"]
-        differ = (given[rows] >= 0) & (given[rows] != run["labels"])
-        if differ.any() or run["class_names"].tolist() != runs[0]["class_names"].tolist():
-            problem = f"The runs have different classes, or different labels ({differ.sum():,} images)"
-            remedy = "data.label_noise depends on the fold: write the labels to a file, and use data.labels=<file>"
-            raise UserError(f"{problem}. Audit runs on the same data; {remedy}.")
-        given[rows] = run["labels"]
-        times[rows] += 1
-        votes += np.bincount((rows * num_classes + predicted)[predicted >= 0], minlength=len(votes))
-        for name, values in of_run(run).items():
-            sums[name] += np.bincount(rows, values, len(index))
-    values = {name: total / times for name, total in sums.items()}
-    return Scored(index, given, best_other(votes.reshape(-1, num_classes), given), values, round(len(index) / 100))
+    index, rows = np.unique(np.concatenate([run["index"] for run in runs]), return_inverse=True)
+    labels, given = np.concatenate([run["labels"] for run in runs]), np.zeros(len(index), np.int64)
+    given[rows] = labels
+    names = runs[0]["class_names"].tolist()
+    if (given[rows] != labels).any() or any(run["class_names"].tolist() != names for run in runs):
+        remedy = "data.label_noise depends on the fold: write the labels to a file, and use data.labels=<file>"
+        raise UserError(f"The runs have different classes or labels. Audit runs on the same data; {remedy}.")
+    scores, times = [of_run(run) for run in runs], np.bincount(rows)
+    values = {name: np.bincount(rows, np.concatenate([one[name] for one in scores])) / times for name in scores[0]}
+    votes = np.zeros((len(index), len(names)), np.int64)
+    counts = [[(run["predicted"] == label).sum(0) for label in range(len(names))] for run in runs]
+    np.add.at(votes, rows, np.concatenate(counts, 1).T)
+    return Scored(index, given, best_other(votes, given), values, round(len(index) / 100))
 
 
 def best_other(votes: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cifarnet.data.loader import Batch
 from cifarnet.errors import UserError
 from cifarnet.system import files
-from cifarnet.system.distributed import all_gather, world_size
+from cifarnet.system.distributed import all_gather
 
 FILE = "dynamics.npz"
 SCORES = ("loss", "probability", "margin", "error")
@@ -34,7 +34,7 @@ class Dynamics(Callback):
         probability: the probability of the label, float16 [E, N].
         margin: the logit of the label minus the largest other logit (Pleiss et al., 2020), float16 [E, N].
         error: the L2 norm of the probabilities minus the one-hot label (EL2N, Paul et al., 2021), float16 [E, N].
-        predicted: the class with the largest logit, int8 or int16 [E, N].
+        predicted: the class with the largest logit, int16 [E, N].
         labels: the labels in training, int64 [N].
         index: the positions of the images in the training images of the data set, int64 [N].
         class_names: the names of the classes.
@@ -42,8 +42,7 @@ class Dynamics(Callback):
     Config: `callbacks.dynamics`, as in `callbacks=dynamics`.
 
     Raises:
-        UserError: images are mixed, or several devices could use the same image in an epoch, or there is no data
-            module.
+        UserError: images are mixed.
     """
 
     def __init__(self) -> None:
@@ -52,14 +51,9 @@ class Dynamics(Callback):
         self.epochs: list[Tensor] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = cast("Any", trainer).datamodule
-        if data is None:
-            raise UserError(
-                "callbacks.dynamics needs the positions of the images: call trainer.fit(…, datamodule=data)."
-            )
-        if data.mix is not None or (data.sampler is not None and world_size() > 1):
-            setting = "data.mix, which gives an image two labels" if data.mix else "data.sampler on several devices"
-            raise UserError(f"callbacks.dynamics does not support {setting}. Remove one of them.")
+        if cast("Any", trainer).datamodule.mix is not None:
+            problem = "callbacks.dynamics does not support data.mix, which gives an image two labels"
+            raise UserError(f"{problem}. Remove one of them.")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -84,8 +78,7 @@ class Dynamics(Callback):
         source = cast("Any", trainer).datamodule.source
         *scores, predicted = torch.stack(epochs, 1).numpy()
         arrays = {name: row.view(np.float16) for name, row in zip(SCORES, scores, strict=True)}
-        arrays["predicted"] = predicted.astype(np.min_scalar_type(-len(source.class_names)))
-        arrays |= {"labels": source.train.labels.numpy(), "index": source.train_index.numpy()}
+        arrays |= {"labels": source.train.labels.numpy(), "index": source.train_index.numpy(), "predicted": predicted}
         content = io.BytesIO()
         np.savez_compressed(content, **arrays, class_names=np.array(source.class_names))
         files.write(Path(trainer.default_root_dir, FILE), content.getbuffer())
@@ -108,8 +101,7 @@ def describe(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
 
 
 def over_ranks(epoch: Tensor) -> Tensor:
-    """Combine the values of an epoch, int16 [5, N], of all ranks, each of which has used other images."""
-    combined, *others = all_gather(epoch)
-    for other in others:
-        combined = torch.where(other == UNUSED, combined, other)
-    return combined
+    """Combine the values of an epoch, int16 [5, N], of all ranks: those of the first rank that used the image."""
+    ranks = torch.stack(all_gather(epoch))
+    first = (ranks[:, -1] != UNUSED).int().argmax(0)
+    return ranks.gather(0, first.expand_as(epoch)[None])[0]

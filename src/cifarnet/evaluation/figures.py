@@ -16,7 +16,7 @@ from cifarnet.records.figures import panel
 if TYPE_CHECKING:  # takes seconds to import
     from torch import Tensor
 
-    from cifarnet.data.streaming import LazyImages
+    from cifarnet.data import Split
 
 BARS, GAP = "#0969da", "#d1570a"
 CELLS = 14  # the map of the features has at most one thumbnail in each cell of a grid with this many columns
@@ -58,8 +58,6 @@ def risk_coverage(risk: np.ndarray, best: np.ndarray, title: str) -> Figure:
     axis.plot(coverage, risk, color=BARS, label="most confident images first")
     axis.plot(coverage, best, "--", color="gray", label="best possible order")
     axis.set(title=title, xlim=(0, 1), ylim=(0, None))
-    for part in (axis.xaxis, axis.yaxis):
-        part.set_major_formatter(PercentFormatter(1.0))
     axis.legend(frameon=False, loc="upper left")
     return figure
 
@@ -70,37 +68,31 @@ def score_histograms(scores: "Mapping[str, Mapping[str, Tensor]]") -> Figure:
     The axis ends at quantiles; the outermost bins include all images beyond them.
 
     Args:
-        scores: the scores, [N], by their name, by the name of the set of images.
+        scores: four scores, [N], by their name, by the name of the set of images, of which one is "test images".
     """
-    names = list(next(iter(scores.values())))
-    rows, columns = -(-len(names) // 2), min(2, len(names))
-    figure = Figure(figsize=(4.5 * columns, 0.6 + 2.5 * rows), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, name in zip(axes, names, strict=True):
+    figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
+    for axis, name in zip(figure.subplots(2, 2).flat, scores["test images"], strict=True):
         groups = {printable(label): np.asarray(part[name]) for label, part in scores.items()}
         low, high = np.quantile([np.quantile(values, [0.005, 0.995]) for values in groups.values()], [0, 1])
         for label, values in groups.items():
-            axis.hist(values.clip(low, high), np.linspace(low, high, 41), density=True, histtype="step", label=label)
+            axis.hist(values.clip(low, high), 40, (low, high), density=True, histtype="step", label=label)
         axis.set(title=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     return figure
 
 
-def feature_map(
-    positions: np.ndarray, labels: np.ndarray, images: "Tensor | LazyImages", class_names: Sequence[str]
-) -> Figure:
+def feature_map(positions: np.ndarray, split: "Split", class_names: Sequence[str]) -> Figure:
     """Draw test images as dots in the color of their class, and some of them as thumbnails in frames of this color.
 
     Args:
         positions: float [N, 2].
-        labels: int64 [N].
-        images: uint8 [N, 3, H, W].
+        split: the N images and their labels.
     """
     palette = colormaps["tab10" if len(class_names) <= 10 else "tab20" if len(class_names) <= MANY else "turbo"]
     colors = palette(np.linspace(0, 1, len(class_names)))
-    places = (positions - positions.min(0)) / np.ptp(positions, axis=0).max()
-    figure = Figure(figsize=9 * places.max(0) + [0.5, 1], dpi=120, layout="constrained")
+    labels, places = split.labels.numpy(), (positions - positions.min(0)) / np.ptp(positions, axis=0).max()
+    figure = Figure(figsize=(9.5, 10), dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, name in enumerate(class_names):
         axis.plot(*places[labels == number].T, "o", color=colors[number], markersize=3, label=printable(name))
@@ -108,7 +100,7 @@ def feature_map(
     central = np.hypot(*(CELLS * places - cells - 0.5).T).argsort()
     _, first = np.unique(cells[central], axis=0, return_index=True)
     for number in central[first].tolist():  # in each cell of a grid, the image nearest to its center
-        pixels = images[number].permute(1, 2, 0).numpy()
+        pixels = split.images[number].permute(1, 2, 0).numpy()
         thumbnail = OffsetImage(pixels, zoom=22 / len(pixels), interpolation="nearest")
         frame = {"edgecolor": colors[labels[number]], "linewidth": 1.5}
         axis.add_artist(AnnotationBbox(thumbnail, places[number], pad=0.1, bboxprops=frame))

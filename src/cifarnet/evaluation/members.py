@@ -1,7 +1,7 @@
 """The runs of an ensemble beside the ensemble itself, and beside a network with the mean of their weights."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cifarnet.evaluation import metrics
 from cifarnet.evaluation.subject import Section, Subject
-from cifarnet.inference.ensemble import Ensemble, recompute_statistics
-from cifarnet.records.evaluation import Evaluation
+from cifarnet.inference.ensemble import Ensemble, make_soup
+from cifarnet.records.evaluation import Summary
 from cifarnet.records.tables import decimals, percent
 
 # by the headings of the table
@@ -29,9 +29,9 @@ def section(subject: Subject) -> Section:
     runs = [{"checkpoint": path, **metrics.summary(logits, test.labels)} for path, logits in rows]
     mean, deviation = ({key: f(run[key] for run in runs) for key in METRICS.values()} for f in (fmean, stdev))
     soup = None
-    if ensemble.soup is not None:
-        recompute_statistics(ensemble.soup, subject.data.source.train)
-        soup = metrics.summary(ensemble.soup.predict_all(subject.data.test_dataloader(), "soup").logits, test.labels)
+    if subject.config.soup:
+        predictor = make_soup(list(ensemble.members.values()), subject.data)
+        soup = metrics.summary(predictor.predict_all(subject.data.test_dataloader(), "soup").logits, test.labels)
     record = {"runs": runs, "mean": mean, "deviation": deviation, "disagreement": disagreement(test.members)}
     return record | {"soup": soup}, {}
 
@@ -50,22 +50,22 @@ def disagreement(members: Sequence[Tensor]) -> dict[str, Any]:
     return {"images": images, "share": share, "interval": metrics.proportion(round(share * images), images)["interval"]}
 
 
-def table(evaluation: Evaluation) -> dict[str, list[str]]:
+def table(members: Mapping[str, Any], test: Summary) -> dict[str, list[str]]:
     """Return the columns of a table of the mean of the runs, the ensemble, the soup and each run, as text.
 
     The name of a run is the path of its folder, relative to the folder that contains all runs.
+
+    Args:
+        members, test: the parts of an `Evaluation`.
     """
-    members, images = evaluation.members, evaluation.test["images"]
-    assert members is not None
-    paths = [os.path.abspath(run["checkpoint"]) for run in members["runs"]]
-    folders = [Path(os.path.relpath(path, os.path.commonpath(paths))).as_posix() for path in paths]
-    totals = {"ensemble": evaluation.test} | ({"soup": members["soup"]} if members["soup"] else {})
-    rows = [*totals.values(), *members["runs"]]
-    names = [*totals, *(folder.partition("/checkpoints/")[0] for folder in folders)]
-    columns = {"run": ["mean ± standard deviation", *names]}
+    rows = {"ensemble": test} | ({"soup": members["soup"]} if members["soup"] else {})
+    paths = [Path(run["checkpoint"]).absolute() for run in members["runs"]]
+    for path, run in zip(paths, members["runs"], strict=True):
+        rows[path.relative_to(os.path.commonpath(paths)).as_posix().partition("/checkpoints/")[0]] = run
+    columns = {"run": ["mean ± standard deviation", *rows]}
     for heading, key in METRICS.items():
-        form = f".{decimals(images)}%" if key in ("accuracy", "calibration_error") else ".4f"
+        form = f".{decimals(test['images'])}%" if key in ("accuracy", "calibration_error") else ".4f"
         spread = f"{members['mean'][key]:{form}} ± {members['deviation'][key]:{form}}"
-        columns[heading] = [spread, *(format(row[key], form) for row in rows)]
-    ends = ([percent(end, images) for end in row["interval"]] for row in rows)
+        columns[heading] = [spread, *(format(row[key], form) for row in rows.values())]
+    ends = ([percent(end, test["images"]) for end in row["interval"]] for row in rows.values())
     return columns | {"95% interval (accuracy)": ["", *(" to ".join(pair) for pair in ends)]}

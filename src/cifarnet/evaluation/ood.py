@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from torchvision import datasets
 
-from cifarnet.data import CIFAR10, CIFAR100, ImageDataModule, InMemoryLoader, Torchvision
+from cifarnet.data import ImageDataModule, InMemoryLoader, Torchvision
 from cifarnet.data.decoding import expand_folders
 from cifarnet.data.folder import ImageFiles
 from cifarnet.errors import UserError
@@ -39,10 +39,7 @@ def read(names: str | Sequence[str] | None, data: ImageDataModule, seed: int) ->
     """
     loaders = {}
     for name in [names] if isinstance(names, str) else names or ():
-        try:
-            images = _images(name, data, seed)
-        except UserError as error:
-            raise UserError(f"ood={name}: {error}") from error
+        images = _images(name, data, seed)
         loaders[name] = InMemoryLoader(images, torch.zeros(len(images), dtype=torch.int64), data.eval_batch_size)
     return loaders
 
@@ -53,36 +50,30 @@ def _images(name: str, data: ImageDataModule, seed: int) -> Any:
     if name == "noise":
         shape = len(data.source.test), 3, size, size
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator(seed, 0, "ood"))
-    if (dataset := known.get(name.lower())) in ("CIFAR10", "CIFAR100"):
-        pictures: Any = [*(CIFAR10() if dataset == "CIFAR10" else CIFAR100()).read().test.images]
-    elif dataset is not None:
+    if dataset := known.get(name.lower()):
         return Torchvision(dataset, f"data/{dataset}", image_size=size).read_test().images  # root: as in its config
-    else:
-        folder = Path(name).expanduser()
-        pictures = [*expand_folders(folder)] if folder.is_dir() else []
-    if not pictures:
-        expected = "noise, a data set of torchvision such as svhn, or a folder of images (.png, .jpg, .webp, …)"
-        raise UserError(f"there are no such images. Choose {expected}.{did_you_mean(name, ['noise', *known])}")
-    return ImageFiles(pictures, size).read(progress_bar=True)
+    folder = Path(name).expanduser()
+    paths: Any = [*expand_folders(folder)] if folder.is_dir() else []
+    if not paths:
+        problem = f"ood={name}: there are no such images.{did_you_mean(name, ['noise', *known])}"
+        raise UserError(f"{problem} Choose noise, a data set of torchvision such as svhn, or a folder of images.")
+    return ImageFiles(paths, size).read(progress_bar=True)
 
 
 def section(subject: Subject) -> Section:
     """Return the `separation` of each set from the test images by each score, and the histograms of the scores."""
-    predictor, sets = subject.predictor, subject.public.ood
-    if not sets:
+    if not subject.public.ood:
         return None, {}
-    if isinstance(predictor, Predictor):
-        train, test, predict = subject.train_features, subject.test_features, predictor.embed
-        distance = mahalanobis(train.features, train.labels)
-    else:
-        test, predict, distance = subject.test, predictor.predict_all, None
+    (train, test), predictor = subject.features, subject.predictor
+    assert isinstance(predictor, Predictor)  # `ensemble.check` refuses `ood` for an ensemble
+    distance = mahalanobis(train.features, train.labels)
     inside = scores(test, distance)
-    outside = {name: scores(predict(batches, name), distance) for name, batches in sets.items()}
+    outside = {name: scores(predictor.embed(batches, name), distance) for name, batches in subject.public.ood.items()}
     record = {name: {key: separation(inside[key], found[key]) for key in inside} for name, found in outside.items()}
     return record, {"ood": figures.score_histograms({"test images": inside} | outside)}
 
 
-def scores(images: Predictions, distance: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def scores(images: Predictions, distance: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Return the scores of images, each float64 [N], by name.
 
     - maximum probability (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136)
@@ -91,14 +82,11 @@ def scores(images: Predictions, distance: Callable[[Tensor], Tensor] | None) -> 
     - Mahalanobis distance (Lee et al., 2018, https://arxiv.org/abs/1807.03888), of the features of the last layer
 
     Args:
-        distance: the result of `mahalanobis`; None for an ensemble, which has no features. The constant of its logits
-            gives them the mean energy of its networks; their maximum has no meaning, and is left out.
+        distance: the result of `mahalanobis`.
     """
     logits = images.one_view.double()
     found = {"maximum probability": logits.softmax(1).amax(1), "energy": logits.logsumexp(1)}
-    if distance is not None:
-        found |= {"maximum logit": logits.amax(1), "Mahalanobis distance": -distance(images.features)}
-    return found
+    return found | {"maximum logit": logits.amax(1), "Mahalanobis distance": -distance(images.features)}
 
 
 def mahalanobis(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -110,11 +98,9 @@ def mahalanobis(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     Args:
         features, labels: those of the training images, [N, D] and int64 [N].
     """
-    labels = labels.unique(return_inverse=True)[1]
-    counts, features = labels.bincount(), features.double()
-    means = torch.zeros(len(counts), features.shape[1]).double().index_add(0, labels, features) / counts[:, None]
-    centered = features - means[labels]
-    variances, directions = torch.linalg.eigh(centered.T @ centered / len(features))
+    features, labels = features.double(), labels.unique(return_inverse=True)[1]
+    means = torch.stack([features[labels == label].mean(0) for label in labels.unique()])
+    variances, directions = torch.linalg.eigh((features - means[labels]).T.cov(correction=0))
     kept = variances > variances[-1] * len(variances) * torch.finfo(torch.float64).eps
     whiten = directions[:, kept] / variances[kept].sqrt()
     return lambda images: torch.cdist(images.double() @ whiten, means @ whiten).amin(1)
@@ -141,9 +127,8 @@ def separation(inside: Tensor, outside: Tensor) -> dict[str, Any]:
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
     variance = auroc * (1 - auroc) + (n - 1) * (q1 - auroc**2) + (m - 1) * (q2 - auroc**2)
     width = 1.96 * math.sqrt(max(0.0, variance) / (n * m))
-    interval = [max(0.0, auroc - width), min(1.0, auroc + width)]
     aupr_in, aupr_out = binary_average_precision(ranks, is_inside), binary_average_precision(1 - ranks, 1 - is_inside)
     threshold = inside.sort(descending=True).values[math.ceil(95 * n / 100) - 1]
     fpr95 = metrics.proportion(int((outside >= threshold).sum()), m)
-    auprs = {"aupr_in": aupr_in.item(), "aupr_out": aupr_out.item()}
-    return {"images": m, "auroc": auroc, "auroc_interval": interval, **auprs, "fpr95": fpr95}
+    record = {"images": m, "auroc": auroc, "auroc_interval": [max(0.0, auroc - width), min(1.0, auroc + width)]}
+    return record | {"aupr_in": aupr_in.item(), "aupr_out": aupr_out.item(), "fpr95": fpr95}

@@ -56,9 +56,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         rows["linear probe"] = _accuracy(features["linear_probe"])
         rows[f"{features['neighbors']} nearest neighbors"] = _accuracy(features["nearest_neighbors"])
     if attacked := evaluation.adversarial:
-        rows |= {f"{attacked['attack']} {ball}": _accuracy(part) for ball, part in attacked["balls"].items()}
-        if attacked["warnings"]:
-            rows["gradient masking"] = " ".join(attacked["warnings"])
+        rows |= {title: _accuracy(part) for title, part in attacked["accuracy"].items()}
+        signs = [title for title, row in attacked["checks"].items() if row["is_sign"]]
+        rows["gradient masking"] = f"a sign by {' and '.join(signs)}: see the report" if signs else "no sign"
     if humans := evaluation.cifar10h:
         cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
         rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"
@@ -93,7 +93,7 @@ def render(evaluation: Evaluation, figures: Mapping[str, Path], name: str | None
         left_out=CIFAR10_C_EXTRA,
         confused=confused(evaluation.confusion) if len(evaluation.classes) > MANY else None,
         percent=percent,
-        members=members.table(evaluation) if evaluation.members else None,
+        members=members.table(evaluation.members, evaluation.test) if evaluation.members else None,
     )
 
 

@@ -48,7 +48,7 @@ def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: Publ
 def _on_test_images(subject: Subject) -> Section:
     """Return accuracy, calibration and mistakes on the test images. The temperature is fitted on validation images."""
     data, test, val, humans = subject.data, subject.test, subject.val, subject.public.cifar10h
-    names, num_images = data.class_names, len(test.labels)
+    names, images, num_images = data.class_names, data.source.test.images, len(test.labels)
     summary, bins = metrics.summary(test.logits, test.labels), metrics.bins(test.logits, test.labels)
     panels = {f"as trained: error {percent(summary['calibration_error'], num_images)}": bins}
     temperature = scaled = None
@@ -75,26 +75,20 @@ def _on_test_images(subject: Subject) -> Section:
     }
     drawn = {"confusion": inference_figures.confusion(confusion, names), "reliability": figures.reliability(panels)}
     if mistakes:
-        drawn["mistakes"] = _drawn(data, mistakes, "The most confident mistakes", 5)
+        drawn["mistakes"] = inference_figures.mistakes(images, mistakes, "The most confident mistakes", 5)
     return record, drawn | _confused_pairs(subject, confusion)
 
 
 def _confused_pairs(subject: Subject, confusion: Tensor) -> dict[str, Figure]:
     """Draw the most confident mistakes between the two classes of each of the most frequently confused pairs."""
-    names, drawn = subject.data.class_names, {}
+    names, images, drawn = subject.data.class_names, subject.data.source.test.images, {}
     between = (confusion + confusion.T).triu(1)
     order = between[between > 0].argsort(descending=True, stable=True)[:NUM_PAIRS]
     for rank, (a, b) in enumerate(between.nonzero()[order].tolist(), 1):
         title = "    ".join(f"{names[i]} → {names[j]}: {confusion[i, j]:,}" for i, j in ((a, b), (b, a)))
         rows = _mistakes(subject.test, names, (a, b), IMAGES_PER_PAIR)
-        drawn[f"confused_{rank}"] = _drawn(subject.data, rows, title, IMAGES_PER_PAIR)
+        drawn[f"confused_{rank}"] = inference_figures.mistakes(images, rows, title, IMAGES_PER_PAIR)
     return drawn
-
-
-def _drawn(data: ImageDataModule, mistakes: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
-    """Draw the test images of mistakes."""
-    images = torch.stack([data.source.test.images[row["index"]] for row in mistakes])
-    return inference_figures.mistakes(images, mistakes, title, columns)
 
 
 def _corruptions(subject: Subject) -> Section:
@@ -124,9 +118,8 @@ def _cifar10_c(subject: Subject) -> Section:
 def _cifar10_1(subject: Subject) -> Section:
     if subject.public.cifar10_1 is None:
         return None, {}
-    versions = subject.public.cifar10_1.items()
-    predictions = {name: subject.predictor.predict_all(batches, name) for name, batches in versions}
-    return {name: metrics.summary(part.logits, part.labels) for name, part in predictions.items()}, {}
+    found = {name: subject.predictor.predict_all(batches, name) for name, batches in subject.public.cifar10_1.items()}
+    return {name: metrics.summary(part.logits, part.labels) for name, part in found.items()}, {}
 
 
 def _mistakes(test: Predictions, names: Sequence[str], classes: Sequence[int], most: int) -> list[dict[str, Any]]:
@@ -146,12 +139,9 @@ def _table(predictor: Predictor | Ensemble, rows: Mapping[str, Sequence[Batches]
     """Return the accuracy at each severity by row, and print each row when it is complete."""
     table = {}
     for name, row in rows.items():
-        table[name], num_images = [], 0
-        for severity, batches in enumerate(row, 1):
-            predictions = predictor.predict_all(batches, f"{name}, severity {severity}")
-            num_images = len(predictions.labels)
-            table[name].append(metrics.accuracy(predictions.logits, predictions.labels))
-        cells = (f"{percent(accuracy, num_images):>7}" for accuracy in table[name])
+        levels = [predictor.predict_all(batches, f"{name}, severity {i}") for i, batches in enumerate(row, 1)]
+        table[name] = [metrics.accuracy(level.logits, level.labels) for level in levels]
+        cells = (f"{percent(accuracy, len(levels[0].labels)):>7}" for accuracy in table[name])
         print(f"  {name:<18}", *cells, flush=True)
     return table
 

@@ -21,7 +21,7 @@ class Subject:
 
     Attributes:
         predictor: the network with the precision and the test-time augmentation of the evaluation. An ensemble has no
-            `network`: a section that needs one checks `isinstance(predictor, Predictor)`.
+            `network`: `ensemble.check` refuses the settings of sections that need one.
         data: the images; those of the training set are not augmented in `data.source`.
         public: the public test sets to evaluate on.
         config: the settings in `configs/evaluate.yaml`; `output_dir` is the folder of the evaluation.
@@ -36,12 +36,10 @@ class Subject:
     val: Predictions | None
 
     @functools.cached_property
-    def test_features(self) -> Predictions:
-        """The test images' features, and predictions without test-time augmentation, in the order of `test`."""
-        return self.predictor.embed(self.data.test_dataloader(), "features of the test images")
-
-    @functools.cached_property
-    def train_features(self) -> Predictions:
-        """The same of the training images, which are not augmented, in the order of `data.source.train`."""
-        batches = self.data.loader(self.data.source.train, self.data.eval_batch_size)
-        return self.predictor.embed(batches, "features of the training images")
+    def features(self) -> tuple[Predictions, Predictions]:
+        """The features of the training images, which are not augmented, and of the test images, in the orders of
+        `data.source.train` and `test`, with their predictions without test-time augmentation."""
+        assert isinstance(self.predictor, Predictor)
+        train, test = self.data.loader(self.data.source.train, self.data.eval_batch_size), self.data.test_dataloader()
+        train_features = self.predictor.embed(train, "features of the training images")
+        return train_features, self.predictor.embed(test, "features of the test images")

@@ -27,13 +27,9 @@ def write(classifier: Trained, images: Tensor, path: Path, facts: Mapping[str, A
         verbose=False,
     )
     assert program is not None
-    program.model.metadata_props.update(metadata(facts))
+    for name, fact in facts.items():
+        program.model.metadata_props[name] = fact if isinstance(fact, str) else json.dumps(fact)
     program.save(path, external_data=False)
-
-
-def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return facts as the metadata of a file: text as it is, and other values as JSON."""
-    return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
 
 
 def load(path: Path, classes: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:

@@ -36,10 +36,15 @@ def predictions(images: "Tensor", labels: "Tensor", predicted: "Tensor", class_n
     return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns=8)
 
 
-def mistakes(images: "Tensor", rows: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
-    """Draw wrongly classified images, uint8 [N, 3, H, W]; the rows are like the `mistakes` of an evaluation."""
+def mistakes(images: Any, rows: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
+    """Draw wrongly classified test images.
+
+    Args:
+        images: all test images, uint8 [N, 3, H, W], in memory or decoded on access.
+        rows: the wrong predictions, like the `mistakes` of an evaluation.
+    """
     captions = [(f"{row['predicted']} {row['confidence']:.1%}\n(is {row['class']})", WRONG) for row in rows]
-    return grid(images, captions, title, columns)
+    return grid([images[row["index"]] for row in rows], captions, title, columns)
 
 
 def grid(images: "Sequence[Tensor] | Tensor", captions: Sequence[tuple[str, str]], title: str, columns: int) -> Figure:

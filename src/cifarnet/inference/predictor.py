@@ -1,6 +1,5 @@
 """Run a trained network with the precision and the test-time augmentation of the run's test."""
 
-import copy
 from collections.abc import Iterable, Sequence, Sized
 from typing import Annotated, NamedTuple, Protocol
 
@@ -91,13 +90,16 @@ class Predictor:
         return answers.add(images.to(self.device)), answers.final()[0]
 
     @torch.inference_mode()
-    def predict_all(self, batches: Batches, title: str) -> Predictions:
+    def predict_all(self, batches: Batches, title: str, tta: TTA | None = None) -> Predictions:
         """Return the predictions for all batches, on the CPU. In a terminal, a progress bar shows the title.
+
+        Args:
+            tta: None for the test-time augmentation of the predictor.
 
         Raises:
             UserError: the network's outputs are not finite.
         """
-        answers = AveragedLogits(self._forward, len(batches), self.tta, self.tta_share)
+        answers = AveragedLogits(self._forward, len(batches), tta or self.tta, self.tta_share)
         labels, index = [], []
         for batch in tqdm(batches, title, leave=False, disable=None):
             answers.add(batch.images.to(self.device))
@@ -114,8 +116,6 @@ class Predictor:
         Raises:
             UserError: the network has no head.
         """
-        predictor = copy.copy(self)
-        predictor.tta = "none"
         with head_inputs(self.network) as inputs:
-            predictions = predictor.predict_all(batches, title)
+            predictions = self.predict_all(batches, title, "none")
         return predictions._replace(features=torch.cat(inputs))

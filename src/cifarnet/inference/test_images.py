@@ -63,13 +63,6 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
     return config
 
 
-def read(
-    command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str], most: int
-) -> tuple[Tensor, list[int]]:
-    """Return at most `most` test images, uint8 [N, C, H, W], and their labels; see `load` and `sample`."""
-    return sample(load(command, overrides, checkpoint, classes).source.test, most)
-
-
 def load(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes: Sequence[str]) -> ImageDataModule:
     """Return the data to test a network on. See `compose` for the arguments and other errors.
 
@@ -87,5 +80,4 @@ def sample(split: Split, most: int) -> tuple[Tensor, list[int]]:
     The images are taken at regular intervals, because a folder is sorted by class.
     """
     chosen = split[:: -(-len(split) // most)]
-    images = chosen.images if isinstance(chosen.images, Tensor) else chosen.images.read()
-    return images.contiguous(), chosen.labels.tolist()
+    return next(chosen.chunks(most)).contiguous(), chosen.labels.tolist()

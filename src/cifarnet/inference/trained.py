@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -132,15 +131,13 @@ class Trained(NetworkAndNames):
             float32 [N, D], on the CPU, in the order of the pictures.
 
         Raises:
-            UserError: as for `predict`; also if there are no pictures, or the network has no linear or convolutional
-                layer.
+            UserError: as for `predict`; also if the network has no linear or convolutional layer.
         """
         from cifarnet.recipes.backbone import head_inputs  # imports Lightning, which takes seconds
 
         with head_inputs(self.network) as inputs:  # the hook is also in the predictor's copy of the network
-            if not self.predict(images, tta="none", **settings):
-                raise UserError("There are no pictures. Specify image files, folders of them, or arrays.")
-        return torch.cat(inputs)
+            self.predict(images, tta="none", **settings)
+        return torch.cat(inputs) if inputs else torch.empty(0, 0)
 
     def answers(
         self,
@@ -190,11 +187,10 @@ class Trained(NetworkAndNames):
                     row = next(rows)
                     yield Answer(source, "", pixels, row, self._ranked(row, divisor))
 
-    def predictor(self, network: nn.Module | None = None, **settings: Any) -> "Predictor":
+    def predictor(self, **settings: Any) -> "Predictor":
         """Return a `Predictor` of a copy of the network, which it may move to another device.
 
         Args:
-            network: another network of the same architecture, which is not copied.
             settings: the settings of `Predictor`. The default, also for None, is the precision of training and the
                 test-time augmentation of the run's test, applied to all images.
         """
@@ -202,8 +198,7 @@ class Trained(NetworkAndNames):
 
         chosen = {name: value for name, value in settings.items() if value is not None}
         channels_last = self.checkpoint.channels_last
-        network = copy.deepcopy(self.network) if network is None else network
-        return Predictor(network, channels_last=channels_last, **self.tested | chosen)
+        return Predictor(copy.deepcopy(self.network), channels_last=channels_last, **self.tested | chosen)
 
     def heat(self, answer: Answer) -> np.ndarray:
         """Return the Grad-CAM map of the predicted class, float [H, W] from 0 to 1.
@@ -238,8 +233,9 @@ class Trained(NetworkAndNames):
                 return self.temperature(calibration["temperature"])
         raise self._not_fitted("temperature=evaluation", "temperature", f"tta={tta}")
 
-    def conformal_threshold(self, alpha: float, tta: str | None = None) -> float:
-        """Return the threshold for `conformal_set` that the last evaluation fitted with this `alpha`.
+    def conformal_threshold(self, alpha: float, tta: str | None = None) -> float | None:
+        """Return the threshold for `conformal_set` that the last evaluation fitted with this `alpha`; None if it is
+        infinite, because there were too few validation images.
 
         Args:
             alpha: the largest allowed probability that a set lacks the true class.
@@ -252,10 +248,9 @@ class Trained(NetworkAndNames):
         measured = evaluation.conformal if evaluation and evaluation.tta == tta else None
         if measured is None or measured["alpha"] != alpha:
             raise self._not_fitted(f"conformal={alpha}", "threshold", f"alpha={alpha} tta={tta}")
-        threshold = measured["sets"]["LAC"]["threshold"]
-        return math.inf if threshold is None else threshold  # JSON lacks infinity
+        return measured["sets"]["LAC"]["threshold"]
 
-    def conformal_set(self, logits: Tensor, threshold: float) -> list[str]:
+    def conformal_set(self, logits: Tensor, threshold: float | None) -> list[str]:
         """Return the classes of a picture's conformal set (LAC), in descending order of their probabilities.
 
         They are the most probable class, and all classes for which 1 - probability is at most the threshold. The
@@ -265,15 +260,14 @@ class Trained(NetworkAndNames):
             logits: the `logits` of an `Answer`, float32 [num_classes].
             threshold: the result of `conformal_threshold`.
         """
-        ranked = self._ranked(logits, 1.0)
-        return [name for rank, (name, value) in enumerate(ranked) if rank == 0 or 1 - value <= threshold]
+        ranked = enumerate(self._ranked(logits, 1.0))
+        return [name for rank, (name, p) in ranked if rank == 0 or threshold is None or 1 - p <= threshold]
 
     def _not_fitted(self, setting: str, what: str, options: str) -> UserError:
-        """Return the error for a setting whose value the last evaluation has not fitted."""
+        """Return the error for a setting whose value the last evaluation did not fit."""
         path = self.checkpoint.path
         command = f"python -m cifarnet.evaluate {path}{' data=…' * path.is_dir()} {options}"
-        problem = f"{setting}: no {what} was fitted to {path} with {options}"
-        return UserError(f"{problem}. Fit one on validation images: {command}")
+        return UserError(f"{setting}: no {what} was fitted to {path} with {options}. Use validation images: {command}")
 
     def calibrations(self) -> list[Calibration]:
         """Return the fitted temperatures: the one in a Hugging Face folder, and the one of the last evaluation."""
