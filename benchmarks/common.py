@@ -109,6 +109,13 @@ def mean_and_deviation(shares: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def p_above(values: Sequence[float], target: float) -> float:
+    """Return the p-value of a one-sided t-test; if it is small, the mean is above the target."""
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(values, target, alternative="greater").pvalue)
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -24,9 +24,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from scipy.stats import ttest_1samp
 
 import common
 from cifarnet.build import make_data
@@ -93,11 +93,11 @@ def main() -> None:
             tests[name] += [run["test_seconds"] for run in runs]
             print(name, *(f"{run['accuracy']:.2%} in {run['seconds']:.2f} s" for run in runs), flush=True)
 
-    facts = {}
+    facts: dict[str, Any] = {"target": arguments.target}
     for name, measured in accuracies.items():
         facts[f"{name}, accuracy"] = f"{common.mean_and_deviation(measured)} % (n = {len(measured)})"
         if len(measured) > 1:
-            p = ttest_1samp(measured, arguments.target, alternative="greater").pvalue
+            p = common.p_above(measured, arguments.target)
             facts[f"{name}, p of a mean accuracy above {arguments.target:.2%}"] = f"{p:.3g}"
         facts[f"{name}, final evaluation"] = f"{statistics.median(tests[name]):.2f} s of these seconds"
         facts[f"{name}, whole process"] = f"{statistics.median(whole[name]):.1f} s a run"

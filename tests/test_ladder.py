@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -96,6 +97,16 @@ def test_the_pages_agree_with_the_recorded_results(monkeypatch, tmp_path):
     ladder.write(json.loads(ladder.RESULTS.read_text("utf-8")))
     for page in pages:
         assert (tmp_path / page).read_text("utf-8") == (root / page).read_text("utf-8")
+
+
+def test_the_estimate_of_a_large_sweep_agrees_with_the_recorded_seconds():
+    results = json.loads((BENCHMARKS / "results/ladder.json").read_text("utf-8"))
+    seconds = [run["seconds"] for run in results if run["command"] == "+experiment=baseline data=folder"]
+    mean = statistics.mean(value for value in seconds if value)
+    page = (BENCHMARKS.parent / "docs/scale.md").read_text("utf-8")
+    assert f"is {mean:.0f} s, the mean training time" in page
+    for devices, form in ((1, ".0f"), (8, ".1f"), (100, ".1f")):
+        assert f"| {1000 / devices * mean / 3600:{form}} hours |" in page
 
 
 def test_a_row_with_a_changed_setting_is_only_in_the_zoo(ladder):
