@@ -24,7 +24,8 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if evaluation.members:
         part = evaluation.members["disagreement"]
         rows["disagreement"] = f"{_accuracy({**part, 'accuracy': part['share']})}, mean over pairs of runs"
-    rows["validation accuracy"] = _accuracy(val) if val else "none  (trained on all images)"
+    trained = "the runs together trained" if evaluation.members else "trained"
+    rows["validation accuracy"] = _accuracy(val) if val else f"none  ({trained} on all images)"
     for k in (2, 5):
         if (accuracy := test.get(f"top{k}_accuracy")) is not None:
             rows[f"top-{k} accuracy"] = percent(accuracy, images)
