@@ -101,7 +101,7 @@ def test_checkpoint_names_neither_folder_nor_address(run, evaluated, monkeypatch
     assert evaluated(f"data.url={address}")["config"]["data"]["url"] == address
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    # and nothing is downloaded
+    # nothing is downloaded
     with pytest.raises(UserError, match=r"Add data=cifar10 to download them, or data.root"):
         evaluate(run, ["corruptions=false"])
     monkeypatch.chdir(tmp_path)  # the default, data.root=data, exists here
