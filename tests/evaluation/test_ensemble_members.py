@@ -56,11 +56,18 @@ def test_table():
         (["a/checkpoints/best.ckpt", "a/checkpoints/last.ckpt"], ["best.ckpt", "last.ckpt"]),
         (["trained/speedrun", "trained/baseline"], ["speedrun", "baseline"]),
         (["a/x/checkpoints/best.ckpt", "lone.ckpt"], ["a/x", "lone.ckpt"]),
+        (
+            ["x/checkpoints/best.ckpt", "x/checkpoints/last.ckpt", "y/checkpoints/best.ckpt"],
+            ["x/checkpoints/best.ckpt", "x/checkpoints/last.ckpt", "y/checkpoints/best.ckpt"],
+        ),
+        (["ensemble/checkpoints/best.ckpt", "soup/checkpoints/best.ckpt"], ["ensemble", "soup"]),
     ],
 )
 def test_names_of_runs(paths, names):
-    runs = [{**RUNS[0], "checkpoint": path} for path in paths]
-    assert members.table(MEMBERS | {"runs": runs}, TEST)["run"][-2:] == names
+    runs = [{**RUNS[0], "checkpoint": path, "accuracy": number / 10} for number, path in enumerate(paths)]
+    columns = members.table(MEMBERS | {"runs": runs}, TEST)
+    assert columns["run"] == ["mean ± standard deviation", "ensemble", "soup", *names]
+    assert columns["accuracy"][3:] == [f"{number / 10:.2%}" for number in range(len(paths))]
 
 
 def test_page_has_the_runs():

@@ -53,19 +53,21 @@ def disagreement(members: Sequence[Tensor]) -> dict[str, Any]:
 def table(members: Mapping[str, Any], test: Summary) -> dict[str, list[str]]:
     """Return the columns of a table of the mean of the runs, the ensemble, the soup and each run, as text.
 
-    The name of a run is the path of its folder, relative to the folder that contains all runs.
+    The name of a run is the path of its folder, relative to the folder that contains all runs; if several checkpoints
+    are in the same folder, the names are the paths of the checkpoints.
 
     Args:
         members, test: the parts of an `Evaluation`.
     """
-    rows = {"ensemble": test} | ({"soup": members["soup"]} if members["soup"] else {})
+    combined = {"ensemble": test} | ({"soup": members["soup"]} if members["soup"] else {})
+    rows = [*combined.values(), *members["runs"]]
     paths = [Path(run["checkpoint"]).absolute() for run in members["runs"]]
-    for path, run in zip(paths, members["runs"], strict=True):
-        rows[path.relative_to(os.path.commonpath(paths)).as_posix().partition("/checkpoints/")[0]] = run
-    columns = {"run": ["mean ± standard deviation", *rows]}
+    names = [path.relative_to(os.path.commonpath(paths)).as_posix() for path in paths]
+    folders = [name.partition("/checkpoints/")[0] for name in names]
+    columns = {"run": ["mean ± standard deviation", *combined, *(names if len({*folders}) < len(names) else folders)]}
     for heading, key in METRICS.items():
         form = f".{decimals(test['images'])}%" if key in ("accuracy", "calibration_error") else ".4f"
         spread = f"{members['mean'][key]:{form}} ± {members['deviation'][key]:{form}}"
-        columns[heading] = [spread, *(format(row[key], form) for row in rows.values())]
-    ends = ([percent(end, test["images"]) for end in row["interval"]] for row in rows.values())
+        columns[heading] = [spread, *(format(row[key], form) for row in rows)]
+    ends = ([percent(end, test["images"]) for end in row["interval"]] for row in rows)
     return columns | {"95% interval (accuracy)": ["", *(" to ".join(pair) for pair in ends)]}
