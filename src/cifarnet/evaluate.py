@@ -74,14 +74,16 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
         import sklearn  # noqa: F401  # an optional package: if it is missing, fail before anything takes long
     if config.attack == "autoattack":
         import pyautoattack  # noqa: F401
+
+        if (number := len(data.class_names)) < 4:
+            raise UserError(f"attack=autoattack needs at least 4 classes, but there are {number}. Use attack=pgd.")
     run, name, which = classifiers[0].run_record(), str(checkpoint.path), f"after epoch {checkpoint.epoch}"
     if count > 1:
         run, name, which = None, f"an ensemble of {count} runs", f"in {count} runs"
         config.output_dir = config.output_dir or f"lightning_logs/ensemble/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     folder = Path(config.output_dir or checkpoint.folder_for("evaluation"))
     if is_run(folder):
-        problem = "is the folder of a run, whose record would be lost"
-        raise UserError(f"output_dir={folder} {problem}. Choose another folder.")
+        raise UserError(f"output_dir={folder} is the folder of a run. Choose another folder to keep its record.")
     files.make_folder(folder, f"output_dir={folder} cannot be created")
     config.output_dir = str(folder)
     about: Any = data.describe()

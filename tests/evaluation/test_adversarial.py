@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from test_sections import Coloured, measure
 from torch import nn
 
+from cifarnet.checkpoint import Checkpoint
 from cifarnet.data import Split
 from cifarnet.errors import UserError
 from cifarnet.evaluate import evaluate, main
 from cifarnet.evaluation import adversarial
 from cifarnet.evaluation.adversarial import L2, LINF, Ball, autoattack, pgd, square
 from cifarnet.inference.figures import RIGHT, WRONG
+from cifarnet.inference.predictor import Predictor
 from cifarnet.seeding import generator
+from conftest import picture
 
 BALLS = {"PGD L∞ 8/255": LINF, "PGD L2 0.5": L2}
 
@@ -315,6 +318,16 @@ def test_a_missing_package_is_reported_before_anything_runs(run, command, tmp_pa
     assert (status, printed, error.count("\n")) == (1, "", 1)
     assert "pip install 'cifarnet[attack]'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_autoattack_needs_four_classes(run, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for number, name in enumerate(("cat", "dog", "frog")):
+            picture(tmp_path / "pictures" / split / name / "a.png", (80 * number, 9, 9))
+    monkeypatch.setattr(Checkpoint, "check_task", lambda *_: None)
+    monkeypatch.setattr(Predictor, "predict_all", None)  # it is refused before anything is computed
+    with pytest.raises(UserError, match=r"^attack=autoattack needs at least 4 classes, but there are 3\. Use"):
+        evaluate(run, ["attack=autoattack", "data=folder", f"data.root={tmp_path}/pictures", "data.val_fraction=0"])
 
 
 @pytest.mark.parametrize("setting", ["attack=fgsm", "attack_images=0", "attack_steps=0", "attack_restarts=0"])
