@@ -355,7 +355,10 @@ def test_a_soup_needs_runs_of_one_network(command, sweep, config, tmp_path):
     train(config(*settings, without=("data.t", "trainer.max_epochs")))
     status, _, error = command(sweep / "0", tmp_path / "run", *QUICK, "soup=true")
     assert status == 1
-    assert "soup=true needs runs of the same network with the same settings. Remove soup" in error
+    assert "soup=true needs several runs of the same network with the same settings. Remove soup" in error
     assert error.count("\n") == 1
+    status, _, error = command(sweep / "0", *QUICK, "soup=true")
+    assert status == 1
+    assert "soup=true needs several runs" in error
     measured = evaluate([sweep / "0", tmp_path / "run"], [*QUICK, f"output_dir={tmp_path}/both"])
     assert measured["network"] == "SpeedNet + CNN"

@@ -110,7 +110,7 @@ def check(checkpoints: Sequence[Checkpoint], settings: DictConfig) -> Sequence[s
 
     Raises:
         UserError: a setting needs a single run, the runs were trained on different data sets, or `soup` is set and
-            their networks differ.
+            there is a single run or their networks differ.
     """
     for name in ("attack", "features", "ood"):
         if settings[name] and len(checkpoints) > 1:
@@ -118,8 +118,8 @@ def check(checkpoints: Sequence[Checkpoint], settings: DictConfig) -> Sequence[s
     sources = {str(one.data["_target_"]) for one in checkpoints if "_target_" in one.data}  # exports have none
     if len(sources) > 1:
         raise UserError(f"The runs were trained on {' and '.join(sorted(sources))}. Evaluate runs on one data set.")
-    if settings.soup and any(one.model != checkpoints[0].model for one in checkpoints):
-        raise UserError("soup=true needs runs of the same network with the same settings. Remove soup=true.")
+    if settings.soup and (len(checkpoints) == 1 or any(one.model != checkpoints[0].model for one in checkpoints)):
+        raise UserError("soup=true needs several runs of the same network with the same settings. Remove soup=true.")
     differing = [name for name in DIVISION if len({one.data.get(name) for one in checkpoints}) > 1]
     if differing:
         print(f"Without validation images, because data.{differing[0]} differs between the runs", flush=True)
