@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from cifarnet.data import Split, Synthetic
 from cifarnet.evaluate import evaluate, main
 from cifarnet.evaluation import features
 from cifarnet.evaluation.figures import feature_map
-from cifarnet.inference.predictor import Predictor
+from cifarnet.inference.predictor import Predictions, Predictor
 
 RANDOM = np.random.default_rng(0)
 SETTINGS = ["corruptions=false", "features=true"]
@@ -133,6 +134,22 @@ def test_the_map_shows_each_image_at_its_place(classes):
         assert torch.equal(pixels, images[number].permute(1, 2, 0))
         assert box.patch.get_edgecolor()[:3] == pytest.approx(tuple(axis.lines[labels[number]].get_color()[:3]))
     assert len(figure.legends) == (classes <= 20)
+
+
+def test_fewer_training_images_than_neighbors(tmp_path):
+    """Every training image is a neighbor, so the first of the most frequent classes is predicted."""
+    train, test = (
+        Predictions(torch.zeros(count, 4), torch.zeros(count, 4), labels, torch.arange(count), vectors)
+        for count in (12, 3)
+        for vectors, labels in [clusters(count)]
+    )
+    data = SimpleNamespace(
+        class_names=list("abcd"), source=SimpleNamespace(test=Split(torch.zeros(3, 3, 8, 8).byte(), test.labels))
+    )
+    config = SimpleNamespace(features=True, output_dir=tmp_path, seed=0)
+    record, _ = features.section(SimpleNamespace(config=config, data=data, features=(train, test)))
+    assert record["neighbors"] == 12
+    assert record["nearest_neighbors"]["accuracy"] == (test.labels == 0).sum() / 3
 
 
 def test_a_missing_package_is_reported_before_anything_is_computed(run, command, monkeypatch):

@@ -32,24 +32,26 @@ def section(subject: Subject) -> Section:
     (train, test), names = subject.features, subject.data.class_names
     with files.atomic_file(Path(subject.config.output_dir) / "features.npz") as file:
         np.savez(file, features=test.features, logits=test.logits, labels=test.labels, class_names=names)
-    record: dict[str, Any] = {"dimensions": test.features.shape[1], "neighbors": NEIGHBORS}
-    for name, classifier in tqdm(classifiers().items(), "classifiers of features", leave=False, disable=None):
+    record: dict[str, Any] = {"dimensions": test.features.shape[1], "neighbors": min(NEIGHBORS, len(train.labels))}
+    for name, classifier in tqdm(classifiers(record["neighbors"]).items(), "classifiers", leave=False, disable=None):
         classifier.fit(train.features.numpy(), train.labels.numpy())
         correct = classifier.predict(test.features.numpy()) == test.labels.numpy()
         record[name] = metrics.proportion(int(correct.sum()), len(correct))
-    seed = subject.config.seed
-    chosen = torch.randperm(len(test.labels), generator=generator(seed, 0, "map"))[:MOST_IN_MAP]
-    tsne = TSNE(perplexity=min(30, len(chosen) / 4), random_state=seed)
+    chosen = torch.randperm(len(test.labels), generator=generator(subject.config.seed, 0, "map"))[:MOST_IN_MAP]
+    tsne = TSNE(perplexity=min(30, len(chosen) / 4), random_state=subject.config.seed)
     positions = tsne.fit_transform(F.normalize(test.features[chosen]).numpy())
     return record, {"feature_map": figures.feature_map(positions, subject.data.source.test[chosen], names)}
 
 
-def classifiers() -> dict[str, Any]:
+def classifiers(neighbors: int = NEIGHBORS) -> dict[str, Any]:
     """Return classifiers of features with the interface of scikit-learn, by their names in the record.
 
     - linear_probe: multinomial logistic regression on standardized features, with scikit-learn's default penalty, C=1
     - nearest_neighbors: the most frequent class among the nearest training images by cosine similarity; of equally
       frequent classes, the first
+
+    Args:
+        neighbors: the number of nearest training images; at most the number of all of them.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -57,4 +59,4 @@ def classifiers() -> dict[str, Any]:
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return {"linear_probe": probe, "nearest_neighbors": KNeighborsClassifier(NEIGHBORS, metric="cosine")}
+    return {"linear_probe": probe, "nearest_neighbors": KNeighborsClassifier(neighbors, metric="cosine")}
