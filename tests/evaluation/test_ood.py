@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import nn
@@ -154,6 +155,15 @@ def test_histograms_have_all_images():
             corners = outline.get_xy()
             width = np.diff(np.unique(corners[:, 0]))[0]
             assert corners[1:-1:2, 1].sum() * width == pytest.approx(1)
+
+
+def test_paths_of_folders_fit_into_the_legend_of_the_histograms():
+    names = ["test images", *(f"/home/somebody/experiments/pictures/of/textures/{i}" for i in range(3))]
+    figure = ood.figures.score_histograms({name: {score: normal(9) for score in SCORES} for name in names})
+    FigureCanvasAgg(figure).draw()
+    (legend,), whole = figure.legends, figure.bbox
+    assert whole.x0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= whole.x1
+    assert legend.get_window_extent().y1 <= whole.y1
 
 
 def test_noise_is_uniform_and_depends_on_the_seed(data):

@@ -10,7 +10,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import PercentFormatter
 
 from cifarnet.errors import printable
-from cifarnet.inference.figures import MANY, grid, heat_map
+from cifarnet.inference.figures import BARS, MANY, grid, heat_map
 from cifarnet.records.figures import panel
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # takes seconds to import
 
     from cifarnet.data import Split
 
-BARS, GAP = "#0969da", "#d1570a"
+GAP = "#d1570a"
 CELLS = 14  # the map of the features has at most one thumbnail in each cell of a grid with this many columns
 
 
@@ -78,7 +78,7 @@ def score_histograms(scores: "Mapping[str, Mapping[str, Tensor]]") -> Figure:
             axis.hist(values.clip(low, high), 40, (low, high), density=True, histtype="step", label=label)
         axis.set(title=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center")
     return figure
 
 
