@@ -125,7 +125,7 @@ class Torchvision(ImageFolder):
         check_arguments("data.arguments", self.make, self.arguments)
         self.parts = _parts(self.make)
         if not {"train", "test"} <= self.parts.keys():
-            raise UserError(f"data.name={name} has no training and test images. Choose another set, or data=folder.")
+            raise UserError(f"data.name={name} has no training and test images. Choose another set or a folder.")
         for key in self.arguments.keys() & {"root", "download", "transform"}.union(*self.parts.values()):
             raise UserError(f"data.arguments.{key} cannot be set. Remove it, or use data.root or data.transforms.")
         missing = f"{self.root} does not contain {name}" if self.read_only else None

@@ -35,8 +35,7 @@ def measure(predictor: Predictor | Ensemble, data: ImageDataModule, public: Publ
         UserError: the network's outputs are not finite, or a setting cannot be used.
     """
     test = predictor.predict_all(data.test_dataloader(), "test")
-    val_batches = data.val_dataloader()
-    val = predictor.predict_all(val_batches, "validation") if val_batches else None
+    val = predictor.predict_all(batches, "validation") if (batches := data.val_dataloader()) else None
     subject = Subject(predictor, data, public, config, test, val)
     record, drawn = _on_test_images(subject)
     for name, section in SECTIONS.items():
