@@ -44,7 +44,7 @@ class Ball(NamedTuple):
         return gradient.sign() if self.norm == "Linf" else F.normalize(gradient.flatten(1)).view_as(gradient)
 
     def project(self, changed: Tensor, images: Tensor) -> Tensor:
-        """Return the nearest images in the ball around `images`."""
+        """Return the changed images, projected onto the ball around `images` and then onto the range of pixels."""
         change = changed - images
         change = change.clamp(-self.eps, self.eps) if self.norm == "Linf" else change.renorm(2, 0, self.eps)
         return (images + change).clamp(0, 1)
