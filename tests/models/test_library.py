@@ -117,7 +117,7 @@ def test_downloads_and_unknown_names_are_refused(library, settings, message):
 
 def test_without_timm_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"model=timm needs timm: pip install -e '\.\[timm\]'"):
+    with pytest.raises(UserError, match=r"model=timm needs timm: pip install 'cifarnet\[timm\]'"):
         LibraryModel("timm", "resnet18")
 
 

@@ -76,7 +76,8 @@ class LibraryModel(nn.Module):
         try:
             network, fixed_size = self._timm(weights) if self.library == "timm" else self._torchvision(weights)
         except ImportError as error:
-            raise UserError(f"model={self.library} needs {self.library}: pip install -e '.[{self.library}]'") from error
+            remedy = f"pip install 'cifarnet[{self.library}]'"
+            raise UserError(f"model={self.library} needs {self.library}: {remedy}") from error
         except NotImplementedError:  # some networks cannot be built on the meta device
             raise
         except Exception as error:  # constructors and state dicts raise many types
