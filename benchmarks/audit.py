@@ -96,7 +96,6 @@ def measure(
         rows |= {f"{name}{suffix}": quality(score, is_wrong) for name, score in scored.values.items()}
         mean_rank = np.mean([rankdata(scored.values[name]) for name in RANKED], axis=0)
         rows[f"mean rank{suffix}"] = quality(mean_rank, is_wrong)
-        order = f"{scored.order}{suffix}"
         if suffix:
             predictors = [last(folder).predictor(tta="none") for folder in folders]
             probabilities = networks.confident_learning(scored, runs, predictors, data)
@@ -107,9 +106,8 @@ def measure(
             found = find_label_issues(scored.given, probabilities, n_jobs=1)
             precision, recall = is_wrong[found].mean(), found[is_wrong].mean()
             rows["cleanlab, find_label_issues"] = {"precision": precision, "recall": recall, "found": found.sum()}
-            order = scored.order
         is_right = scored.suggested == true[scored.index]
-        rows[order]["suggestions"] = is_right[is_wrong].mean()
+        rows[scored.order]["suggestions"] = is_right[is_wrong].mean()  # of negative_aum, and of out_of_fold
     return {name: {key: float(value) for key, value in row.items()} for name, row in rows.items()}
 
 
