@@ -1,7 +1,8 @@
 """Rank the training images of runs by how suspicious their labels are, and find near-duplicates of the test images.
 
-The runs were trained with callbacks=dynamics. With the runs of all folds, the suspicious labels are those that
-confident learning finds (pip install 'cifarnet[audit]').
+The runs were trained with callbacks=dynamics. With the runs of all folds, the images are ranked by the probabilities of
+networks that were trained without them, and confident learning estimates the number of wrong labels
+(pip install 'cifarnet[audit]').
 
 examples:
   python -m cifarnet.audit lightning_logs/baseline/<date_time>
