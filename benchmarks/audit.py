@@ -3,10 +3,11 @@
     python benchmarks/audit.py [--turns 3] [--folds 5] [--noise 0.1] -- [data=folder data.root=…] [settings of the runs]
 
 For each seed, a tenth of the training labels are made wrong (`data.label_noise`), and the baseline is trained on all
-images, and on each fold. The table shows, for each score, the precision among as many images as there are wrong labels,
-the average precision, and the share of wrong labels for which the true class is suggested. `cleanlab` is confident
-learning alone: the out-of-fold probabilities with its other score, and the images that `find_label_issues` returns. The
-command continues where it was stopped.
+images, and without each fold. The table shows, for each score, the precision among as many images as there are wrong
+labels, the average precision, and the share of wrong labels for which the true class is suggested. `cleanlab` is
+confident learning alone: the out-of-fold probabilities with its other score, and the images that `find_label_issues`
+returns. "out_of_fold, as many" are as many images with the highest score, whose labels an audit replaces; the precision
+of both is that among these images. The command continues where it was stopped.
 
 With these files, the benchmark also trains on CIFAR-10 as it is, and counts how many of the first 200 test images are
 in published lists. Download the lists yourself:
@@ -96,7 +97,6 @@ def measure(
         rows |= {f"{name}{suffix}": quality(score, is_wrong) for name, score in scored.values.items()}
         mean_rank = np.mean([rankdata(scored.values[name]) for name in RANKED], axis=0)
         rows[f"mean rank{suffix}"] = quality(mean_rank, is_wrong)
-        order = f"{scored.order}{suffix}"
         if suffix:
             predictors = [last(folder).predictor(tta="none") for folder in folders]
             probabilities = networks.confident_learning(scored, runs, predictors, data)
@@ -107,9 +107,10 @@ def measure(
             found = find_label_issues(scored.given, probabilities, n_jobs=1)
             precision, recall = is_wrong[found].mean(), found[is_wrong].mean()
             rows["cleanlab, find_label_issues"] = {"precision": precision, "recall": recall, "found": found.sum()}
-            order = scored.order
+            first = is_wrong[scored.ranked[: scored.count]]
+            rows["out_of_fold, as many"] = {"precision": first.mean(), "recall": first.sum() / is_wrong.sum()}
         is_right = scored.suggested == true[scored.index]
-        rows[order]["suggestions"] = is_right[is_wrong].mean()
+        rows[scored.order]["suggestions"] = is_right[is_wrong].mean()  # of negative_aum, and of out_of_fold
     return {name: {key: float(value) for key, value in row.items()} for name, row in rows.items()}
 
 
@@ -194,7 +195,7 @@ def main() -> None:
         folders = [arguments.folder.absolute() / f"seed{seed}/as_it_is" for seed in seeds]
         runs = [train(folders[seed], experiment, "data.val_fraction=0", f"seed={seed}", *overrides) for seed in seeds]
         facts |= look_up(data, runs, arguments)
-    print("\n| score | precision at the number of wrong labels | average precision | right suggestions |")
+    print("\n| score | precision at the number of wrong labels, % | average precision, % | right suggestions, % |")
     print("| --- | ---: | ---: | ---: |")
     for name, row in measured.items():
         columns = ("precision", "average precision", "suggestions")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cifarnet import cli
 from cifarnet.audit import audit, main
+from cifarnet.auditing import scores
 from cifarnet.build import build, make_data
 from cifarnet.callbacks.dynamics import FILE
 from cifarnet.errors import UserError
@@ -144,39 +145,95 @@ def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
     assert "near-duplicates" not in out
     rows = list(csv.DictReader((tmp_path / "sweep/audit/audit.csv").read_text().splitlines()))
     assert sorted(int(row["position"]) for row in rows) == list(range(200))
-    scores = [float(row["out_of_fold"]) for row in rows]
-    assert scores == sorted(scores, reverse=True)
+    suspicion = [float(row["out_of_fold"]) for row in rows]
+    assert suspicion == sorted(suspicion, reverse=True)
 
 
-def test_images_of_other_sizes_and_streamed_images(tmp_path):
+CAT = "<b>cat<∕b>"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures."""
     random = np.random.default_rng(0)
     for split, count in [("train", 20), ("test", 6)]:
-        for name in ("<b>cat</b>".replace("/", "∕"), "dog"):
+        for name in (CAT, "dog"):
             (tmp_path / "pictures" / split / name).mkdir(parents=True)
             for number in range(count):
                 pixels = random.integers(0, 256, (80, 80, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{number}.png")
-    data = [
-        "data=folder",
-        f"data.root={tmp_path}/pictures",
-        "data.image_size=80",
-        "data.in_memory=false",
-        "data.workers=0",
-    ]
+    return tmp_path / "pictures"
+
+
+def train_on(pictures, folder, *overrides):
     settings = [setting for setting in SMALL if not setting.startswith("data")]
-    train(cli.compose("train", [*settings, *data, "data.batch_size=9", RECORDED, f"output_dir={tmp_path}/run"]))
-    scored = audit([tmp_path / "run"], [f"data.root={tmp_path}/pictures", "count=3"])
+    settings += ["data=folder", f"data.root={pictures}", "data.image_size=80", "data.batch_size=9", RECORDED]
+    train(cli.compose("train", [*settings, *overrides, f"output_dir={folder}"]))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The runs of three folds."""
+    for fold in range(3):
+        settings = [*SMALL, RECORDED, "data.folds=3", f"data.fold={fold}"]
+        train(cli.compose("train", [*settings, f"output_dir={tmp_path}/sweep/{fold}"]))
+    return tmp_path / "sweep"
+
+
+def test_runs_without_a_checkpoint_are_used_for_the_other_scores(sweep, command):
+    """A large sweep keeps only the checkpoints of its best runs."""
+    pytest.importorskip("cleanlab")
+    expected = audit([sweep], ["duplicates=0"])
+    assert expected.order == "out_of_fold"
+    shutil.copytree(sweep / "0", sweep / "again")
+    (sweep / "0/checkpoints/last.ckpt").unlink()
+    found = audit([sweep], ["duplicates=0"])
+    assert found.values["out_of_fold"].tolist() == expected.values["out_of_fold"].tolist()
+    (sweep / "again/checkpoints/last.ckpt").unlink()
+    status, out, error = command(sweep, "duplicates=1")
+    assert status == 0, error
+    one, two = scores.read([sweep / "1", sweep / "2"]).values()
+    count = len(np.intersect1d(one["index"], two["index"]))
+    assert f"No out-of-fold probabilities: all runs with checkpoints were trained on {count} images" in out
+    assert "(by negative_aum)" in out
+    for number in (1, 2):
+        (sweep / f"{number}/checkpoints/last.ckpt").unlink()
+    status, _, error = command(sweep)
+    assert status == 1
+    assert re.search(r"last\.ckpt: no checkpoint found", error)
+
+
+def test_images_of_other_sizes_and_streamed_images(pictures, tmp_path):
+    train_on(pictures, tmp_path / "run", "data.in_memory=false", "data.workers=0")
+    scored = audit([tmp_path / "run"], [f"data.root={pictures}", "count=3"])
     assert len(scored.index) == 36
+    paths = [f"train/{name}/{file}" for name in (CAT, "dog") for file in sorted(f"{i}.png" for i in range(20))]
+    rows = list(csv.DictReader((tmp_path / "run/audit/audit.csv").read_text("utf-8").splitlines()))
+    assert [row["file"] for row in rows] == [paths[int(row["position"])] for row in rows]
     html = (tmp_path / "run/audit/audit.html").read_text()
     assert "<b>" not in html
     assert "&lt;b&gt;cat" in html
     assert html.count("data:image/png;base64,") == 36 + 2 * 12 + 2 * 12
+    assert html.count(f"<small>{rows[0]['file'].replace('<', '&lt;').replace('>', '&gt;')}</small>") >= 2
+    assert html.count("<small>test/dog/0.png</small>") == 1
+    assert not re.search("<small>[a-z ]*position", html)
+
+
+@pytest.mark.parametrize("noise", [[], ["data.label_noise=0.1"]])
+def test_a_folder_that_has_changed_is_refused(pictures, tmp_path, noise):
+    train_on(pictures, tmp_path / "run", *noise)
+    root = [f"data.root={pictures}", "duplicates=0"]
+    audit([tmp_path / "run"], root)
+    for number in range(5):
+        shutil.copy(pictures / "train/dog/0.png", pictures / "train" / CAT / f"new{number}.png")
+    with pytest.raises(UserError, match=r"or its labels differ.*data\.root"):
+        audit([tmp_path / "run"], root)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.keep=keep.txt"], r"lacks images that .*last\.ckpt was trained on.*remove settings"),
+        (["data.keep=keep.txt"], r"lacks images that .*last\.ckpt was trained on.*without settings"),
         (["data.train_size=500"], r"lacks images that .*last\.ckpt was trained on.*data\.root"),
         (["count=-1"], r"count=-1"),
         (["duplicates=many"], r"duplicates=many"),
@@ -191,6 +248,19 @@ def test_settings_that_cannot_be_used_are_refused(run, command, tmp_path, argume
     assert status == 1
     assert re.search(message, error)
     assert "Traceback" not in error
+
+
+def test_all_labels_can_be_replaced(run, tmp_path):
+    scored = audit([run], ["count=1000000", "duplicates=0", f"output_dir={tmp_path}"])
+    assert scored.count == 900
+    assert (tmp_path / "keep.txt").read_text() == ""
+
+
+def test_help_names_no_trained_networks(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["audit", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "trained networks" not in capsys.readouterr().out
 
 
 def test_a_run_without_dynamics_is_refused(config, command, tmp_path):

@@ -1,7 +1,8 @@
 """Rank the training images of runs by how suspicious their labels are, and find near-duplicates of the test images.
 
-The runs were trained with callbacks=dynamics. With the runs of all folds, the suspicious labels are those that
-confident learning finds (pip install 'cifarnet[audit]').
+The runs were trained with callbacks=dynamics. With the runs of all folds, the images are ranked by the probabilities of
+networks that were trained without them, and confident learning estimates the number of wrong labels
+(pip install 'cifarnet[audit]').
 
 examples:
   python -m cifarnet.audit lightning_logs/baseline/<date_time>
@@ -50,27 +51,29 @@ def audit(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> "Scored
     settings = prepare("audit", without_data(overrides))
     runs = scores.read(paths)
     scored = scores.combine(list(runs.values()))
-    classifiers = [load(folder / LAST, locate(settings.classes)) for folder in runs]
-    checkpoint = classifiers[0].checkpoint
+    # a large sweep keeps only the checkpoints of its best runs
+    kept = {folder: run for folder, run in runs.items() if (folder / LAST).exists()} or runs
+    classifiers = [load(folder / LAST, locate(settings.classes)) for folder in kept]
+    checkpoint, record, run = classifiers[0].checkpoint, classifiers[0].run_record(), next(iter(kept.values()))
     # all training images, in the order of the data set
     chosen = [*overrides, "++data.val_fraction=0", "++data.folds=null", "++data.fold=null"]
     data = test_images.load("audit", chosen, checkpoint, settings.classes)
-    if data.changes_training or scored.index[-1] >= len(data.source.train):
+    true = data.source.train.labels.numpy()
+    most = record.data.get("wrong_labels", 0) if record else len(true)
+    if data.changes_training or scored.index[-1] >= len(true) or (true[run["index"]] != run["labels"]).sum() > most:
         problem = f"The data lacks images that {checkpoint.path} was trained on, or its labels differ"
-        remedy = "Choose the data of the run, such as data.root=…, and remove settings that select images or labels"
-        raise UserError(f"{problem}. {remedy}.")
+        raise UserError(f"{problem}. Use the run's data (data.root=…) without settings that select images or labels.")
     folder = Path(settings.output_dir or Path(paths[0]) / "audit")
     files.refuse_links(folder.parent, [folder])
     files.make_folder(folder, f"output_dir={folder} cannot be created")
     predict = {"tta": "none", "precision": settings.precision, "accelerator": settings.accelerator}
     predictors = [classifier.predictor(**predict) for classifier in classifiers]
-    networks.confident_learning(scored, list(runs.values()), predictors, data)
-    scored.count = scored.count if settings.count is None else settings.count
+    networks.confident_learning(scored, list(kept.values()), predictors, data)
+    scored.count = min(scored.count if settings.count is None else settings.count, len(scored.index))
     pairs = networks.near_duplicates(predictors[0], data, settings.duplicates) if settings.duplicates else []
-    about = {"name": data.source_name, "runs": runs, "versions": hardware.versions()}
+    about = {"runs": runs, "versions": hardware.versions(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
     about["command"] = shlex.join(["python", "-m", "cifarnet.audit", *map(str, paths), *overrides])
-    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = report.write(folder, scored, data.source, pairs, **about)
+    rows = report.write(folder, scored, data.source, pairs, name=data.source_name, **about)
     print(printable(row_table(rows | {"report": os.path.relpath(folder / "audit.html")})))
     return scored
 

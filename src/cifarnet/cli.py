@@ -59,11 +59,12 @@ def parse(command: str, description: str | None, against: bool = False) -> Argum
         against: whether the command accepts `--against`.
     """
     settings = (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines()[1:]
-    networks = f"\n\ntrained networks (use a name in place of a run's folder): {', '.join(trained.names())}"
+    by_name = command not in ("audit", "compare")
+    networks = f"\n\ntrained networks (use a name in place of a run's folder): {', '.join(trained.names())}" * by_name
     parser = argparse.ArgumentParser(
         usage=f"python -m cifarnet.{command} PATH… key=value…" + (" [--against PATH…]" if against else ""),
         description=description,
-        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings) + ("" if against else networks),
+        epilog="settings:\n" + "\n".join(f"  {line}" for line in settings) + networks,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="PATH… key=value…", help="paths and settings (see below)")
@@ -77,9 +78,7 @@ def parse(command: str, description: str | None, against: bool = False) -> Argum
         parser.error(f"unknown option {unknown[0]}. Write settings without dashes: {setting} (files: ./{unknown[0]})")
     paths = [argument for argument in parsed.arguments if not is_setting(argument)]
     if not paths:
-        parser.error(
-            "a path is required: the folder of a run" + ("" if against else ", or the name of a trained network")
-        )
+        parser.error("a path is required: the folder of a run" + ", or the name of a trained network" * by_name)
     return Arguments(
         paths,
         [argument for argument in parsed.arguments + parsed.against if is_setting(argument)],

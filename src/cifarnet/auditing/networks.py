@@ -19,7 +19,7 @@ def confident_learning(
     scored: Scored, runs: Sequence[Dynamics], predictors: Sequence[Predictor], data: ImageDataModule
 ) -> np.ndarray | None:
     """Add the score `out_of_fold`, its suggestions, and the number of wrong labels according to confident learning
-    (Northcutt et al., 2021, https://arxiv.org/abs/1911.00068), if each image was left out by a run, as in all folds.
+    (Northcutt et al., 2021, https://arxiv.org/abs/1911.00068), if each image was left out by a run, as with all folds.
 
     The score is 1 minus the probability of the label according to the networks that were not trained on the image.
 
@@ -28,13 +28,15 @@ def confident_learning(
         data: a data module with all training images of the data set.
 
     Returns:
-        The mean probabilities of these networks, float64 [N, num_classes]; None if there are not all folds.
+        The mean probabilities of these networks, float64 [N, num_classes]; None if all runs used an image.
     """
     left_out = [np.isin(scored.index, run["index"], invert=True) for run in runs]
     if not (times := np.sum(left_out, 0)).all():
+        if times.any():
+            problem = f"all runs with checkpoints were trained on {(times == 0).sum():,} images"
+            print(f"No out-of-fold probabilities: {problem}. Audit the runs of all folds.")
         return None
     from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
 
     sums = np.zeros((len(times), len(runs[0]["class_names"])))
     for rows, predictor in zip(left_out, predictors, strict=True):
@@ -43,7 +45,7 @@ def confident_learning(
             predicted = predictor.predict_all(data.loader(images, data.eval_batch_size), "images that a run left out")
             sums[rows] += predicted.logits.double().softmax(1).numpy()
     probabilities = sums / times[:, None]
-    scored.values["out_of_fold"] = 1 - get_label_quality_scores(scored.given, probabilities)  # the self-confidence
+    scored.values["out_of_fold"] = 1 - probabilities[np.arange(len(times)), scored.given]
     scored.suggested, scored.order = best_other(probabilities, scored.given), "out_of_fold"
     scored.count = int(find_label_issues(scored.given, probabilities, n_jobs=1).sum())
     return probabilities

@@ -32,11 +32,12 @@ def write(folder: Path, scored: Scored, source: Source, pairs: Sequence[Pair], *
         The main results by name.
     """
     names, ranked = np.array(source.class_names), scored.ranked
-    columns = {"position": scored.index, "given": names[scored.given], "suggested": names[scored.suggested]}
+    columns = {"file": np.array(source.files["train"], object)[scored.index]} if source.files else {}
+    columns |= {"position": scored.index, "given": names[scored.given], "suggested": names[scored.suggested]}
     columns |= {name: score.round(6) for name, score in scored.values.items()}
     ordered = zip(*(column[ranked].tolist() for column in columns.values()), strict=True)
     rows = [dict(zip(columns, row, strict=True)) for row in ordered]
-    files.write(folder / "audit.csv", csv_text(rows, columns))
+    files.write(folder / "audit.csv", csv_text(rows, columns).encode(errors="surrogateescape"))
     chosen, labels = ranked[: scored.count], source.train.labels.numpy().copy()
     labels[scored.index] = scored.given
     labels[scored.index[chosen]] = scored.suggested[chosen]

@@ -110,9 +110,8 @@ def combine(runs: Sequence[Dynamics]) -> Scored:
         raise UserError(f"The runs have different classes or labels. Audit runs on the same data; {remedy}.")
     scores, times = [of_run(run) for run in runs], np.bincount(rows)
     values = {name: np.bincount(rows, np.concatenate([one[name] for one in scores])) / times for name in scores[0]}
-    votes = np.zeros((len(index), len(names)), np.int64)
-    counts = [[(run["predicted"] == label).sum(0) for label in range(len(names))] for run in runs]
-    np.add.at(votes, rows, np.concatenate(counts, 1).T)
+    counts = (np.concatenate([(run["predicted"] == label).sum(0) for run in runs]) for label in range(len(names)))
+    votes = np.stack([np.bincount(rows, count) for count in counts], 1)
     return Scored(index, given, best_other(votes, given), values, round(len(index) / 100))
 
 

@@ -60,19 +60,19 @@ class Dynamics(Callback):
     ) -> None:
         if len(self.epochs) <= trainer.current_epoch:
             unused = torch.full((5, len(cast("Any", trainer.train_dataloader).labels)), UNUSED, dtype=torch.int16)
-            self.epochs = [*(epoch.cpu() for epoch in self.state_dict()["epochs"]), unused]
+            self.epochs = [*self.state_dict()["epochs"], unused]
         self.epochs[-1] = self.epochs[-1].to(pl_module.device)  # moved once
         self.epochs[-1][:, batch.index] = describe(outputs["logits"], batch.labels, outputs["losses"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values of all ranks. All ranks must call it."""
+        """Return the values of all ranks, on the CPU. All ranks must call it."""
         return {"epochs": [*self.epochs[:-1], *map(over_ranks, self.epochs[-1:])]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = list(state_dict["epochs"])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epochs = [epoch.cpu() for epoch in self.state_dict()["epochs"]]
+        epochs = self.state_dict()["epochs"]
         if not epochs or not trainer.is_global_zero:
             return
         source = cast("Any", trainer).datamodule.source
@@ -101,7 +101,8 @@ def describe(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
 
 
 def over_ranks(epoch: Tensor) -> Tensor:
-    """Combine the values of an epoch, int16 [5, N], of all ranks: those of the first rank that used the image."""
-    ranks = torch.stack(all_gather(epoch))
+    """Combine the values of an epoch, int16 [5, N], of all ranks: those of the first rank that used the image. The
+    result is on the CPU."""
+    ranks = torch.stack(all_gather(epoch.cpu()))
     first = (ranks[:, -1] != UNUSED).int().argmax(0)
     return ranks.gather(0, first.expand_as(epoch)[None])[0]

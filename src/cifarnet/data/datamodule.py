@@ -62,7 +62,8 @@ class Source:
     Attributes:
         train_index: the positions of the images of `train` in the training images of the data set, int64 [N]; None
             before images are selected.
-        test_files: the paths of the test images relative to `data.root`; empty if an image is not a file of its own.
+        files: the paths of all images of "train", "test" and "val" in the data set, relative to `data.root`; empty if
+            an image is not a file of its own.
         selection: a description of the selected training images for the record, if `Selection.changes_training`.
     """
 
@@ -71,7 +72,7 @@ class Source:
     test: Split
     val: Split | None = None
     train_index: Tensor | None = None
-    test_files: Sequence[str] = ()
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -116,8 +116,9 @@ class ImageFolder(ImageDataModule):
                 errors.append(str(error))
         if errors:
             raise UserError("\n".join(errors))
-        test_files = [os.path.relpath(path, self.root) for paths in files["test"].values() for path in paths]
-        return Source(class_names, **splits, test_files=test_files)
+        start = len(os.path.join(self.root, ""))
+        relative = {name: [path[start:] for paths in part.values() for path in paths] for name, part in files.items()}
+        return Source(class_names, **splits, files=relative)
 
     def _split(self, name: str, class_names: list[str], files: dict[str, list[str]]) -> Split:
         """Return the images and labels of train, val or test from the files of each class, sorted by class and path."""

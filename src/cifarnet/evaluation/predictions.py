@@ -16,7 +16,7 @@ def per_image(test: Predictions, data: ImageDataModule, temperature: float = 1.0
         Rows with the image (the path of its file relative to `data.root`, or its position among the test images), the
         true class, the predicted class and its probability, the cross-entropy, and whether the prediction is correct.
     """
-    names, files, index = data.class_names, data.source.test_files, test.index.tolist()
+    names, files, index = data.class_names, data.source.files.get("test"), test.index.tolist()
     log_probabilities = (test.logits.double() / temperature).log_softmax(1)
     largest, predicted = log_probabilities.max(1)
     columns = {

@@ -1,6 +1,6 @@
 """Adversarial training: replace each batch by images for which the loss is higher."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import lightning as L
 import torch
@@ -42,8 +42,7 @@ class Adversarial(Callback):
         self.eps, self.steps, self.step_size = eps, steps, step_size
 
     def on_train_batch_start(self, trainer: L.Trainer, module: "Classifier", batch: "Batch", batch_idx: int) -> None:
-        loader: Any = trainer.train_dataloader
-        clean = batch.images.float()
+        loader, clean = cast("Any", trainer.train_dataloader), batch.images.float()
         # drawn for the batch of all ranks, so that the images do not depend on their number
         random = generator(module.seed, trainer.current_epoch, f"adversarial {batch_idx}")
         noise = torch.rand(loader.batch_size, *clean.shape[1:], generator=random).tensor_split(world_size())[rank()]

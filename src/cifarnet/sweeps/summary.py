@@ -88,10 +88,8 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     columns, rows = ["val_accuracy", "test_accuracy", *(tables.varied(runs) or ["seed"])], []
     for run in sorted(runs, key=lambda run: tables.sort_key(run.score)):
         folder = run.folder.name if run.folder.parent == path.parent else run.folder
-        outcome = {"status": run.status, "folder": folder, "note": run.note}
-        rows.append(run.settings | run.numbers | outcome)
-    content = tables.csv_text(rows, [*columns, "seconds", "status", "folder", "note"])
-    files.write(path, content.encode("utf-8", errors="replace"))
+        rows.append(run.settings | run.numbers | {"status": run.status, "folder": folder, "note": run.note})
+    files.write(path, tables.csv_text(rows, [*columns, "seconds", "status", "folder", "note"]))
 
 
 def clear_checkpoints(sweep_folder: Path, keep: int | None) -> None:
