@@ -77,7 +77,7 @@ def section(subject: Subject) -> Section:
     changed, withstood = results[f"{name} L∞ 8/255"]
     checks, count = {}, int(withstood.sum())
     # with the share of the images that each may fool without gradient masking; Square Attack may fool more, because its
-    # loss is the margin instead of the cross-entropy (docs/robustness.md has a measurement)
+    # loss is the margin instead of the cross-entropy
     for title, other, share in (
         (f"PGD with {2 * steps} steps", partial(pgd, network, LINF, steps=2 * steps), 0.01),
         (f"Square Attack with {QUERIES} queries", partial(square, network, LINF), 0.03),
@@ -88,7 +88,8 @@ def section(subject: Subject) -> Section:
     shown = (order + (correct & ~withstood)).argsort(descending=True)[:EXAMPLES]  # if possible, those that are fooled
     pairs = torch.stack([images[shown], changed[shown]], 1).flatten(0, 1)
     pixels, truth = (255 * pairs).round().byte().cpu(), labels[shown].repeat_interleave(2)
-    figure = predictions(pixels, truth, network(pairs).argmax(1), subject.data.class_names)
+    title = "Test images before and after the attack"
+    figure = predictions(pixels, truth, network(pairs).argmax(1), subject.data.class_names, title)
     return {"attack": name, "accuracy": accuracy, "checks": checks}, {"adversarial": figure}
 
 

@@ -21,19 +21,23 @@ BARS = "#0969da"
 MANY = 20  # numbers in more columns of a heat map would be unreadable
 
 
-def predictions(images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str]) -> Figure:
+def predictions(
+    images: "Tensor", labels: "Tensor", predicted: "Tensor", class_names: Sequence[str], title: str | None = None
+) -> Figure:
     """Draw a grid of images with their predicted classes; mistakes are red and also show the true class.
 
     Args:
         images: uint8 [N, 3, H, W].
         labels, predicted: int64 [N].
+        title: replaces the number of right predictions.
     """
     captions = []
     for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
         mistake = f"✗ {class_names[guess]}\n(is {class_names[label]})"
         captions.append((class_names[guess], RIGHT) if label == guess else (mistake, WRONG))
     num_right = int((labels == predicted).sum())
-    return grid(images, captions, f"Predictions on test pictures: {num_right} of {len(images)} right", columns=8)
+    title = title or f"Predictions on test pictures: {num_right} of {len(images)} right"
+    return grid(images, captions, title, columns=8)
 
 
 def mistakes(images: Any, rows: Sequence[Mapping[str, Any]], title: str, columns: int) -> Figure:
