@@ -277,7 +277,9 @@ def test_bad_settings(run, command, overrides, message):
 
 def test_the_record_of_a_run_is_not_replaced(run, tmp_path):
     before = (run / "metrics.json").read_bytes()
-    with pytest.raises(UserError, match=rf"^output_dir={run} is the folder of a run\. Choose another folder to keep its record"):
+    with pytest.raises(
+        UserError, match=rf"^output_dir={run} is the folder of a run\. Choose another folder to keep its record"
+    ):
         evaluate(run, [*QUICK, f"output_dir={run}"])
     assert (run / "metrics.json").read_bytes() == before
 
