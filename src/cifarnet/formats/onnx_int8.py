@@ -1,4 +1,4 @@
-"""An ONNX file with 8-bit weights and activations, which is smaller than that of `formats.onnx`.
+"""An ONNX file with 8-bit weights and activations, which is smaller and faster than that of `formats.onnx`.
 
 onnxruntime's static quantization (Jacob et al., 2018, https://arxiv.org/abs/1712.05877) writes it. Training images
 determine the range of each activation. Predictions change, so the accuracy is measured.
