@@ -124,10 +124,12 @@ def test_command_prints_its_results_and_takes_settings(run, command, tmp_path):
     status, out, error = command(run, "count=90", "duplicates=5", f"output_dir={tmp_path / 'mine'}")
     assert status == 0, error
     assert "90 of 900  (by negative_aum)" in out
-    assert re.search(r"near-duplicates +5 test images, similarity [01]\.\d{4} to 0\.\d{4}", out)
+    assert re.search(r"most similar images +5 pairs, similarity [01]\.\d{4} to 0\.\d{4}", out)
     assert len((tmp_path / "mine/keep.txt").read_text().split()) == 810
     html = (tmp_path / "mine/audit.html").read_text()
     assert "duplicates=5" in html
+    assert f"<code>data.labels={tmp_path / 'mine'}/labels.txt</code>" in html
+    assert re.search(r"\n  labels +\S*mine/labels\.txt\n", out)
     assert html.count("data:image/png;base64,") == 60 + 10 * 12 + 2 * 5
 
 
@@ -142,7 +144,8 @@ def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
     assert status == 0, error
     assert "200 training images, 2 runs" in (tmp_path / "sweep/audit/audit.html").read_text()
     assert "by out_of_fold" in out
-    assert "near-duplicates" not in out
+    assert re.search(r"out-of-fold accuracy +\d+\.\d\d%", out)
+    assert "most similar" not in out
     rows = list(csv.DictReader((tmp_path / "sweep/audit/audit.csv").read_text().splitlines()))
     assert sorted(int(row["position"]) for row in rows) == list(range(200))
     suspicion = [float(row["out_of_fold"]) for row in rows]
@@ -194,7 +197,9 @@ def test_runs_without_a_checkpoint_are_used_for_the_other_scores(sweep, command)
     assert status == 0, error
     one, two = scores.read([sweep / "1", sweep / "2"]).values()
     count = len(np.intersect1d(one["index"], two["index"]))
-    assert f"No out-of-fold probabilities: all runs with checkpoints were trained on {count} images" in out
+    assert (
+        f"No out-of-fold probabilities, because all runs with checkpoints were trained on {count} of the images" in out
+    )
     assert "(by negative_aum)" in out
     for number in (1, 2):
         (sweep / f"{number}/checkpoints/last.ckpt").unlink()

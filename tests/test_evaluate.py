@@ -275,6 +275,13 @@ def test_bad_settings(run, command, overrides, message):
     assert error.count("\n") == 1
 
 
+def test_replacing_an_evaluation_is_reported(run, command, tmp_path):
+    for expected in (False, True):
+        status, printed, error = command(run, *QUICK, f"output_dir={tmp_path / 'mine'}")
+        assert status == 0, error
+        assert (f"Replaces the evaluation in {tmp_path / 'mine'}. To keep it, set output_dir=" in printed) is expected
+
+
 def test_the_record_of_a_run_is_not_replaced(run, tmp_path):
     before = (run / "metrics.json").read_bytes()
     with pytest.raises(
@@ -454,7 +461,7 @@ def test_run_on_photographs(config, few_photographs, tmp_path):
     """The folder of the pictures is never read from a checkpoint; the other settings are."""
     train(config("data=folder", f"data.root={few_photographs}", "data.batch_size=32", without="data"))
     trained = json.loads((tmp_path / "run/metrics.json").read_text())
-    with pytest.raises(UserError, match=r"does not name a folder of .* images.*Add data\.root="):
+    with pytest.raises(UserError, match=r"does not contain the path of its images.*Add data\.root="):
         evaluate(tmp_path / "run", QUICK)
     measured = evaluate(tmp_path / "run", [*QUICK, f"data.root={few_photographs}"])
     assert measured["test"]["accuracy"] == trained["test_accuracy"]

@@ -85,6 +85,8 @@ def evaluate(path: str | Path | Sequence[str | Path], overrides: Sequence[str] =
     if is_run(folder):
         raise UserError(f"output_dir={folder} is the folder of a run. Choose another folder to keep its record.")
     files.make_folder(folder, f"output_dir={folder} cannot be created")
+    if (folder / "metrics.json").exists():
+        print(printable(f"Replaces the evaluation in {folder}. To keep it, set output_dir=<folder>."), flush=True)
     config.output_dir = str(folder)
     about: Any = data.describe()
     network = " + ".join(dict.fromkeys(one.network_name for one in checkpoints))

@@ -15,7 +15,8 @@ from cifarnet.errors import UserError
 from cifarnet.models import check_output
 from cifarnet.recipes.backbone import head_name
 
-DIVISION = ("val_fraction", "split_seed", "folds", "fold")  # settings of `data` that determine the validation images
+# settings of `data` that determine the validation images
+DIVISION = ("val_fraction", "split_seed", "folds", "fold", "train_size")
 
 
 def expand(config: DictConfig) -> DictConfig:

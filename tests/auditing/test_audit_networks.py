@@ -79,6 +79,8 @@ def test_out_of_fold_probabilities_are_those_of_a_loop(scored):
         best = max(range(CLASSES), key=lambda guess: -1 if guess == label else expected[guess])
         assert scored.suggested[image] == best
     assert scored.order == "out_of_fold"
+    agreement = sum(row.argmax() == image % CLASSES for image, row in enumerate(found)) / COUNT
+    assert scored.agreement == pytest.approx(agreement)
 
 
 def test_without_all_folds_nothing_is_predicted(scored):

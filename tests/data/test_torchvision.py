@@ -301,7 +301,9 @@ def test_the_download_is_complete_or_absent(tmp_path, checksums, server):
     checksums(parts, server)
     content = (served / "test_32x32.mat").read_bytes()
     (served / "test_32x32.mat").write_bytes(content[:1000])
-    with pytest.raises(UserError, match=r"(?s)SVHN cannot be downloaded.*copy .*data/SVHN from there.*data=synthetic"):
+    with pytest.raises(
+        UserError, match=r"(?s)SVHN cannot be downloaded.*copy its .*data/SVHN\n.*\+experiment=quickstart"
+    ):
         read("SVHN", root)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
     with pytest.raises(NoImages, match=r"data/SVHN does not contain SVHN.*data.read_only=false"):

@@ -20,6 +20,7 @@ from cifarnet.evaluation import adversarial
 from cifarnet.evaluation.adversarial import L2, LINF, Ball, autoattack, pgd, square
 from cifarnet.inference.figures import RIGHT, WRONG
 from cifarnet.inference.predictor import Predictor
+from cifarnet.inference.test_images import sample
 from cifarnet.seeding import generator
 from conftest import picture
 
@@ -267,11 +268,19 @@ def test_images_are_taken_at_regular_intervals(monkeypatch):
     monkeypatch.setattr(adversarial, "pgd", attack)
     record, figures = attacked(None, "attack_images=7")
     assert record["accuracy"]["no attack"]["images"] == 7
-    expected = data.source.test[::9]
+    test = data.source.test
+    expected = test[test.labels.argsort(stable=True)[::9]]
     torch.testing.assert_close(seen[0][0], expected.images / 255)
     assert seen[0][1].tolist() == expected.labels.tolist() == [0] * 4 + [1] * 3
     assert record["accuracy"]["PGD L2 0.5"]["accuracy"] == 1
     assert [text.get_color() for text in figures["adversarial"].axes[0].texts[:-1]] == [RIGHT] * 14  # none is fooled
+
+
+def test_a_sample_contains_the_same_fraction_of_each_class():
+    labels = torch.arange(200) % 10  # every 20th label is 0
+    images, classes = sample(Split(torch.arange(200)[:, None], labels), 20)
+    assert classes == [label for label in range(10) for _ in range(2)]
+    assert labels[images.flatten()].tolist() == classes
 
 
 def test_a_network_that_is_always_wrong():

@@ -214,9 +214,9 @@ def test_cifar10_is_a_data_set_of_torchvision(archive, published, tmp_path, monk
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("svnh", r"^ood=svnh: there are no such images\. Did you mean svhn\? Choose noise, "),
+        ("svnh", r"^ood=svnh: no such folder contains images\. Did you mean svhn\? Choose noise, "),
         ("niose", "Did you mean noise"),
-        ("empty", "^ood=empty: there are no such images"),
+        ("empty", "^ood=empty: no such folder contains images"),
         ("cococaptions", "CocoCaptions has no training and test images"),
         ("[noise,broken]", r"^broken/a\.png cannot be read as an image"),
         ("3", "^ood=3 is not valid"),

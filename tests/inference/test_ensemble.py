@@ -297,12 +297,13 @@ def altered(sweep, folder, *changes):
     return paths
 
 
-def test_runs_that_were_validated_on_different_images(command, sweep, tmp_path):
-    divisions = [{"folds": 4, "fold": 0}, {"folds": 4, "fold": 1}]
+@pytest.mark.parametrize(("name", "other"), [("fold", {"folds": 4, "fold": 1}), ("train_size", {"train_size": 400})])
+def test_runs_that_were_validated_on_different_images(command, sweep, tmp_path, name, other):
+    divisions = [{"folds": 4, "fold": 0}, other] if name == "fold" else [{"train_size": 300}, other]
     paths = altered(sweep, tmp_path, *(lambda hparams, one=one: hparams["data"].update(one) for one in divisions))
     status, printed, error = command(*paths, *QUICK, "output_dir=both")
     assert status == 0, error
-    assert "Without validation images, because data.fold differs between the runs" in printed
+    assert f"Without validation images, because data.{name} differs between the runs" in printed
     record = json.loads((tmp_path / "both/metrics.json").read_text())
     assert record["val"] is record["temperature"] is None
     assert (record["data"]["train"], record["data"]["val"]) == (300, 0)

@@ -33,8 +33,9 @@ def confident_learning(
     left_out = [np.isin(scored.index, run["index"], invert=True) for run in runs]
     if not (times := np.sum(left_out, 0)).all():
         if times.any():
-            problem = f"all runs with checkpoints were trained on {(times == 0).sum():,} images"
-            print(f"No out-of-fold probabilities: {problem}. Audit the runs of all folds.")
+            problem = f"all runs with checkpoints were trained on {(times == 0).sum():,} of the images"
+            remedy = f"The images are ranked by {scored.order}. Audit the runs of all folds, with their checkpoints"
+            print(f"No out-of-fold probabilities, because {problem}. {remedy}.")
         return None
     from cleanlab.filter import find_label_issues
 
@@ -47,6 +48,7 @@ def confident_learning(
     probabilities = sums / times[:, None]
     scored.values["out_of_fold"] = 1 - probabilities[np.arange(len(times)), scored.given]
     scored.suggested, scored.order = best_other(probabilities, scored.given), "out_of_fold"
+    scored.agreement = float((probabilities.argmax(1) == scored.given).mean())
     scored.count = int(find_label_issues(scored.given, probabilities, n_jobs=1).sum())
     return probabilities
 

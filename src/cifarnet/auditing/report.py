@@ -43,11 +43,15 @@ def write(folder: Path, scored: Scored, source: Source, pairs: Sequence[Pair], *
     labels[scored.index[chosen]] = scored.suggested[chosen]
     for name, numbers in {"keep": np.delete(scored.index, chosen), "labels": labels}.items():
         files.write(folder / f"{name}.txt", "".join(f"{number}\n" for number in numbers))
-    results = {"suspicious labels": f"{scored.count:,} of {len(scored.index):,}  (by {scored.order})"}
+    results = {"most suspicious labels": f"{scored.count:,} of {len(scored.index):,}  (by {scored.order})"}
+    if scored.agreement is not None:
+        results["out-of-fold accuracy"] = f"{scored.agreement:.2%}  (if it is low, too many labels are suspicious)"
     if pairs:
-        results["near-duplicates"] = f"{len(pairs):,} test images, similarity {pairs[0][0]:.4f} to {pairs[-1][0]:.4f}"
+        results["most similar images"] = f"{len(pairs):,} pairs, similarity {pairs[0][0]:.4f} to {pairs[-1][0]:.4f}"
     template = report.templates(Path(__file__).with_name("templates")).get_template("audit.html.jinja")
-    html = template.render(scored=scored, source=source, pairs=pairs, rows=results, thumbnail=thumbnail, **about)
+    html = template.render(
+        scored=scored, source=source, pairs=pairs, rows=results, thumbnail=thumbnail, folder=folder, **about
+    )
     files.write(folder / "audit.html", html)
     return results
 

@@ -25,6 +25,8 @@ class Scored:
         values: the scores by name, float64 [N].
         count: the number of labels to correct: those of the first ranks.
         order: the score that determines the rank.
+        agreement: the fraction of the labels that the networks predict that were not trained on the image; None without
+            all folds.
     """
 
     index: np.ndarray
@@ -33,6 +35,7 @@ class Scored:
     values: dict[str, np.ndarray]
     count: int
     order: str = "negative_aum"
+    agreement: float | None = None
 
     @property
     def ranked(self) -> np.ndarray:

@@ -52,8 +52,8 @@ class Dynamics(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if cast("Any", trainer).datamodule.mix is not None:
-            problem = "callbacks.dynamics does not support data.mix, which gives an image two labels"
-            raise UserError(f"{problem}. Remove one of them.")
+            problem = "callbacks.dynamics cannot be combined with data.mix (+recipe=mixup, +recipe=cutmix)"
+            raise UserError(f"{problem}, which gives an image two labels. Remove one of them.")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int

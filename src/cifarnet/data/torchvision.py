@@ -147,8 +147,8 @@ class Torchvision(ImageFolder):
             problem = f"data.root={self.root} contains files, but not all of {self.source_name} {self.arguments or ''}"
             raise UserError(f"{problem.rstrip()}. Set data.root to a new folder, to which the set is downloaded.")
         remedies = (
-            f"  - manually: run this command on a computer with a network connection, and copy {self.root} from there\n"
-            "  - offline: data=synthetic (or +experiment=quickstart) generates pictures"
+            f"  - manually: run this command on a computer with a network connection, and copy its {self.root}\n"
+            "  - offline: use a folder of images, or train on synthetic images: +experiment=quickstart"
         )
         with scratch_folder(self.root.parent) as scratch:
             with downloading(f"{self.source_name} cannot be downloaded", remedies):

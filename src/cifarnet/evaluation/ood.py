@@ -55,7 +55,7 @@ def _images(name: str, data: ImageDataModule, seed: int) -> Any:
     folder = Path(name).expanduser()
     paths: Any = [*expand_folders(folder)] if folder.is_dir() else []
     if not paths:
-        problem = f"ood={name}: there are no such images.{did_you_mean(name, ['noise', *known])}"
+        problem = f"ood={name}: no such folder contains images.{did_you_mean(name, ['noise', *known])}"
         raise UserError(f"{problem} Choose noise, a data set of torchvision such as svhn, or a folder of images.")
     return ImageFiles(paths, size).read(progress_bar=True)
 

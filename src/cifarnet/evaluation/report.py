@@ -59,7 +59,9 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
     if attacked := evaluation.adversarial:
         rows |= {title: _accuracy(part) for title, part in attacked["accuracy"].items()}
         signs = [title for title, row in attacked["checks"].items() if row["is_sign"]]
-        rows["gradient masking"] = f"a sign by {' and '.join(signs)}: see the report" if signs else "no sign"
+        checked = any(row["images"] for row in attacked["checks"].values())
+        found = f"a sign by {' and '.join(signs)}: see the report" if signs else "no sign"
+        rows["gradient masking"] = found if checked else "not checked, because no image withstands the attack"
     if humans := evaluation.cifar10h:
         cross_entropy, bound = humans["cross_entropy"], humans["entropy"]
         rows["CIFAR-10H"] = f"cross-entropy against human labels {cross_entropy:.4f}  (lower bound {bound:.4f})"

@@ -114,7 +114,8 @@ def check(checkpoints: Sequence[Checkpoint], settings: DictConfig) -> Sequence[s
     """
     for name in ("attack", "features", "ood"):
         if settings[name] and len(checkpoints) > 1:
-            raise UserError(f"{name}={settings[name]} needs a single run, but got {len(checkpoints)}. Remove {name}.")
+            problem = f"{name}={settings[name]} needs a single run, but got {len(checkpoints)}"
+            raise UserError(f"{problem}. Remove {name}, or evaluate one of the runs.")
     sources = {str(one.data["_target_"]) for one in checkpoints if "_target_" in one.data}  # exports have none
     if len(sources) > 1:
         raise UserError(f"The runs were trained on {' and '.join(sorted(sources))}. Evaluate runs on one data set.")

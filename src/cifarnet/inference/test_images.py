@@ -54,7 +54,7 @@ def compose(command: str, overrides: Sequence[str], checkpoint: Checkpoint, clas
             remedy = " ".join(f"data.{name}=…" for name in ("name", "root", "arguments") if name in arguments)
             if issubclass(data_class, CIFAR10):
                 remedy = f"data={data_class.__name__.lower()} to download them, or data.root=…"
-            raise NoImages(f"{checkpoint.path} does not name a folder of {data_class.__name__} images. Add {remedy}.")
+            raise NoImages(f"{checkpoint.path} does not contain the path of its images. Add {remedy}.")
         data["_target_"] = class_path(data_class)
         data |= {"read_only": "true"} if accepts(data_class, "read_only") else {}
         overrides = [f"++{override}" if override.startswith("data.") else override for override in overrides]
@@ -77,7 +77,7 @@ def load(command: str, overrides: Sequence[str], checkpoint: Checkpoint, classes
 def sample(split: Split, most: int) -> tuple[Tensor, list[int]]:
     """Return at most `most` images of a split, uint8 [N, C, H, W], and their labels.
 
-    The images are taken at regular intervals, because a folder is sorted by class.
+    The images are taken at regular intervals after sorting by class, so that all classes are represented.
     """
-    chosen = split[:: -(-len(split) // most)]
+    chosen = split[split.labels.argsort(stable=True)[:: -(-len(split) // most)]]
     return next(chosen.chunks(most)).contiguous(), chosen.labels.tolist()

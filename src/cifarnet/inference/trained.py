@@ -266,8 +266,9 @@ class Trained(NetworkAndNames):
     def _not_fitted(self, setting: str, what: str, options: str) -> UserError:
         """Return the error for a setting whose value the last evaluation did not fit."""
         path = self.checkpoint.path
-        command = f"python -m cifarnet.evaluate {path}{' data=…' * path.is_dir()} {options}"
-        return UserError(f"{setting}: no {what} was fitted to {path} with {options}. Use validation images: {command}")
+        command = f"python -m cifarnet.evaluate {path}{' data=…' * path.is_dir()} {options} corruptions=false"
+        problem = f"{setting}: no {what} was fitted to {path} with {options}"
+        return UserError(f"{problem}. Evaluate it first (with data.root=… for your own pictures): {command}")
 
     def calibrations(self) -> list[Calibration]:
         """Return the fitted temperatures: the one in a Hugging Face folder, and the one of the last evaluation."""
