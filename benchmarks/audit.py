@@ -137,7 +137,7 @@ def look_up(data: ImageDataModule, runs: Sequence[Path], arguments: argparse.Nam
     if arguments.label_errors:
         rows = json.loads(arguments.label_errors.read_text())
         errors = {row["id"] for row in rows if row["mturk"]["given"] < 3}  # of five people
-        means = 0
+        means: Any = 0
         for run in runs:  # networks that were not trained on the test images, as in confident learning
             predictor = last(run).predictor(tta="none")
             means = means + torch.cat([predictor(chunk)[0].double().softmax(1).cpu() for chunk in test.chunks()])
@@ -187,9 +187,13 @@ def main() -> None:
             for key, value in row.items():
                 measured.setdefault(name, {}).setdefault(key, []).append(value)
         print(*(f"seed {seed}: {name}: {row}" for name, row in measured.items()), sep="\n", flush=True)
-    facts = {
-        "wrong labels": f"{int((given != true.numpy()).sum()):,} of {len(true):,} for each of {arguments.turns} seeds"
+    settings = " ".join(setting for setting in overrides if not setting.startswith("data.root="))
+    facts: dict[str, Any] = {
+        "settings": f"+experiment={experiment} {settings}",
+        "seeds": arguments.turns,
+        "folds": arguments.folds,
     }
+    facts["wrong labels"] = f"{int((given != true.numpy()).sum()):,} of {len(true):,} for each seed"
     if arguments.label_errors or arguments.near_duplicates:
         seeds = range(arguments.turns)
         folders = [arguments.folder.absolute() / f"seed{seed}/as_it_is" for seed in seeds]
