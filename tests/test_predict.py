@@ -342,7 +342,9 @@ def test_conformal_sets_need_an_evaluation(evaluated_run, command, settings):
     alpha = settings[0].replace("conformal", "alpha")
     assert (status, printed) == (1, "")
     assert error.startswith(f"Error: {settings[0]}: no threshold was fitted to {run}")
-    assert error.endswith(f"python -m cifarnet.evaluate {run}/checkpoints/best.ckpt {alpha} {settings[1]}\n")
+    assert error.endswith(
+        f"python -m cifarnet.evaluate {run}/checkpoints/best.ckpt {alpha} {settings[1]} corruptions=false\n"
+    )
 
 
 def test_infinite_threshold(evaluated_run, tmp_path):
