@@ -2,6 +2,7 @@ import csv
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_command_prints_its_results_and_takes_settings(run, command, tmp_path):
     assert html.count("data:image/png;base64,") == 60 + 10 * 12 + 2 * 5
 
 
-def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
+def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path, monkeypatch):
     pytest.importorskip("cleanlab")
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"{i % 10 if i % 7 else (i + 3) % 10}\n" for i in range(200)))
@@ -150,6 +151,11 @@ def test_runs_of_all_folds_are_audited_out_of_fold(command, tmp_path):
     assert sorted(int(row["position"]) for row in rows) == list(range(200))
     suspicion = [float(row["out_of_fold"]) for row in rows]
     assert suspicion == sorted(suspicion, reverse=True)
+    monkeypatch.chdir(tmp_path)
+    status, out, error = command(tmp_path / "sweep/0", tmp_path / "sweep/1", "duplicates=0")
+    assert status == 0, error
+    (page,) = Path("lightning_logs/audit").glob("*/audit.html")
+    assert f"  {page}\n" in out
 
 
 CAT = "<b>cat<∕b>"

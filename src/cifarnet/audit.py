@@ -63,9 +63,8 @@ def audit(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> "Scored
     if data.changes_training or scored.index[-1] >= len(true) or (true[run["index"]] != run["labels"]).sum() > most:
         problem = f"The data lacks images that {checkpoint.path} was trained on, or its labels differ"
         raise UserError(f"{problem}. Use the run's data (data.root=…) without settings that select images or labels.")
-    now = datetime.now(timezone.utc)
-    default = Path(paths[0]) / "audit" if len(paths) == 1 else f"lightning_logs/audit/{now:%Y-%m-%d_%H-%M-%S-%f}"
-    folder = Path(settings.output_dir or default)
+    several = f"lightning_logs/audit/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    folder = Path(settings.output_dir or (several if len(paths) > 1 else Path(paths[0]) / "audit"))
     files.refuse_links(folder.parent, [folder])
     files.make_folder(folder, f"output_dir={folder} cannot be created")
     predict = {"tta": "none", "precision": settings.precision, "accelerator": settings.accelerator}
@@ -73,7 +72,7 @@ def audit(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> "Scored
     networks.confident_learning(scored, list(kept.values()), predictors, data)
     scored.count = min(scored.count if settings.count is None else settings.count, len(scored.index))
     pairs = networks.near_duplicates(predictors[0], data, settings.duplicates) if settings.duplicates else []
-    about = {"runs": runs, "versions": hardware.versions(), "date": f"{now:%Y-%m-%d %H:%M} UTC"}
+    about = {"runs": runs, "versions": hardware.versions(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
     about["command"] = shlex.join(["python", "-m", "cifarnet.audit", *map(str, paths), *overrides])
     rows = report.write(folder, scored, data.source, pairs, name=data.source_name, **about)
     written = {"labels": "labels.txt", "report": "audit.html"}
